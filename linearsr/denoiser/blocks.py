@@ -1,0 +1,126 @@
+"""The parts of one transformer block: linear attention, tag attention, Mix-FFN, modulation.
+
+Tokens are channels-last, (B, H, W, C), from end to end: on a small model memory passes cost more
+than matrix products. Knows nothing of latents, noise levels or pictures.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearsr.kernels import relu_linear_attention
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: normalise (B, H, W, C) over channels, then scale and shift by (B, 1, 1, C)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class LinearAttention(nn.Module):
+    """Multi-head ReLU linear attention, O(N) in tokens (Sana section 2.2; LinearSR section 3).
+
+    QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows.
+    """
+
+    def __init__(self, width: int, head_dim: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); every token attends to every other."""
+        b, h, w, c = x.shape
+        q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
+        heads = (b, h * w, c // self.head_dim, self.head_dim)
+        q, k = self.norm_q(q), self.norm_k(k)
+        o = relu_linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+        return self.out(o.reshape(b, h, w, c))
+
+
+class TagAttention(nn.Module):
+    """Softmax cross-attention from tokens to the few tag embeddings of a request."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.out = nn.Linear(width, width)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, tags: Tensor) -> tuple[Tensor, Tensor]:
+        """Tags (B, T, C) -> keys and values (B, heads, T, C/heads); they do not depend on t."""
+        k, v = self.kv(tags).chunk(2, dim=-1)
+        return self._split(self.norm_k(k)), self._split(v)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); `mask` (B, T) is True where a tag is real."""
+        q = self._split(self.norm_q(self.q(x.flatten(1, 2))))
+        attend = None if mask is None else mask[:, None, None, :]
+        o = F.scaled_dot_product_attention(q, *keys_values, attn_mask=attend)
+        return self.out(o.transpose(1, 2).reshape(x.shape))
+
+
+class MixFFN(nn.Module):
+    """Inverted bottleneck with a 3x3 depthwise convolution and a gate (Sana section 2.2).
+
+    The convolution is what tells tokens where they are: there is no position embedding.
+    """
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.expand = nn.Linear(width, 2 * hidden)
+        self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.project = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = F.silu(self.expand(x))
+        # A view: NHWC memory seen as channels_last NCHW.
+        x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        value, gate = x.chunk(2, dim=-1)
+        return self.project(value * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Linear attention, tag attention where built, Mix-FFN; AdaLN-single modulation (PixArt)."""
+
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        ffn_ratio: float,
+        qk_norm: bool,
+        tag_heads: int | None,
+    ) -> None:
+        super().__init__()
+        self.attention = LinearAttention(width, head_dim, qk_norm)
+        self.tag_attention = None if tag_heads is None else TagAttention(width, tag_heads, qk_norm)
+        self.ffn = MixFFN(width, ffn_ratio)
+        self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        tags: tuple[Tensor, Tensor] | None = None,
+        tag_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, H, W, C), modulation (B, 6, C) shared by all blocks -> (B, H, W, C)."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
+            (self.modulation + modulation)[:, :, None, None].unbind(1)
+        )
+        x = x + gate * self.attention(modulate(x, shift, scale))
+        if tags is not None and self.tag_attention is not None:
+            x = x + self.tag_attention(x, tags, tag_mask)
+        return x + ffn_gate * self.ffn(modulate(x, ffn_shift, ffn_scale))

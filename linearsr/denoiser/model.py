@@ -1,0 +1,114 @@
+"""`LinearSR`: the one denoiser class behind every model size.
+
+Knows nothing of pictures, samplers or experts: an expert is just another set of these weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearsr.config import DenoiserConfig
+from linearsr.denoiser.blocks import Block, modulate
+from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
+from linearsr.errors import OptionError
+from linearsr.noise.path import Preconditioning
+
+TagKeys = list[tuple[Tensor, Tensor]]
+
+
+class Condition(NamedTuple):
+    """What one expert derives from a request once and uses at every step.
+
+    features: (B, C, h, w) channels joined to the noisy latent.
+    tags: keys and values of the tags, a pair per block; None without tags.
+    tag_mask: (B, T), True where a tag is real; None when all are.
+    """
+
+    features: Tensor
+    tags: TagKeys | None = None
+    tag_mask: Tensor | None = None
+
+
+class LinearSR(nn.Module):
+    """Flow-matching transformer with linear attention for super-resolution (arXiv 2510.08771).
+
+    With a silent LR stem and "velocity" prediction it is the same function as diffusers'
+    `SanaTransformer2DModel` at t * timestep_scale.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, latent = config.width, config.latent_channels
+        condition = config.stem_channels[-1] + latent * config.condition_latent
+        self.stem = LRStem(config.stem_channels, config.stem_strides)
+        self.embed = nn.Linear(latent + condition, width)
+        self.time = TimestepEmbedding(width, config.timestep_scale)
+        self.tags = None if config.tag_dim is None else TagProjection(config.tag_dim, width)
+        tag_heads = None if config.tag_dim is None else config.tag_heads
+        self.blocks = nn.ModuleList(
+            Block(width, config.head_dim, config.ffn_ratio, config.qk_norm, tag_heads)
+            for _ in range(config.depth)
+        )
+        self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.out = nn.Linear(width, latent)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Start as the identity on the residual stream and as zero at the output (DiT's adaLN-zero)."""
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        nn.init.normal_(self.time.modulation.weight, std=0.02)
+        nn.init.zeros_(self.time.modulation.bias)
+
+    def condition(
+        self,
+        lr_picture: Tensor,
+        lr_latent: Tensor | None = None,
+        tags: Tensor | None = None,
+        tag_mask: Tensor | None = None,
+    ) -> Condition:
+        """What stays the same over all steps of a request.
+
+        lr_picture: (B, 3, H, W) in [-1, 1], upsampled to the output's size.
+        lr_latent: (B, latent_channels, h, w), the same picture encoded; needed iff the config says so.
+        tags: (B, T, tag_dim) embeddings; tag_mask: (B, T), True where real.
+        Raises OptionError for tags on a model trained without, and for a missing latent.
+        """
+        if tags is not None and self.tags is None:
+            raise OptionError("this model was trained without tags; leave them out (--tags)")
+        features = self.stem(lr_picture)
+        if self.config.condition_latent:
+            if lr_latent is None:
+                raise OptionError("this model needs the encoded LR picture (lr_latent)")
+            features = torch.cat([features, lr_latent.to(features.dtype)], dim=1)
+        if tags is None:
+            return Condition(features)
+        return Condition(features, self._tag_keys(tags), tag_mask)
+
+    def _tag_keys(self, tags: Tensor) -> TagKeys:
+        assert self.tags is not None
+        projected = self.tags(tags)
+        return [block.tag_attention.keys_values(projected) for block in self.blocks]
+
+    def forward(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Velocity (B, C, h, w) at noisy `latent` (B, C, h, w) and timesteps `t` (B,) in [0, 1]."""
+        if self.config.prediction == "velocity":
+            return self._network(latent, t, condition)
+        c = Preconditioning.at(t.to(latent.dtype))
+        return c.skip * latent + c.output_scale * self._network(c.input_scale * latent, t, condition)
+
+    def _network(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = self.embed.weight.dtype
+        x = torch.cat([latent.to(dtype), condition.features], dim=1).permute(0, 2, 3, 1)
+        x = self.embed(x)
+        modulation, embedding = self.time(t)
+        for i, block in enumerate(self.blocks):
+            tags = None if condition.tags is None else condition.tags[i]
+            x = block(x, modulation, tags, condition.tag_mask)
+        shift, scale = (self.modulation + embedding[:, None])[:, :, None, None].unbind(1)
+        return self.out(modulate(x, shift, scale)).permute(0, 3, 1, 2).to(latent.dtype)

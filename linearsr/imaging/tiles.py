@@ -1,0 +1,165 @@
+"""Cuts a picture into equal overlapping tiles and joins the results without visible seams.
+
+Pure geometry: it knows neither the model nor its scale. Units are whatever the caller counts in
+(picture pixels, latent cells); `Tile.scaled` moves a tile from the small picture to the large one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from linearsr.errors import OptionError
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """A rectangle: rows `top` to `top + height`, columns `left` to `left + width`."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        return self.left + self.width
+
+    def scaled(self, factor: int) -> Tile:
+        """The same rectangle in a picture `factor` times as large."""
+        return Tile(
+            self.top * factor, self.left * factor, self.height * factor, self.width * factor
+        )
+
+    def crop(self, picture: torch.Tensor) -> torch.Tensor:
+        """A view of this rectangle of a (..., H, W) tensor."""
+        return picture[..., self.top : self.bottom, self.left : self.right]
+
+
+def tile_grid(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
+    """Tiles that cover a `height` x `width` picture exactly, row by row.
+
+    Every tile is `tile` x `tile` (or as long as the picture where the picture is shorter), so one
+    compiled model or one batch serves them all. Neighbours share at least `overlap`; the number of
+    tiles is the smallest possible, and what is left over is shared out as more overlap.
+
+    Raises OptionError unless height, width and tile are positive and 0 <= overlap < tile.
+    """
+    if height < 1 or width < 1:
+        raise OptionError(f"A {width}x{height} picture has nothing to tile; give a larger one.")
+    if tile < 1:
+        raise OptionError(f"Tile size {tile} is not positive; give 1 or more.")
+    if not 0 <= overlap < tile:
+        raise OptionError(f"Overlap {overlap} does not fit tile size {tile}; give 0 to {tile - 1}.")
+    tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
+    tile_height, tile_width = min(tile, height), min(tile, width)
+    return [Tile(top, left, tile_height, tile_width) for top in tops for left in lefts]
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [i * (length - tile) // (count - 1) for i in range(count)]
+
+
+class Canvas:
+    """Adds up processed tiles into one picture, faded into each other where they overlap.
+
+    The weights of a grid are separable and are divided by their sum in advance, one axis at a
+    time, so adding is all there is: no weight picture and no division at the end.
+    """
+
+    def __init__(
+        self,
+        tiles: Iterable[Tile],
+        channels: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """An empty canvas as large as the tiles reach; they must be a grid, as `tile_grid` makes.
+
+        Scale the tiles first (`Tile.scaled`) where the pieces will be larger than what was cut.
+        """
+        self._missing = set(tiles)
+        rows = sorted({(tile.top, tile.height) for tile in self._missing})
+        columns = sorted({(tile.left, tile.width) for tile in self._missing})
+        if not rows or len(rows) * len(columns) != len(self._missing):
+            raise OptionError("The tiles are not a full grid; make them with tile_grid().")
+        self._row_weights = _weights(rows)
+        self._column_weights = _weights(columns)
+        height, width = sum(rows[-1]), sum(columns[-1])
+        self._picture = torch.zeros(channels, height, width, dtype=dtype, device=device)
+
+    def add(self, tile: Tile, piece: torch.Tensor) -> None:
+        """Add the (C, tile.height, tile.width) result of one tile; any order, each tile once.
+
+        Raises OptionError for a piece of another shape, or a tile that is not waiting.
+        """
+        expected = (self._picture.shape[0], tile.height, tile.width)
+        if tuple(piece.shape) != expected:
+            raise OptionError(f"A piece of shape {tuple(piece.shape)} came for {tile}.")
+        if tile not in self._missing:
+            raise OptionError(f"{tile} is not of this grid, or was added before.")
+        self._missing.remove(tile)
+        rows = self._row_weights[tile.top].to(self._picture)
+        columns = self._column_weights[tile.left].to(self._picture)
+        weighted = piece.to(self._picture) * rows[:, None]
+        tile.crop(self._picture).addcmul_(weighted, columns)
+
+    def result(self) -> torch.Tensor:
+        """The (C, H, W) picture. Raises OptionError while tiles are missing."""
+        if self._missing:
+            raise OptionError(
+                f"{len(self._missing)} tiles were not added, as {min(self._missing)}."
+            )
+        return self._picture
+
+
+def _weights(spans: Sequence[tuple[int, int]]) -> dict[int, torch.Tensor]:
+    """Weights along one axis by start: (length,) each, adding up to one at every position.
+
+    `spans` are the (start, length) of the tiles along the axis, in order.
+    """
+    ends = [start + length for start, length in spans]
+    total = torch.zeros(ends[-1], dtype=torch.float64)
+    weights = {}
+    for i, (start, length) in enumerate(spans):
+        weight = torch.ones(length, dtype=torch.float64)
+        if i > 0:
+            ramp = _ramp(ends[i - 1] - start)
+            weight[: len(ramp)] *= ramp
+        if i + 1 < len(spans):
+            ramp = _ramp(ends[i] - spans[i + 1][0])
+            weight[length - len(ramp) :] *= ramp.flip(0)
+        weights[start] = weight
+        total[start : ends[i]] += weight
+    return {start: w / total[start : start + len(w)] for start, w in weights.items()}
+
+
+def _ramp(length: int) -> torch.Tensor:
+    """A raised cosine from just above 0 to just below 1; it and its mirror image add up to 1."""
+    position = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    return torch.sin(position * (math.pi / 2)) ** 2
+
+
+def blend(tiles: Sequence[Tile], pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Join the pieces of a grid, in its order, into one (C, H, W) picture.
+
+    Raises OptionError where the numbers or shapes do not match.
+    """
+    canvas: Canvas | None = None
+    for tile, piece in zip(tiles, pieces, strict=False):
+        canvas = canvas or Canvas(tiles, piece.shape[0], dtype=piece.dtype, device=piece.device)
+        canvas.add(tile, piece)
+    if canvas is None:
+        raise OptionError("There are no pieces to blend; give one for each tile.")
+    return canvas.result()

@@ -1,0 +1,5 @@
+"""Latents: pictures <-> what the denoiser works on."""
+
+from linearsr.latent.autoencoder import Autoencoder, DCAutoencoder, SpaceToDepth, load_autoencoder
+
+__all__ = ["Autoencoder", "DCAutoencoder", "SpaceToDepth", "load_autoencoder"]

@@ -1,0 +1,103 @@
+"""Picture <-> latent, with one scale factor. Knows nothing of noise, experts or tiles.
+
+Pictures are (B, 3, H, W) in [-1, 1] with sides a multiple of `factor`; latents (B, C, H/f, W/f) with
+a spread near one. `lr_picture` is always the LR picture upsampled to the HR picture's size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearsr.config import LatentConfig
+from linearsr.errors import WeightsError
+
+
+class Autoencoder(Protocol):
+    """What the upscaler and the training loop ask of a latent space."""
+
+    factor: int
+
+    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
+        """The clean latent z_0 of `picture`."""
+        ...
+
+    def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
+        """The picture of `latent`; not clamped."""
+        ...
+
+    def condition(self, lr_picture: Tensor) -> Tensor:
+        """The LR picture itself on the latent grid, for `LinearSR.condition(lr_latent=...)`."""
+        ...
+
+
+class SpaceToDepth:
+    """Lossless: each factor x factor block of the residual over the LR picture becomes channels."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        self.factor = config.factor
+        self.scale = config.scale
+
+    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
+        return F.pixel_unshuffle((picture - lr_picture) / self.scale, self.factor)
+
+    def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
+        return lr_picture + F.pixel_shuffle(latent, self.factor) * self.scale
+
+    def condition(self, lr_picture: Tensor) -> Tensor:
+        return F.pixel_unshuffle(lr_picture, self.factor)
+
+
+class DCAutoencoder:
+    """Deep-compression autoencoder f32c32 (arXiv 2410.10733) through diffusers' `AutoencoderDC`."""
+
+    def __init__(self, config: LatentConfig, model: nn.Module) -> None:
+        self.factor = config.factor
+        self.scale = config.scale
+        self.model = model.requires_grad_(False).eval()
+
+    def _encode(self, picture: Tensor) -> Tensor:
+        return self.model.encode(picture).latent * self.scale  # type: ignore[operator]
+
+    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
+        return self._encode(picture)
+
+    def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
+        return self.model.decode(latent / self.scale).sample  # type: ignore[operator]
+
+    def condition(self, lr_picture: Tensor) -> Tensor:
+        return self._encode(lr_picture)
+
+
+def load_autoencoder(
+    config: LatentConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """The autoencoder `config` names; DC-AE comes from a local folder or a hub id.
+
+    Raises WeightsError when it cannot be had: diffusers missing, no such folder, hub unreachable.
+    """
+    if config.kind == "space-to-depth":
+        return SpaceToDepth(config)
+    return DCAutoencoder(config, _load_dc_ae(config).to(device, dtype))
+
+
+def _load_dc_ae(config: LatentConfig) -> nn.Module:
+    if config.source is None:
+        raise WeightsError("a dc-ae latent needs latent.source: a local folder or a hub id")
+    try:
+        from diffusers import AutoencoderDC
+    except ImportError as error:
+        raise WeightsError("DC-AE needs diffusers: pip install 'linearsr[sana]'") from error
+    try:
+        model = AutoencoderDC.from_pretrained(config.source, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        where = "folder" if Path(config.source).is_dir() else "hub id (is the hub reachable?)"
+        raise WeightsError(f"cannot load DC-AE from {where} {config.source!r}: {error}") from error
+    factor = model.spatial_compression_ratio
+    if factor != config.factor:
+        raise WeightsError(f"{config.source!r} compresses {factor}x, the config says {config.factor}x")
+    return model

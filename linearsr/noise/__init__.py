@@ -1,0 +1,1 @@
+"""Noise: the path between picture and noise, who denoises which part of it, and the sampler."""

@@ -1,0 +1,1 @@
+"""Training: a plain loop, its data and its recipes. Knows nothing of Ray."""

@@ -1,0 +1,5 @@
+"""Weights: bundles of safetensors with their config inside, and conversion from Sana."""
+
+from linearsr.weights.bundle import Bundle, available, find, load, save
+
+__all__ = ["Bundle", "available", "find", "load", "save"]

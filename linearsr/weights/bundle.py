@@ -1,0 +1,141 @@
+"""A model on disk: a folder of safetensors, one per expert, config and provenance in the metadata.
+
+Loading needs nothing but the folder. Knows nothing of training states or of Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from linearsr.config import ModelConfig
+from linearsr.denoiser import LinearSR
+from linearsr.errors import WeightsError
+from linearsr.noise.experts import EXPERTS
+
+BUNDLED = Path(__file__).parent
+
+
+class Bundle(NamedTuple):
+    """A loaded model; `experts` from highest noise to lowest."""
+
+    config: ModelConfig
+    experts: list[LinearSR]
+    provenance: dict[str, str]
+
+
+def expert_names(config: ModelConfig) -> list[str]:
+    """File stems of the experts, highest noise first; a model without boundaries is one file."""
+    count = len(config.sampling.boundaries) + 1
+    return list(EXPERTS) if count == len(EXPERTS) else [f"expert-{i}" for i in range(count)]
+
+
+def available() -> list[str]:
+    """Names of the models that came with the package."""
+    return sorted(p.name for p in BUNDLED.iterdir() if any(p.glob("*.safetensors")))
+
+
+def find(name_or_folder: str | Path) -> Path:
+    """The folder of a bundled model's name, or of a path. Raises WeightsError for neither."""
+    if (BUNDLED / name_or_folder).is_dir() and str(name_or_folder) in available():
+        return BUNDLED / name_or_folder
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    raise WeightsError(
+        f"unknown model {str(name_or_folder)!r}: bundled are {', '.join(available()) or 'none'}; "
+        "anything else must be a folder of safetensors"
+    )
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    experts: Sequence[Mapping[str, Tensor]],
+    provenance: Mapping[str, str],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write one safetensors per expert into `folder`; each is complete before it gets its name."""
+    names = expert_names(config)
+    if len(names) != len(experts):
+        raise WeightsError(f"the config asks for {len(names)} experts, got {len(experts)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
+    for name, tensors in zip(names, experts, strict=True):
+        _check_finite(tensors, name)
+        packed = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
+        temporary = folder / f".{name}.tmp"
+        save_file(packed, temporary, metadata={**metadata, "expert": name})
+        temporary.replace(folder / f"{name}.safetensors")
+
+
+def load(
+    name_or_folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Bundle:
+    """Load a bundle. Raises WeightsError naming the file: missing, damaged, wrong shape, not finite."""
+    folder = find(name_or_folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(f"{folder}: no .safetensors file in this folder")
+    config, provenance = _read_metadata(files[0])
+    experts = []
+    for name in expert_names(config):
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise WeightsError(f"{path}: this expert's file is missing; copy the whole folder again")
+        experts.append(_load_expert(path, config).to(device, dtype))
+    return Bundle(config, experts, provenance)
+
+
+def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return (
+            ModelConfig.model_validate_json(metadata["linearsr"]),
+            json.loads(metadata["provenance"]),
+        )
+    except KeyError:
+        raise WeightsError(
+            f"{path}: no LinearSR config inside; convert it first (linearsr.weights.convert)"
+        ) from None
+    except (SafetensorError, OSError, ValidationError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as LinearSR weights: {_line(error)}") from error
+
+
+def _load_expert(path: Path, config: ModelConfig) -> LinearSR:
+    if _read_metadata(path)[0] != config:
+        raise WeightsError(f"{path}: another model's config than its neighbours'; do not mix folders")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: damaged: {_line(error)}") from error
+    _check_finite(tensors, path)
+    with torch.device("meta"):
+        model = LinearSR(config.denoiser)
+    try:
+        model.to_empty(device="cpu").load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: does not fit its config: {_line(error)}") from error
+    return model.float().requires_grad_(False).eval()
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{where}: {key} holds NaN or infinity; this file is not usable")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,48 @@
+"""Runs Triton kernels on the CPU interpreter and makes unwritten memory show as NaN.
+
+Knows nothing of what any kernel computes.
+"""
+
+import os
+
+# Read where @triton.jit decorates, so it is set before anything imports Triton.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+
+def _poisoned(allocate):
+    def wrapper(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison_empty_memory(monkeypatch):
+    """Memory straight from the allocator is often zero, which would hide an unwritten element."""
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ]:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def round_bfloat16(monkeypatch):
+    """The interpreter truncates fp32 to bfloat16; GPUs round to nearest even, and so do we here."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def convert_rounding(x, source, target, mode):
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(x, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_rounding)
