@@ -1,4 +1,4 @@
-"""The `linearsr` command. Turns words into calls and errors into one line each; decides nothing else.
+"""The `linearsr` command: words into calls, errors into one line each; decides nothing else.
 
 Exit codes: 0 all done; 1 some inputs failed (each named, the rest written); 2 usage.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearsr import __version__
-from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError
+from linearsr.errors import InputError, LinearSRError, OptionError, OutputError, WeightsError
 
 if TYPE_CHECKING:
     from linearsr.upscaler import Options, Upscaler
@@ -128,13 +128,20 @@ def _one(
 
     began = time.perf_counter()
     picture = read(source, max_pixels=arguments.max_pixels)
+    _make_folder(target.parent)
     bar = _Progress(f"{counter} {source.name}")
     result = upscaler.upscale(picture, options, bar)
     provenance = upscaler.describe(options)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write(result, target, quality=arguments.quality, provenance=provenance)
     height, width = result.pixels.shape[-2:]
     bar.done(f"{target}  {width}x{height}  {time.perf_counter() - began:.1f} s")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another") from error
 
 
 class _Progress:
@@ -160,6 +167,8 @@ def _pairs(inputs: list[Path], output: Path, suffix: str | None) -> Iterator[tup
 
     single = len(inputs) == 1 and not inputs[0].is_dir()
     if single and not output.is_dir() and output.suffix:
+        if output.suffix.lower() not in FORMATS:
+            raise OptionError(f"{output}: the suffix must be one of {', '.join(FORMATS)}")
         yield inputs[0], output
         return
     if output.is_file():

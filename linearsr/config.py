@@ -18,7 +18,7 @@ class Config(BaseModel):
 
 
 class DenoiserConfig(Config):
-    """Shape of one `linearsr.denoiser.LinearSR` (paper section 3; block as in Sana, arXiv 2410.10629).
+    """Shape of one `linearsr.denoiser.LinearSR` (paper section 3; blocks as in Sana, 2410.10629).
 
     `prediction` says what the last layer means. "velocity" is Sana's own: the output is v.
     "preconditioned" wraps the same network in EDM's skip and scale (Karras et al. 2022, eq. 7),
@@ -57,8 +57,8 @@ class LatentConfig(Config):
     """How pictures become latents.
 
     "space-to-depth" folds each `factor` x `factor` block of the residual over the bicubic picture
-    into channels, losslessly, divided by `scale` so that its spread is near one. "dc-ae" encodes the
-    picture itself with diffusers' `AutoencoderDC` (f32c32), found at `source` (folder or hub id).
+    into channels, losslessly, divided by `scale` so that its spread is near one. "dc-ae" encodes
+    the picture itself with diffusers' `AutoencoderDC`, found at `source` (folder or hub id).
     """
 
     kind: Literal["space-to-depth", "dc-ae"]

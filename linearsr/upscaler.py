@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class OutOfMemory(LinearSRError):
-    """The device's memory did not suffice, with the tile size the user chose or the smallest one."""
+    """The device's memory did not suffice, with the tile chosen or the smallest one."""
 
 
 class Options(Config):
@@ -61,7 +61,7 @@ class Options(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
     tags: tuple[str, ...] = ()
     # Side of a tile in input pixels, "auto" or "off".
-    tile: int | Literal["auto", "off"] = "auto"
+    tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
 
     @classmethod
@@ -73,6 +73,9 @@ class Options(Config):
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "options"
             raise OptionError(f"{name}: {first['msg']} (got {first['input']!r})") from error
+
+
+DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ class Upscaler:
     def load(cls, name_or_folder: str | Path = "linearsr-tiny", device: str = "auto") -> Upscaler:
         """Load a bundled model by name, or a folder of safetensors, onto a device.
 
-        device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device. Raises WeightsError or
-        OptionError.
+        device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device.
+        Raises WeightsError or OptionError.
         """
         chosen = _pick_device(device)
         return cls(weights.load(name_or_folder, chosen, _best_dtype(chosen)), chosen)
@@ -121,7 +124,7 @@ class Upscaler:
         return to_pil(self.upscale(from_pil(image), Options.parse(scale=scale, **options)))
 
     def upscale(
-        self, picture: Picture, options: Options = Options(), progress: Progress | None = None
+        self, picture: Picture, options: Options = DEFAULTS, progress: Progress | None = None
     ) -> Picture:
         """Upscale a picture; `progress(expert, steps_done, steps)` is called after each segment.
 
@@ -270,7 +273,7 @@ class _Span:
 
 
 def _span(first: int, last: int, factor: int, scale: int, length: int) -> _Span:
-    """The LR pixels that bicubic needs for latent cells `first` to `last`: two more on each side."""
+    """The LR pixels that bicubic needs for cells `first` to `last`: two more on each side."""
     start = max(0, first * factor // scale - 2)
     stop = min(length, -(-last * factor // scale) + 2)
     return _Span(start, stop, first * factor - start * scale)

@@ -117,9 +117,9 @@ class Block(nn.Module):
         tag_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, H, W, C), modulation (B, 6, C) shared by all blocks -> (B, H, W, C)."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            (self.modulation + modulation)[:, :, None, None].unbind(1)
-        )
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + modulation)[
+            :, :, None, None
+        ].unbind(1)
         x = x + gate * self.attention(modulate(x, shift, scale))
         if tags is not None and self.tag_attention is not None:
             x = x + self.tag_attention(x, tags, tag_mask)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
@@ -59,7 +58,7 @@ class LinearSR(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Start as the identity on the residual stream and as zero at the output (DiT's adaLN-zero)."""
+        """Start with a zero output (as DiT), so that training begins at the LR picture itself."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         nn.init.normal_(self.time.modulation.weight, std=0.02)
@@ -75,7 +74,7 @@ class LinearSR(nn.Module):
         """What stays the same over all steps of a request.
 
         lr_picture: (B, 3, H, W) in [-1, 1], upsampled to the output's size.
-        lr_latent: (B, latent_channels, h, w), the same picture encoded; needed iff the config says so.
+        lr_latent: (B, latent_channels, h, w), the same picture encoded, if the config joins it.
         tags: (B, T, tag_dim) embeddings; tag_mask: (B, T), True where real.
         Raises OptionError for tags on a model trained without, and for a missing latent.
         """
@@ -100,7 +99,9 @@ class LinearSR(nn.Module):
         if self.config.prediction == "velocity":
             return self._network(latent, t, condition)
         c = Preconditioning.at(t.to(latent.dtype))
-        return c.skip * latent + c.output_scale * self._network(c.input_scale * latent, t, condition)
+        return c.skip * latent + c.output_scale * self._network(
+            c.input_scale * latent, t, condition
+        )
 
     def _network(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = self.embed.weight.dtype

@@ -180,7 +180,9 @@ def degrade(hr: Tensor, scale: int, config: Degradation, rng: np.random.Generato
     The same `rng` state gives the same pixels. H and W must be multiples of `scale`.
     """
     if hr.ndim != 3 or hr.shape[0] != 3 or hr.shape[1] % scale or hr.shape[2] % scale:
-        raise ValueError(f"hr must be (3, H, W) with sides a multiple of {scale}: {tuple(hr.shape)}")
+        raise ValueError(
+            f"hr must be (3, H, W) with sides a multiple of {scale}: {tuple(hr.shape)}"
+        )
     picture = hr[None]
     for stage in config.stages:
         picture = _apply(picture, stage, config.kernel_size, rng)

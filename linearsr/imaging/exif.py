@@ -11,7 +11,7 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from PIL.ExifTags import IFD, Base
 from PIL.Image import Exif, Image
@@ -19,7 +19,7 @@ from PIL.Image import Exif, Image
 HEADER: Final = b"Exif\0\0"
 """What EXIF bytes start with here, as in JPEG; some formats leave it out."""
 
-# PIL follows every offset a tag claims. A hostile file can point thousands of tags at the same
+# PIL before 12 follows every offset a tag claims. A hostile file can point thousands of tags at one
 # large block, so the sum of what is read is bounded.
 _MAX_READ: Final = 8 * 2**20
 
@@ -124,10 +124,7 @@ def tiff_with_exif(tiff: bytes, data: bytes) -> bytes:
         for tag in exif.keys() & _DESCRIPTIVE_TAGS:
             directory[tag] = exif[tag]
         for group in exif.keys() & {IFD.Exif, IFD.GPSInfo}:
-            tags = dict(exif.get_ifd(group))
-            # An offset into `data`.
-            tags.pop(IFD.Interop, None)
-            directory[group] = tags
+            directory[group] = _group(exif, group)
         return directory.tobytes().removeprefix(HEADER) + tiff
     except Exception:
         return tiff
@@ -194,7 +191,15 @@ def _add(exif: Exif, provenance: Mapping[str, str]) -> None:
     text = "\n".join([*lines, record_line(provenance)])
     # The code for other text than ASCII has no agreed byte order; "undefined" has none to mistake.
     code = b"ASCII\0\0\0" if text.isascii() else bytes(8)
-    exif.get_ifd(IFD.Exif)[Base.UserComment] = code + text.encode()
+    exif[IFD.Exif] = {**_group(exif, IFD.Exif), Base.UserComment: code + text.encode()}
+
+
+def _group(exif: Exif, tag: int) -> dict[int, Any]:
+    """The tags of a directory within EXIF, to be put into another one."""
+    tags = dict(exif.get_ifd(tag))
+    # Not a value but an offset into the old block.
+    tags.pop(IFD.Interop, None)
+    return tags
 
 
 def _comment(exif: Exif) -> str:

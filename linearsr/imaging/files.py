@@ -241,7 +241,7 @@ def _as_input_error(name: str) -> Iterator[None]:
         raise InputError(f"{name}: damaged or truncated ({reason}); get the file again.") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: pyvips.Error | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
         # pyvips leaves the message where it was, and would stumble over it again.
         pyvips.vips_lib.vips_error_clear()

@@ -1,7 +1,7 @@
 """Picture <-> latent, with one scale factor. Knows nothing of noise, experts or tiles.
 
-Pictures are (B, 3, H, W) in [-1, 1] with sides a multiple of `factor`; latents (B, C, H/f, W/f) with
-a spread near one. `lr_picture` is always the LR picture upsampled to the HR picture's size.
+Pictures are (B, 3, H, W) in [-1, 1] with sides a multiple of `factor`; latents (B, C, H/f, W/f)
+with a spread near one. `lr_picture` is always the LR picture upsampled to the HR picture's size.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def load_autoencoder(
     """
     if config.kind == "space-to-depth":
         return SpaceToDepth(config)
-    return DCAutoencoder(config, _load_dc_ae(config).to(device, dtype))
+    return DCAutoencoder(config, _load_dc_ae(config, dtype).to(device))
 
 
-def _load_dc_ae(config: LatentConfig) -> nn.Module:
+def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
     if config.source is None:
         raise WeightsError("a dc-ae latent needs latent.source: a local folder or a hub id")
     try:
@@ -93,11 +93,22 @@ def _load_dc_ae(config: LatentConfig) -> nn.Module:
     except ImportError as error:
         raise WeightsError("DC-AE needs diffusers: pip install 'linearsr[sana]'") from error
     try:
-        model = AutoencoderDC.from_pretrained(config.source, use_safetensors=True)
+        model, report = AutoencoderDC.from_pretrained(
+            config.source, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
-        where = "folder" if Path(config.source).is_dir() else "hub id (is the hub reachable?)"
-        raise WeightsError(f"cannot load DC-AE from {where} {config.source!r}: {error}") from error
+        where = "folder" if Path(config.source).is_dir() else "missing folder or unreachable hub id"
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"cannot load DC-AE from {where} {config.source!r}: {reason}") from error
+    # Diffusers only warns, and leaves what is missing without data or at random.
+    for key in (*report["missing_keys"], *report["unexpected_keys"]):
+        raise WeightsError(f"{config.source!r} is no AutoencoderDC: missing or unexpected {key}")
+    for key, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{config.source!r}: {key} holds NaN or infinity; not usable")
     factor = model.spatial_compression_ratio
     if factor != config.factor:
-        raise WeightsError(f"{config.source!r} compresses {factor}x, the config says {config.factor}x")
+        raise WeightsError(
+            f"{config.source!r} compresses {factor}x, the config says {config.factor}x"
+        )
     return model

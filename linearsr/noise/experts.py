@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from linearsr.errors import OptionError
@@ -67,7 +68,7 @@ def plan(timesteps: Sequence[float], bounds: Sequence[float]) -> list[Segment]:
     """
     if not timesteps or not 0 < timesteps[0] <= 1:
         raise OptionError("timesteps must start in (0, 1] and there must be at least one")
-    if any(b >= a for a, b in zip(timesteps, timesteps[1:], strict=False)) or timesteps[-1] <= 0:
+    if any(b >= a for a, b in pairwise(timesteps)) or timesteps[-1] <= 0:
         raise OptionError("timesteps must fall strictly and stay above 0")
     segments: list[Segment] = []
     for i, t in enumerate(timesteps):
@@ -82,4 +83,4 @@ def plan(timesteps: Sequence[float], bounds: Sequence[float]) -> list[Segment]:
 def ranges(bounds: Sequence[float]) -> list[tuple[float, float]]:
     """The (low, high] timesteps of each expert, highest noise first: what each is trained on."""
     edges = [0.0, *bounds, 1.0]
-    return list(zip(edges[:-1], edges[1:], strict=True))[::-1]
+    return list(pairwise(edges))[::-1]

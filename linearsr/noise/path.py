@@ -1,6 +1,6 @@
 """The straight path between a clean latent (t = 0) and noise (t = 1), and what follows from it.
 
-    z_t = (1 - t) z_0 + t eps,   v = eps - z_0,   SNR(t) = ((1 - t) / t)^2     (LinearSR section 3.1)
+    z_t = (1 - t) z_0 + t eps,  v = eps - z_0,  SNR(t) = ((1 - t) / t)^2  (LinearSR section 3.1)
 
 Knows nothing of networks, experts or pictures.
 """
@@ -44,7 +44,7 @@ class Preconditioning(NamedTuple):
 
     With a clean latent of unit spread and D = (1 - t)^2 + t^2, the best *linear* guess of z_0 from
     z_t is ((1 - t) / D) z_t. The network sees that guess (so at t = 1, where z_t is pure noise, it
-    sees zeros and the one-step answer does not depend on the seed) and what it returns, F, completes
+    sees zeros and the one-step answer does not depend on the seed) and its output F completes
     it: z_0 = (1 - t)/D z_t + t/sqrt(D) F. As a velocity, with no division by t left:
 
         v = (2t - 1)/D z_t - F / sqrt(D)

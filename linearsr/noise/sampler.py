@@ -36,8 +36,8 @@ def euler(
 ) -> Tensor:
     """Take steps `start` to `stop` of `timesteps` from `latent` (B, C, h, w).
 
-    `denoise(latent, t)` returns the velocity at t (B,). One step from t = 1 lands on the conditional
-    mean (fidelity); more steps move towards one plausible picture (perception).
+    `denoise(latent, t)` returns the velocity at t (B,). One step from t = 1 lands on the
+    conditional mean (fidelity); more steps move towards one plausible picture (perception).
     """
     stop = len(timesteps) - 1 if stop is None else stop
     t = torch.tensor(timesteps, device=latent.device)[:, None].expand(-1, latent.shape[0])

@@ -10,7 +10,6 @@ Each stage writes OUT/STAGE.pt as it goes and continues from it when started aga
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 
 from linearsr import weights
-from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.latent import load_autoencoder
@@ -31,7 +29,9 @@ from linearsr.training.recipes import RECIPES, Recipe
 
 def main() -> int:
     """Run one stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("stage", choices=("pretrain", "expert", "bundle"))
     parser.add_argument("--recipe", choices=RECIPES, default="tiny_cpu")
     parser.add_argument("--photos", type=Path, help="folder of training photographs")
@@ -39,12 +39,16 @@ def main() -> int:
     parser.add_argument("--index", type=int, default=0, help="which expert, 0 being highest noise")
     parser.add_argument("--steps", type=int, help="instead of the recipe's number")
     parser.add_argument("--folder", type=Path, help="where the bundle goes")
-    parser.add_argument("--note", action="append", default=[], metavar="KEY=VALUE", help="provenance")
+    parser.add_argument(
+        "--note", action="append", default=[], metavar="KEY=VALUE", help="provenance"
+    )
     options = parser.parse_args()
     recipe = RECIPES[options.recipe]()
     try:
         if options.stage == "bundle":
-            _bundle(recipe, options.out, options.folder or options.out / recipe.model.name, options.note)
+            _bundle(
+                recipe, options.out, options.folder or options.out / recipe.model.name, options.note
+            )
         else:
             _train(recipe, options)
     except LinearSRError as error:
@@ -104,8 +108,12 @@ def _bundle(recipe: Recipe, out: Path, folder: Path, notes: list[str]) -> None:
     single = recipe.model.model_copy(
         update={"sampling": recipe.model.sampling.model_copy(update={"boundaries": ()})}
     )
-    weights.save(folder.with_name(f"{folder.name}-single"), single, [_ema(out / "pretrain.pt")], provenance)
-    print(f"wrote {folder} and, for comparison, the one model its experts came from, {folder}-single")
+    weights.save(
+        folder.with_name(f"{folder.name}-single"), single, [_ema(out / "pretrain.pt")], provenance
+    )
+    print(
+        f"wrote {folder} and, for comparison, the one model its experts came from, {folder}-single"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -34,7 +35,7 @@ class DataConfig(Config):
     # Photographs are shrunk by a random factor first: it sharpens soft ones and multiplies few.
     shrink: tuple[float, float] = (0.25, 1.0)
     # How often each degradation preset is drawn; must sum to one.
-    degradations: dict[str, float] = {"clean": 0.5, "mild": 0.4, "seesr": 0.1}
+    degradations: dict[str, float] = Field(default={"clean": 0.5, "mild": 0.4, "seesr": 0.1})
     # Pixels around the patch that blur and resize may look at.
     margin: int = 16
 
@@ -46,7 +47,9 @@ class Patches(IterableDataset[Batch]):
         self.config = config
         self.seed = seed
         self.photos = [_as_bytes(path) for path in find_images(folder)]
-        self.photos = [p for p in self.photos if min(p.shape[1:]) >= config.patch + 2 * config.margin]
+        self.photos = [
+            p for p in self.photos if min(p.shape[1:]) >= config.patch + 2 * config.margin
+        ]
         if not self.photos:
             raise InputError(f"{folder}: no photograph of at least {config.patch} px to train on")
 

@@ -1,7 +1,7 @@
 """One training stage: batches in, steps, EMA, a guard against divergence, reports out.
 
-Plain torch. Knows nothing of Ray, files of photographs, or which expert it is training: it is handed
-batches, a range of timesteps and a `report` function.
+Plain torch. Knows nothing of Ray, files of photographs, or which expert it is training: it is
+handed batches, a range of timesteps and a `report` function.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class TrainConfig(Config):
 
     steps: int = Field(gt=0)
     learning_rate: float = 1e-3
-    muon: bool = True
     warmup: int = 50
     # The share of the stage, at its end, over which the rate falls to zero.
     decay: float = 0.6
@@ -77,7 +76,7 @@ class State:
 
     model: LinearSR
     ema: LinearSR
-    optimizers: list[torch.optim.Optimizer]
+    optimizer: torch.optim.AdamW
     generator: torch.Generator
     step: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
@@ -87,28 +86,18 @@ def start(model: LinearSR, config: TrainConfig) -> State:
     """A fresh state; `model` is trained in place, its EMA is a copy."""
     ema = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
-    return State(model, ema, optimizers(model, config), generator)
+    return State(model, ema, optimizer(model, config), generator)
 
 
-def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks (its updates scaled to AdamW's size), AdamW for the rest."""
-    named = dict(model.named_parameters())
-    inner = [p for n, p in named.items() if config.muon and _is_inner_matrix(n, p)]
-    chosen = {id(p) for p in inner}
-    rest = [p for p in named.values() if id(p) not in chosen]
-    rate, decay = config.learning_rate, config.weight_decay
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
-    ]
-    if inner:
-        made.append(
-            torch.optim.Muon(inner, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return made
-
-
-def _is_inner_matrix(name: str, parameter: Tensor) -> bool:
-    return name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2
+def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a short second moment: small batches, and noise levels of unlike gradients."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -176,11 +165,10 @@ def _step(state: State, config: TrainConfig, losses: Tensor, t: Tensor) -> None:
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
         raise Diverged(f"step {state.step}: loss {loss.item()}, gradient norm {norm.item()}")
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, config)
-        optimizer.step()
-        optimizer.zero_grad()
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, config)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
     state.step += 1
     _update_ema(state, config)
     at_one = losses.detach()[t == 1]
@@ -189,7 +177,7 @@ def _step(state: State, config: TrainConfig, losses: Tensor, t: Tensor) -> None:
 
 
 def _update_ema(state: State, config: TrainConfig) -> None:
-    """Exponential moving average whose memory grows with the stage, so that early noise is forgotten."""
+    """Exponential moving average whose memory grows, so that the first weights are forgotten."""
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
         ours, theirs = list(state.ema.parameters()), list(state.model.parameters())
@@ -200,9 +188,7 @@ def _summary(state: State, config: TrainConfig, steps: int, speed: float) -> Rep
     loss, norm, at_one, count = state.sums
     state.sums = [0.0] * 4
     rate = learning_rate(state.step - 1, config)
-    return Report(
-        state.step, loss / steps, at_one / max(count, 1), norm / steps, rate, speed
-    )
+    return Report(state.step, loss / steps, at_one / max(count, 1), norm / steps, rate, speed)
 
 
 def save(state: State, path: Path) -> None:
@@ -210,7 +196,7 @@ def save(state: State, path: Path) -> None:
     payload: dict[str, Any] = {
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
-        "optimizers": [o.state_dict() for o in state.optimizers],
+        "optimizer": state.optimizer.state_dict(),
         "generator": state.generator.get_state(),
         "step": state.step,
     }
@@ -224,7 +210,6 @@ def restore(state: State, path: Path) -> None:
     payload = torch.load(path, weights_only=True)
     state.model.load_state_dict(payload["model"])
     state.ema.load_state_dict(payload["ema"])
-    for optimizer, saved in zip(state.optimizers, payload["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    state.optimizer.load_state_dict(payload["optimizer"])
     state.generator.set_state(payload["generator"])
     state.step = payload["step"]

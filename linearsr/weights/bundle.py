@@ -67,10 +67,11 @@ def save(
     names = expert_names(config)
     if len(names) != len(experts):
         raise WeightsError(f"the config asks for {len(names)} experts, got {len(experts)}")
+    for name, tensors in zip(names, experts, strict=True):
+        _check_finite(tensors, name)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
     for name, tensors in zip(names, experts, strict=True):
-        _check_finite(tensors, name)
         packed = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
         temporary = folder / f".{name}.tmp"
         save_file(packed, temporary, metadata={**metadata, "expert": name})
@@ -82,7 +83,10 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Bundle:
-    """Load a bundle. Raises WeightsError naming the file: missing, damaged, wrong shape, not finite."""
+    """Load a bundle.
+
+    Raises WeightsError naming the file: missing, damaged, of a wrong shape, not finite.
+    """
     folder = find(name_or_folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -92,7 +96,9 @@ def load(
     for name in expert_names(config):
         path = folder / f"{name}.safetensors"
         if not path.is_file():
-            raise WeightsError(f"{path}: this expert's file is missing; copy the whole folder again")
+            raise WeightsError(
+                f"{path}: this expert's file is missing; copy the whole folder again"
+            )
         experts.append(_load_expert(path, config).to(device, dtype))
     return Bundle(config, experts, provenance)
 
@@ -115,17 +121,18 @@ def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:
 
 def _load_expert(path: Path, config: ModelConfig) -> LinearSR:
     if _read_metadata(path)[0] != config:
-        raise WeightsError(f"{path}: another model's config than its neighbours'; do not mix folders")
+        raise WeightsError(
+            f"{path}: another model's config than its neighbours'; do not mix folders"
+        )
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: damaged: {_line(error)}") from error
     _check_finite(tensors, path)
-    with torch.device("meta"):
-        model = LinearSR(config.denoiser)
+    model = LinearSR(config.denoiser)
     try:
-        model.to_empty(device="cpu").load_state_dict(tensors)
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise WeightsError(f"{path}: does not fit its config: {_line(error)}") from error
     return model.float().requires_grad_(False).eval()

@@ -127,7 +127,7 @@ def test_expanded_output_gradient(expanded_from, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("q_scale", [1e25, 1e-25])
+@pytest.mark.parametrize("q_scale", [1e36, 1e25, 1e-25])
 @pytest.mark.parametrize("k_scale", [1e25, 1e-25])
 def test_extreme_magnitudes(q_scale, k_scale, dtype, backend):
     scales = torch.tensor([q_scale, k_scale, 1e4]).repeat_interleave(HEADS * 16)

@@ -1,0 +1,1 @@
+"""Measurements behind the numbers in the README and the model card."""

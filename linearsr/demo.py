@@ -1,0 +1,127 @@
+"""`make demo`: upscale one photograph and draw input, bicubic and LinearSR side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from linearsr.errors import LinearSRError
+from linearsr.imaging.files import Picture, from_pil, read, to_pil, write
+from linearsr.imaging.resample import resize
+from linearsr.upscaler import Options, Upscaler
+
+PANEL, CROP, GAP, LABEL = 480, 120, 8, 28
+
+
+def main() -> int:
+    """Write OUTPUT/input.png, OUTPUT/upscaled.png and OUTPUT/compare.png."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", type=Path, help="a photograph; default: scikit-image's cat")
+    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--model", default="linearsr-tiny")
+    options = parser.parse_args()
+    try:
+        _demo(options.input, options.output, options.model)
+    except LinearSRError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _demo(source: Path | None, output: Path, model: str) -> None:
+    picture = read(source) if source else _cat()
+    upscaler = Upscaler.load(model)
+    began = time.perf_counter()
+    result = upscaler.upscale(picture, Options(), _say)
+    seconds = time.perf_counter() - began
+    output.mkdir(parents=True, exist_ok=True)
+    write(picture, output / "input.png")
+    write(result, output / "upscaled.png", provenance=upscaler.describe(Options()))
+    compare(picture, result).save(output / "compare.png")
+    size = "{1}x{0}".format(*result.pixels.shape[-2:])
+    print(f"{output}/upscaled.png  {size} in {seconds:.1f} s\n{output}/compare.png")
+
+
+def _say(expert: str, done: int, steps: int) -> None:
+    print(f"  {expert}: step {done} of {steps}", flush=True)
+
+
+def _cat() -> Picture:
+    """The photograph inside the scikit-image wheel, halved: its full size is a little soft."""
+    import skimage.data
+
+    photo = Image.fromarray(np.asarray(skimage.data.chelsea()))
+    return from_pil(photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BICUBIC))
+
+
+def compare(picture: Picture, result: Picture) -> Image.Image:
+    """One picture: input, bicubic and `result` in a row, then enlarged details of each."""
+    size = result.pixels.shape[-2:]
+    bicubic = resize(picture.pixels[None], *size)[0].clamp(0, 1)
+    small = to_pil(picture).convert("RGB")
+    wide = (size[1], size[0])
+    versions = {
+        "input": small.resize(wide, Image.Resampling.NEAREST),
+        "bicubic": to_pil(from_tensor(bicubic)),
+        "LinearSR": to_pil(result).convert("RGB"),
+    }
+    corners = _details(result.pixels, CROP)
+    panel_height = max(1, round(PANEL * size[0] / size[1]))
+    sheet = Image.new(
+        "RGB",
+        (3 * PANEL + 4 * GAP, LABEL + panel_height + len(corners) * (PANEL + GAP) + 2 * GAP),
+        "white",
+    )
+    for column, (name, image) in enumerate(versions.items()):
+        left = GAP + column * (PANEL + GAP)
+        _write_label(
+            sheet, left, f"{name}  {image.width}x{image.height}" if column else _size(small)
+        )
+        view = image.resize((PANEL, panel_height), Image.Resampling.LANCZOS)
+        sheet.paste(view, (left, LABEL))
+        for row, (top, x) in enumerate(corners):
+            crop = image.crop((x, top, min(x + CROP, wide[0]), min(top + CROP, wide[1])))
+            crop = crop.resize((PANEL, PANEL), Image.Resampling.NEAREST)
+            sheet.paste(crop, (left, LABEL + panel_height + GAP + row * (PANEL + GAP)))
+    return sheet
+
+
+def from_tensor(pixels: torch.Tensor) -> Picture:
+    """A plain 8-bit picture of (3, H, W) floats in [0, 1]."""
+    return Picture(pixels, None, 8, False, None, None, "png")
+
+
+def _size(small: Image.Image) -> str:
+    return f"input  {small.width}x{small.height}"
+
+
+def _write_label(sheet: Image.Image, left: int, text: str) -> None:
+    ImageDraw.Draw(sheet).text((left, 4), text, "black", ImageFont.load_default(size=18))
+
+
+def _details(pixels: torch.Tensor, size: int, count: int = 2) -> list[tuple[int, int]]:
+    """Top and left of the busiest `count` squares that lie apart from each other."""
+    edges = pixels.mean(0)
+    busy = (edges.diff(dim=0)[:, :-1].abs() + edges.diff(dim=1)[:-1].abs())[None, None]
+    if min(busy.shape[-2:]) < size:
+        return [(0, 0)]
+    scores = torch.nn.functional.avg_pool2d(busy, size, stride=size // 4)[0, 0]
+    found: list[tuple[int, int]] = []
+    for index in scores.flatten().argsort(descending=True).tolist():
+        row, column = divmod(index, scores.shape[1])
+        corner = (row * (size // 4), column * (size // 4))
+        if all(max(abs(corner[0] - r), abs(corner[1] - c)) >= 2 * size for r, c in found):
+            found.append(corner)
+        if len(found) == count:
+            break
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,534 @@
+"""Sana weights -> LinearSR weights: diffusers' layout and Sana's own, one table of renames each.
+
+    python -m linearsr.weights.convert SOURCE --out FOLDER [--name NAME]
+
+SOURCE is a folder (diffusers' `SanaTransformer2DModel`, or a pipeline with `transformer/` inside)
+or a file (NVlabs' .pth, or the same as .safetensors). The result is the same function as the source
+and its LR stem is new, silent until trained. Sana: arXiv 2410.10629. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from linearsr.config import LINEARSR_1_6B, DenoiserConfig, ModelConfig, SamplingConfig
+from linearsr.denoiser import LinearSR
+from linearsr.denoiser.conditioning import LRStem
+from linearsr.errors import LinearSRError, OutputError, WeightsError
+from linearsr.weights.bundle import expert_names, save
+
+# Our key -> the keys it is made of, concatenated on the first axis; {} is the block's number.
+_DIFFUSERS: dict[str, tuple[str, ...]] = {
+    "embed.weight": ("patch_embed.proj.weight",),
+    "embed.bias": ("patch_embed.proj.bias",),
+    "time.hidden.weight": ("time_embed.emb.timestep_embedder.linear_1.weight",),
+    "time.hidden.bias": ("time_embed.emb.timestep_embedder.linear_1.bias",),
+    "time.embed.weight": ("time_embed.emb.timestep_embedder.linear_2.weight",),
+    "time.embed.bias": ("time_embed.emb.timestep_embedder.linear_2.bias",),
+    "time.modulation.weight": ("time_embed.linear.weight",),
+    "time.modulation.bias": ("time_embed.linear.bias",),
+    "tags.hidden.weight": ("caption_projection.linear_1.weight",),
+    "tags.hidden.bias": ("caption_projection.linear_1.bias",),
+    "tags.out.weight": ("caption_projection.linear_2.weight",),
+    "tags.out.bias": ("caption_projection.linear_2.bias",),
+    "tags.norm.weight": ("caption_norm.weight",),
+    "blocks.{}.modulation": ("transformer_blocks.{}.scale_shift_table",),
+    "blocks.{}.attention.qkv.weight": (
+        "transformer_blocks.{}.attn1.to_q.weight",
+        "transformer_blocks.{}.attn1.to_k.weight",
+        "transformer_blocks.{}.attn1.to_v.weight",
+    ),
+    "blocks.{}.attention.norm_q.weight": ("transformer_blocks.{}.attn1.norm_q.weight",),
+    "blocks.{}.attention.norm_k.weight": ("transformer_blocks.{}.attn1.norm_k.weight",),
+    "blocks.{}.attention.out.weight": ("transformer_blocks.{}.attn1.to_out.0.weight",),
+    "blocks.{}.attention.out.bias": ("transformer_blocks.{}.attn1.to_out.0.bias",),
+    "blocks.{}.tag_attention.q.weight": ("transformer_blocks.{}.attn2.to_q.weight",),
+    "blocks.{}.tag_attention.q.bias": ("transformer_blocks.{}.attn2.to_q.bias",),
+    "blocks.{}.tag_attention.kv.weight": (
+        "transformer_blocks.{}.attn2.to_k.weight",
+        "transformer_blocks.{}.attn2.to_v.weight",
+    ),
+    "blocks.{}.tag_attention.kv.bias": (
+        "transformer_blocks.{}.attn2.to_k.bias",
+        "transformer_blocks.{}.attn2.to_v.bias",
+    ),
+    "blocks.{}.tag_attention.norm_q.weight": ("transformer_blocks.{}.attn2.norm_q.weight",),
+    "blocks.{}.tag_attention.norm_k.weight": ("transformer_blocks.{}.attn2.norm_k.weight",),
+    "blocks.{}.tag_attention.out.weight": ("transformer_blocks.{}.attn2.to_out.0.weight",),
+    "blocks.{}.tag_attention.out.bias": ("transformer_blocks.{}.attn2.to_out.0.bias",),
+    "blocks.{}.ffn.expand.weight": ("transformer_blocks.{}.ff.conv_inverted.weight",),
+    "blocks.{}.ffn.expand.bias": ("transformer_blocks.{}.ff.conv_inverted.bias",),
+    "blocks.{}.ffn.depthwise.weight": ("transformer_blocks.{}.ff.conv_depth.weight",),
+    "blocks.{}.ffn.depthwise.bias": ("transformer_blocks.{}.ff.conv_depth.bias",),
+    "blocks.{}.ffn.project.weight": ("transformer_blocks.{}.ff.conv_point.weight",),
+    "modulation": ("scale_shift_table",),
+    "out.weight": ("proj_out.weight",),
+    "out.bias": ("proj_out.bias",),
+}
+
+_SANA: dict[str, tuple[str, ...]] = {
+    "embed.weight": ("x_embedder.proj.weight",),
+    "embed.bias": ("x_embedder.proj.bias",),
+    "time.hidden.weight": ("t_embedder.mlp.0.weight",),
+    "time.hidden.bias": ("t_embedder.mlp.0.bias",),
+    "time.embed.weight": ("t_embedder.mlp.2.weight",),
+    "time.embed.bias": ("t_embedder.mlp.2.bias",),
+    "time.modulation.weight": ("t_block.1.weight",),
+    "time.modulation.bias": ("t_block.1.bias",),
+    "tags.hidden.weight": ("y_embedder.y_proj.fc1.weight",),
+    "tags.hidden.bias": ("y_embedder.y_proj.fc1.bias",),
+    "tags.out.weight": ("y_embedder.y_proj.fc2.weight",),
+    "tags.out.bias": ("y_embedder.y_proj.fc2.bias",),
+    "tags.norm.weight": ("attention_y_norm.weight",),
+    "blocks.{}.modulation": ("blocks.{}.scale_shift_table",),
+    "blocks.{}.attention.qkv.weight": ("blocks.{}.attn.qkv.weight",),
+    "blocks.{}.attention.norm_q.weight": ("blocks.{}.attn.q_norm.weight",),
+    "blocks.{}.attention.norm_k.weight": ("blocks.{}.attn.k_norm.weight",),
+    "blocks.{}.attention.out.weight": ("blocks.{}.attn.proj.weight",),
+    "blocks.{}.attention.out.bias": ("blocks.{}.attn.proj.bias",),
+    "blocks.{}.tag_attention.q.weight": ("blocks.{}.cross_attn.q_linear.weight",),
+    "blocks.{}.tag_attention.q.bias": ("blocks.{}.cross_attn.q_linear.bias",),
+    "blocks.{}.tag_attention.kv.weight": ("blocks.{}.cross_attn.kv_linear.weight",),
+    "blocks.{}.tag_attention.kv.bias": ("blocks.{}.cross_attn.kv_linear.bias",),
+    "blocks.{}.tag_attention.norm_q.weight": ("blocks.{}.cross_attn.q_norm.weight",),
+    "blocks.{}.tag_attention.norm_k.weight": ("blocks.{}.cross_attn.k_norm.weight",),
+    "blocks.{}.tag_attention.out.weight": ("blocks.{}.cross_attn.proj.weight",),
+    "blocks.{}.tag_attention.out.bias": ("blocks.{}.cross_attn.proj.bias",),
+    "blocks.{}.ffn.expand.weight": ("blocks.{}.mlp.inverted_conv.conv.weight",),
+    "blocks.{}.ffn.expand.bias": ("blocks.{}.mlp.inverted_conv.conv.bias",),
+    "blocks.{}.ffn.depthwise.weight": ("blocks.{}.mlp.depth_conv.conv.weight",),
+    "blocks.{}.ffn.depthwise.bias": ("blocks.{}.mlp.depth_conv.conv.bias",),
+    "blocks.{}.ffn.project.weight": ("blocks.{}.mlp.point_conv.conv.weight",),
+    "modulation": ("final_layer.scale_shift_table",),
+    "out.weight": ("final_layer.linear.weight",),
+    "out.bias": ("final_layer.linear.bias",),
+}
+
+# Keys of Sana's layout that no output depends on: the position buffer (all zeros unless positions
+# are used, which is refused), the caption of classifier-free guidance, training's loss weighting.
+_SANA_DROPPED = (
+    "pos_embed",
+    "y_embedder.y_embedding",
+    "logvar_linear.weight",
+    "logvar_linear.bias",
+)
+
+# Shapes do not tell the heads of cross-attention: width -> heads of every model NVlabs released.
+_SANA_TAG_HEADS = {1152: 16, 2240: 20}
+_SANA_HEAD_DIM = 32
+
+# What diffusers assumes where config.json is silent, and what alone can be represented.
+_DIFFUSERS_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "patch_size": (1, (1,)),
+    "guidance_embeds": (False, (False, None)),
+    "interpolation_scale": (None, (None,)),
+    "attention_bias": (False, (False,)),
+    "norm_elementwise_affine": (False, (False,)),
+    "norm_eps": (1e-6, (1e-6,)),
+    "qk_norm": (None, (None, "rms_norm_across_heads")),
+}
+_DIFFUSERS_SIZES: dict[str, Any] = {
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "timestep_scale": 1.0,
+}
+_DIFFUSERS_IDLE = {"sample_size", "dropout", "guidance_embeds_scale"}
+_WHY = {
+    "interpolation_scale": "sincos positions (2K and 4K models); LinearSR has no positions",
+    "guidance_embeds": "a guidance embedding (Sana-Sprint); LinearSR has none",
+    "patch_size": "patches; LinearSR takes each latent pixel as one token",
+}
+
+_SHOWN = 8
+
+
+class Conversion(NamedTuple):
+    """Converted weights.
+
+    config: the denoiser's shape. tensors: a full float32 state dict of `LinearSR(config)`.
+    dropped: what of the source was left behind. fresh: our keys that the source has no part in.
+    """
+
+    config: DenoiserConfig
+    tensors: dict[str, Tensor]
+    dropped: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+def from_diffusers(folder: str | Path) -> Conversion:
+    """Convert a diffusers `SanaTransformer2DModel` folder, or a pipeline's with `transformer/`.
+
+    Weights may be one safetensors file or shards with an index. LinearSR's t in [0, 1] stands for
+    diffusers' timesteps 0 to 1000.
+    Raises WeightsError: files missing or damaged; a config LinearSR cannot represent; keys missing,
+    unexpected, of another shape or not finite, each by name.
+    """
+    folder = Path(folder)
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    config = _diffusers_config(folder / "config.json")
+    return _convert(folder, _read_diffusers(folder), _DIFFUSERS, config, ())
+
+
+def from_sana(path: str | Path, config: DenoiserConfig | None = None) -> Conversion:
+    """Convert weights in Sana's own layout (github.com/NVlabs/Sana): .pth or .safetensors.
+
+    Without `config` the shape is read off the tensors, with 32-channel heads and as many
+    cross-attention heads as NVlabs uses for that width; another width needs `config`.
+    Raises WeightsError: file missing, damaged or holding more than tensors; patches, positions or
+    guidance embeddings; keys missing, unexpected, of another shape or not finite, each by name.
+    """
+    path = Path(path)
+    source, dropped = _read_sana(path)
+    _refuse_unlike_sana(path, source)
+    if config is None:
+        config = _sana_config(path, source)
+    if config.prediction != "velocity":
+        raise WeightsError(f"{path}: Sana predicts velocity, the config says {config.prediction}")
+    dropped += [key for key in _SANA_DROPPED if source.pop(key, None) is not None]
+    return _convert(path, source, _SANA, config, dropped)
+
+
+# Conversion, the same for both layouts
+
+
+def _convert(
+    where: Path,
+    source: Mapping[str, Tensor],
+    table: Mapping[str, tuple[str, ...]],
+    config: DenoiserConfig,
+    dropped: Iterable[str],
+) -> Conversion:
+    with torch.device("meta"):
+        expected = {key: tuple(x.shape) for key, x in LinearSR(config).state_dict().items()}
+    stem = _fresh_stem(config)
+    recipe = {key: _sources(key, table) for key in expected if key not in stem}
+    _check_keys(where, source, {part for parts in recipe.values() for part in parts})
+    _check_values(where, source)
+    tensors, wrong = dict(stem), []
+    for key, parts in recipe.items():
+        shape = _source_shape(key, expected[key], len(parts), config)
+        misfits = [part for part in parts if not _fits(source[part], shape)]
+        wrong += [f"{part} is {tuple(source[part].shape)}, not {shape}" for part in misfits]
+        if not wrong:
+            joined = torch.cat([source[part].float().reshape(shape) for part in parts])
+            tensors[key] = _widen(joined, expected[key])
+    if wrong:
+        raise WeightsError(f"{where}: {len(wrong)} tensors of a wrong shape: {_some(wrong)}")
+    fresh = (*stem, "embed.weight: zeros for what joins the latent")
+    return Conversion(config, tensors, tuple(dropped), fresh)
+
+
+def _sources(key: str, table: Mapping[str, tuple[str, ...]]) -> list[str]:
+    number = re.match(r"blocks\.(\d+)\.", key)
+    if number is None:
+        return list(table[key])
+    return [part.format(number[1]) for part in table[re.sub(r"\d+", "{}", key, count=1)]]
+
+
+def _source_shape(
+    key: str, shape: tuple[int, ...], parts: int, config: DenoiserConfig
+) -> tuple[int, ...]:
+    """What each of `parts` tensors must have, 1x1 kernels aside, to make our `key` of `shape`."""
+    if key == "embed.weight":
+        return (shape[0], config.latent_channels)
+    return (shape[0] // parts, *shape[1:])
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    return tuple(tensor.shape) in (shape, (*shape, 1, 1) if len(shape) == 2 else shape)
+
+
+def _widen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zero columns for the stem and the encoded LR picture: `embed` is silent to both at first."""
+    return F.pad(tensor, (0, shape[-1] - tensor.shape[-1]))
+
+
+def _fresh_stem(config: DenoiserConfig) -> dict[str, Tensor]:
+    # Seeded apart from the caller's generator: one source makes one bundle, every time.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stem = LRStem(config.stem_channels, config.stem_strides)
+    return {f"stem.{key}": tensor.detach() for key, tensor in stem.state_dict().items()}
+
+
+def _check_keys(where: Path, source: Mapping[str, Tensor], needed: set[str]) -> None:
+    missing, unexpected = sorted(needed - set(source)), sorted(set(source) - needed)
+    found = [("missing", missing), ("unexpected", unexpected)]
+    complaints = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in found if keys]
+    if complaints:
+        raise WeightsError(f"{where}: not the keys of such a Sana model; {'; '.join(complaints)}")
+
+
+def _check_values(where: Path, source: Mapping[str, Tensor]) -> None:
+    whole = [key for key, tensor in source.items() if not tensor.is_floating_point()]
+    if whole:
+        raise WeightsError(f"{where}: {_some(whole)}: integers; quantised weights are refused")
+    bad = [key for key, tensor in source.items() if not torch.isfinite(tensor.float()).all()]
+    if bad:
+        raise WeightsError(f"{where}: NaN or infinity in {_some(bad)}; not usable")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _denoiser_config(where: Path, **fields: Any) -> DenoiserConfig:
+    # The stem of every model on DC-AE latents: its strides multiply to 32.
+    stem = LINEARSR_1_6B.denoiser
+    try:
+        return DenoiserConfig(
+            stem_channels=stem.stem_channels, stem_strides=stem.stem_strides, **fields
+        )
+    except ValidationError as error:
+        raise WeightsError(f"{where}: LinearSR cannot have this shape: {_line(error)}") from error
+
+
+# Diffusers' layout
+
+
+def _diffusers_config(path: Path) -> DenoiserConfig:
+    given = _read_json(path)
+    if given.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
+        raise WeightsError(f"{path}: a {given['_class_name']}, not a SanaTransformer2DModel")
+    _refuse_unlike_diffusers(path, given)
+    c = {**_DIFFUSERS_SIZES, **{k: v for k, v in given.items() if k in _DIFFUSERS_SIZES}}
+    try:
+        width = c["num_attention_heads"] * c["attention_head_dim"]
+        cross = c["num_cross_attention_heads"] * c["cross_attention_head_dim"]
+        scale = 1000.0 * c["timestep_scale"]
+    except TypeError:
+        raise WeightsError(f"{path}: a size is not a number (no cross-attention?)") from None
+    if not width == cross == c["cross_attention_dim"]:
+        raise WeightsError(
+            f"{path}: self-attention of {width}, cross-attention of {cross} and its captions of "
+            f"{c['cross_attention_dim']} channels; LinearSR has one width"
+        )
+    if (c["out_channels"] or c["in_channels"]) != c["in_channels"]:
+        raise WeightsError(f"{path}: {c['in_channels']} channels in but {c['out_channels']} out")
+    return _denoiser_config(
+        path,
+        latent_channels=c["in_channels"],
+        depth=c["num_layers"],
+        width=width,
+        head_dim=c["attention_head_dim"],
+        ffn_ratio=c["mlp_ratio"],
+        qk_norm=given.get("qk_norm") is not None,
+        tag_dim=c["caption_channels"],
+        tag_heads=c["num_cross_attention_heads"],
+        timestep_scale=scale,
+    )
+
+
+def _refuse_unlike_diffusers(path: Path, given: Mapping[str, Any]) -> None:
+    for key, (default, allowed) in _DIFFUSERS_FIXED.items():
+        value = given.get(key, default)
+        if value not in allowed:
+            why = _WHY.get(key, f"LinearSR has {' or '.join(map(str, allowed))} only")
+            raise WeightsError(f"{path}: {key} is {value}: {why}")
+    known = {*_DIFFUSERS_FIXED, *_DIFFUSERS_SIZES, *_DIFFUSERS_IDLE}
+    unknown = sorted(key for key in given if key not in known and not key.startswith("_"))
+    if unknown:
+        # A newer diffusers may compute something else under an option we have never heard of.
+        raise WeightsError(f"{path}: unknown options {_some(unknown)}; update linearsr")
+
+
+def _read_diffusers(folder: Path) -> dict[str, Tensor]:
+    path = _weights_file(folder)
+    if not path.name.endswith(".json"):
+        return _read_safetensors(path)
+    shards = _read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise WeightsError(f"{path}: an index without weight_map")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= _read_safetensors(folder / shard)
+    lost = sorted(set(shards) - set(tensors))
+    if lost:
+        raise WeightsError(f"{path}: in no shard: {_some(lost)}")
+    return tensors
+
+
+def _weights_file(folder: Path) -> Path:
+    """The index or the single file; a variant (fp16, bf16) only where it is the one choice."""
+    stem = "diffusion_pytorch_model"
+    for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    patterns = (f"{stem}.safetensors.index.*.json", f"{stem}.*.safetensors")
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    variants = [path for path in found if "-of-" not in path.name]
+    if len(variants) == 1:
+        return variants[0]
+    names = _some(sorted(path.name for path in variants)) or "none"
+    raise WeightsError(f"{folder}: needs one {stem}.safetensors (or its index); variants: {names}")
+
+
+# Sana's own layout
+
+
+def _read_sana(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict, and the names of what lies beside it (training's leftovers)."""
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    beside: list[str] = []
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        beside = sorted(key for key in loaded if key != "state_dict")
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(x, Tensor) for x in loaded.values()):
+        raise WeightsError(f"{path}: no state dict inside")
+    return dict(loaded), beside
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        # torch's own message advises weights_only=False, which would run whatever is inside.
+        raise WeightsError(f"{path}: damaged, or holds more than tensors; not loaded") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path}: damaged: {_line(error)}") from error
+
+
+def _refuse_unlike_sana(path: Path, source: Mapping[str, Tensor]) -> None:
+    if "patch_embed.proj.weight" in source:
+        raise WeightsError(f"{path}: diffusers' layout; give its folder, config.json included")
+    if any(key.startswith("cfg_embedder.") for key in source):
+        raise WeightsError(f"{path}: cfg_embedder is {_WHY['guidance_embeds']}")
+    patch = source.get("x_embedder.proj.weight")
+    if patch is None or patch.ndim != 4:
+        raise WeightsError(f"{path}: not Sana's layout: no convolution x_embedder.proj.weight")
+    if tuple(patch.shape[2:]) != (1, 1):
+        raise WeightsError(f"{path}: x_embedder.proj.weight has {_WHY['patch_size']}")
+    # Sana fills this buffer only where it uses it.
+    if "pos_embed" in source and source["pos_embed"].any():
+        raise WeightsError(f"{path}: pos_embed is {_WHY['interpolation_scale']}")
+
+
+def _sana_config(path: Path, source: Mapping[str, Tensor]) -> DenoiserConfig:
+    names = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight")
+    ffn = "blocks.0.mlp.depth_conv.conv.weight"
+    for name in (*names, ffn):
+        if name not in source or source[name].ndim < 2:
+            raise WeightsError(f"{path}: cannot tell the shape of the model: no {name}")
+    width, latent = source[names[0]].shape[:2]
+    if width not in _SANA_TAG_HEADS:
+        raise WeightsError(
+            f"{path}: width {width} is none of NVlabs' ({', '.join(map(str, _SANA_TAG_HEADS))}); "
+            "shapes do not tell the cross-attention heads: call from_sana with a config"
+        )
+    numbers = {key.split(".")[1] for key in source if key.startswith("blocks.")}
+    return _denoiser_config(
+        path,
+        latent_channels=latent,
+        depth=len(numbers),
+        width=width,
+        head_dim=_SANA_HEAD_DIM,
+        ffn_ratio=_ratio(source[ffn].shape[0] // 2, width),
+        qk_norm="blocks.0.attn.q_norm.weight" in source,
+        tag_dim=source[names[1]].shape[1],
+        tag_heads=_SANA_TAG_HEADS[width],
+    )
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A ratio for which int(width * ratio) is `hidden`, rounding notwithstanding."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+# Files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: missing; a diffusers folder has it") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a JSON object")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# Command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert one model into a bundle of a single expert; returns the exit code."""
+    parser = argparse.ArgumentParser("linearsr.weights.convert", description="Sana -> LinearSR")
+    parser.add_argument("source", type=Path, help="diffusers folder or Sana's .pth, .safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--name", help="the model's name; otherwise the source's")
+    options = parser.parse_args(arguments)
+    try:
+        _bundle(options.source, options.out, options.name)
+    except LinearSRError as error:
+        print(f"linearsr.weights.convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bundle(source: Path, out: Path, name: str | None) -> None:
+    if any(out.glob("*.safetensors")):
+        raise OutputError(f"{out}: already holds weights; choose an empty folder")
+    layout, convert = ("diffusers", from_diffusers) if source.is_dir() else ("sana", from_sana)
+    config, tensors, dropped, fresh = convert(source)
+    latent = LINEARSR_1_6B.latent
+    channels = LINEARSR_1_6B.denoiser.latent_channels
+    if config.latent_channels != channels:
+        raise WeightsError(
+            f"{source}: latents of {config.latent_channels} channels; DC-AE f32c32 makes {channels}"
+        )
+    sampling = SamplingConfig(steps=LINEARSR_1_6B.sampling.steps, boundaries=())
+    # A folder's name may hold dots ("SANA1.5"), a file's ends in one.
+    name = name or (source.stem if source.is_file() else source.resolve().name)
+    model = ModelConfig(name=name, denoiser=config, latent=latent, sampling=sampling)
+    provenance = {"source": source.resolve().name, "layout": layout, "dropped": ", ".join(dropped)}
+    try:
+        save(out, model, [tensors], provenance)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {_line(error)}") from error
+    print(f"{model.name}: {out / expert_names(model)[0]}.safetensors")
+    print(f"dropped: {', '.join(dropped) or 'nothing'}")
+    print(f"fresh: {', '.join(fresh)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Shared by all tests: no hub, fixed seeds, a tiny real model on disk, a real photograph."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from linearsr import weights
+from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
+from linearsr.denoiser import LinearSR
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_config() -> ModelConfig:
+    """Like linearsr-tiny, but small enough for a test to train and run many times."""
+    return ModelConfig(
+        name="small",
+        denoiser=DenoiserConfig(
+            latent_channels=48,
+            depth=2,
+            width=32,
+            head_dim=16,
+            stem_channels=(8, 8, 8),
+            condition_latent=True,
+            prediction="preconditioned",
+        ),
+        latent=LatentConfig(kind="space-to-depth", factor=4, scale=0.12),
+    )
+
+
+def random_experts(config: ModelConfig, count: int) -> list[LinearSR]:
+    """Denoisers whose output layer is not zero, so that every weight matters; all different."""
+    torch.manual_seed(1)
+    models = [LinearSR(config.denoiser) for _ in range(count)]
+    for model in models:
+        torch.nn.init.normal_(model.out.weight, std=0.05)
+        torch.nn.init.normal_(model.out.bias, std=0.05)
+    return models
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four random experts."""
+    folder = tmp_path_factory.mktemp("weights") / "small"
+    experts = [m.state_dict() for m in random_experts(small_config, 4)]
+    weights.save(folder, small_config, experts, {"licence": "test"}, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Image.Image:
+    """A real photograph, 64 x 48, that no model of ours was trained on."""
+    return Image.fromarray(np.asarray(skimage.data.astronaut())).resize((64, 48), Image.BICUBIC)

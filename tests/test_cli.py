@@ -1,0 +1,117 @@
+"""The command as a user types it: outputs, exit codes, one line per error, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from linearsr import cli
+from linearsr.imaging.files import read_provenance
+
+
+@pytest.fixture
+def photos(tmp_path: Path, photograph: Image.Image) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "trip").mkdir(parents=True)
+    photograph.save(folder / "a.png")
+    photograph.save(folder / "trip" / "b.jpg")
+    return folder
+
+
+@pytest.fixture
+def run(small_bundle: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Calls `linearsr upscale` with the small model; returns exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        common = ["upscale", "--model", small_bundle, "--steps", 1, "--device", "cpu"]
+        try:
+            code = cli.main([str(a) for a in [*common, *arguments]])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+def test_one_file(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png")
+    assert code == 0 and "256x192" in out
+    assert Image.open(tmp_path / "out.png").size == (256, 192)
+    provenance = read_provenance(tmp_path / "out.png")
+    assert provenance is not None
+    assert provenance["model"] == "small" and provenance["seed"] == "0"
+    assert provenance["steps"] == "1" and provenance["scale"] == "4"
+
+
+def test_a_folder_keeps_its_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run(photos, "-o", tmp_path / "out", "--scale", 2)[0] == 0
+    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert found == {"a.png", "trip/b.jpg"}
+    assert Image.open(tmp_path / "out/trip/b.jpg").size == (128, 96)
+
+
+def test_a_bad_file_is_named_and_the_rest_are_written(  # type: ignore[no-untyped-def]
+    run, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:200])
+    (photos / "empty.jpg").write_bytes(b"")
+    code, _, err = run(photos, "-o", tmp_path / "out")
+    assert code == 1
+    assert "broken.png" in err and "empty.jpg" in err and "2 of 4 failed" in err
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.png", "b.jpg"]
+
+
+def test_skip_existing(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run(photos, "-o", tmp_path / "out")[0] == 0
+    (tmp_path / "out/a.png").unlink()
+    _, out, _ = run(photos, "-o", tmp_path / "out", "--skip-existing")
+    assert "a.png" in out and "b.jpg" not in out
+
+
+def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run(photos, "-o", tmp_path / "out", "--format", "webp")[0] == 0
+    assert Image.open(tmp_path / "out/trip/b.webp").format == "WEBP"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing.png", "-o", "x.png"], 1, "missing.png"),
+        (["{photos}/a.png", "-o", "{photos}/a.png/x.png"], 1, "x.png"),
+        (["{photos}/a.png", "-o", "x.xyz"], 2, "x.xyz"),
+        (["{photos}", "-o", "{photos}/a.png"], 2, "a.png"),
+        (["{photos}/a.png", "-o", "x.png", "--steps", "99"], 2, "steps"),
+        (["{photos}/a.png", "-o", "x.png", "--tile", "huge"], 2, "tile"),
+        (["{photos}/a.png", "-o", "x.png", "--scale", "7"], 2, "scale"),
+        (["{photos}/a.png", "-o", "x.png", "--tags", "cat"], 2, "tags"),
+        (["{photos}/a.png", "-o", "x.png", "--model", "nope"], 2, "nope"),
+        (["{photos}/a.png", "-o", "x.png", "--device", "nope"], 2, "nope"),
+        (["{photos}/a.png", "-o", "x.png", "--quality", "0"], 2, "quality"),
+        (["{photos}/a.png", "-o", "x.png", "--max-pixels", "10"], 1, "--max-pixels"),
+        (["{photos}/a.png", "{photos}/a.png", "-o", "{photos}/out"], 2, "both"),
+        (["-o", "x.png"], 2, "INPUT"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(  # type: ignore[no-untyped-def]
+    run,
+    photos: Path,
+    arguments: list[str],
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run(*(a.format(photos=photos) for a in arguments))
+    assert got == code
+    assert words in err
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_models_lists_the_bundled_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    assert "linearsr-tiny" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""Imports run one way; heavy packages load where they are used and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import linearsr
+
+PACKAGE = Path(linearsr.__file__).parent
+
+# Each layer may import itself and those before it (design: layout).
+LAYERS = [
+    ["errors"],
+    ["config", "noise.experts"],
+    ["kernels"],
+    ["imaging", "noise"],
+    ["latent", "denoiser", "tags"],
+    ["weights"],
+    ["quality"],
+    ["upscaler", "training"],
+    ["cluster"],
+    ["cli", "demo"],
+]
+# Who may import a heavy package, at any level of a function.
+HEAVY = {
+    "ray": ["cluster", "cli"],
+    "deepspeed": ["training.engine"],
+    "triton": ["kernels"],
+    "boto3": ["cluster.storage"],
+    "diffusers": ["latent", "weights.convert"],
+    "pyiqa": ["quality"],
+    "pyvips": ["imaging"],
+}
+
+
+def _modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "__init__.py"
+    }
+
+
+def _within(module: str, parts: list[str]) -> bool:
+    return any(module == part or module.startswith(f"{part}.") for part in parts)
+
+
+def _layer(module: str) -> int:
+    """The layer of the longest name that fits, so noise.experts is not noise."""
+    fits = [
+        (len(part), i)
+        for i, layer in enumerate(LAYERS)
+        for part in layer
+        if _within(module, [part])
+    ]
+    assert fits, f"{module} has no layer: add it to LAYERS"
+    return max(fits)[1]
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(_modules()))
+def test_imports_run_one_way(module: str) -> None:
+    known = _modules()
+    for name in _imports(_modules()[module]):
+        ours = name.removeprefix("linearsr.")
+        if name.startswith("linearsr.") and (ours in known or f"{ours}.__init__" in known):
+            assert _layer(ours) <= _layer(module), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", sorted(_modules()))
+def test_heavy_packages_stay_in_their_place(module: str) -> None:
+    for name in _imports(_modules()[module]):
+        package = name.split(".")[0]
+        assert package not in HEAVY or _within(module, HEAVY[package]), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("linearsr", ["torch", "ray", "numpy"]),
+        ("linearsr.config", ["torch", "ray"]),
+        ("linearsr.noise.experts", ["torch", "ray"]),
+        ("linearsr.cli", ["torch", "ray"]),
+        ("linearsr.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+    ],
+)
+def test_a_fresh_interpreter_loads_no_more_than_needed(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

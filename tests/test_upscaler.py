@@ -1,0 +1,208 @@
+"""Picture in, picture out, with a tiny real model: sizes, seeds, tiles, stages, memory errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from linearsr import Options, Upscaler, upscaler
+from linearsr.errors import OptionError
+from linearsr.imaging.files import Picture, from_pil
+from linearsr.imaging.resample import resize
+
+
+@pytest.fixture(scope="module")
+def small(small_bundle: Path) -> Upscaler:
+    return Upscaler.load(small_bundle, "cpu")
+
+
+@pytest.fixture(scope="module")
+def picture(photograph: Image.Image) -> Picture:
+    return from_pil(photograph)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (256, 192)),
+        ({"scale": 2}, (128, 96)),
+        ({"scale": 3}, (192, 144)),
+        ({"width": 100}, (100, 75)),
+        ({"height": 100}, (133, 100)),
+        ({"width": 33, "height": 77}, (33, 77)),
+    ],
+)
+def test_sizes(
+    small: Upscaler, photograph: Image.Image, options: dict[str, int], size: tuple[int, int]
+) -> None:
+    assert small(photograph, steps=1, **options).size == size
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 37), (200, 3), (5, 5)])
+def test_odd_pictures(small: Upscaler, size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
+    assert small(image, steps=2).size == (size[0] * 4, size[1] * 4)
+
+
+def test_same_seed_same_pixels_and_another_seed_others(small: Upscaler, picture: Picture) -> None:
+    first, again, other = (
+        small.upscale(picture, Options(steps=4, seed=s)).pixels for s in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_one_step_does_not_depend_on_the_seed(small: Upscaler, picture: Picture) -> None:
+    """The preconditioned network sees no noise at t = 1: the answer is the conditional mean."""
+    a, b = (small.upscale(picture, Options(steps=1, seed=s)).pixels for s in (1, 2))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_stages_by_hand_equal_one_call(small: Upscaler, picture: Picture, steps: int) -> None:
+    options = Options(steps=steps)
+    job = small.prepare(picture, options)
+    experts = []
+    for segment in job.segments:
+        job = small.denoise(job, segment)
+        experts.append(segment.expert)
+    assert experts == sorted(set(experts))
+    assert torch.equal(small.finish(job).pixels, small.upscale(picture, options).pixels)
+
+
+def test_each_segment_is_taken_by_its_own_expert(small: Upscaler, picture: Picture) -> None:
+    """Silencing one expert changes the result exactly when the plan uses it."""
+    before = small.upscale(picture, Options(steps=4)).pixels
+    for expert, used in enumerate([True, True, True, False]):
+        weight = small.experts[expert].out.weight
+        saved = weight.clone()
+        weight.zero_()
+        after = small.upscale(picture, Options(steps=4)).pixels
+        weight.copy_(saved)
+        assert torch.equal(before, after) != used
+
+
+def test_a_tile_sees_its_part_of_the_whole_bicubic_picture(
+    small: Upscaler, picture: Picture
+) -> None:
+    job = small.prepare(picture, Options(), tile=20)
+    assert len(job.tiles) > 4
+    whole = resize(job.lr, *(4 * n for n in job.lr.shape[-2:]))
+    for tile in job.tiles:
+        torch.testing.assert_close(small._upsampled(job.lr, tile), tile.scaled(4).crop(whole))
+
+
+def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture) -> None:
+    job = small.prepare(picture, Options(seed=3), tile=20)
+    whole = small.prepare(picture, Options(seed=3), tile=None).latents[0]
+    for tile, latent in zip(job.tiles, job.latents, strict=True):
+        assert torch.equal(latent, tile.crop(whole))
+
+
+def test_a_silent_model_is_bicubic_whatever_the_tiles(small: Upscaler, picture: Picture) -> None:
+    """With no residual predicted, tiling, blending and colour fix must add nothing."""
+    bundle = small.config, [silent(m) for m in small.experts]
+    quiet = Upscaler(upscaler.weights.Bundle(*bundle, {}))
+    bicubic = resize(picture.pixels[None], 192, 256)[0].clamp(0, 1)
+    for tile in ("off", 20):
+        result = quiet.upscale(picture, Options(steps=1, tile=tile)).pixels
+        torch.testing.assert_close(result, bicubic, atol=2e-5, rtol=0)
+
+
+def silent(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose output layer is zero."""
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(copy.out.weight)
+    torch.nn.init.zeros_(copy.out.bias)
+    return copy.requires_grad_(False)
+
+
+def test_alpha_and_metadata_come_along(small: Upscaler, picture: Picture) -> None:
+    alpha = torch.linspace(0, 1, 64).expand(1, 48, 64)
+    given = dataclasses.replace(picture, alpha=alpha, bits=16, icc=None, exif=None)
+    result = small.upscale(given, Options(steps=1))
+    assert result.alpha is not None
+    assert result.alpha.shape == (1, 192, 256)
+    assert result.bits == 16
+    assert result.alpha.min() >= 0 and result.alpha.max() <= 1
+
+
+def test_progress_names_the_experts(small: Upscaler, picture: Picture) -> None:
+    seen: list[tuple[str, int, int]] = []
+    small.upscale(picture, Options(steps=20), lambda *step: seen.append(step))
+    assert seen == [
+        ("structure", 4, 20),
+        ("refinement", 6, 20),
+        ("texture", 19, 20),
+        ("polish", 20, 20),
+    ]
+
+
+def test_out_of_memory_is_answered_with_smaller_tiles(
+    small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = _limit_memory(small, monkeypatch, largest=40)
+    small.upscale(picture, Options(steps=1))
+    assert tried == [128, 64, 32]
+
+
+@pytest.mark.parametrize("tile", [64, "off"])
+def test_a_chosen_tile_is_never_overridden(
+    small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch, tile: int | str
+) -> None:
+    tried = _limit_memory(small, monkeypatch, largest=40)
+    with pytest.raises(upscaler.OutOfMemory, match="--tile"):
+        small.upscale(picture, Options(steps=1, tile=tile))
+    assert tried == [64 if tile == 64 else None]
+
+
+def _limit_memory(
+    small: Upscaler, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> list[int | None]:
+    """Torch's own allocator error for tiles above `largest`; the list fills with sizes tried."""
+    tried: list[int | None] = []
+    prepare = small.prepare
+
+    def limited(picture: Picture, options: Options, tile: int | None) -> upscaler.Job:
+        tried.append(tile)
+        if tile is None or tile > largest:
+            torch.empty(2**60)
+        return prepare(picture, options, tile)
+
+    monkeypatch.setattr(small, "prepare", limited)
+    return tried
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scale": 5},
+        {"steps": 0},
+        {"steps": 51},
+        {"seed": -1},
+        {"tile": "big"},
+        {"tile": 0},
+        {"colour_fix": "magic"},
+        {"width": 0},
+        {"unknown": 1},
+    ],
+)
+def test_bad_options_are_named(fields: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match=next(iter(fields))):
+        Options.parse(**fields)
+
+
+def test_tags_on_a_model_without_tags_are_refused(small: Upscaler, picture: Picture) -> None:
+    with pytest.raises(OptionError, match="without tags"):
+        small.upscale(picture, Options(tags=("cat",)))
+
+
+def test_unusable_device_is_named(small_bundle: Path) -> None:
+    with pytest.raises(OptionError, match="nonsense"):
+        Upscaler.load(small_bundle, "nonsense")
