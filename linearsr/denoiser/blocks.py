@@ -15,13 +15,21 @@ from linearsr.kernels import relu_linear_attention
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """AdaLN: normalise (B, H, W, C) over channels, then scale and shift by (B, 1, 1, C)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    if len(x) == 1:  # the norm's own weight and bias then do it in the same pass over memory
+        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps=1e-6)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU that overwrites `x` where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class LinearAttention(nn.Module):
     """Multi-head ReLU linear attention, O(N) in tokens (Sana section 2.2; LinearSR section 3).
 
-    QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows.
+    QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows. Of the query's
+    norm only the weight is left to apply: a query's length cancels in the normalised attention.
     """
 
     def __init__(self, width: int, head_dim: int, qk_norm: bool) -> None:
@@ -37,7 +45,8 @@ class LinearAttention(nn.Module):
         b, h, w, c = x.shape
         q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
         heads = (b, h * w, c // self.head_dim, self.head_dim)
-        q, k = self.norm_q(q), self.norm_k(k)
+        if isinstance(self.norm_q, nn.RMSNorm):
+            q, k = q * self.norm_q.weight, self.norm_k(k)
         o = relu_linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
         return self.out(o.reshape(b, h, w, c))
 
@@ -85,11 +94,11 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        x = F.silu(self.expand(x))
+        x = silu(self.expand(x))
         # A view: NHWC memory seen as channels_last NCHW.
         x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         value, gate = x.chunk(2, dim=-1)
-        return self.project(value * F.silu(gate))
+        return self.project(value * silu(gate))
 
 
 class Block(nn.Module):
@@ -120,7 +129,7 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + modulation)[
             :, :, None, None
         ].unbind(1)
-        x = x + gate * self.attention(modulate(x, shift, scale))
+        x = torch.addcmul(x, gate, self.attention(modulate(x, shift, scale)))
         if tags is not None and self.tag_attention is not None:
             x = x + self.tag_attention(x, tags, tag_mask)
-        return x + ffn_gate * self.ffn(modulate(x, ffn_shift, ffn_scale))
+        return torch.addcmul(x, ffn_gate, self.ffn(modulate(x, ffn_shift, ffn_scale)))

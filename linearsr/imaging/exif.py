@@ -19,7 +19,7 @@ from PIL.Image import Exif, Image
 HEADER: Final = b"Exif\0\0"
 """What EXIF bytes start with here, as in JPEG; some formats leave it out."""
 
-# PIL before 12 follows every offset a tag claims. A hostile file can point thousands of tags at one
+# Older PIL follows every offset a tag claims. A hostile file can point thousands of tags at one
 # large block, so the sum of what is read is bounded.
 _MAX_READ: Final = 8 * 2**20
 

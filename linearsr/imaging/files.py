@@ -316,12 +316,10 @@ def _save_webp(image: pyvips.Image, quality: int) -> Any:
 
 
 _SAVERS: Final[dict[str, Callable[[pyvips.Image, int], Any]]] = {
-    "png": lambda image, quality: image.pngsave_buffer(),
+    "png": lambda image, _: image.pngsave_buffer(),
     "jpeg": lambda image, quality: image.jpegsave_buffer(Q=quality, optimize_coding=True),
     "webp": _save_webp,
-    "tiff": lambda image, quality: image.tiffsave_buffer(
-        compression="deflate", predictor="horizontal"
-    ),
+    "tiff": lambda image, _: image.tiffsave_buffer(compression="deflate", predictor="horizontal"),
 }
 
 

@@ -26,10 +26,12 @@ class Tile:
 
     @property
     def bottom(self) -> int:
+        """The first row below."""
         return self.top + self.height
 
     @property
     def right(self) -> int:
+        """The first column to the right."""
         return self.left + self.width
 
     def scaled(self, factor: int) -> Tile:

@@ -1,6 +1,6 @@
 """Picture quality through pyiqa, with the conventions pinned in one place.
 
-PSNR and SSIM: Y of YCbCr, `crop` pixels cut off each side. The rest as pyiqa defines them. Knows
+PSNR and SSIM: Y of YCbCr (BT.601, 16 to 235), `crop` pixels cut off each side. The rest as pyiqa defines them. Knows
 nothing of models.
 """
 
@@ -31,7 +31,9 @@ def _metric(name: str, crop: int) -> Any:
     except ImportError as error:
         raise LinearSRError("metrics need pyiqa: pip install 'linearsr[quality]'") from error
     if name in FULL_REFERENCE:
-        return pyiqa.create_metric(name, device="cpu", test_y_channel=True, crop_border=crop)
+        # "ycbcr" is the studio-swing Y of the super-resolution literature; pyiqa's default is not.
+        luma = {"test_y_channel": True, "color_space": "ycbcr"}
+        return pyiqa.create_metric(name, device="cpu", crop_border=crop, **luma)
     try:
         return pyiqa.create_metric(name, device="cpu")
     except (OSError, RuntimeError) as error:

@@ -563,6 +563,16 @@ def test_camera_data_is_kept_from_any_format_to_any(
     assert files.read_provenance(data) == provenance
 
 
+def test_the_layout_of_a_tiff_file_is_not_taken_for_camera_data(photo: Image.Image) -> None:
+    data = saved(photo, "TIFF", exif=camera_exif(), icc_profile=SRGB)
+    for picture in (files.read(data), files.from_pil(Image.open(io.BytesIO(data)))):
+        assert picture.exif is not None
+        exif = Image.Exif()
+        exif.load(picture.exif)
+        assert exif[Base.Model] == "EOS 5D"
+        assert exif.keys().isdisjoint({Base.ImageWidth, Base.StripOffsets, Base.InterColorProfile})
+
+
 # Provenance
 
 
@@ -621,6 +631,16 @@ def test_provenance_of_anything_else_is_none(photo: Image.Image, tmp_path: Path)
         assert files.read_provenance(data) is None
     assert files.read_provenance(tmp_path) is None
     assert files.read_provenance(tmp_path / "missing.png") is None
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "tiff"])
+def test_the_print_resolution_is_that_of_exif_or_72_dots_per_inch(
+    photo: Image.Image, format: str
+) -> None:
+    for exif, expected in ((camera_exif(), 300), (None, 72)):
+        picture = dataclasses.replace(files.from_pil(photo), exif=exif)
+        dots = Image.open(io.BytesIO(files.encode(picture, format))).info["dpi"]
+        assert [round(float(value)) for value in dots] == [expected, expected]
 
 
 def test_an_absurd_print_resolution_is_replaced(
