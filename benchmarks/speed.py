@@ -1,8 +1,8 @@
 """Speed and memory, side by side in one run; refuses to time what is not numerically right.
 
-    python -m benchmarks.speed forward    denoiser against diffusers' Sana of the same config
-    python -m benchmarks.speed scaling    seconds against pixels, 256 to 2048 px outputs
-    python -m benchmarks.speed memory     peak resident memory of a 4000 x 3000 output
+python -m benchmarks.speed forward    denoiser against diffusers' Sana of the same config
+python -m benchmarks.speed scaling    seconds against pixels, 256 to 2048 px outputs
+python -m benchmarks.speed memory     peak resident memory of a 4000 x 3000 output
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from linearsr.imaging.files import Picture
 from linearsr.upscaler import Options, Upscaler
 
 
-def _seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def _seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each, taken in turn so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
@@ -104,7 +105,7 @@ def scaling(rounds: int) -> int:
     upscaler = Upscaler.load()
     sides = [256, 512, 1024, 2048]
     runs = {
-        str(side): (lambda p=_picture(side // 4, side // 4): upscaler.upscale(p, Options()))
+        str(side): partial(upscaler.upscale, _picture(side // 4, side // 4), Options())
         for side in sides
     }
     seconds = _seconds(runs, rounds)
@@ -117,7 +118,7 @@ def scaling(rounds: int) -> int:
     return 0
 
 
-def memory(rounds: int) -> int:
+def memory(_: int) -> int:
     """Peak resident memory of this process after one 4000 x 3000 output."""
     began = time.perf_counter()
     Upscaler.load().upscale(_picture(750, 1000), Options())

@@ -5,7 +5,7 @@ Knows nothing of pictures, samplers or experts: an expert is just another set of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,8 @@ class LinearSR(nn.Module):
         """
         if tags is not None and self.tags is None:
             raise OptionError("this model was trained without tags; leave them out (--tags)")
+        if tag_mask is not None and tag_mask.dtype != torch.bool:
+            raise ValueError(f"tag_mask must be bool, True where a tag is real: {tag_mask.dtype}")
         features = self.stem(lr_picture)
         if self.config.condition_latent:
             if lr_latent is None:
@@ -92,7 +94,8 @@ class LinearSR(nn.Module):
     def _tag_keys(self, tags: Tensor) -> TagKeys:
         assert self.tags is not None
         projected = self.tags(tags)
-        return [block.tag_attention.keys_values(projected) for block in self.blocks]
+        attentions = (cast(Block, block).tag_attention for block in self.blocks)
+        return [a.keys_values(projected) for a in attentions if a is not None]
 
     def forward(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Velocity (B, C, h, w) at noisy `latent` (B, C, h, w) and timesteps `t` (B,) in [0, 1]."""

@@ -48,9 +48,9 @@ class Tile:
 def tile_grid(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
     """Tiles that cover a `height` x `width` picture exactly, row by row.
 
-    Every tile is `tile` x `tile` (or as long as the picture where the picture is shorter), so one
-    compiled model or one batch serves them all. Neighbours share at least `overlap`; the number of
-    tiles is the smallest possible, and what is left over is shared out as more overlap.
+    All have one shape, so one compiled model or one batch serves them all: at most `tile` a side,
+    and no more than the fewest possible tiles need, so that little is computed twice. Neighbours
+    share at least `overlap`.
 
     Raises OptionError unless height, width and tile are positive and 0 <= overlap < tile.
     """
@@ -60,16 +60,18 @@ def tile_grid(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
         raise OptionError(f"Tile size {tile} is not positive; give 1 or more.")
     if not 0 <= overlap < tile:
         raise OptionError(f"Overlap {overlap} does not fit tile size {tile}; give 0 to {tile - 1}.")
-    tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
-    tile_height, tile_width = min(tile, height), min(tile, width)
-    return [Tile(top, left, tile_height, tile_width) for top in tops for left in lefts]
+    tops, rows = _spread(height, tile, overlap)
+    lefts, columns = _spread(width, tile, overlap)
+    return [Tile(top, left, rows, columns) for top in tops for left in lefts]
 
 
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
+def _spread(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
+    """Starts of the fewest tiles along one axis, and the smallest size that still covers it."""
     if length <= tile:
-        return [0]
+        return [0], length
     count = math.ceil((length - overlap) / (tile - overlap))
-    return [i * (length - tile) // (count - 1) for i in range(count)]
+    size = math.ceil((length + (count - 1) * overlap) / count)
+    return [i * (length - size) // (count - 1) for i in range(count)], size
 
 
 class Canvas:
@@ -151,17 +153,3 @@ def _ramp(length: int) -> torch.Tensor:
     """A raised cosine from just above 0 to just below 1; it and its mirror image add up to 1."""
     position = (torch.arange(length, dtype=torch.float64) + 0.5) / length
     return torch.sin(position * (math.pi / 2)) ** 2
-
-
-def blend(tiles: Sequence[Tile], pieces: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Join the pieces of a grid, in its order, into one (C, H, W) picture.
-
-    Raises OptionError where the numbers or shapes do not match.
-    """
-    canvas: Canvas | None = None
-    for tile, piece in zip(tiles, pieces, strict=False):
-        canvas = canvas or Canvas(tiles, piece.shape[0], dtype=piece.dtype, device=piece.device)
-        canvas.add(tile, piece)
-    if canvas is None:
-        raise OptionError("There are no pieces to blend; give one for each tile.")
-    return canvas.result()

@@ -168,7 +168,8 @@ def _query_grad_kernel(
 @triton.jit
 def _key_value_grad_kernel(
     k, k_b, k_n, k_h, v, v_b, v_n, v_h, dk, dk_b, dk_n, dk_h, dv, dv_b, dv_n, dv_h,
-    state, d_state, tokens, heads, eps, BLOCK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    state, d_state, tokens, heads, eps,
+    BLOCK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Key and value gradients of one block of tokens. Grid: (blocks, batch * heads)."""
     k = _head_pointer(k, k_b, k_h, heads)

@@ -5,7 +5,7 @@ Knows nothing of experts or pictures: it is told which steps to take, and with w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def schedule(steps: int, flow_shift: float) -> list[float]:
 def euler(
     denoise: Denoise,
     latent: Tensor,
-    timesteps: list[float],
+    timesteps: Sequence[float],
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:

@@ -1,7 +1,7 @@
 """Picture quality through pyiqa, with the conventions pinned in one place.
 
-PSNR and SSIM: Y of YCbCr (BT.601, 16 to 235), `crop` pixels cut off each side. The rest as pyiqa defines them. Knows
-nothing of models.
+PSNR and SSIM: on Y of YCbCr (BT.601, 16 to 235), `crop` pixels cut off each side; the rest as
+pyiqa defines them. Knows nothing of models.
 """
 
 from __future__ import annotations

@@ -180,8 +180,8 @@ def _update_ema(state: State, config: TrainConfig) -> None:
     """Exponential moving average whose memory grows, so that the first weights are forgotten."""
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
-        ours, theirs = list(state.ema.parameters()), list(state.model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for ours, theirs in zip(state.ema.parameters(), state.model.parameters(), strict=True):
+            ours.lerp_(theirs, 1 - decay)
 
 
 def _summary(state: State, config: TrainConfig, steps: int, speed: float) -> Report:
