@@ -16,7 +16,7 @@ from linearsr.imaging.files import Picture, from_pil, read, to_pil, write
 from linearsr.imaging.resample import resize
 from linearsr.upscaler import Options, Upscaler
 
-PANEL, CROP, GAP, LABEL = 480, 120, 8, 28
+PANEL, CROP, GAP, LABEL = 480, 192, 8, 28
 
 
 def main() -> int:
@@ -106,17 +106,17 @@ def _write_label(sheet: Image.Image, left: int, text: str) -> None:
 
 
 def _details(pixels: torch.Tensor, size: int, count: int = 2) -> list[tuple[int, int]]:
-    """Top and left of the busiest `count` squares that lie apart from each other."""
-    edges = pixels.mean(0)
-    busy = (edges.diff(dim=0)[:, :-1].abs() + edges.diff(dim=1)[:-1].abs())[None, None]
-    if min(busy.shape[-2:]) < size:
+    """Top and left of the `count` squares of most contrast that do not overlap."""
+    grey = pixels.mean(0)[None, None]
+    if min(grey.shape[-2:]) < size:
         return [(0, 0)]
-    scores = torch.nn.functional.avg_pool2d(busy, size, stride=size // 4)[0, 0]
+    mean, square = (torch.nn.functional.avg_pool2d(x, size, size // 4) for x in (grey, grey**2))
+    scores = (square - mean**2)[0, 0]
     found: list[tuple[int, int]] = []
     for index in scores.flatten().argsort(descending=True).tolist():
         row, column = divmod(index, scores.shape[1])
         corner = (row * (size // 4), column * (size // 4))
-        if all(max(abs(corner[0] - r), abs(corner[1] - c)) >= 2 * size for r, c in found):
+        if all(max(abs(corner[0] - r), abs(corner[1] - c)) >= size for r, c in found):
             found.append(corner)
         if len(found) == count:
             break

@@ -1,0 +1,40 @@
+"""Shortcuts that save passes over memory must not change what is computed."""
+
+import pytest
+import torch
+
+from linearsr.denoiser import blocks
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (9, 5), (16, 3)])
+@pytest.mark.parametrize("cached", [1, 10, 24])
+def test_strips_of_the_mix_ffn_equal_the_whole(
+    size: tuple[int, int], cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ffn = blocks.MixFFN(8, 2.5)
+    x = torch.randn(2, *size, 8)
+    whole = ffn(x).detach()
+    monkeypatch.setattr(blocks, "CACHED_TOKENS", cached)
+    with torch.inference_mode():
+        strips = ffn(x)
+    torch.testing.assert_close(strips, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_modulation_of_one_sample_equals_its_part_of_a_batch() -> None:
+    x, shift, scale = torch.randn(3, 4, 5, 8), torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8)
+    batch = blocks.modulate(x, shift, scale)
+    for i in range(3):
+        one = blocks.modulate(x[i : i + 1], shift[i : i + 1], scale[i : i + 1])
+        torch.testing.assert_close(one[0], batch[i], atol=1e-6, rtol=1e-5)
+
+
+def test_the_length_of_a_query_cancels() -> None:
+    """Why the query's RMS is never computed: with it, the result is the same."""
+    attention = blocks.LinearAttention(32, 16, qk_norm=True)
+    torch.nn.init.uniform_(attention.norm_q.weight, 0.5, 1.5)
+    x = torch.randn(1, 3, 4, 32)
+    q, k, v = attention.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
+    heads = (1, 12, 2, 16)
+    q, k = attention.norm_q(q), attention.norm_k(k)
+    o = blocks.relu_linear_attention(q.view(heads), k.view(heads), v.reshape(heads))
+    torch.testing.assert_close(attention(x), attention.out(o.reshape(1, 3, 4, 32)))
