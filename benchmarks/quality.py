@@ -20,21 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linearsr.imaging.degrade import CLEAN, MILD, Degradation, degrade
+from linearsr.config import Options
+from linearsr.imaging.degrade import CAMERA, CLEAN, Degradation, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 from linearsr.quality.metrics import conventions, measure
-from linearsr.upscaler import Options, Upscaler
+from linearsr.upscaler import Upscaler
 
 # Every picture gets some of each: Gaussian blur, noise of 2 to 8 levels, JPEG 60 to 90.
-_STAGE = MILD.stages[0].model_copy(
+_STAGE = CAMERA.stages[0].model_copy(
     update={
-        "blur_probability": 1.0,
         "blur_sigma": (0.5, 2.0),
-        "noise_probability": 1.0,
         "gaussian_probability": 1.0,
         "gaussian_sigma": (2.0, 8.0),
-        "jpeg_probability": 1.0,
         "jpeg_quality": (60.0, 90.0),
     }
 )
@@ -86,8 +84,8 @@ def _results(
     yield "HR", hr
     yield "bicubic", resize(lr[None], *hr.shape[-2:])
     for name, upscaler in upscalers.items():
-        for count in steps:
-            yield f"{Path(name).name}, {count} steps", _upscaled(upscaler, lr, count)
+        for count in dict.fromkeys(steps):
+            yield f"{name}, {count} steps", _upscaled(upscaler, lr, count)
 
 
 def _upscaled(upscaler: Upscaler, lr: Tensor, steps: int) -> Tensor:
@@ -101,7 +99,9 @@ def _print(rows: dict[str, dict[str, float]], options: argparse.Namespace) -> No
     print("|", " | ".join([f"{'':24}", *map(cell, options.metrics)]), "|")
     print("|", " | ".join(["---"] * (len(options.metrics) + 1)), "|")
     for row, values in rows.items():
-        numbers = [cell("" if v > 75 and m == "psnr" else f"{v:.3f}") for m, v in values.items()]
+        numbers = [
+            cell("" if row == "HR" and m == "psnr" else f"{v:.3f}") for m, v in values.items()
+        ]
         print("|", " | ".join([f"{row:24}", *numbers]), "|")
 
 

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linearsr.upscaler import Options, Upscaler
+    from linearsr.config import Options
+    from linearsr.upscaler import Upscaler
 
 __version__ = "0.1.0"
 __all__ = ["Options", "Upscaler", "__version__"]
@@ -12,6 +13,7 @@ __all__ = ["Options", "Upscaler", "__version__"]
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import: only those who use the model pay for it.
-    if name in ("Options", "Upscaler"):
-        return getattr(import_module("linearsr.upscaler"), name)
+    home = {"Options": "linearsr.config", "Upscaler": "linearsr.upscaler"}.get(name)
+    if home:
+        return getattr(import_module(home), name)
     raise AttributeError(f"module 'linearsr' has no attribute {name!r}")

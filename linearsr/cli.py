@@ -6,10 +6,11 @@ Exit codes: 0 all done; 1 some inputs failed (each named, the rest written); 2 u
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from linearsr import __version__
 from linearsr.errors import InputError, LinearSRError, OptionError, OutputError, WeightsError
 
 if TYPE_CHECKING:
-    from linearsr.upscaler import Options, Upscaler
+    from linearsr.config import Options
+    from linearsr.upscaler import Upscaler
 
 OK, SOME_FAILED, USAGE = 0, 1, 2
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -25,6 +27,9 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -35,9 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("linearsr: interrupted; finished files are kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    except OSError as error:
+        return _complain(error, SOME_FAILED)
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -73,7 +77,9 @@ def _add_upscale(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add.add_argument("--steps", type=int, help="1 (fidelity) to 50; default: the model's own")
     add.add_argument("--seed", type=int, default=0, help="same seed, same pixels")
     add.add_argument("--tags", default="", help='objects in the picture: "cat, grass"')
-    add.add_argument("--tile", type=_tile, default="auto", help="auto, off, or input pixels")
+    add.add_argument(
+        "--tile", type=_tile, default="auto", help="auto, off, or input pixels (16 or more)"
+    )
     add.add_argument("--colour-fix", choices=("wavelet", "adain", "none"), default="wavelet")
     add.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     add.add_argument("--format", choices=("png", "jpg", "webp", "tif"), help="for folder outputs")
@@ -83,34 +89,44 @@ def _add_upscale(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _tile(text: str) -> int | str:
-    return text if text in ("auto", "off") else int(text)
+    return int(text) if text.isdecimal() else text
 
 
 def _upscale(arguments: argparse.Namespace) -> int:
-    pairs = list(_pairs(arguments.inputs, arguments.output, arguments.format))
-    if not 1 <= arguments.quality <= 100:
-        raise OptionError(f"quality must be 1 to 100, not {arguments.quality}")
-    from linearsr.upscaler import Options, Upscaler
+    from linearsr.config import Options
 
     options = Options.parse(
         tags=tuple(tag.strip() for tag in arguments.tags.split(",") if tag.strip()),
         **{name: getattr(arguments, name) for name in _SAME_NAME},
     )
-    upscaler = Upscaler.load(arguments.model, arguments.device)
-    failed = 0
+    if not 1 <= arguments.quality <= 100:
+        raise OptionError(f"quality must be 1 to 100, not {arguments.quality}")
+    if arguments.max_pixels < 1:
+        raise OptionError(f"max-pixels must be at least 1, not {arguments.max_pixels}")
+    pairs, failed = _pairs(arguments.inputs, arguments.output, arguments.format)
+    from linearsr.upscaler import Upscaler
+
+    upscaler = Upscaler.load(arguments.model, arguments.device) if pairs else None
     for number, (source, target) in enumerate(pairs, 1):
-        if arguments.skip_existing and target.exists():
+        if arguments.skip_existing and os.path.exists(target):
             continue
         try:
+            assert upscaler is not None
             _one(upscaler, options, arguments, source, target, f"[{number}/{len(pairs)}]")
         except OptionError:
-            raise
-        except LinearSRError as error:
+            raise  # what is wrong with one picture's options is wrong with all
+        except (LinearSRError, MemoryError) as error:
             failed += 1
-            _complain(error, SOME_FAILED)
-    if failed:
-        print(f"linearsr: {failed} of {len(pairs)} failed; the rest are written", file=sys.stderr)
+            _complain(_naming(source, error), SOME_FAILED)
+    if failed and len(pairs) > 1:
+        print(f"linearsr: {failed} failed; the rest are written", file=sys.stderr)
     return SOME_FAILED if failed else OK
+
+
+def _naming(source: Path, error: Exception) -> Exception:
+    """The error with its picture's name, where the message has none."""
+    message = str(error) or "out of memory"
+    return LinearSRError(message if str(source) in message else f"{source}: {message}")
 
 
 _SAME_NAME = ("scale", "width", "height", "steps", "seed", "tile", "colour_fix")
@@ -161,30 +177,56 @@ class _Progress:
         print(f"{self.label} -> {text}")
 
 
-def _pairs(inputs: list[Path], output: Path, suffix: str | None) -> Iterator[tuple[Path, Path]]:
-    """Each input picture with the file its result goes to; folders keep their structure."""
-    from linearsr.imaging.files import find_images
-
-    single = len(inputs) == 1 and not inputs[0].is_dir()
-    if single and not output.is_dir() and output.suffix:
+def _pairs(
+    inputs: list[Path], output: Path, suffix: str | None
+) -> tuple[list[tuple[Path, Path]], int]:
+    """Each input picture with its result's file, and how many inputs could not be listed."""
+    single = len(inputs) == 1 and not os.path.isdir(inputs[0])
+    if single and not os.path.isdir(output) and output.suffix:
         if output.suffix.lower() not in FORMATS:
             raise OptionError(f"{output}: the suffix must be one of {', '.join(FORMATS)}")
-        yield inputs[0], output
-        return
-    if output.is_file():
+        return [_checked(inputs[0], output)], 0
+    if os.path.isfile(output):
         raise OptionError(f"{output} is a file; several inputs need a folder to go to")
     taken: dict[Path, Path] = {}
+    failed = 0
     for given in inputs:
-        sources = find_images(given) if given.is_dir() else [given]
-        if not sources:
-            raise InputError(f"{given}: no picture in this folder")
-        for source in sources:
-            inside = source.relative_to(given) if given.is_dir() else Path(source.name)
+        try:
+            found = _sources(given, output)
+        except InputError as error:
+            failed += 1
+            _complain(error, SOME_FAILED)
+            continue
+        for source, inside in found:
             target = output / _named(inside, suffix)
             if target in taken:
                 raise OptionError(f"{taken[target]} and {source} would both become {target}")
             taken[target] = source
-            yield source, target
+    return [_checked(source, target) for target, source in taken.items()], failed
+
+
+def _sources(given: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Pictures of one input, each with its path inside it; earlier results are left out."""
+    if not os.path.isdir(given):
+        return [(given, Path(given.name))]
+    from linearsr.imaging.files import find_images
+
+    results = os.path.realpath(output)
+    nested = results != os.path.realpath(given)
+    found = [p for p in find_images(given) if not (nested and _is_below(p, results))]
+    if not found:
+        raise InputError(f"{given}: no picture in this folder")
+    return [(path, path.relative_to(given)) for path in found]
+
+
+def _is_below(path: Path, folder: str) -> bool:
+    return os.path.realpath(path).startswith(folder + os.sep)
+
+
+def _checked(source: Path, target: Path) -> tuple[Path, Path]:
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise OptionError(f"{source} would be overwritten; choose another output")
+    return source, target
 
 
 def _named(path: Path, suffix: str | None) -> Path:

@@ -6,9 +6,15 @@ before anything heavy is loaded.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from itertools import pairwise
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from linearsr.errors import OptionError
+
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Config(BaseModel):
@@ -29,20 +35,20 @@ class DenoiserConfig(Config):
     latent_channels: int = Field(gt=0)
     depth: int = Field(gt=0)
     width: int = Field(gt=0)
-    head_dim: int = 32
+    head_dim: int = Field(default=32, gt=0)
     ffn_ratio: float = Field(default=2.5, gt=0)
     qk_norm: bool = True
     # Channels of one tag embedding; None builds no cross-attention at all.
     tag_dim: int | None = None
-    tag_heads: int = 8
+    tag_heads: int = Field(default=8, gt=0)
     # The LR stem: three convolutions whose strides multiply up to the latent's downscale factor.
-    stem_channels: tuple[int, int, int] = (32, 64, 64)
-    stem_strides: tuple[int, int, int] = (2, 2, 1)
+    stem_channels: tuple[Positive, Positive, Positive] = (32, 64, 64)
+    stem_strides: tuple[Positive, Positive, Positive] = (2, 2, 1)
     # Whether the LR picture, upsampled and encoded like the HR one, is joined on channels as well.
     condition_latent: bool = False
     prediction: Literal["velocity", "preconditioned"] = "velocity"
     # Timesteps are embedded on [0, timestep_scale]; Sana was trained on [0, 1000].
-    timestep_scale: float = 1000.0
+    timestep_scale: float = Field(default=1000.0, gt=0)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> DenoiserConfig:
@@ -73,18 +79,64 @@ class SamplingConfig(Config):
 
     steps: int = Field(default=4, ge=1, le=50)
     flow_shift: float = Field(default=3.0, gt=0)
-    # Timestep boundaries between experts, high to low noise being the last to the first.
+    # Timesteps between experts, ascending; the first expert (most noise) lies above the last.
     boundaries: tuple[float, ...] = (0.223, 0.875, 0.939)
+
+    @model_validator(mode="after")
+    def _boundaries_rise(self) -> SamplingConfig:
+        edges = (0.0, *self.boundaries, 1.0)
+        if any(low >= high for low, high in pairwise(edges)):
+            raise ValueError(f"boundaries must rise strictly inside (0, 1): {self.boundaries}")
+        return self
 
 
 class ModelConfig(Config):
     """A whole model: what a weights bundle carries besides its tensors."""
 
     name: str
-    scale: int = 4
+    scale: int = Field(default=4, gt=0)
     denoiser: DenoiserConfig
     latent: LatentConfig
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        factor, strides = self.latent.factor, self.denoiser.stem_strides
+        if math.prod(strides) != factor:
+            raise ValueError(
+                f"stem_strides {strides} must multiply to the latent's factor {factor}"
+            )
+        folded = 3 * factor**2
+        channels = self.denoiser.latent_channels
+        if self.latent.kind == "space-to-depth" and channels != folded:
+            raise ValueError(f"folding by {factor} gives {folded} latent channels, not {channels}")
+        return self
+
+
+class Options(Config):
+    """What a request may choose; the same fields everywhere (command line, HTTP, jobs)."""
+
+    scale: Literal[2, 3, 4] = 4
+    # A final size instead of a scale; with one of the two, the other keeps the aspect ratio.
+    width: int | None = Field(default=None, ge=1, le=65535)
+    height: int | None = Field(default=None, ge=1, le=65535)
+    # 1: closest to the truth (conditional mean). More: sharper, one plausible picture.
+    steps: int | None = Field(default=None, ge=1, le=50)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    tags: tuple[str, ...] = ()
+    # Side of a tile in input pixels, "auto" or "off".
+    tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
+    colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
+
+    @classmethod
+    def parse(cls, **fields: object) -> Options:
+        """Options from untyped fields. Raises OptionError naming the field and what it may be."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "options"
+            raise OptionError(f"{name}: {first['msg']} (got {first['input']!r})") from error
 
 
 TINY = ModelConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from linearsr.config import Options
 from linearsr.errors import LinearSRError
 from linearsr.imaging.files import Picture, from_pil, read, to_pil, write
 from linearsr.imaging.resample import resize
-from linearsr.upscaler import Options, Upscaler
+from linearsr.upscaler import Upscaler
 
 PANEL, CROP, GAP, LABEL = 480, 192, 8, 28
+LARGEST = 256 * 256
 
 
 def main() -> int:
@@ -28,28 +31,44 @@ def main() -> int:
     options = parser.parse_args()
     try:
         _demo(options.input, options.output, options.model)
-    except LinearSRError as error:
+    except (LinearSRError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _demo(source: Path | None, output: Path, model: str) -> None:
-    picture = read(source) if source else _cat()
+    picture = _fit(read(source)) if source else _cat()
+    output.mkdir(parents=True, exist_ok=True)
     upscaler = Upscaler.load(model)
     began = time.perf_counter()
     result = upscaler.upscale(picture, Options(), _say)
     seconds = time.perf_counter() - began
-    output.mkdir(parents=True, exist_ok=True)
     write(picture, output / "input.png")
     write(result, output / "upscaled.png", provenance=upscaler.describe(Options()))
-    compare(picture, result).save(output / "compare.png")
+    write(from_pil(compare(picture, result)), output / "compare.png")
     size = "{1}x{0}".format(*result.pixels.shape[-2:])
     print(f"{output}/upscaled.png  {size} in {seconds:.1f} s\n{output}/compare.png")
 
 
 def _say(expert: str, done: int, steps: int) -> None:
     print(f"  {expert}: step {done} of {steps}", flush=True)
+
+
+def _fit(picture: Picture) -> Picture:
+    """At most 256 x 256 pixels' worth: a demo on a CPU should take seconds, not an hour."""
+    height, width = picture.pixels.shape[-2:]
+    shrink = (LARGEST / (height * width)) ** 0.5
+    if shrink >= 1:
+        return picture
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    print(f"  the demo shrinks {width}x{height} to {size[1]}x{size[0]} first; to upscale it whole:")
+    print("  .venv/bin/linearsr upscale PHOTO -o OUTPUT")
+    pixels = resize(picture.pixels[None], *size)[0].clamp(0, 1)
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = resize(alpha[None], *size)[0].clamp(0, 1)
+    return dataclasses.replace(picture, pixels=pixels, alpha=alpha)
 
 
 def _cat() -> Picture:
@@ -64,12 +83,12 @@ def compare(picture: Picture, result: Picture) -> Image.Image:
     """One picture: input, bicubic and `result` in a row, then enlarged details of each."""
     size = result.pixels.shape[-2:]
     bicubic = resize(picture.pixels[None], *size)[0].clamp(0, 1)
-    small = to_pil(picture).convert("RGB")
+    small = _rgb(picture)
     wide = (size[1], size[0])
     versions = {
         "input": small.resize(wide, Image.Resampling.NEAREST),
-        "bicubic": to_pil(from_tensor(bicubic)),
-        "LinearSR": to_pil(result).convert("RGB"),
+        "bicubic": _rgb(dataclasses.replace(picture, pixels=bicubic, alpha=None)),
+        "LinearSR": _rgb(result),
     }
     corners = _details(result.pixels, CROP)
     panel_height = max(1, round(PANEL * size[0] / size[1]))
@@ -92,9 +111,9 @@ def compare(picture: Picture, result: Picture) -> Image.Image:
     return sheet
 
 
-def from_tensor(pixels: torch.Tensor) -> Picture:
-    """A plain 8-bit picture of (3, H, W) floats in [0, 1]."""
-    return Picture(pixels, None, 8, False, None, None, "png")
+def _rgb(picture: Picture) -> Image.Image:
+    # PIL clips 16-bit grey to white; eight bits are enough to look at.
+    return to_pil(dataclasses.replace(picture, bits=8)).convert("RGB")
 
 
 def _size(small: Image.Image) -> str:

@@ -16,18 +16,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
+import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field, ValidationError
 from torch import Tensor
 
 from linearsr import __version__, weights
-from linearsr.config import Config
+from linearsr.config import Options
 from linearsr.denoiser import LinearSR
-from linearsr.errors import LinearSRError, OptionError
+from linearsr.errors import InputError, LinearSRError, OptionError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
@@ -41,38 +40,14 @@ from linearsr.noise.sampler import euler, schedule
 AUTO_TILE = 128
 OVERLAP = 16
 SMALLEST_TILE = 32
+# Memory for each pixel of the output: the pictures, latents and noise alive at the peak.
+BYTES_PER_PIXEL = 100
 
 Progress = Callable[[str, int, int], None]
 
 
 class OutOfMemory(LinearSRError):
     """The device's memory did not suffice, with the tile chosen or the smallest one."""
-
-
-class Options(Config):
-    """What a request may choose; the same fields everywhere (command line, HTTP, jobs)."""
-
-    scale: Literal[2, 3, 4] = 4
-    # A final size instead of a scale; with one of the two, the other keeps the aspect ratio.
-    width: int | None = Field(default=None, ge=1, le=65535)
-    height: int | None = Field(default=None, ge=1, le=65535)
-    # 1: closest to the truth (conditional mean). More: sharper, one plausible picture.
-    steps: int | None = Field(default=None, ge=1, le=50)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    tags: tuple[str, ...] = ()
-    # Side of a tile in input pixels, "auto" or "off".
-    tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
-    colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
-
-    @classmethod
-    def parse(cls, **fields: object) -> Options:
-        """Options from untyped fields. Raises OptionError naming the field and what it may be."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "options"
-            raise OptionError(f"{name}: {first['msg']} (got {first['input']!r})") from error
 
 
 DEFAULTS = Options()
@@ -101,7 +76,6 @@ class Upscaler:
 
     def __init__(self, bundle: weights.Bundle, device: str | torch.device = "cpu") -> None:
         self.config = bundle.config
-        self.provenance = bundle.provenance
         self.device = torch.device(device)
         self.experts = bundle.experts
         self.autoencoder = load_autoencoder(self.config.latent, self.device)
@@ -133,7 +107,7 @@ class Upscaler:
         for tile in self._tile_sizes(options):
             with contextlib.suppress(OutOfMemory):
                 return self._attempt(picture, options, tile, progress)
-        hint = "choose a smaller --tile" if options.tile != "auto" else "close other programs"
+        hint = "choose a smaller --tile" if options.tile != "auto" else "free some of its memory"
         raise OutOfMemory(f"out of memory on {self.device}: {hint}")
 
     def _tile_sizes(self, options: Options) -> Iterator[int | None]:
@@ -141,7 +115,10 @@ class Upscaler:
         if options.tile == "off":
             yield None
         elif options.tile != "auto":
-            yield max(1, round(options.tile * self.config.scale / self.autoencoder.factor))
+            yield max(
+                SMALLEST_TILE // 4,
+                round(options.tile * self.config.scale / self.autoencoder.factor),
+            )
         else:
             size = AUTO_TILE
             while size >= SMALLEST_TILE:
@@ -165,23 +142,26 @@ class Upscaler:
 
     def describe(self, options: Options) -> dict[str, str]:
         """Provenance for a result's metadata: what made it, so that it can be made again."""
-        chosen = {
-            "software": f"linearsr {__version__}",
-            "model": self.config.name,
-            "scale": options.scale,
-            "steps": options.steps or self.config.sampling.steps,
-            "seed": options.seed,
-            "tags": ", ".join(options.tags),
-        }
-        return {name: str(value) for name, value in chosen.items() if value != ""}
+        asked = options.model_dump(exclude_defaults=True, exclude={"tags"})
+        size = {} if options.width or options.height else {"scale": options.scale}
+        steps = options.steps or self.config.sampling.steps
+        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "seed": options.seed}
+        if options.tags:
+            chosen["tags"] = ", ".join(options.tags)
+        return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in chosen.items()}}
 
     @torch.inference_mode()
     def prepare(self, picture: Picture, options: Options, tile: int | None = AUTO_TILE) -> Job:
         """Everything before the first step. `tile` in latent cells; None for no tiles."""
         if options.tags and self.config.denoiser.tag_dim is None:
             raise OptionError(f"{self.config.name} was trained without tags; leave out --tags")
+        if options.tags:
+            raise OptionError(
+                "tags cannot be encoded yet: no tag encoder is built in; leave out --tags"
+            )
         sampling = self.config.sampling
         timesteps = schedule(options.steps or sampling.steps, sampling.flow_shift)
+        _check_memory(picture, options, self.config.scale)
         lr = self._padded(picture.pixels[None] * 2 - 1)
         height, width = (n * self.config.scale // self.autoencoder.factor for n in lr.shape[-2:])
         tiles = tuple(_grid(height, width, tile))
@@ -192,7 +172,8 @@ class Upscaler:
             steps=len(timesteps) - 1,
             lr=lr,
             tiles=tiles,
-            latents=tuple(t.crop(noise) for t in tiles),
+            # Copies, so that a tile sent elsewhere does not take the whole field along.
+            latents=tuple(t.crop(noise).clone() for t in tiles),
             timesteps=tuple(timesteps),
             segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
         )
@@ -301,15 +282,28 @@ def output_size(picture: Picture, options: Options) -> tuple[int, int]:
     return height * options.scale, width * options.scale
 
 
+def _check_memory(picture: Picture, options: Options, scale: int) -> None:
+    """Refuse what cannot fit: past this point Linux would kill the process without a word."""
+    height, width = picture.pixels.shape[-2:]
+    computed, final = scale**2 * height * width, math.prod(output_size(picture, options))
+    need = BYTES_PER_PIXEL * max(computed, final)
+    free = psutil.virtual_memory().available
+    if need > free:
+        raise InputError(
+            f"a {width}x{height} picture needs about {need / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free; shrink or split it"
+        )
+
+
 def _pick_device(device: str) -> torch.device:
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()
         return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {device!r} cannot be used: {reason}") from error
 
@@ -329,6 +323,8 @@ def _memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(str(error)) from error
     except RuntimeError as error:
-        if "allocate memory" in str(error) or "out of memory" in str(error):
+        if any(
+            words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")
+        ):
             raise OutOfMemory(str(error)) from error
         raise

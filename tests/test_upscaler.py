@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderDC
 from PIL import Image
 
 from linearsr import Options, Upscaler, upscaler
+from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
 from linearsr.errors import OptionError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
+from tests.conftest import random_experts
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +209,49 @@ def test_tags_on_a_model_without_tags_are_refused(small: Upscaler, picture: Pict
 def test_unusable_device_is_named(small_bundle: Path) -> None:
     with pytest.raises(OptionError, match="nonsense"):
         Upscaler.load(small_bundle, "nonsense")
+
+
+def test_bfloat16_stays_close_and_finite(small: Upscaler, small_bundle: Path) -> None:
+    """The default on CUDA and on CPUs with AMX."""
+    half = Upscaler(upscaler.weights.load(small_bundle, dtype=torch.bfloat16))
+    for size in [(1, 1), (7, 5), (40, 33)]:
+        given = from_pil(Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB"))
+        ours, theirs = (u.upscale(given, Options(steps=4)).pixels for u in (half, small))
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
+    """A model on a tiny random DC-AE that compresses eight times, twice the model's scale."""
+    torch.manual_seed(0)
+    sides = {
+        "block_types": ("ResBlock",) * 4,
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": (1, 1, 1, 1),
+        "qkv_multiscales": ((),) * 4,
+    }
+    both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
+    folder = tmp_path_factory.mktemp("learned")
+    AutoencoderDC(latent_channels=8, attention_head_dim=8, **both).save_pretrained(folder / "ae")
+    config = ModelConfig(
+        name="learned",
+        denoiser=DenoiserConfig(
+            latent_channels=8, depth=1, width=32, stem_channels=(4, 4, 4), stem_strides=(2, 2, 2)
+        ),
+        latent=LatentConfig(kind="dc-ae", factor=8, scale=0.4, source=str(folder / "ae")),
+    )
+    experts = [m.state_dict() for m in random_experts(config, 4)]
+    upscaler.weights.save(folder / "weights", config, experts, {}, dtype=torch.float32)
+    return Upscaler.load(folder / "weights", "cpu")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (13, 7), (64, 48)])
+@pytest.mark.parametrize("tile", ["off", 16])
+def test_learned_latents_of_another_factor_than_the_scale(
+    learned: Upscaler, size: tuple[int, int], tile: int | str
+) -> None:
+    image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB")
+    result = learned.upscale(from_pil(image), Options.parse(steps=2, tile=tile))
+    assert result.pixels.shape == (3, 4 * size[1], 4 * size[0])
+    assert torch.isfinite(result.pixels).all()

@@ -108,10 +108,14 @@ class MixFFN(nn.Module):
         """Rows `top` to `bottom` of the result; the convolution looks one row further each way."""
         above, below = min(top, 1), min(x.shape[1] - bottom, 1)
         hidden = silu(self.expand(x[:, top - above : bottom + below]))
-        # A view: NHWC memory seen as channels_last NCHW. Zero rows where the picture ends.
-        hidden = F.pad(hidden.permute(0, 3, 1, 2), (0, 0, 1 - above, 1 - below))
+        # A view: NHWC memory seen as channels_last NCHW.
+        hidden = hidden.permute(0, 3, 1, 2)
+        if above or below:
+            # Zeros where the picture ends, the neighbouring rows where it goes on.
+            hidden = F.pad(hidden, (0, 0, 1 - above, 1 - below))
         weight, bias = self.depthwise.weight, self.depthwise.bias
-        hidden = F.conv2d(hidden, weight, bias, padding=(0, 1), groups=len(weight))
+        padding = (0 if above or below else 1, 1)
+        hidden = F.conv2d(hidden, weight, bias, padding=padding, groups=len(weight))
         value, gate = hidden.permute(0, 2, 3, 1).chunk(2, dim=-1)
         return self.project(value * silu(gate))
 

@@ -94,9 +94,18 @@ MILD = Degradation(
         ),
     )
 )
-PRESETS: dict[Literal["clean", "mild", "seesr", "real-esrgan"], Degradation] = {
+# The same round with all three at once.
+CAMERA = Degradation(
+    stages=(
+        MILD.stages[0].model_copy(
+            update={"blur_probability": 1.0, "noise_probability": 1.0, "jpeg_probability": 1.0}
+        ),
+    )
+)
+PRESETS: dict[Literal["clean", "mild", "camera", "seesr", "real-esrgan"], Degradation] = {
     "clean": CLEAN,
     "mild": MILD,
+    "camera": CAMERA,
     "seesr": SEESR,
     "real-esrgan": REAL_ESRGAN,
 }

@@ -34,11 +34,6 @@ def euler_step(latent: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return latent + _like(t_next - t, latent) * v
 
 
-def log_snr(t: Tensor) -> Tensor:
-    """2 ln((1 - t) / t); +inf at t = 0, -inf at t = 1."""
-    return 2 * (torch.log1p(-t) - torch.log(t))
-
-
 class Preconditioning(NamedTuple):
     """EDM's preconditioning (Karras et al. 2022, eq. 7) rewritten for the straight path.
 

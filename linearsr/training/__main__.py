@@ -44,6 +44,12 @@ def main() -> int:
     )
     options = parser.parse_args()
     recipe = RECIPES[options.recipe]()
+    if options.stage != "bundle" and options.photos is None:
+        parser.error("--photos is needed to train")
+    if not 0 <= options.index < len(recipe.experts):
+        parser.error(f"--index must be 0 to {len(recipe.experts) - 1}")
+    if any("=" not in note for note in options.note):
+        parser.error("--note takes KEY=VALUE")
     try:
         if options.stage == "bundle":
             _bundle(
@@ -51,7 +57,7 @@ def main() -> int:
             )
         else:
             _train(recipe, options)
-    except LinearSRError as error:
+    except (LinearSRError, OSError) as error:
         print(f"linearsr.training: {error}", file=sys.stderr)
         return 1
     return 0
@@ -68,13 +74,14 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     model = LinearSR(recipe.model.denoiser)
     if expert:
         model.load_state_dict(_ema(options.out / "pretrain.pt"))
-    state = loop.start(model.to(memory_format=torch.channels_last), config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = loop.start(model.to(device).to(memory_format=torch.channels_last), config)
     path = options.out / f"{name}.pt"
     if path.is_file():
         loop.restore(state, path)
     # A resumed stage must not see the same pictures again.
     batches = stream(options.photos, recipe.data, seed=config.seed * 1_000_003 + state.step)
-    autoencoder = load_autoencoder(recipe.model.latent)
+    autoencoder = load_autoencoder(recipe.model.latent, device)
     loop.run(state, autoencoder, batches, config, _reporter(path, config.steps))
 
 
@@ -97,7 +104,7 @@ def _reporter(path: Path, steps: int) -> Callable[[loop.State, loop.Report], Non
 def _ema(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; run the earlier stage first")
-    return dict(torch.load(path, weights_only=True)["ema"])
+    return dict(torch.load(path, weights_only=True, map_location="cpu")["ema"])
 
 
 def _bundle(recipe: Recipe, out: Path, folder: Path, notes: list[str]) -> None:

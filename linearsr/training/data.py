@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -35,9 +35,19 @@ class DataConfig(Config):
     # Photographs are shrunk by a random factor first: it sharpens soft ones and multiplies few.
     shrink: tuple[float, float] = (0.25, 1.0)
     # How often each degradation preset is drawn; must sum to one.
-    degradations: dict[str, float] = Field(default={"clean": 0.5, "mild": 0.4, "seesr": 0.1})
+    degradations: dict[str, float] = Field(
+        default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
+    )
     # Pixels around the patch that blur and resize may look at.
     margin: int = 16
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.patch % self.scale or self.margin % self.scale:
+            raise ValueError(f"patch and margin must be multiples of the scale {self.scale}")
+        if abs(sum(self.degradations.values()) - 1) > 1e-6 or set(self.degradations) - set(PRESETS):
+            raise ValueError(f"degradations must be of {list(PRESETS)} and sum to one")
+        return self
 
 
 class Patches(IterableDataset[Batch]):
@@ -67,8 +77,7 @@ class Patches(IterableDataset[Batch]):
         preset = rng.choice(list(c.degradations), p=list(c.degradations.values()))
         lr = degrade(hr, c.scale, PRESETS[preset], rng)
         inner = c.margin // c.scale
-        hr = hr[:, c.margin : -c.margin, c.margin : -c.margin]
-        return hr, lr[:, inner:-inner, inner:-inner]
+        return _centre(hr, c.margin, c.patch), _centre(lr, inner, c.patch // c.scale)
 
     def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
         """(3, size, size) in [0, 1]; half the time the busier of two crops."""
@@ -87,6 +96,10 @@ class Patches(IterableDataset[Batch]):
 
 def _as_bytes(path: Path) -> Tensor:
     return (read(path).pixels * 255).round().byte()
+
+
+def _centre(picture: Tensor, margin: int, size: int) -> Tensor:
+    return picture[:, margin : margin + size, margin : margin + size]
 
 
 def _augment(hr: Tensor, rng: np.random.Generator) -> Tensor:

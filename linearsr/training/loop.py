@@ -55,8 +55,9 @@ class TrainConfig(Config):
     timesteps: TimestepConfig = TimestepConfig()
     report_every: int = 50
     seed: int = 0
+    # Compute in bfloat16 over float32 weights: for GPUs, and CPUs with AMX.
+    bfloat16: bool = False
     compile: bool = False
-    channels_last: bool = True
 
 
 class Report(NamedTuple):
@@ -145,11 +146,13 @@ def run(
     Raises Diverged before a step that is not finite is applied.
     """
     loss_of = torch.compile(flow_loss) if config.compile else flow_loss
+    device = next(state.model.parameters()).device
     began, since = time.perf_counter(), state.step
     while state.step < config.steps:
-        batch = next(batches)
-        t = draw_timesteps(len(batch.hr), config.timesteps, state.generator)
-        losses = loss_of(state.model, autoencoder, batch, t, state.generator)
+        batch = Batch(*(side.to(device, non_blocking=True) for side in next(batches)))
+        t = draw_timesteps(len(batch.hr), config.timesteps, state.generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+            losses = loss_of(state.model, autoencoder, batch, t, state.generator)
         _step(state, config, losses, t)
         if state.step % config.report_every == 0 or state.step == config.steps:
             seconds = time.perf_counter() - began
@@ -207,9 +210,10 @@ def save(state: State, path: Path) -> None:
 
 def restore(state: State, path: Path) -> None:
     """Put a saved stage back into a fresh `state` of the same shape."""
-    payload = torch.load(path, weights_only=True)
+    device = next(state.model.parameters()).device
+    payload = torch.load(path, weights_only=True, map_location=device)
     state.model.load_state_dict(payload["model"])
     state.ema.load_state_dict(payload["ema"])
     state.optimizer.load_state_dict(payload["optimizer"])
-    state.generator.set_state(payload["generator"])
+    state.generator.set_state(payload["generator"].cpu())
     state.step = payload["step"]

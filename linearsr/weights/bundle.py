@@ -6,6 +6,7 @@ Loading needs nothing but the folder. Knows nothing of training states or of Ray
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.errors import WeightsError
+from linearsr.errors import OutputError, WeightsError
 from linearsr.noise.experts import EXPERTS
 
 BUNDLED = Path(__file__).parent
@@ -45,11 +46,10 @@ def available() -> list[str]:
 
 def find(name_or_folder: str | Path) -> Path:
     """The folder of a bundled model's name, or of a path. Raises WeightsError for neither."""
-    if (BUNDLED / name_or_folder).is_dir() and str(name_or_folder) in available():
+    if str(name_or_folder) in available():
         return BUNDLED / name_or_folder
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
+    if os.path.isdir(name_or_folder):  # unlike Path.is_dir, False for names too long to exist
+        return Path(name_or_folder)
     raise WeightsError(
         f"unknown model {str(name_or_folder)!r}: bundled are {', '.join(available()) or 'none'}; "
         "anything else must be a folder of safetensors"
@@ -73,9 +73,17 @@ def save(
     metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
     for name, tensors in zip(names, experts, strict=True):
         packed = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
-        temporary = folder / f".{name}.tmp"
-        save_file(packed, temporary, metadata={**metadata, "expert": name})
-        temporary.replace(folder / f"{name}.safetensors")
+        _write(folder / f"{name}.safetensors", packed, {**metadata, "expert": name})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {_line(error)}") from error
 
 
 def load(
@@ -95,7 +103,7 @@ def load(
     experts = []
     for name in expert_names(config):
         path = folder / f"{name}.safetensors"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise WeightsError(
                 f"{path}: this expert's file is missing; copy the whole folder again"
             )

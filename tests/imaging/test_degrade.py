@@ -21,7 +21,7 @@ def test_same_seed_same_pixels_in_range_and_size(name: str) -> None:
     assert runs[0].min() >= 0 and runs[0].max() <= 1
 
 
-@pytest.mark.parametrize("name", ["mild", "seesr", "real-esrgan"])
+@pytest.mark.parametrize("name", ["mild", "camera", "seesr", "real-esrgan"])
 def test_the_picture_stays_recognisable_and_in_place(name: str) -> None:
     """Over many draws the mean of the degraded pictures approaches a blurred clean one."""
     rng = np.random.default_rng(0)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from linearsr.noise import experts
-from linearsr.noise.path import Preconditioning, add_noise, euler_step, log_snr, velocity
+from linearsr.noise.path import Preconditioning, add_noise, euler_step, velocity
 
 
 def _pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +28,6 @@ def test_euler_with_the_true_velocity_lands_anywhere_on_the_path() -> None:
     )
     moved = euler_step(add_noise(clean, noise, t), velocity(clean, noise), t, t_next)
     torch.testing.assert_close(moved, add_noise(clean, noise, t_next))
-
-
-def test_log_snr_agrees_with_the_routing_module() -> None:
-    t = torch.tensor([0.0116, 0.223, 0.5, 0.875, 0.9713], dtype=torch.float64)
-    assert log_snr(t).tolist() == pytest.approx([experts.log_snr(x) for x in t.tolist()])
 
 
 def test_preconditioning_is_the_best_linear_guess_completed_by_the_network() -> None:
