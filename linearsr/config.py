@@ -157,34 +157,23 @@ _DC_AE = LatentConfig(
     kind="dc-ae", factor=32, scale=0.41407, source="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
 )
 
-LINEARSR_0_6B = ModelConfig(
-    name="linearsr-0.6b",
-    denoiser=DenoiserConfig(
-        latent_channels=32,
-        depth=28,
-        width=1152,
-        tag_dim=2304,
-        tag_heads=16,
-        stem_channels=(64, 128, 64),
-        stem_strides=(4, 4, 2),
-    ),
-    latent=_DC_AE,
-    sampling=SamplingConfig(steps=20),
-)
 
-LINEARSR_1_6B = ModelConfig(
-    name="linearsr-1.6b",
-    denoiser=DenoiserConfig(
+def _sana(name: str, depth: int, width: int, tag_heads: int) -> ModelConfig:
+    """A model that Sana's weights of the same size can start (their text width is 2304)."""
+    denoiser = DenoiserConfig(
         latent_channels=32,
-        depth=20,
-        width=2240,
+        depth=depth,
+        width=width,
         tag_dim=2304,
-        tag_heads=20,
+        tag_heads=tag_heads,
         stem_channels=(64, 128, 64),
         stem_strides=(4, 4, 2),
-    ),
-    latent=_DC_AE,
-    sampling=SamplingConfig(steps=20),
-)
+    )
+    sampling = SamplingConfig(steps=20)
+    return ModelConfig(name=name, denoiser=denoiser, latent=_DC_AE, sampling=sampling)
+
+
+LINEARSR_0_6B = _sana("linearsr-0.6b", depth=28, width=1152, tag_heads=16)
+LINEARSR_1_6B = _sana("linearsr-1.6b", depth=20, width=2240, tag_heads=20)
 
 MODELS = {config.name: config for config in (TINY, LINEARSR_0_6B, LINEARSR_1_6B)}
