@@ -121,7 +121,7 @@ def scaling(rounds: int) -> int:
 def memory(_: int) -> int:
     """Peak resident memory of this process after one 4000 x 3000 output."""
     began = time.perf_counter()
-    Upscaler.load().upscale(_picture(750, 1000), Options())
+    Upscaler.load().upscale(_picture(750, 1000))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"4000 x 3000: {time.perf_counter() - began:.1f} s, peak resident {peak:.2f} GiB")
     return 0
