@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality --data ../data/val/Set5 --models linearsr-tiny --steps 1 4
 
-LR is made here: clean (bicubic, 8 bit) or degraded (blur, noise and JPEG, seeded by the file name).
+LR is made here, seeded by the file name: clean (bicubic, 8 bit), mixed (blur, noise and JPEG, each
+on half of the pictures) or degraded (all three on every picture).
 Prints a Markdown table with a row for HR itself, one for bicubic, and one per model and step count.
 """
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from linearsr.config import Options
-from linearsr.imaging.degrade import CAMERA, CLEAN, Degradation, degrade
+from linearsr.imaging.degrade import CAMERA, CLEAN, MILD, Degradation, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 from linearsr.quality.metrics import conventions, measure
@@ -36,7 +37,7 @@ _STAGE = CAMERA.stages[0].model_copy(
         "jpeg_quality": (60.0, 90.0),
     }
 )
-LR = {"clean": CLEAN, "degraded": Degradation(stages=(_STAGE,))}
+LR = {"clean": CLEAN, "mixed": MILD, "degraded": Degradation(stages=(_STAGE,))}
 SCALE = 4
 
 
