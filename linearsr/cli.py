@@ -119,7 +119,8 @@ def _upscale(arguments: argparse.Namespace) -> int:
             failed += 1
             _complain(_naming(source, error), SOME_FAILED)
     if failed and len(pairs) > 1:
-        print(f"linearsr: {failed} failed; the rest are written", file=sys.stderr)
+        written = "; the rest are written" if failed < len(pairs) else ""
+        print(f"linearsr: {failed} failed{written}", file=sys.stderr)
     return SOME_FAILED if failed else OK
 
 
