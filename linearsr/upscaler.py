@@ -35,9 +35,9 @@ from linearsr.latent import load_autoencoder
 from linearsr.noise.experts import EXPERTS, Segment, plan
 from linearsr.noise.sampler import euler, schedule
 
-# Latent cells. A tile as large as this keeps attention statistics near those of training, its
-# activations in cache, and memory low; overlap is what the convolutions of eight blocks can see.
-AUTO_TILE = 128
+# Latent cells. Tiles bound memory; ones as large as this spend few cells on overlap, which is twice
+# what the convolutions of eight blocks can see.
+AUTO_TILE = 192
 OVERLAP = 16
 SMALLEST_TILE = 32
 # Memory for each pixel of the output: the pictures, latents and noise alive at the peak.

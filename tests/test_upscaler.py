@@ -150,16 +150,16 @@ def test_progress_names_the_experts(small: Upscaler, picture: Picture) -> None:
 def test_out_of_memory_is_answered_with_smaller_tiles(
     small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = _limit_memory(small, monkeypatch, largest=40)
+    tried = _limit_memory(small, monkeypatch, largest=50)
     small.upscale(picture, Options(steps=1))
-    assert tried == [128, 64, 32]
+    assert tried == [192, 96, 48]
 
 
 @pytest.mark.parametrize("tile", [64, "off"])
 def test_a_chosen_tile_is_never_overridden(
     small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch, tile: int | str
 ) -> None:
-    tried = _limit_memory(small, monkeypatch, largest=40)
+    tried = _limit_memory(small, monkeypatch, largest=50)
     with pytest.raises(upscaler.OutOfMemory, match="--tile"):
         small.upscale(picture, Options(steps=1, tile=tile))
     assert tried == [64 if tile == 64 else None]
