@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from linearsr.upscaler import Upscaler
 
 OK, SOME_FAILED, USAGE = 0, 1, 2
-FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,10 +181,12 @@ def _pairs(
     inputs: list[Path], output: Path, suffix: str | None
 ) -> tuple[list[tuple[Path, Path]], int]:
     """Each input picture with its result's file, and how many inputs could not be listed."""
+    from linearsr.imaging.files import WRITE_SUFFIXES
+
     single = len(inputs) == 1 and not os.path.isdir(inputs[0])
     if single and not os.path.isdir(output) and output.suffix:
-        if output.suffix.lower() not in FORMATS:
-            raise OptionError(f"{output}: the suffix must be one of {', '.join(FORMATS)}")
+        if output.suffix.lower() not in WRITE_SUFFIXES:
+            raise OptionError(f"{output}: the suffix must be one of {', '.join(WRITE_SUFFIXES)}")
         return [_checked(inputs[0], output)], 0
     if os.path.isfile(output):
         raise OptionError(f"{output} is a file; several inputs need a folder to go to")
@@ -232,9 +233,11 @@ def _checked(source: Path, target: Path) -> tuple[Path, Path]:
 
 def _named(path: Path, suffix: str | None) -> Path:
     """The same name, with a suffix that can be written."""
+    from linearsr.imaging.files import WRITE_SUFFIXES
+
     if suffix:
         return path.with_suffix(f".{suffix}")
-    return path if path.suffix.lower() in FORMATS else path.with_suffix(".png")
+    return path if path.suffix.lower() in WRITE_SUFFIXES else path.with_suffix(".png")
 
 
 def _models(_: argparse.Namespace) -> int:

@@ -19,3 +19,8 @@ class OptionError(LinearSRError, ValueError):
 
 class WeightsError(LinearSRError):
     """Weights that are missing, of a wrong shape, non-finite, or not ours."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of a library's error on one line, short enough to end one of ours."""
+    return " ".join(str(error).split())[:300]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.errors import OutputError, WeightsError
+from linearsr.errors import OutputError, WeightsError, one_line
 from linearsr.noise.experts import EXPERTS
 
 BUNDLED = Path(__file__).parent
@@ -83,7 +83,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {_line(error)}") from error
+        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
 def load(
@@ -124,7 +124,9 @@ def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:
             f"{path}: no LinearSR config inside; convert it first (linearsr.weights.convert)"
         ) from None
     except (SafetensorError, OSError, ValidationError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as LinearSR weights: {_line(error)}") from error
+        raise WeightsError(
+            f"{path}: cannot be read as LinearSR weights: {one_line(error)}"
+        ) from error
 
 
 def _load_expert(path: Path, config: ModelConfig) -> LinearSR:
@@ -136,13 +138,13 @@ def _load_expert(path: Path, config: ModelConfig) -> LinearSR:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: damaged: {_line(error)}") from error
+        raise WeightsError(f"{path}: damaged: {one_line(error)}") from error
     _check_finite(tensors, path)
     model = LinearSR(config.denoiser)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise WeightsError(f"{path}: does not fit its config: {_line(error)}") from error
+        raise WeightsError(f"{path}: does not fit its config: {one_line(error)}") from error
     return model.float().requires_grad_(False).eval()
 
 
@@ -150,7 +152,3 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{where}: {key} holds NaN or infinity; this file is not usable")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

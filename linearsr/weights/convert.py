@@ -28,7 +28,7 @@ from torch import Tensor
 from linearsr.config import LINEARSR_1_6B, DenoiserConfig, ModelConfig, SamplingConfig
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser.conditioning import LRStem
-from linearsr.errors import LinearSRError, OutputError, WeightsError
+from linearsr.errors import LinearSRError, OutputError, WeightsError, one_line
 from linearsr.weights.bundle import expert_names, save
 
 # Our key -> the keys it is made of, concatenated on the first axis; {} is the block's number.
@@ -304,7 +304,9 @@ def _denoiser_config(where: Path, **fields: Any) -> DenoiserConfig:
             stem_channels=stem.stem_channels, stem_strides=stem.stem_strides, **fields
         )
     except ValidationError as error:
-        raise WeightsError(f"{where}: LinearSR cannot have this shape: {_line(error)}") from error
+        raise WeightsError(
+            f"{where}: LinearSR cannot have this shape: {one_line(error)}"
+        ) from error
 
 
 # Diffusers' layout
@@ -406,12 +408,12 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {_line(error)}") from error
+        raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
     except pickle.UnpicklingError as error:
         # torch's own message advises weights_only=False, which would run whatever is inside.
         raise WeightsError(f"{path}: damaged, or holds more than tensors; not loaded") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: damaged: {_line(error)}") from error
+        raise WeightsError(f"{path}: damaged: {one_line(error)}") from error
 
 
 def _refuse_unlike_sana(path: Path, source: Mapping[str, Tensor]) -> None:
@@ -470,7 +472,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise WeightsError(f"{path}: missing; a diffusers folder has it") from None
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read: {_line(error)}") from error
+        raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object")
     return content
@@ -480,11 +482,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 # Command line
@@ -524,7 +522,7 @@ def _bundle(source: Path, out: Path, name: str | None) -> None:
     try:
         save(out, model, [tensors], provenance)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {_line(error)}") from error
+        raise OutputError(f"{out}: cannot be written: {one_line(error)}") from error
     print(f"{model.name}: {out / expert_names(model)[0]}.safetensors")
     print(f"dropped: {', '.join(dropped) or 'nothing'}")
     print(f"fresh: {', '.join(fresh)}")
