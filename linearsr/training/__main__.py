@@ -1,30 +1,31 @@
-"""`python -m linearsr.training`: pretrain one model, fine-tune its experts, bundle them.
+"""`python -m linearsr.training`: the plain loop on one machine without a cluster.
 
     python -m linearsr.training pretrain --photos PHOTOS --out runs/tiny
     python -m linearsr.training expert --index 0 --photos PHOTOS --out runs/tiny   (0, 1, 2, 3)
     python -m linearsr.training bundle --out runs/tiny --folder my-weights
 
-Each stage writes OUT/STAGE.pt as it goes and continues from it when started again.
+Each stage writes OUT/STAGE as it goes and continues from it when started again. Knees are found by
+the jobs in ray_jobs/; here an expert starts from wherever pretraining stands.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from linearsr import weights
 from linearsr.denoiser import LinearSR
-from linearsr.errors import LinearSRError, WeightsError
+from linearsr.errors import LinearSRError
 from linearsr.latent import load_autoencoder
-from linearsr.training import loop
+from linearsr.training import export, loop
 from linearsr.training.data import stream
-from linearsr.training.recipes import RECIPES, Recipe
+from linearsr.training.engine import TorchEngine
+from linearsr.training.recipes import RECIPES, Recipe, override
 
 
 def main() -> int:
@@ -34,27 +35,22 @@ def main() -> int:
     )
     parser.add_argument("stage", choices=("pretrain", "expert", "bundle"))
     parser.add_argument("--recipe", choices=RECIPES, default="tiny_cpu")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings"
+    )
     parser.add_argument("--photos", type=Path, help="folder of training photographs")
     parser.add_argument("--out", type=Path, required=True, help="where checkpoints go")
     parser.add_argument("--index", type=int, default=0, help="which expert, 0 being highest noise")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's number")
     parser.add_argument("--folder", type=Path, help="where the bundle goes")
-    parser.add_argument(
-        "--note", action="append", default=[], metavar="KEY=VALUE", help="provenance"
-    )
     options = parser.parse_args()
-    recipe = RECIPES[options.recipe]()
     if options.stage != "bundle" and options.photos is None:
         parser.error("--photos is needed to train")
-    if not 0 <= options.index < len(recipe.experts):
-        parser.error(f"--index must be 0 to {len(recipe.experts) - 1}")
-    if any("=" not in note for note in options.note):
-        parser.error("--note takes KEY=VALUE")
     try:
+        recipe = override(RECIPES[options.recipe](), options.set)
+        if not 0 <= options.index < len(recipe.experts):
+            parser.error(f"--index must be 0 to {len(recipe.experts) - 1}")
         if options.stage == "bundle":
-            _bundle(
-                recipe, options.out, options.folder or options.out / recipe.model.name, options.note
-            )
+            _bundle(recipe, options.out, options.folder or options.out / recipe.model.name)
         else:
             _train(recipe, options)
     except (LinearSRError, OSError) as error:
@@ -66,61 +62,56 @@ def main() -> int:
 def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     expert = options.stage == "expert"
     config = recipe.experts[options.index] if expert else recipe.pretrain
-    if options.steps:
-        config = config.model_copy(update={"steps": options.steps})
-    name = f"expert-{options.index}" if expert else "pretrain"
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = options.out / (f"expert-{options.index}" if expert else "pretrain")
     torch.manual_seed(config.seed)
     model = LinearSR(recipe.model.denoiser)
     if expert:
-        model.load_state_dict(_ema(options.out / "pretrain.pt"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = loop.start(model.to(device).to(memory_format=torch.channels_last), config)
-    path = options.out / f"{name}.pt"
-    if path.is_file():
-        loop.restore(state, path)
-    # A resumed stage must not see the same pictures again.
-    batches = stream(options.photos, recipe.data, seed=config.seed * 1_000_003 + state.step)
-    autoencoder = load_autoencoder(recipe.model.latent, device)
-    loop.run(state, autoencoder, batches, config, _reporter(path, config.steps))
+        model.load_state_dict(export.average(options.out / "pretrain", recipe.model))
+    elif recipe.start:
+        model.load_state_dict(weights.load(recipe.start).experts[0].state_dict())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = TorchEngine(model, config, device)
+    stage = loop.Stage.start(engine, load_autoencoder(recipe.model.latent, device), config)
+    if folder.is_dir():
+        stage.load(folder)
+    batches = stream(options.photos, recipe.data, config.seed, stage.progress.seen)
+    loop.run(stage, batches, _reporter(folder))
 
 
-def _reporter(path: Path, steps: int) -> Callable[[loop.State, loop.Report], None]:
-    began = time.perf_counter()
-
-    def report(state: loop.State, r: loop.Report) -> None:
-        if r.step % 250 == 0 or r.step == steps:
-            loop.save(state, path)
+def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
+    def report(stage: loop.Stage, r: loop.Report) -> None:
+        steps = stage.config.steps
+        if r.step % stage.config.checkpoint_every == 0 or r.step == steps:
+            _save(stage, folder)
         print(
-            f"{path.stem} {r.step}/{steps}  loss {r.loss:.4f}  at one {r.loss_at_one:.4f}  "
+            f"{folder.name} {r.step}/{steps}  loss {r.loss:.4f}  at one {r.loss_at_one:.4f}  "
             f"gradient {r.gradient_norm:.2f}  rate {r.learning_rate:.1e}  "
-            f"{r.images_per_second:.1f} images/s  {time.perf_counter() - began:.0f} s",
+            f"{r.images_per_second:.1f} images/s",
             flush=True,
         )
 
     return report
 
 
-def _ema(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such checkpoint; run the earlier stage first")
-    return dict(torch.load(path, weights_only=True, map_location="cpu")["ema"])
+def _save(stage: loop.Stage, folder: Path) -> None:
+    """A whole checkpoint, complete before it takes the place of the one before."""
+    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    stage.save(temporary)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
 
 
-def _bundle(recipe: Recipe, out: Path, folder: Path, notes: list[str]) -> None:
-    count = len(recipe.model.sampling.boundaries) + 1
-    experts = [_ema(out / f"expert-{i}.pt") for i in range(count)]
-    provenance = dict(note.split("=", 1) for note in notes)
-    weights.save(folder, recipe.model, experts, provenance)
-    single = recipe.model.model_copy(
-        update={"sampling": recipe.model.sampling.model_copy(update={"boundaries": ()})}
-    )
-    weights.save(
-        folder.with_name(f"{folder.name}-single"), single, [_ema(out / "pretrain.pt")], provenance
-    )
-    print(
-        f"wrote {folder} and, for comparison, the one model its experts came from, {folder}-single"
-    )
+def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:
+    experts = [out / f"expert-{i}" for i in range(len(recipe.experts))]
+    provenance = {"stage": "experts", "recipe": recipe.model_dump_json()}
+    export.bundle(folder, recipe.model, experts, provenance)
+    single = folder.with_name(f"{folder.name}-single")
+    export.bundle(single, export.single(recipe.model), [out / "pretrain"], provenance)
+    print(f"wrote {folder} and, for comparison, the one model its experts came from, {single}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
-"""A folder of photographs -> an endless stream of (HR, LR) batches."""
+"""Photographs -> numbered (HR, LR) training pairs.
+
+Pair number n of a seed is the same wherever and whenever it is made, so the data order survives
+restarts and other numbers of workers without any state. Knows nothing of where pictures are kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +21,22 @@ from torch.utils.data import DataLoader, IterableDataset
 from linearsr.config import Config
 from linearsr.errors import InputError
 from linearsr.imaging.degrade import PRESETS, degrade
-from linearsr.imaging.files import find_images, read
+from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 
 
 class Batch(NamedTuple):
-    """hr (B, 3, H, W) and lr (B, 3, H/scale, W/scale), both in [-1, 1]."""
+    """hr (B, 3, H, W) and lr (B, 3, H/scale, W/scale) in [-1, 1]; numbers (B,) int64 of the pairs.
+
+    The numbers also seed timesteps and noise, so a step depends on nothing but its pairs.
+    """
 
     hr: Tensor
     lr: Tensor
+    numbers: Tensor
+
+
+Pair = tuple[Tensor, Tensor]
 
 
 class DataConfig(Config):
@@ -41,6 +54,11 @@ class DataConfig(Config):
     # Pixels around the patch that blur and resize may look at.
     margin: int = 16
 
+    @property
+    def needs(self) -> int:
+        """The shortest side, in pixels, that a photograph must have."""
+        return self.patch + 2 * self.margin
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.patch % self.scale or self.margin % self.scale:
@@ -50,52 +68,100 @@ class DataConfig(Config):
         return self
 
 
-class Patches(IterableDataset[Batch]):
-    """Endless seeded batches; worker `i` draws its own stream."""
+class Photos:
+    """Pairs cut from photographs at random.
 
-    def __init__(self, folder: Path, config: DataConfig, seed: int) -> None:
+    `photos`: functions that return a photograph, (3, H, W) uint8; called for every crop, so that
+    whoever loads them decides what stays in memory.
+    """
+
+    def __init__(
+        self, photos: Sequence[Callable[[], Tensor]], config: DataConfig, seed: int
+    ) -> None:
+        self.photos = photos
         self.config = config
         self.seed = seed
-        self.photos = [_as_bytes(path) for path in find_images(folder)]
-        self.photos = [
-            p for p in self.photos if min(p.shape[1:]) >= config.patch + 2 * config.margin
-        ]
-        if not self.photos:
-            raise InputError(f"{folder}: no photograph of at least {config.patch} px to train on")
+
+    def pair(self, number: int) -> Pair:
+        """HR (3, patch, patch) and LR (3, patch/scale, patch/scale), uint8, of pair `number`."""
+        rng = np.random.default_rng([self.seed, number])
+        return cut_pair(lambda: self.photos[rng.integers(len(self.photos))](), self.config, rng)
+
+
+def cut_pair(photo: Callable[[], Tensor], config: DataConfig, rng: np.random.Generator) -> Pair:
+    """One degraded crop of what `photo()` returns, (3, H, W) uint8: HR and LR, both uint8."""
+    hr = _augment(_crop(photo, config, rng), rng)
+    preset = rng.choice(list(config.degradations), p=list(config.degradations.values()))
+    lr = degrade(hr, config.scale, PRESETS[preset], rng)
+    inner = config.margin // config.scale
+    hr, lr = (
+        _centre(hr, config.margin, config.patch),
+        _centre(lr, inner, config.patch // config.scale),
+    )
+    return _as_bytes(hr), _as_bytes(lr)
+
+
+def _crop(photo: Callable[[], Tensor], config: DataConfig, rng: np.random.Generator) -> Tensor:
+    """(3, size, size) in [0, 1]; half the time the busier of two crops."""
+    crops = [_random_crop(photo(), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
+    return max(crops, key=lambda crop: crop.diff(dim=-1).abs().mean().item())
+
+
+def _random_crop(photo: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    size = config.needs
+    low, high = np.log(config.shrink)
+    shrink = max(np.exp(rng.uniform(low, high)), size / min(photo.shape[1:]))
+    source = min(round(size / shrink), *photo.shape[1:])
+    top, left = (int(rng.integers(n - source + 1)) for n in photo.shape[1:])
+    crop = photo[:, top : top + source, left : left + source].float()[None] / 255
+    return resize(crop, size, size)[0].clamp(0, 1)
+
+
+def collate(pairs: Sequence[Pair], numbers: Sequence[int]) -> Batch:
+    """Pairs of equal size to one batch of floats in [-1, 1]."""
+    hr, lr = (torch.stack(side).float() / 127.5 - 1 for side in zip(*pairs, strict=True))
+    return Batch(hr, lr, torch.tensor(numbers))
+
+
+class Batches(IterableDataset[Batch]):
+    """Endless batches from pair number `start` on, in order; worker i of w makes every w-th."""
+
+    def __init__(self, photos: Photos, start: int) -> None:
+        self.photos = photos
+        self.start = start
 
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng([self.seed, info.id if info else 0])
-        while True:
-            pairs = [self._pair(rng) for _ in range(self.config.batch)]
-            hr, lr = (torch.stack(side) * 2 - 1 for side in zip(*pairs, strict=True))
-            yield Batch(hr, lr)
-
-    def _pair(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        c = self.config
-        hr = _augment(self._crop(rng, c.patch + 2 * c.margin), rng)
-        preset = rng.choice(list(c.degradations), p=list(c.degradations.values()))
-        lr = degrade(hr, c.scale, PRESETS[preset], rng)
-        inner = c.margin // c.scale
-        return _centre(hr, c.margin, c.patch), _centre(lr, inner, c.patch // c.scale)
-
-    def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
-        """(3, size, size) in [0, 1]; half the time the busier of two crops."""
-        crops = [self._random_crop(rng, size) for _ in range(1 if rng.random() < 0.5 else 2)]
-        return max(crops, key=lambda crop: crop.diff(dim=-1).abs().mean().item())
-
-    def _random_crop(self, rng: np.random.Generator, size: int) -> Tensor:
-        photo = self.photos[rng.integers(len(self.photos))]
-        low, high = np.log(self.config.shrink)
-        shrink = max(np.exp(rng.uniform(low, high)), size / min(photo.shape[1:]))
-        source = min(round(size / shrink), *photo.shape[1:])
-        top, left = (int(rng.integers(n - source + 1)) for n in photo.shape[1:])
-        crop = photo[:, top : top + source, left : left + source].float()[None] / 255
-        return resize(crop, size, size)[0].clamp(0, 1)
+        mine, workers = (info.id, info.num_workers) if info else (0, 1)
+        size = self.photos.config.batch
+        for first in itertools.count(self.start + mine * size, workers * size):
+            numbers = range(first, first + size)
+            yield collate([self.photos.pair(n) for n in numbers], numbers)
 
 
-def _as_bytes(path: Path) -> Tensor:
-    return (read(path).pixels * 255).round().byte()
+def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
+    """The photographs of a local folder, kept decoded in memory.
+
+    Raises InputError when none is large enough to cut a patch from.
+    """
+    decoded = [as_bytes(read(path)) for path in find_images(folder)]
+    large = [photo for photo in decoded if min(photo.shape[1:]) >= config.needs]
+    if not large:
+        raise InputError(f"{folder}: no photograph of at least {config.needs} px to train on")
+    return Photos([partial(_same, photo) for photo in large], config, seed)
+
+
+def _same(photo: Tensor) -> Tensor:
+    return photo
+
+
+def as_bytes(picture: Picture) -> Tensor:
+    """Pixels (3, H, W) as uint8."""
+    return _as_bytes(picture.pixels)
+
+
+def _as_bytes(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().byte()
 
 
 def _centre(picture: Tensor, margin: int, size: int) -> Tensor:
@@ -114,6 +180,9 @@ def _augment(hr: Tensor, rng: np.random.Generator) -> Tensor:
     return hr.contiguous()
 
 
-def stream(folder: Path, config: DataConfig, seed: int, workers: int = 1) -> Iterator[Batch]:
-    """Batches made in `workers` background processes (0: in this one)."""
-    return iter(DataLoader(Patches(folder, config, seed), batch_size=None, num_workers=workers))
+def stream(
+    folder: Path, config: DataConfig, seed: int, start: int = 0, workers: int = 1
+) -> Iterator[Batch]:
+    """Batches from pair `start` on, made in `workers` background processes (0: in this one)."""
+    batches = Batches(load_photos(folder, config, seed), start)
+    return iter(DataLoader(batches, batch_size=None, num_workers=workers))

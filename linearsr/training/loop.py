@@ -1,63 +1,36 @@
 """One training stage: batches in, steps, EMA, a guard against divergence, reports out.
 
 Plain torch. Knows nothing of Ray, files of photographs, or which expert it is training: it is
-handed batches, a range of timesteps and a `report` function.
+handed batches, a range of timesteps and a `report` function. All randomness of a step comes from
+the stage's seed and the numbers of its pairs, so a stage continues the same after a restart and
+does the same on one rank as on several.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from linearsr.config import Config
 from linearsr.denoiser import LinearSR
-from linearsr.errors import LinearSRError
+from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import Autoencoder
 from linearsr.noise.path import add_noise, velocity
+from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch
+from linearsr.training.ema import EMA
+from linearsr.training.engine import Engine
+from linearsr.training.guard import Diverged, Guard, Signals, check_finite
 
-
-class Diverged(LinearSRError):
-    """Loss or gradient stopped being finite; the last good state has been kept."""
-
-
-class TimestepConfig(Config):
-    """Which timesteps are trained: sigmoid(N(mean, spread)) kept to (low, high], some at t = 1."""
-
-    mean: float = 0.5
-    spread: float = 1.0
-    at_one: float = Field(default=0.25, ge=0, le=1)
-    low: float = 0.0
-    high: float = 1.0
-
-
-class TrainConfig(Config):
-    """One stage of training."""
-
-    steps: int = Field(gt=0)
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    # The share of the stage, at its end, over which the rate falls to zero.
-    decay: float = 0.6
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.999
-    timesteps: TimestepConfig = TimestepConfig()
-    report_every: int = 50
-    seed: int = 0
-    # Compute in bfloat16 over float32 weights: for GPUs, and CPUs with AMX.
-    bfloat16: bool = False
-    compile: bool = False
+PROGRESS = "progress.json"
 
 
 class Report(NamedTuple):
@@ -67,153 +40,208 @@ class Report(NamedTuple):
     loss: float
     loss_at_one: float
     gradient_norm: float
+    activation: float
     learning_rate: float
     images_per_second: float
 
 
 @dataclass
-class State:
-    """Everything a stage needs to go on after an interruption."""
+class Progress:
+    """Where a stage stands; with the tensors of engine and EMA, all it needs to go on.
 
-    model: LinearSR
-    ema: LinearSR
-    optimizer: torch.optim.AdamW
-    generator: torch.Generator
+    seen: pairs consumed, over all attempts: the number of the next one.
+    attempt: how often the guard has sent the stage back; the rate falls with each.
+    """
+
     step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    seen: int = 0
+    attempt: int = 0
+    world: int = 1
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
-def start(model: LinearSR, config: TrainConfig) -> State:
-    """A fresh state; `model` is trained in place, its EMA is a copy."""
-    ema = copy.deepcopy(model).requires_grad_(False)
-    generator = torch.Generator().manual_seed(config.seed)
-    return State(model, ema, optimizer(model, config), generator)
+@dataclass
+class Stage:
+    """A stage under way: what steps, what is averaged, what is done."""
+
+    engine: Engine
+    autoencoder: Autoencoder
+    config: TrainConfig
+    ema: EMA
+    guard: Guard
+    progress: Progress
+
+    @classmethod
+    def start(cls, engine: Engine, autoencoder: Autoencoder, config: TrainConfig) -> Stage:
+        """A stage at its first step, from the weights that `engine` holds."""
+        ema = EMA(engine.module, config.ema, engine.rank, engine.world)
+        guard = Guard(config.guard)
+        return cls(engine, autoencoder, config, ema, guard, Progress(world=engine.world))
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of a checkpoint; call on all ranks alike.
+
+        Raises Diverged, and writes nothing, when a weight is not finite.
+        """
+        finite = all(torch.isfinite(p).all().item() for p in self.engine.module.parameters())
+        bad, _ = self.engine.share(float(not finite), 0.0)
+        if bad:
+            raise Diverged(f"step {self.progress.step}: weights are not finite; nothing was saved")
+        self.engine.save(folder)
+        self.ema.save(folder)
+        if self.engine.rank == 0:
+            (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint folder. Raises WeightsError if it does not fit."""
+        self.progress = read_progress(folder)
+        self.engine.load(folder)
+        self.ema.load(folder)
+        self.progress.world = self.engine.world
 
 
-def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a short second moment: small batches, and noise levels of unlike gradients."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
+def read_progress(folder: Path) -> Progress:
+    """The progress of a checkpoint folder. Raises WeightsError when it is not one."""
+    try:
+        return Progress(**json.loads((folder / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{folder}: not a checkpoint of a training stage: {error}") from error
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Warm-up, plateau, then a straight line to zero over the last `decay` of the stage."""
+def learning_rate(step: int, config: TrainConfig, attempt: int = 0) -> float:
+    """Warm-up, plateau, then a straight line to zero over the last `decay` of the stage.
+
+    Each restart after a divergence lowers all of it.
+    """
     up = min(1.0, (step + 1) / max(config.warmup, 1))
     down = min(1.0, (config.steps - step) / max(config.decay * config.steps, 1))
-    return config.learning_rate * min(up, down)
+    return config.learning_rate * config.guard.slow_down**attempt * min(up, down)
 
 
-def draw_timesteps(n: int, config: TimestepConfig, generator: torch.Generator) -> Tensor:
-    """n timesteps in (low, high] as `config` says; logit-normal inside by inverse sampling."""
+def draw_timesteps(uniforms: Tensor, config: TimestepConfig) -> Tensor:
+    """Timesteps (B,) in (low, high] from `uniforms` (B, 2) in [0, 1): logit-normal by inversion."""
     normal = torch.distributions.Normal(config.mean, config.spread)
     edges = torch.logit(torch.tensor([config.low, config.high], dtype=torch.float64), eps=1e-9)
     low, high = normal.cdf(edges.float())
-    u = low + (high - low) * torch.rand(n, generator=generator)
+    u = low + (high - low) * uniforms[:, 0]
     t = torch.sigmoid(normal.icdf(u.clamp(1e-6, 1 - 1e-6)))
     if config.high < 1:
         return t
-    return torch.where(torch.rand(n, generator=generator) < config.at_one, 1.0, t)
+    return torch.where(uniforms[:, 1] < config.at_one, 1.0, t)
+
+
+def draw(numbers: Tensor, shape: torch.Size, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Timesteps (B,) and noise (B, *shape) of the pairs with these numbers, on the CPU."""
+    uniforms, noise = [], []
+    for number in numbers.tolist():
+        rng = np.random.default_rng([config.seed, number, 1])
+        uniforms.append(rng.random(2, dtype=np.float32))
+        noise.append(rng.standard_normal(shape, dtype=np.float32))
+    t = draw_timesteps(torch.from_numpy(np.stack(uniforms)), config.timesteps)
+    return t, torch.from_numpy(np.stack(noise))
 
 
 def flow_loss(
-    model: LinearSR, autoencoder: Autoencoder, batch: Batch, t: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Conditional flow matching, per sample: mean |v_theta(z_t, t, LR) - (eps - z_0)|^2, (B,)."""
+    model: LinearSR, autoencoder: Autoencoder, batch: Batch, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Conditional flow matching: (B,) losses mean |v_theta(z_t, t, LR) - (eps - z_0)|^2, and t.
+
+    With `config.pixel_weight`, plus the L1 distance of the decoded guess z_t - t v to the HR
+    picture where t <= `config.pixel_below`.
+    """
+    device, dtype = batch.hr.device, model.embed.weight.dtype
     with torch.no_grad():
         lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
         clean = autoencoder.encode(batch.hr, lr_picture)
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        t, noise = (x.to(device) for x in draw(batch.numbers, clean.shape[1:], config))
         latent = add_noise(clean, noise, t)
         joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
-    v = model(latent, t, model.condition(lr_picture, joined))
-    return (v - velocity(clean, noise)).square().mean(dim=(1, 2, 3))
+    v = model(latent, t, model.condition(lr_picture.to(dtype), joined))
+    losses = (v - velocity(clean, noise)).square().mean(dim=(1, 2, 3))
+    if config.pixel_weight:
+        guess = autoencoder.decode(latent - t.view(-1, 1, 1, 1) * v, lr_picture)
+        distance = (guess - batch.hr).abs().mean(dim=(1, 2, 3))
+        losses = losses + config.pixel_weight * distance * (t <= config.pixel_below)
+    return losses, t
+
+
+class _Largest:
+    """The largest |activation| that leaves the last block, noted on the way through."""
+
+    def __init__(self, model: LinearSR) -> None:
+        self.value = torch.zeros(())
+        self.hook = model.blocks[-1].register_forward_hook(self._note)
+
+    def _note(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self.value = output.detach().abs().amax()
+
+
+class _Sums:
+    """Running sums between two reports."""
+
+    def __init__(self) -> None:
+        self.began, self.steps, self.images = time.perf_counter(), 0, 0
+        self.loss = self.gradient = self.at_one = 0.0
+        self.activation, self.at_one_count = 0.0, 0
+
+    def add(self, signals: Signals, losses: Tensor, t: Tensor, world: int) -> None:
+        self.steps += 1
+        self.images += len(t) * world
+        self.loss += signals.loss
+        self.gradient += signals.gradient
+        self.activation = max(self.activation, signals.activation)
+        at_one = losses.detach()[t == 1]
+        self.at_one += at_one.sum().item()
+        self.at_one_count += len(at_one)
+
+    def report(self, step: int, rate: float) -> Report:
+        n, speed = self.steps, self.images / (time.perf_counter() - self.began)
+        at_one = self.at_one / max(self.at_one_count, 1)
+        return Report(step, self.loss / n, at_one, self.gradient / n, self.activation, rate, speed)
 
 
 def run(
-    state: State,
-    autoencoder: Autoencoder,
-    batches: Iterator[Batch],
-    config: TrainConfig,
-    report: Callable[[State, Report], None],
-) -> State:
-    """Train from `state.step` to `config.steps`, calling `report` on the way and at the end.
+    stage: Stage, batches: Iterator[Batch], report: Callable[[Stage, Report], bool | None]
+) -> Stage:
+    """Train to `config.steps`, calling `report` every `report_every` steps and at the end.
 
-    Raises Diverged before a step that is not finite is applied.
+    `batches`: this rank's part of each global batch, in order. `report` may return True to end the
+    stage early. Raises Diverged when the guard fires; the weights then are those before the step.
     """
-    loss_of = torch.compile(flow_loss) if config.compile else flow_loss
-    device = next(state.model.parameters()).device
-    began, since = time.perf_counter(), state.step
-    while state.step < config.steps:
-        batch = Batch(*(side.to(device, non_blocking=True) for side in next(batches)))
-        t = draw_timesteps(len(batch.hr), config.timesteps, state.generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
-            losses = loss_of(state.model, autoencoder, batch, t, state.generator)
-        _step(state, config, losses, t)
-        if state.step % config.report_every == 0 or state.step == config.steps:
-            seconds = time.perf_counter() - began
-            speed = (state.step - since) * len(batch.hr) / seconds
-            report(state, _summary(state, config, state.step - since, speed))
-            began, since = time.perf_counter(), state.step
-    return state
+    config, progress = stage.config, stage.progress
+    largest, sums = _Largest(stage.engine.module), _Sums()
+    try:
+        while progress.step < config.steps:
+            signals, losses, t = _step(stage, next(batches), largest)
+            sums.add(signals, losses, t, stage.engine.world)
+            if progress.step % config.report_every == 0 or progress.step == config.steps:
+                rate = learning_rate(progress.step - 1, config, progress.attempt)
+                summary = sums.report(progress.step, rate)
+                progress.history.append(dict(summary._asdict(), attempt=progress.attempt))
+                if report(stage, summary):
+                    break
+                sums = _Sums()
+    finally:
+        largest.hook.remove()
+    return stage
 
 
-def _step(state: State, config: TrainConfig, losses: Tensor, t: Tensor) -> None:
+def _step(stage: Stage, batch: Batch, largest: _Largest) -> tuple[Signals, Tensor, Tensor]:
+    engine, config, progress = stage.engine, stage.config, stage.progress
+    progress.seen += len(batch.numbers) * engine.world
+    batch = Batch(
+        batch.hr.to(engine.device, non_blocking=True),
+        batch.lr.to(engine.device, non_blocking=True),
+        batch.numbers,
+    )
+    with engine.precision():
+        losses, t = flow_loss(engine.module, stage.autoencoder, batch, config)
     loss = losses.mean()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        raise Diverged(f"step {state.step}: loss {loss.item()}, gradient norm {norm.item()}")
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, config)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.step += 1
-    _update_ema(state, config)
-    at_one = losses.detach()[t == 1]
-    for i, value in enumerate((loss.item(), norm.item(), at_one.sum().item(), len(at_one))):
-        state.sums[i] += value
-
-
-def _update_ema(state: State, config: TrainConfig) -> None:
-    """Exponential moving average whose memory grows, so that the first weights are forgotten."""
-    decay = min(config.ema, (1 + state.step) / (10 + state.step))
-    with torch.no_grad():
-        for ours, theirs in zip(state.ema.parameters(), state.model.parameters(), strict=True):
-            ours.lerp_(theirs, 1 - decay)
-
-
-def _summary(state: State, config: TrainConfig, steps: int, speed: float) -> Report:
-    loss, norm, at_one, count = state.sums
-    state.sums = [0.0] * 4
-    rate = learning_rate(state.step - 1, config)
-    return Report(state.step, loss / steps, at_one / max(count, 1), norm / steps, rate, speed)
-
-
-def save(state: State, path: Path) -> None:
-    """Write everything needed to go on, under a temporary name first."""
-    payload: dict[str, Any] = {
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "generator": state.generator.get_state(),
-        "step": state.step,
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(payload, temporary)
-    temporary.replace(path)
-
-
-def restore(state: State, path: Path) -> None:
-    """Put a saved stage back into a fresh `state` of the same shape."""
-    device = next(state.model.parameters()).device
-    payload = torch.load(path, weights_only=True, map_location=device)
-    state.model.load_state_dict(payload["model"])
-    state.ema.load_state_dict(payload["ema"])
-    state.optimizer.load_state_dict(payload["optimizer"])
-    state.generator.set_state(payload["generator"].cpu())
-    state.step = payload["step"]
+    mean, peak = engine.share(loss.item(), largest.value.item())
+    check_finite(progress.step, Signals(mean, 0.0, peak))
+    rate = learning_rate(progress.step, config, progress.attempt)
+    signals = Signals(mean, engine.step(loss, rate), peak)
+    stage.guard.check(progress.step, signals)
+    progress.step += 1
+    stage.ema.update(progress.step)
+    return signals, losses, t

@@ -14,12 +14,15 @@ from PIL import Image
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.errors import InputError
+from linearsr.errors import InputError, WeightsError
 from linearsr.latent import SpaceToDepth
 from linearsr.noise.experts import expert_at, ranges
-from linearsr.training import loop
-from linearsr.training.data import Batch, DataConfig, Patches
-from linearsr.training.recipes import RECIPES
+from linearsr.training import export, loop
+from linearsr.training.config import TimestepConfig, TrainConfig
+from linearsr.training.data import Batch, Batches, DataConfig, load_photos, stream
+from linearsr.training.ema import EMA, load_average
+from linearsr.training.engine import TorchEngine
+from linearsr.training.guard import Diverged
 
 DATA = DataConfig(patch=32, batch=2, margin=8, degradations={"clean": 0.5, "mild": 0.5})
 
@@ -32,32 +35,51 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(**changes: object) -> loop.TrainConfig:
-    base = {"steps": 6, "warmup": 2, "report_every": 2, "learning_rate": 2e-3}
-    return loop.TrainConfig.model_validate({**base, **changes})
+def _config(**changes: object) -> TrainConfig:
+    base = {"steps": 6, "warmup": 2, "report_every": 2, "checkpoint_every": 2}
+    return TrainConfig.model_validate({**base, "learning_rate": 2e-3, **changes})
 
 
-def _state(config: ModelConfig, train: loop.TrainConfig) -> loop.State:
+def _stage(config: ModelConfig, train: TrainConfig) -> loop.Stage:
     torch.manual_seed(0)
-    return loop.start(LinearSR(config.denoiser), train)
+    engine = TorchEngine(LinearSR(config.denoiser), train, torch.device("cpu"))
+    return loop.Stage.start(engine, SpaceToDepth(config.latent), train)
 
 
-def _weights(state: loop.State) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+def _weights(stage: loop.Stage) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in stage.engine.module.parameters()])
+
+
+def _batches(photos: Path, seed: int = 0, start: int = 0) -> Iterator[Batch]:
+    return iter(Batches(load_photos(photos, DATA, seed), start))
+
+
+def _quiet(stage: loop.Stage, report: loop.Report) -> None:
+    pass
 
 
 def test_batches_are_seeded_and_keep_their_contract(photos: Path) -> None:
-    first, again, other = (next(iter(Patches(photos, DATA, seed))) for seed in (1, 1, 2))
+    first, again, other = (next(_batches(photos, seed)) for seed in (1, 1, 2))
     assert torch.equal(first.hr, again.hr) and torch.equal(first.lr, again.lr)
     assert not torch.equal(first.hr, other.hr)
     assert first.hr.shape == (2, 3, 32, 32) and first.lr.shape == (2, 3, 8, 8)
     assert first.hr.min() >= -1 and first.hr.max() <= 1 and first.lr.abs().max() <= 1
 
 
+def test_a_pair_depends_on_its_number_only(photos: Path) -> None:
+    """Data order survives a restart, and is the same made by one process or by three."""
+    later = next(_batches(photos, start=4))
+    fourth = list(itertools.islice(_batches(photos), 3))[2]
+    assert torch.equal(later.hr, fourth.hr) and later.numbers.tolist() == [4, 5]
+    many = itertools.islice(stream(photos, DATA, 0, workers=3), 7)
+    for ours, theirs in zip(_batches(photos), many, strict=False):
+        assert torch.equal(ours.numbers, theirs.numbers) and torch.equal(ours.lr, theirs.lr)
+
+
 def test_lr_lies_under_its_hr(photos: Path) -> None:
     """Downscaling the HR patch gives the clean LR patch: no shift between the two."""
     clean = DATA.model_copy(update={"degradations": {"clean": 1.0}})
-    batch = next(iter(Patches(photos, clean, 3)))
+    batch = next(iter(Batches(load_photos(photos, clean, 3), 0)))
     mean = torch.nn.functional.avg_pool2d(batch.hr, 4)
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
     shifted = torch.roll(mean, 1, dims=-1)
@@ -67,17 +89,18 @@ def test_lr_lies_under_its_hr(photos: Path) -> None:
 
 def test_too_small_or_no_photographs_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="photograph"):
-        Patches(tmp_path, DATA, 0)
-    with pytest.raises(InputError, match="2000 px"):
-        Patches(photos, DataConfig(patch=2000), 0)
+        load_photos(tmp_path, DATA, 0)
+    with pytest.raises(InputError, match="2032 px"):
+        load_photos(photos, DataConfig(patch=2000), 0)
 
 
 def test_training_lowers_the_loss_on_one_batch(small_config: ModelConfig, photos: Path) -> None:
-    batches = itertools.repeat(next(iter(Patches(photos, DATA, 0))))
-    train = _config(steps=60, timesteps={"at_one": 1.0}, report_every=20, decay=0.1)
-    losses: list[float] = []
-    ae = SpaceToDepth(small_config.latent)
-    loop.run(_state(small_config, train), ae, batches, train, lambda s, r: losses.append(r.loss))
+    batches = itertools.repeat(next(_batches(photos)))
+    train = _config(
+        steps=60, timesteps={"at_one": 1.0}, report_every=20, checkpoint_every=20, decay=0.1
+    )
+    stage = loop.run(_stage(small_config, train), batches, _quiet)
+    losses = [h["loss"] for h in stage.progress.history]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -85,68 +108,140 @@ def test_resuming_gives_the_same_weights_as_never_stopping(
     small_config: ModelConfig, photos: Path, tmp_path: Path
 ) -> None:
     train = _config()
-    ae = SpaceToDepth(small_config.latent)
-    fixed = list(itertools.islice(Patches(photos, DATA, 0), 6))
-    whole = loop.run(_state(small_config, train), ae, iter(fixed), train, lambda s, r: None)
+    whole = loop.run(_stage(small_config, train), _batches(photos), _quiet)
 
-    def save_at_four(state: loop.State, report: loop.Report) -> None:
+    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
         if report.step == 4:
-            loop.save(state, tmp_path / "state.pt")
+            stage.save(tmp_path)
+        return report.step == 4
 
-    loop.run(_state(small_config, train), ae, iter(fixed), train, save_at_four)
-    resumed = _state(small_config, train)
-    loop.restore(resumed, tmp_path / "state.pt")
-    loop.run(resumed, ae, iter(fixed[4:]), train, lambda s, r: None)
+    stopped = loop.run(_stage(small_config, train), _batches(photos), save_at_four)
+    assert stopped.progress.step == 4
+    resumed = _stage(small_config, train)
+    resumed.load(tmp_path)
+    loop.run(resumed, _batches(photos, start=resumed.progress.seen), _quiet)
     assert torch.equal(_weights(whole), _weights(resumed))
-    for ours, theirs in zip(whole.ema.parameters(), resumed.ema.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert [h["loss"] for h in whole.progress.history] == [
+        h["loss"] for h in resumed.progress.history
+    ]
+    for name, average in whole.ema.average.items():
+        assert torch.equal(average, resumed.ema.average[name])
+
+
+def test_a_checkpoint_of_another_config_is_refused(
+    small_config: ModelConfig, tmp_path: Path
+) -> None:
+    _stage(small_config, _config()).save(tmp_path)
+    wider = small_config.denoiser.model_copy(update={"width": 48})
+    other = small_config.model_copy(update={"denoiser": wider})
+    with pytest.raises(WeightsError, match="cannot be resumed"):
+        _stage(other, _config()).load(tmp_path)
+    with pytest.raises(WeightsError, match="another config"):
+        export.average(tmp_path, other)
+
+
+def test_the_average_is_the_same_kept_by_one_rank_or_by_three(
+    small_config: ModelConfig, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = LinearSR(small_config.denoiser)
+    averages = [EMA(model, 0.9, rank, 3) for rank in range(3)]
+    whole = EMA(model, 0.9)
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        for average in (*averages, whole):
+            average.update(step)
+    sizes = [sum(t.numel() for t in a.average.values()) for a in averages]
+    assert max(sizes) < 1.5 * min(sizes)
+    for average in averages[:2]:
+        average.save(tmp_path)
+    with pytest.raises(WeightsError, match="2 EMA shares"):
+        load_average(tmp_path)
+    averages[2].save(tmp_path)
+    together = load_average(tmp_path)
+    assert together.keys() == whole.average.keys()
+    assert all(torch.equal(t, whole.average[name]) for name, t in together.items())
 
 
 def test_a_poisoned_batch_stops_training_before_it_reaches_the_weights(
-    small_config: ModelConfig, photos: Path
+    small_config: ModelConfig, photos: Path, tmp_path: Path
 ) -> None:
-    good = next(iter(Patches(photos, DATA, 0)))
+    good = next(_batches(photos))
 
     def batches() -> Iterator[Batch]:
         yield good
-        yield Batch(good.hr * torch.nan, good.lr)
+        yield good._replace(hr=good.hr * torch.nan)
 
-    train = _config()
-    state = _state(small_config, train)
-    with pytest.raises(loop.Diverged, match="step 1"):
-        loop.run(state, SpaceToDepth(small_config.latent), batches(), train, lambda s, r: None)
-    assert torch.isfinite(_weights(state)).all()
-    assert state.step == 1
+    stage = _stage(small_config, _config())
+    with pytest.raises(Diverged, match="step 1"):
+        loop.run(stage, batches(), _quiet)
+    assert torch.isfinite(_weights(stage)).all()
+    assert stage.progress.step == 1
+
+
+def test_a_rate_a_thousand_times_too_high_is_stopped(
+    small_config: ModelConfig, photos: Path
+) -> None:
+    train = _config(steps=200, learning_rate=2.0)
+    stage = _stage(small_config, train)
+    with pytest.raises(Diverged):
+        loop.run(stage, itertools.repeat(next(_batches(photos))), _quiet)
+    assert stage.progress.step < 60
+
+
+def test_a_weight_that_is_not_finite_is_never_written(
+    small_config: ModelConfig, tmp_path: Path
+) -> None:
+    stage = _stage(small_config, _config())
+    next(stage.engine.module.parameters()).data.view(-1)[0] = torch.nan
+    with pytest.raises(Diverged, match="nothing was saved"):
+        stage.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pixel_loss_counts_at_high_snr_only(small_config: ModelConfig, photos: Path) -> None:
+    batch = next(_batches(photos))
+    model, latent = LinearSR(small_config.denoiser), SpaceToDepth(small_config.latent)
+
+    def loss(low: float, high: float, weight: float) -> float:
+        span = {"low": low, "high": high, "at_one": 0.0}
+        train = _config(timesteps=span, pixel_weight=weight)
+        return loop.flow_loss(model, latent, batch, train)[0].mean().item()
+
+    assert loss(0.3, 1.0, 1.0) == loss(0.3, 1.0, 0.0)
+    assert loss(0.0, 0.2, 1.0) > loss(0.0, 0.2, 0.0)
 
 
 @pytest.mark.parametrize("expert", range(4))
 def test_timesteps_stay_in_an_experts_range(small_config: ModelConfig, expert: int) -> None:
     bounds = small_config.sampling.boundaries
     low, high = ranges(bounds)[expert]
-    config = loop.TimestepConfig(low=low, high=high, at_one=0.3)
-    t = loop.draw_timesteps(4000, config, torch.Generator().manual_seed(0))
+    config = TimestepConfig(low=low, high=high, at_one=0.3)
+    t = loop.draw_timesteps(torch.rand(4000, 2), config)
     assert {expert_at(x, bounds) for x in t.tolist()} == {expert}
     assert ((t == 1).float().mean().item() > 0.25) == (expert == 0)
 
 
 def test_timesteps_follow_the_logit_normal() -> None:
-    config = loop.TimestepConfig(mean=0.5, spread=1.0, at_one=0.0)
-    t = loop.draw_timesteps(20000, config, torch.Generator().manual_seed(0))
-    logits = torch.logit(t)
+    config = TimestepConfig(mean=0.5, spread=1.0, at_one=0.0)
+    logits = torch.logit(loop.draw_timesteps(torch.rand(20000, 2), config))
     assert logits.mean().item() == pytest.approx(0.5, abs=0.03)
     assert logits.std().item() == pytest.approx(1.0, abs=0.03)
 
 
-def test_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
+def test_draws_of_neighbouring_pairs_are_independent() -> None:
+    t, noise = loop.draw(torch.arange(400), torch.Size([4, 3, 3]), _config())
+    flat = noise.flatten(1)
+    assert abs(flat.mean()) < 0.05 and abs(flat.std() - 1) < 0.05
+    correlation = (flat[:-1] * flat[1:]).mean(dim=1)
+    assert correlation.mean().abs() < 0.03
+    assert torch.logit(t[t < 1]).std() > 0.8
+
+
+def test_learning_rate_warms_up_holds_falls_to_zero_and_is_lowered_by_restarts() -> None:
     train = _config(steps=100, warmup=10, decay=0.5, learning_rate=1.0)
     rates = [loop.learning_rate(s, train) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[49] == 1
     assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_train_each_expert_on_its_own_range(name: str) -> None:
-    recipe = RECIPES[name]()
-    trained = [(e.timesteps.low, e.timesteps.high) for e in recipe.experts]
-    assert trained == ranges(recipe.model.sampling.boundaries)
-    LinearSR(recipe.model.denoiser)
+    assert loop.learning_rate(20, train, attempt=2) == pytest.approx(0.09)

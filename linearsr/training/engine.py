@@ -1,0 +1,205 @@
+"""Engines: how weights are stepped. One process in plain torch, or many with DeepSpeed ZeRO-1.
+
+The loop asks for a step and gets the gradient norm back; which ranks hold which optimizer state is
+known here only. Loading an engine's files never runs code from them in one process; DeepSpeed's own
+files are pickles, so a ZeRO checkpoint is resumed only from the storage that the run itself wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from linearsr.denoiser import LinearSR
+from linearsr.errors import WeightsError, one_line
+from linearsr.training.config import TrainConfig
+
+TAG = "zero"
+
+
+class Engine(Protocol):
+    """A model and its optimizer, over one rank or many."""
+
+    module: LinearSR
+    device: torch.device
+    rank: int
+    world: int
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context that forward passes run in."""
+        ...
+
+    def share(self, mean: float, largest: float) -> tuple[float, float]:
+        """The mean of one number and the maximum of another over all ranks."""
+        ...
+
+    def step(self, loss: Tensor, rate: float) -> float:
+        """One update; returns the norm of the whole gradient before clipping.
+
+        A gradient that is not finite is dropped, the weights stay, and the norm says so.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of weights and optimizer into a checkpoint folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read them back. Raises WeightsError for another model's or a damaged checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a short second moment: small batches, and noise levels of unlike gradients.
+
+    torch's own, since DeepSpeed's would have to be compiled on the user's machine.
+    """
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+
+
+class TorchEngine:
+    """One process; mixed precision by autocast over float32 weights."""
+
+    rank, world = 0, 1
+
+    def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
+        self.module = model.to(device).to(memory_format=torch.channels_last)
+        self.device = device
+        self.config = config
+        self.optimizer = adamw(self.module, config)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16 if the config says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+
+    def share(self, mean: float, largest: float) -> tuple[float, float]:
+        """There is one rank: both as they are."""
+        return mean, largest
+
+    def step(self, loss: Tensor, rate: float) -> float:
+        """Backward, clip, AdamW."""
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """One file of tensors."""
+        payload = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(payload, folder / "torch.pt")
+
+    def load(self, folder: Path) -> None:
+        """Tensors only: nothing else is unpickled."""
+        with _as_weights_error(folder):
+            path = folder / "torch.pt"
+            payload = torch.load(path, weights_only=True, map_location=self.device)
+            self.module.load_state_dict(payload["model"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+
+    def close(self) -> None:
+        """Nothing is held outside the object."""
+
+
+class ZeroEngine:
+    """All ranks of the current torch.distributed group; each keeps its part of AdamW's state.
+
+    With `config.bfloat16` the weights are bfloat16 and ZeRO keeps float32 masters, shared out too.
+    """
+
+    def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
+        import deepspeed
+
+        # It would be compiled when first used; gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        self.device = device
+        model = model.to(device)
+        self.zero, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw(model, config),
+            config=zero_config(config),
+            dist_init_required=False,
+        )
+        self.module: LinearSR = self.zero.module
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """ZeRO holds the weights in the right precision already."""
+        return contextlib.nullcontext()
+
+    def share(self, mean: float, largest: float) -> tuple[float, float]:
+        """One small all-reduce for each."""
+        import torch.distributed as dist
+
+        total, peak = (torch.tensor(x, device=self.device) for x in (mean, largest))
+        dist.all_reduce(total)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        return total.item() / self.world, peak.item()
+
+    def step(self, loss: Tensor, rate: float) -> float:
+        """DeepSpeed averages gradients over ranks, clips, and steps this rank's partition."""
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = rate
+        self.zero.backward(loss)
+        self.zero.step()
+        return float(self.zero.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        """Collective: every rank writes its ZeRO shard, rank 0 the weights as well."""
+        self.zero.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Collective; the number of ranks must be the one that saved."""
+        with _as_weights_error(folder):
+            self.zero.load_checkpoint(str(folder), tag=TAG)
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of AdamW's state that this rank holds."""
+        states: Sequence[dict[str, Any]] = list(self.zero.optimizer.optimizer.state.values())
+        tensors = [v for state in states for v in state.values() if torch.is_tensor(v)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model and free its buffers."""
+        self.zero.destroy()
+
+
+def zero_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration; it ignores keys it does not know, so there are few."""
+    return {
+        # Loss is averaged per sample by us; DeepSpeed only wants a number here.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.clip,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.bfloat16},
+    }
+
+
+@contextlib.contextmanager
+def _as_weights_error(folder: Path) -> Any:
+    try:
+        yield
+    except (RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
+        raise WeightsError(f"{folder}: cannot be resumed from: {one_line(error)}") from error

@@ -1,0 +1,86 @@
+"""The divergence guard: three signals are watched, and a stage that blows up is stopped.
+
+Plain Python: knows nothing of tensors, ranks or checkpoints. What happens after `Diverged` (go back
+to the knee, lower the rate) is the caller's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import NamedTuple
+
+from pydantic import Field
+
+from linearsr.config import Config
+from linearsr.errors import LinearSRError
+
+
+class Diverged(LinearSRError):
+    """A stage stopped being finite or blew up; no weight of it was stored since."""
+
+
+class GuardConfig(Config):
+    """When a stage counts as diverged, and what is tried then.
+
+    A signal has blown up when the median of its last `window` values exceeds `factor` times the
+    smallest such median so far. Losses vary little once trained, gradients and activations more.
+    """
+
+    window: int = Field(default=10, ge=1)
+    loss_factor: float = Field(default=5.0, gt=1)
+    gradient_factor: float = Field(default=100.0, gt=1)
+    activation_factor: float = Field(default=30.0, gt=1)
+    # After each divergence the rate is multiplied by this, at most `restarts` times.
+    slow_down: float = Field(default=0.3, gt=0, lt=1)
+    restarts: int = Field(default=3, ge=0)
+
+
+class Signals(NamedTuple):
+    """One step's mean loss, gradient norm before clipping, and largest |activation|."""
+
+    loss: float
+    gradient: float
+    activation: float
+
+
+class _Watch:
+    """One signal against its own calmest stretch."""
+
+    def __init__(self, window: int, factor: float) -> None:
+        self.recent: deque[float] = deque(maxlen=window)
+        self.factor = factor
+        self.calmest = math.inf
+
+    def blown_up(self, value: float) -> bool:
+        self.recent.append(value)
+        # The first value was seen before any update: it is calm by definition.
+        typical = median(self.recent) if len(self.recent) == self.recent.maxlen else self.recent[0]
+        self.calmest = min(self.calmest, typical)
+        return typical > self.factor * self.calmest
+
+
+class Guard:
+    """Call `check` every step; it raises Diverged on all ranks alike when given equal signals."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        factors = (config.loss_factor, config.gradient_factor, config.activation_factor)
+        self.watches = [_Watch(config.window, factor) for factor in factors]
+
+    def check(self, step: int, signals: Signals) -> None:
+        """Raises Diverged naming the signal."""
+        check_finite(step, signals)
+        for name, watch, value in zip(Signals._fields, self.watches, signals, strict=True):
+            if watch.blown_up(value):
+                raise Diverged(
+                    f"step {step}: {name} {value:.3g} is over {watch.factor:g} times its calmest "
+                    f"stretch, {watch.calmest:.3g}"
+                )
+
+
+def check_finite(step: int, signals: Signals) -> None:
+    """Raises Diverged when a signal is NaN or infinite."""
+    if not all(map(math.isfinite, signals)):
+        told = ", ".join(f"{k} {v:.3g}" for k, v in signals._asdict().items())
+        raise Diverged(f"step {step}: not finite ({told})")

@@ -1,0 +1,55 @@
+"""Recipes: complete, consistent, and overridable without surprises."""
+
+from __future__ import annotations
+
+import pytest
+
+from linearsr.denoiser import LinearSR
+from linearsr.errors import OptionError
+from linearsr.noise.experts import ranges
+from linearsr.training.recipes import RECIPES, override
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_train_each_expert_on_its_own_range(name: str) -> None:
+    recipe = RECIPES[name]()
+    for stage in (recipe.experts, recipe.finetune):
+        spans = [(e.timesteps.low, e.timesteps.high) for e in stage]
+        assert spans == ranges(recipe.model.sampling.boundaries)
+    assert set(recipe.validation.knee) <= set(recipe.validation.metrics)
+    if recipe.model.denoiser.width < 500:
+        LinearSR(recipe.model.denoiser)
+
+
+def test_any_field_can_be_overridden() -> None:
+    recipe = override(
+        RECIPES["tiny_cpu"](),
+        [
+            "pretrain.steps=7",
+            "experts.1.learning_rate=1e-5",
+            "start=/some/folder",
+            'data.degradations={"clean": 1.0}',
+            "pretrain.bfloat16=true",
+        ],
+    )
+    assert recipe.pretrain.steps == 7 and recipe.experts[1].learning_rate == 1e-5
+    assert recipe.start == "/some/folder" and recipe.data.degradations == {"clean": 1.0}
+    assert recipe.pretrain.bfloat16 and recipe.experts[0] == RECIPES["tiny_cpu"]().experts[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("pretrain.stepz=7", "pretrain.stepz: no such field"),
+        ("experts.9.steps=7", "no such field"),
+        ("pretrain.steps", "look like"),
+        ("pretrain.steps=many", "pretrain.steps: .*integer"),
+        ("pretrain.steps.more=1", "no such field"),
+        ("data.patch=97", "multiples"),
+        ("experts=3", "experts"),
+        ("pretrain.checkpoint_every=75", "multiple of report_every"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(setting: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        override(RECIPES["tiny_cpu"](), [setting])
