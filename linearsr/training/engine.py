@@ -7,8 +7,15 @@ files are pickles, so a ZeRO checkpoint is resumed only from the storage that th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import io
+import logging
 import math
+import os
+import pickle
+import socket
+import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,7 +28,19 @@ from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError, one_line
 from linearsr.training.config import TrainConfig
 
-TAG = "zero"
+# DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.
+TAG = "zero-of-"
+
+# What torch and DeepSpeed raise for files that are missing, cut short, or of another model.
+DAMAGED = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    AssertionError,
+    pickle.UnpicklingError,
+)
 
 
 class Engine(Protocol):
@@ -128,11 +147,15 @@ class ZeroEngine:
     """
 
     def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
-        import deepspeed
+        # Before the import: DeepSpeed would take a GPU that it sees, whatever the model is on.
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        import deepspeed  # type: ignore[import-untyped]
+        import torch.distributed as dist
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # It would be compiled when first used; gloo does without it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.rank, self.world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        deepspeed.ops.__compatible_ops__ = {}
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
         model = model.to(device)
         self.zero, *_ = deepspeed.initialize(
@@ -166,12 +189,47 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         """Collective: every rank writes its ZeRO shard, rank 0 the weights as well."""
-        self.zero.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self.zero.save_checkpoint(str(folder), tag=f"{TAG}{self.world:05d}", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Collective; the number of ranks must be the one that saved."""
-        with _as_weights_error(folder):
-            self.zero.load_checkpoint(str(folder), tag=TAG)
+        """Collective, of a checkpoint of any number of ranks; all ranks raise or none does."""
+        problem: WeightsError | None = None
+        with tempfile.TemporaryDirectory(prefix="linearsr-") as scratch:
+            try:
+                with _as_weights_error(folder):
+                    self._load(_zero_folder(folder), Path(scratch))
+            except WeightsError as error:
+                problem = error
+            # The scratch of one rank may be read by others until all have come here.
+            failed, _ = self.share(float(problem is not None), 0.0)
+        if problem:
+            raise problem
+        if failed:
+            raise WeightsError(f"{folder}: cannot be resumed from: another rank could not read it")
+
+    def _load(self, saved: Path, scratch: Path) -> None:
+        # Known only now, long after DeepSpeed read its configuration.
+        universal = saved.name != f"{TAG}{self.world:05d}"
+        self.zero._config.load_universal_checkpoint = universal
+        source = self._universal(saved, scratch) if universal else saved
+        loaded, _ = self.zero.load_checkpoint(str(source.parent), tag=source.name)
+        if loaded is None:  # it only logs that
+            raise WeightsError(f"{saved}: no weights")
+
+    def _universal(self, saved: Path, scratch: Path) -> Path:
+        """Shards that fit any number of ranks, made by the first rank of each machine."""
+        import torch.distributed as dist
+
+        machines, copies = [""] * self.world, [""] * self.world
+        dist.all_gather_object(machines, socket.gethostname())
+        first = machines.index(machines[self.rank])
+        copy = scratch / "universal"
+        try:
+            if first == self.rank:
+                _convert(saved, copy)
+        finally:  # The others wait for it; should it have failed, they will find nothing.
+            dist.all_gather_object(copies, str(copy))
+        return Path(copies[first])
 
     def optimizer_bytes(self) -> int:
         """Bytes of AdamW's state that this rank holds."""
@@ -197,9 +255,38 @@ def zero_config(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def _zero_folder(folder: Path) -> Path:
+    """The one ZeRO folder of a checkpoint, with the shards of all ranks that wrote it."""
+    folders = list(folder.glob(f"{TAG}*"))
+    if len(folders) != 1:
+        raise WeightsError(f"{folder}: not a checkpoint of DeepSpeed ZeRO ({len(folders)} folders)")
+    shards = len(list(folders[0].glob("*_optim_states.pt")))
+    if shards != int(folders[0].name.removeprefix(TAG)):
+        raise WeightsError(f"{folders[0]}: damaged checkpoint: {shards} ZeRO shards")
+    return folders[0]
+
+
+def _convert(saved: Path, target: Path) -> None:
+    """ZeRO shards to DeepSpeed's universal form: a file per parameter and optimizer state."""
+    from deepspeed.checkpoint import ds_to_universal  # type: ignore[import-untyped]
+
+    options = argparse.Namespace(
+        input_folder=str(saved),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        ds_to_universal.main(options)
+
+
 @contextlib.contextmanager
 def _as_weights_error(folder: Path) -> Any:
     try:
         yield
-    except (RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
+    except DAMAGED as error:
         raise WeightsError(f"{folder}: cannot be resumed from: {one_line(error)}") from error

@@ -1,0 +1,67 @@
+"""What a training job is told besides its recipe: where things lie and what it may take."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from linearsr.cluster.storage import Location, locate
+from linearsr.config import Config
+from linearsr.training.config import TrainConfig
+from linearsr.training.recipes import Recipe
+
+
+class ClusterConfig(Config):
+    """Places and resources of a run. CPUs are Ray's logical ones: reservations, not limits."""
+
+    # Pictures or shards to train on, and pictures to validate on: local (shared) or s3://.
+    data: str
+    validation: str
+    # Where runs go, a folder each; all nodes must see it.
+    storage: str
+    name: str
+    workers: int = Field(default=1, ge=1)
+    # One GPU per worker with NCCL; without, CPU workers with gloo.
+    gpu: bool = False
+    worker_cpus: float = Field(default=0.5, gt=0)
+    data_cpus: float = Field(default=0.25, gt=0)
+    validation_cpus: float = Field(default=0.25, gt=0)
+    validation_gpus: float = Field(default=0.0, ge=0)
+    # How many of the latest checkpoints stay; all by default. A knee is seen some checkpoints after
+    # it was passed, hence the minimum; from then on it stays in any case.
+    keep: int | None = Field(default=None, ge=16)
+    # Worker failures to recover from; preempted nodes are not counted.
+    max_failures: int = Field(default=3, ge=-1)
+    # End a stage this many validated checkpoints after its knee was confirmed; never by default.
+    patience: int | None = Field(default=None, ge=0)
+
+    def cpus(self) -> float:
+        """Logical CPUs that one stage takes at once."""
+        return self.workers * (self.worker_cpus + self.data_cpus) + self.validation_cpus
+
+
+class StageConfig(Config):
+    """One stage of one model: everything a worker must know.
+
+    start: a weights folder, bundled name or s3:// folder; None starts from random weights.
+    expert: which of the start's experts is trained; None for pretraining the one model.
+    """
+
+    recipe: Recipe
+    cluster: ClusterConfig
+    kind: Literal["pretrain", "experts", "finetune"]
+    expert: int | None = None
+    start: str | None = None
+
+    @property
+    def train(self) -> TrainConfig:
+        """This stage's own configuration."""
+        if self.expert is None:
+            return self.recipe.pretrain
+        return getattr(self.recipe, self.kind)[self.expert]
+
+    @property
+    def run(self) -> Location:
+        """The folder of the run."""
+        return locate(self.cluster.storage) / self.cluster.name

@@ -1,0 +1,213 @@
+"""Training data on a cluster: a folder of pictures or a shard dataset -> batches, by Ray Data.
+
+Each rank streams its own part of every numbered global batch, made by an actor of its own beside
+it. Pair number n is the same whoever makes it, so neither restarts nor another number of ranks
+change the data order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from linearsr.cluster.storage import Location, locate
+from linearsr.errors import InputError, LinearSRError
+from linearsr.imaging.files import READ_SUFFIXES, read
+from linearsr.training.data import Batch, DataConfig, Pair, Photos, as_bytes, cut_pair
+
+# Decoded photographs, and row groups of encoded ones, that one actor keeps.
+PHOTOS_KEPT = 256
+GROUPS_KEPT = 4
+# How many pictures are looked at before a run is allowed to start.
+LOOKED_AT = 32
+STEPS_PER_BLOCK = 8
+
+
+class Source(Protocol):
+    """Numbered training pairs."""
+
+    def pair(self, number: int) -> Pair:
+        """HR and LR of pair `number`, uint8."""
+        ...
+
+
+def open_source(path: str, config: DataConfig, seed: int) -> Source:
+    """A folder of pictures, or of Parquet shards, local or s3://.
+
+    Raises InputError when there is nothing to train on, saying why.
+    """
+    files = locate(path).files()
+    shards = [file for file in files if file.name.endswith(".parquet")]
+    if shards:
+        return Shards(shards, config, seed)
+    pictures = [f for f in files if f".{f.name.rsplit('.', 1)[-1].lower()}" in READ_SUFFIXES]
+    if not pictures:
+        raise InputError(f"{path}: no pictures and no .parquet shards to train on")
+    usable = _usable(pictures, config)
+    if not usable:
+        raise InputError(
+            f"{path}: none of the first {LOOKED_AT} pictures can be decoded and is at least "
+            f"{config.needs} px on its shorter side (patch plus margins)"
+        )
+    return Photos([partial(_photo, p, config.needs, tuple(usable)) for p in pictures], config, seed)
+
+
+def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
+    """Up to three pictures, of the first few, that a patch can be cut from."""
+    usable: list[Location] = []
+    for picture in pictures[:LOOKED_AT]:
+        if len(usable) < 3 and _decoded(picture, config.needs) is not None:
+            usable.append(picture)
+    return usable
+
+
+@lru_cache(maxsize=PHOTOS_KEPT)
+def _decoded(picture: Location, needs: int) -> Tensor | None:
+    """(3, H, W) uint8, or None for a picture that is damaged or too small."""
+    try:
+        photo = as_bytes(read(picture.read(), name=picture.path))
+    except LinearSRError:
+        return None
+    return photo if min(photo.shape[1:]) >= needs else None
+
+
+def _photo(picture: Location, needs: int, instead: tuple[Location, ...]) -> Tensor:
+    """The picture; for one that cannot be used, another that can: a bad file ends no run."""
+    for candidate in (picture, *instead):
+        photo = _decoded(candidate, needs)
+        if photo is not None:
+            return photo
+    raise InputError(
+        f"{picture.path}: neither it nor the pictures checked at the start can be read"
+    )
+
+
+class _Group(NamedTuple):
+    """One row group of one shard: pairs are drawn from whole groups, so each is read once."""
+
+    file: Location
+    index: int
+    rows: int
+
+
+class Shards:
+    """HR pictures of a shard dataset, in an order shuffled anew each epoch: groups, then rows."""
+
+    def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.groups = [group for file in files for group in _groups(file)]
+        self.rows = sum(group.rows for group in self.groups)
+        if not self.rows:
+            raise InputError(f"{files[0].path}: the shards hold no rows")
+
+    def pair(self, number: int) -> Pair:
+        """HR and LR of pair `number`; pictures too small for the patch raise InputError."""
+        epoch, position = divmod(number, self.rows)
+        group, row = self._find(epoch, position)
+        photo = as_bytes(read(_hr_column(group)[row].as_py(), name=f"{group.file.path}:{row}"))
+        if min(photo.shape[1:]) < self.config.needs:
+            raise InputError(
+                f"{group.file.path}: row {row} is {photo.shape[2]}x{photo.shape[1]}, smaller than "
+                f"the {self.config.needs} px that training crops; build larger shards"
+            )
+        rng = np.random.default_rng([self.seed, number])
+        return cut_pair(lambda: photo, self.config, rng)
+
+    def _find(self, epoch: int, position: int) -> tuple[_Group, int]:
+        order, starts = _epoch_order(tuple(g.rows for g in self.groups), self.seed, epoch)
+        nth = int(np.searchsorted(starts, position, side="right")) - 1
+        group = self.groups[order[nth]]
+        rows = np.random.default_rng([self.seed, epoch, nth]).permutation(group.rows)
+        return group, int(rows[position - starts[nth]])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Group numbers in the order of an epoch, and the position of each one's first row."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+    return order, np.concatenate([[0], np.cumsum(np.array(rows)[order])])
+
+
+def _groups(file: Location) -> Iterator[_Group]:
+    try:
+        metadata = pq.ParquetFile(file.path, filesystem=file.filesystem).metadata
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file.path}: not a readable Parquet shard: {error}") from error
+    if "hr" not in metadata.schema.to_arrow_schema().names:
+        raise InputError(f"{file.path}: no column 'hr'; build shards with ray_jobs/build_shards.py")
+    for index in range(metadata.num_row_groups):
+        yield _Group(file, index, metadata.row_group(index).num_rows)
+
+
+@lru_cache(maxsize=GROUPS_KEPT)
+def _hr_column(group: _Group) -> Any:
+    file = pq.ParquetFile(group.file.path, filesystem=group.file.filesystem)
+    return file.read_row_group(group.index, columns=["hr"]).column("hr")
+
+
+class Share(NamedTuple):
+    """Which part of each global batch a rank takes, and what its data actor reserves."""
+
+    rank: int
+    world: int
+    cpus: float
+
+
+class _PairMaker:
+    """The actor beside a rank: step numbers in, that rank's pairs of those steps out."""
+
+    def __init__(
+        self, path: str, config: DataConfig, seed: int, first_step: int, share: Share
+    ) -> None:
+        self.source = open_source(path, config, seed)
+        self.first_step = first_step
+        self.batch, self.count = config.batch, config.batch // share.world
+        self.offset = share.rank * self.count
+
+    def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        numbers = [n for step in steps["id"] for n in self._numbers(self.first_step + int(step))]
+        hr, lr = zip(*(self.source.pair(n) for n in numbers), strict=True)
+        return {
+            "number": np.array(numbers),
+            "hr": np.stack([picture.numpy() for picture in hr]),
+            "lr": np.stack([picture.numpy() for picture in lr]),
+        }
+
+    def _numbers(self, step: int) -> range:
+        first = step * self.batch + self.offset
+        return range(first, first + self.count)
+
+
+def batches(
+    path: str, config: DataConfig, seed: int, seen: int, steps: int, share: Share
+) -> Iterator[Batch]:
+    """A rank's part of `steps` global batches from pair number `seen` on, in order.
+
+    Must run inside a Ray worker. Pairs are made ahead of time, a few steps deep.
+    """
+    import ray
+
+    # Small blocks: a rank waits for its first one, and prefetches by blocks.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.range(steps, override_num_blocks=max(1, steps // STEPS_PER_BLOCK))
+    dataset.context.execution_options.preserve_order = True
+    pairs = dataset.map_batches(
+        _PairMaker,
+        fn_constructor_args=(path, config, seed, seen // config.batch, share),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=share.cpus,
+    )
+    for rows in pairs.iter_batches(batch_size=config.batch // share.world, prefetch_batches=2):
+        yield _batch(rows)
+
+
+def _batch(rows: dict[str, np.ndarray]) -> Batch:
+    hr, lr = (torch.from_numpy(np.array(rows[side])).float() / 127.5 - 1 for side in ("hr", "lr"))
+    return Batch(hr, lr, torch.from_numpy(np.array(rows["number"])))

@@ -1,0 +1,144 @@
+"""ESGF: four experts from the knee of pretraining, then each polished from its own knee.
+
+    pretraining ─knee─▶ experts (four runs, side by side where there is room) ─knees─▶ fine-tuning
+
+Which checkpoint a stage may start from is decided in `linearsr.cluster.knee` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import ray
+from ray.util import ActorPool
+
+from linearsr import weights
+from linearsr.cluster.config import ClusterConfig, StageConfig
+from linearsr.cluster.knee import last_checkpoint, start_from_knee, summary
+from linearsr.cluster.storage import Location, locate
+from linearsr.cluster.train import Outcome, check, train
+from linearsr.config import ModelConfig
+from linearsr.errors import LinearSRError, one_line
+from linearsr.training import export
+from linearsr.training.recipes import Recipe
+
+Kind = Literal["experts", "finetune"]
+
+
+def run_stage(
+    kind: Kind,
+    recipe: Recipe,
+    cluster: ClusterConfig,
+    before: Sequence[Location],
+    *,
+    anyway: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Train every expert of one stage, each from the knee of the run before it.
+
+    before: the pretraining run, or the four runs of the experts. Runs lie in a folder each under
+    `cluster.storage`/`cluster.name`. Raises WeightsError where no knee is confirmed (unless
+    `anyway`), and LinearSRError naming the experts that failed, after all have ended.
+    """
+    starts = [start_from_knee(run, anyway=anyway) for run in before]
+    home = locate(cluster.storage) / cluster.name
+    model = recipe.model if len(starts) > 1 else export.single(recipe.model)
+    notes = {"stage": f"start of {kind}", "steps": json.dumps([step for _, step in starts])}
+    start = home / f"{kind}-start"
+    write_bundle(start, model, [folder for folder, _ in starts], notes)
+    stages = [
+        _stage(kind, recipe, cluster, i, name, home, start)
+        for i, name in enumerate(weights.expert_names(recipe.model))
+    ]
+    check(stages[0])
+    return _train_all(stages, say)
+
+
+def _stage(
+    kind: Kind,
+    recipe: Recipe,
+    cluster: ClusterConfig,
+    expert: int,
+    name: str,
+    home: Location,
+    start: Location,
+) -> StageConfig:
+    place = cluster.model_copy(update={"storage": url(home), "name": f"{kind}-{expert}-{name}"})
+    return StageConfig(recipe=recipe, cluster=place, kind=kind, expert=expert, start=url(start))
+
+
+def url(location: Location) -> str:
+    """What `locate` would turn back into the location."""
+    return location.path if location.path.startswith("/") else f"s3://{location.path}"
+
+
+@ray.remote(num_cpus=0)
+class _Runner:
+    """Waits for one training run after the other; the runs themselves take the resources."""
+
+    def train(self, stage: StageConfig) -> Outcome | str:
+        """An outcome, or what went wrong: one failed expert must not cost the others."""
+        try:
+            return train(stage)
+        except LinearSRError as error:
+            return f"{stage.cluster.name}: {error}"
+
+
+def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Outcome]:
+    """As many at once as the cluster has room for."""
+    room = max(1, min(len(stages), _room(stages[0].cluster)))
+    pool = ActorPool([_Runner.remote() for _ in range(room)])
+    outcomes: list[Outcome] = []
+    failed: list[str] = []
+    for result in pool.map(lambda runner, stage: runner.train.remote(stage), stages):
+        if isinstance(result, str):
+            failed.append(result)
+        else:
+            say(f"{result.run.name}: {summary(result.knee)}")
+            outcomes.append(result)
+    if failed:
+        raise LinearSRError(one_line(LinearSRError("; ".join(failed))))
+    return outcomes
+
+
+def _room(cluster: ClusterConfig) -> int:
+    """How many runs fit on the cluster as it is."""
+    has = ray.cluster_resources()
+    by_cpu = has.get("CPU", 0.0) / cluster.cpus()
+    gpus = cluster.workers * cluster.gpu + cluster.validation_gpus
+    return int(min(by_cpu, has.get("GPU", 0.0) / gpus) if gpus else by_cpu)
+
+
+def write_bundle(
+    target: Location, model: ModelConfig, checkpoints: Sequence[Location], notes: dict[str, str]
+) -> None:
+    """Export checkpoints, one per expert, to a weights folder on storage."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = []
+        for i, checkpoint in enumerate(checkpoints):
+            folders.append(Path(temporary) / str(i))
+            folders[-1].mkdir()
+            for file in checkpoint.files():
+                if file.name.startswith("ema-"):
+                    (folders[-1] / file.name).write_bytes(file.read())
+        bundle = Path(temporary) / "bundle"
+        export.bundle(bundle, model, folders, notes)
+        locate(bundle).copy_to(target)
+
+
+def export_outcomes(outcomes: Sequence[Outcome], recipe: Recipe, target: Location) -> None:
+    """Publish finished runs as weights: each one's confirmed knee, else its last checkpoint."""
+    chosen = [
+        start_from_knee(o.run) if o.knee.status == "confirmed" else last_checkpoint(o.run)
+        for o in outcomes
+    ]
+    told = [
+        {"run": o.run.name, "step": step, "knee": o.knee.status}
+        for o, (_, step) in zip(outcomes, chosen, strict=True)
+    ]
+    notes = {"experts": json.dumps(told), "recipe": recipe.model_dump_json()}
+    write_bundle(target, recipe.model, [folder for folder, _ in chosen], notes)

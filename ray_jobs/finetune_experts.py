@@ -1,0 +1,42 @@
+"""Fine-tune four experts from the knee of a pretraining run (ESGF, second and third stage).
+
+    ray job submit --working-dir . -- python ray_jobs/finetune_experts.py --from RUNS/pretrain \\
+        --recipe tiny_cpu --data PHOTOS --validation VAL --storage RUNS --name experts
+
+Writes RUNS/NAME/experts-* and finetune-*, a run each, and RUNS/NAME/weights, ready for
+`linearsr upscale --model`. Started again it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from linearsr.cluster import cli
+
+
+def main() -> int:
+    """Parse, train the stages in order, export the result."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--from", dest="before", required=True, help="the pretraining run's folder")
+    parser.add_argument("--stages", nargs="+", choices=("experts", "finetune"), default=["experts"])
+    parser.add_argument("--i-know-this-is-not-the-knee", action="store_true", dest="anyway")
+    options = parser.parse_args()
+
+    def job() -> None:
+        from linearsr.cluster.stages import export_outcomes, run_stage
+        from linearsr.cluster.storage import locate
+
+        recipe, cluster = cli.configs(options)
+        before = [locate(options.before)]
+        for kind in options.stages:
+            outcomes = run_stage(kind, recipe, cluster, before, anyway=options.anyway)
+            before = [outcome.run for outcome in outcomes]
+        target = locate(cluster.storage) / cluster.name / "weights"
+        export_outcomes(outcomes, recipe, target)
+        print(f"wrote {target.path}: linearsr upscale --model {target.path}")
+
+    return cli.run(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
