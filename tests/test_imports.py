@@ -32,6 +32,8 @@ HEAVY = {
     "deepspeed": ["training.engine"],
     "triton": ["kernels"],
     "boto3": ["cluster.storage"],
+    "pyarrow": ["cluster.storage", "cluster.data"],
+    "matplotlib": ["training.plot"],
     "diffusers": ["latent", "weights.convert"],
     "pyiqa": ["quality"],
     "pyvips": ["imaging"],
@@ -96,6 +98,8 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         ("linearsr.config", ["torch", "ray"]),
         ("linearsr.noise.experts", ["torch", "ray"]),
         ("linearsr.cli", ["torch", "ray"]),
+        ("linearsr.quality.knee", ["torch", "ray", "scipy", "kneed"]),
+        ("linearsr.training.loop", ["ray", "deepspeed", "pyiqa"]),
         ("linearsr.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
     ],
 )

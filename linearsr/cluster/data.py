@@ -92,7 +92,7 @@ class _Group(NamedTuple):
     """One row group of one shard: pairs are drawn from whole groups, so each is read once."""
 
     file: Location
-    index: int
+    number: int
     rows: int
 
 
@@ -141,14 +141,14 @@ def _groups(file: Location) -> Iterator[_Group]:
         raise InputError(f"{file.path}: not a readable Parquet shard: {error}") from error
     if "hr" not in metadata.schema.to_arrow_schema().names:
         raise InputError(f"{file.path}: no column 'hr'; build shards with ray_jobs/build_shards.py")
-    for index in range(metadata.num_row_groups):
-        yield _Group(file, index, metadata.row_group(index).num_rows)
+    for number in range(metadata.num_row_groups):
+        yield _Group(file, number, metadata.row_group(number).num_rows)
 
 
 @lru_cache(maxsize=GROUPS_KEPT)
 def _hr_column(group: _Group) -> Any:
     file = pq.ParquetFile(group.file.path, filesystem=group.file.filesystem)
-    return file.read_row_group(group.index, columns=["hr"]).column("hr")
+    return file.read_row_group(group.number, columns=["hr"]).column("hr")
 
 
 class Share(NamedTuple):

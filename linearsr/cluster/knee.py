@@ -52,7 +52,7 @@ class Knee(Config):
     history: list[Validated] = Field(default_factory=list)
 
 
-class KneePointCallback(UserCallback):
+class KneePointCallback(UserCallback):  # type: ignore[misc]
     """Runs in the controller after every report; keeps the knee of the run and its picture."""
 
     def __init__(

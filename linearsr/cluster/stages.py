@@ -16,7 +16,6 @@ from typing import Literal
 import ray
 from ray.util import ActorPool
 
-from linearsr import weights
 from linearsr.cluster.config import ClusterConfig, StageConfig
 from linearsr.cluster.knee import last_checkpoint, start_from_knee, summary
 from linearsr.cluster.storage import Location, locate
@@ -25,6 +24,7 @@ from linearsr.config import ModelConfig
 from linearsr.errors import LinearSRError, one_line
 from linearsr.training import export
 from linearsr.training.recipes import Recipe
+from linearsr.weights.bundle import expert_names
 
 Kind = Literal["experts", "finetune"]
 
@@ -52,7 +52,7 @@ def run_stage(
     write_bundle(start, model, [folder for folder, _ in starts], notes)
     stages = [
         _stage(kind, recipe, cluster, i, name, home, start)
-        for i, name in enumerate(weights.expert_names(recipe.model))
+        for i, name in enumerate(expert_names(recipe.model))
     ]
     check(stages[0])
     return _train_all(stages, say)
@@ -76,7 +76,6 @@ def url(location: Location) -> str:
     return location.path if location.path.startswith("/") else f"s3://{location.path}"
 
 
-@ray.remote(num_cpus=0)
 class _Runner:
     """Waits for one training run after the other; the runs themselves take the resources."""
 
@@ -91,7 +90,8 @@ class _Runner:
 def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Outcome]:
     """As many at once as the cluster has room for."""
     room = max(1, min(len(stages), _room(stages[0].cluster)))
-    pool = ActorPool([_Runner.remote() for _ in range(room)])
+    runner = ray.remote(num_cpus=0)(_Runner)
+    pool = ActorPool([runner.remote() for _ in range(room)])
     outcomes: list[Outcome] = []
     failed: list[str] = []
     for result in pool.map(lambda runner, stage: runner.train.remote(stage), stages):

@@ -85,7 +85,9 @@ class Photos:
     def pair(self, number: int) -> Pair:
         """HR (3, patch, patch) and LR (3, patch/scale, patch/scale), uint8, of pair `number`."""
         rng = np.random.default_rng([self.seed, number])
-        return cut_pair(lambda: self.photos[rng.integers(len(self.photos))](), self.config, rng)
+        return cut_pair(
+            lambda: self.photos[int(rng.integers(len(self.photos)))](), self.config, rng
+        )
 
 
 def cut_pair(photo: Callable[[], Tensor], config: DataConfig, rng: np.random.Generator) -> Pair:

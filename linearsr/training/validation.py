@@ -41,7 +41,7 @@ def validate(
     wanted = [_split(name) for name in config.metrics]
     steps = sorted({count for _, count in wanted})
     values: dict[str, list[float]] = {name: [] for name in config.metrics}
-    rows = []
+    rows: list[Tensor] = []
     for name, hr in pictures:
         hr = _middle(hr, config.size, bundle.config.scale)
         lr = _low_resolution(name, hr, bundle.config.scale, config.degradation)
