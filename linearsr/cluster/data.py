@@ -26,7 +26,8 @@ PHOTOS_KEPT = 256
 GROUPS_KEPT = 4
 # How many pictures are looked at before a run is allowed to start.
 LOOKED_AT = 32
-STEPS_PER_BLOCK = 8
+# Small blocks: a rank waits for its first one, and prefetches by blocks.
+STEPS_PER_BLOCK, MOST_BLOCKS, BLOCK_BYTES = 8, 512, 8 << 20
 
 
 class Source(Protocol):
@@ -171,7 +172,7 @@ class _PairMaker:
         self.offset = share.rank * self.count
 
     def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        numbers = [n for step in steps["id"] for n in self._numbers(self.first_step + int(step))]
+        numbers = [n for step in steps["data"] for n in self._numbers(self.first_step + int(step))]
         hr, lr = zip(*(self.source.pair(n) for n in numbers), strict=True)
         return {
             "number": np.array(numbers),
@@ -193,9 +194,11 @@ def batches(
     """
     import ray
 
-    # Small blocks: a rank waits for its first one, and prefetches by blocks.
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.range(steps, override_num_blocks=max(1, steps // STEPS_PER_BLOCK))
+    # In memory: reading a range would be tasks of a whole CPU each, that nobody has reserved.
+    blocks = min(MOST_BLOCKS, max(1, steps // STEPS_PER_BLOCK))
+    dataset = ray.data.from_numpy(np.array_split(np.arange(steps), blocks))
+    dataset.context.target_max_block_size = BLOCK_BYTES
     dataset.context.execution_options.preserve_order = True
     pairs = dataset.map_batches(
         _PairMaker,

@@ -91,7 +91,10 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         return knee
 
     def _keep(self, before: Knee, history: list[Validated], step: int | None) -> str | None:
-        """Copy the knee's checkpoint out of retention's reach; drop the copy of another one."""
+        """Copy the knee's checkpoint out of retention's reach; drop the copy of another one.
+
+        None when retention was faster.
+        """
         if step is None:
             return None
         name = f"step-{step:08d}"
@@ -99,6 +102,8 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         if kept.path != before.checkpoint:
             source = next(v.path for v in history if v.step == step)
             original = Location(self.run.filesystem, source)
+            if not original.exists():
+                return None
             original.copy_to(kept)
         for old in {f.path for f in (self.run / KEPT).files()}:
             if not old.startswith(kept.path):
@@ -150,6 +155,11 @@ def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, i
     knee = read_knee(run)
     if knee.checkpoint and (knee.status == "confirmed" or anyway):
         return Location(run.filesystem, knee.checkpoint), knee.step
+    if knee.status == "confirmed" and not anyway:
+        raise WeightsError(
+            f"{run.path}: the checkpoint of its knee, step {knee.step}, is no longer there; train "
+            "again with a larger --keep, or pass --i-know-this-is-not-the-knee"
+        )
     if not anyway:
         raise WeightsError(
             f"{run.path}: its knee is not confirmed ({knee.status}"
