@@ -21,7 +21,7 @@ from linearsr.cluster.knee import last_checkpoint, start_from_knee, summary
 from linearsr.cluster.storage import Location, locate
 from linearsr.cluster.train import Outcome, check, train
 from linearsr.config import ModelConfig
-from linearsr.errors import LinearSRError, one_line
+from linearsr.errors import LinearSRError
 from linearsr.training import export
 from linearsr.training.recipes import Recipe
 from linearsr.weights.bundle import expert_names
@@ -79,30 +79,29 @@ def url(location: Location) -> str:
 class _Runner:
     """Waits for one training run after the other; the runs themselves take the resources."""
 
-    def train(self, stage: StageConfig) -> Outcome | str:
+    def train(self, stage: StageConfig) -> tuple[StageConfig, Outcome | str]:
         """An outcome, or what went wrong: one failed expert must not cost the others."""
         try:
-            return train(stage)
+            return stage, train(stage)
         except LinearSRError as error:
-            return f"{stage.cluster.name}: {error}"
+            return stage, f"{stage.cluster.name}: {error}"
 
 
 def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Outcome]:
-    """As many at once as the cluster has room for."""
+    """As many at once as the cluster has room for; outcomes in the order of `stages`."""
     room = max(1, min(len(stages), _room(stages[0].cluster)))
     runner = ray.remote(num_cpus=0)(_Runner)
     pool = ActorPool([runner.remote() for _ in range(room)])
-    outcomes: list[Outcome] = []
-    failed: list[str] = []
-    for result in pool.map(lambda runner, stage: runner.train.remote(stage), stages):
-        if isinstance(result, str):
-            failed.append(result)
-        else:
-            say(f"{result.run.name}: {summary(result.knee)}")
-            outcomes.append(result)
+    ended: dict[str, Outcome | str] = {}
+    # Unordered: a place that is free must not wait for an earlier run that is still going.
+    for stage, result in pool.map_unordered(lambda r, s: r.train.remote(s), stages):
+        ended[stage.cluster.name] = result
+        say(result if isinstance(result, str) else f"{result.run.name}: {summary(result.knee)}")
+    failed = [result for result in ended.values() if isinstance(result, str)]
     if failed:
-        raise LinearSRError(one_line(LinearSRError("; ".join(failed))))
-    return outcomes
+        raise LinearSRError("; ".join(failed))
+    results = (ended[stage.cluster.name] for stage in stages)
+    return [outcome for outcome in results if not isinstance(outcome, str)]
 
 
 def _room(cluster: ClusterConfig) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -193,6 +194,7 @@ class _Reporter:
         self.local = Path(tempfile.mkdtemp(prefix="linearsr-"))
         self.board = _board(self.local) if self.leads else None
         self.bar = _bar(job) if self.leads else None
+        self.began, self.stalled = time.perf_counter(), 0.0
 
     def __enter__(self) -> _Reporter:
         return self
@@ -214,11 +216,20 @@ class _Reporter:
         return broadcast_from_rank_zero(read_knee(self.job.run).stop if self.leads else None)
 
     def checkpoint(self, stage: loop.Stage, metrics: dict[str, Any], *, validation: bool) -> None:
-        """Save all ranks' shares here, and let Ray carry them to storage while training goes on."""
+        """Save all ranks' shares here, and let Ray carry them to storage while training goes on.
+
+        Reports as `stall` the share of the time so far that checkpoints have kept steps waiting.
+        """
+        began = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))
         stage.save(folder)
         progress = stage.progress
-        told = {"step": progress.step, "seen": progress.seen, "attempt": progress.attempt}
+        told: dict[str, float] = {
+            "step": progress.step,
+            "seen": progress.seen,
+            "attempt": progress.attempt,
+        }
+        told["stall"] = self.stalled / (began - self.began)
         ray.train.report(
             {**metrics, **told},
             checkpoint=Checkpoint.from_directory(folder),
@@ -228,9 +239,8 @@ class _Reporter:
         )
         if self.board is not None:
             self.board.flush()
-            Location(locate(self.local).filesystem, str(self.local)).copy_to(
-                self.job.run / "tensorboard"
-            )
+            locate(self.local).copy_to(self.job.run / "tensorboard")
+        self.stalled += time.perf_counter() - began
 
     def say(self, text: str) -> None:
         """A line for people, once."""
