@@ -278,7 +278,6 @@ def _bar(job: StageConfig) -> Any:
 
 
 def _cause(error: Exception) -> str:
-    """The first error that a worker raised, not Ray's wrapping of it."""
-    failures = getattr(error, "worker_failures", {}) or {}
-    first = next(iter(failures.values()), error)
-    return one_line(first)
+    """The error that ended the workers: ours rather than what it did to the other ranks."""
+    failures = list((getattr(error, "worker_failures", {}) or {}).values()) or [error]
+    return one_line(min(failures, key=lambda failure: not isinstance(failure, LinearSRError)))

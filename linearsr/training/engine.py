@@ -31,6 +31,8 @@ from linearsr.training.config import TrainConfig
 # DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.
 TAG = "zero-of-"
 
+UNREAD = "{}: cannot be resumed from: another rank could not read it"
+
 # What torch and DeepSpeed raise for files that are missing, cut short, or of another model.
 DAMAGED = (
     RuntimeError,
@@ -149,7 +151,7 @@ class ZeroEngine:
     def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
         # Before the import: DeepSpeed would take a GPU that it sees, whatever the model is on.
         os.environ.setdefault("DS_ACCELERATOR", device.type)
-        import deepspeed  # type: ignore[import-untyped]
+        import deepspeed
         import torch.distributed as dist
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -205,7 +207,7 @@ class ZeroEngine:
         if problem:
             raise problem
         if failed:
-            raise WeightsError(f"{folder}: cannot be resumed from: another rank could not read it")
+            raise WeightsError(UNREAD.format(folder))
 
     def _load(self, saved: Path, scratch: Path) -> None:
         # Known only now, long after DeepSpeed read its configuration.
@@ -223,12 +225,14 @@ class ZeroEngine:
         machines, copies = [""] * self.world, [""] * self.world
         dist.all_gather_object(machines, socket.gethostname())
         first = machines.index(machines[self.rank])
-        copy = scratch / "universal"
+        copy = ""
         try:
             if first == self.rank:
-                _convert(saved, copy)
-        finally:  # The others wait for it; should it have failed, they will find nothing.
-            dist.all_gather_object(copies, str(copy))
+                copy = _convert(saved, scratch / "universal")
+        finally:  # The others wait for it; should it have failed, they must know.
+            dist.all_gather_object(copies, copy)
+        if not copies[first]:
+            raise WeightsError(UNREAD.format(saved))
         return Path(copies[first])
 
     def optimizer_bytes(self) -> int:
@@ -249,7 +253,8 @@ def zero_config(config: TrainConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip,
-        "zero_optimization": {"stage": 1},
+        # A buffer of this many numbers is taken at once; ten times as many unless told.
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.bfloat16},
     }
@@ -266,9 +271,9 @@ def _zero_folder(folder: Path) -> Path:
     return folders[0]
 
 
-def _convert(saved: Path, target: Path) -> None:
-    """ZeRO shards to DeepSpeed's universal form: a file per parameter and optimizer state."""
-    from deepspeed.checkpoint import ds_to_universal  # type: ignore[import-untyped]
+def _convert(saved: Path, target: Path) -> str:
+    """ZeRO shards to DeepSpeed's universal form, a file per parameter and state; `target`."""
+    from deepspeed.checkpoint import ds_to_universal
 
     options = argparse.Namespace(
         input_folder=str(saved),
@@ -282,6 +287,7 @@ def _convert(saved: Path, target: Path) -> None:
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         ds_to_universal.main(options)
+    return str(target)
 
 
 @contextlib.contextmanager

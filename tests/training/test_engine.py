@@ -1,0 +1,314 @@
+"""DeepSpeed ZeRO-1 over one and two ranks of gloo: it shares out, agrees, resumes and refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from linearsr.config import ModelConfig
+from linearsr.denoiser import LinearSR
+from linearsr.errors import WeightsError
+from linearsr.imaging.resample import resize
+from linearsr.latent import SpaceToDepth
+from linearsr.training import loop
+from linearsr.training.config import TrainConfig
+from linearsr.training.data import Batch
+from linearsr.training.ema import load_average
+from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
+from linearsr.training.guard import Diverged
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH, STEPS, SAVED_AT = 4, 50, 25
+# What DeepSpeed imports of torch takes longer than all else here: a server imports it once, and
+# each rank is a fork of that server.
+PRELOAD = ["torch._inductor.compile_fx"]
+
+Job = Callable[..., dict[str, Any]]
+
+
+def _launch(
+    folder: Path, job: Job, world: int, *arguments: object, path: str | None = None
+) -> list[Any]:
+    """What `job(*arguments)` returned on each of `world` fresh ranks, which may compile nothing."""
+    folder.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    ranks = [
+        context.Process(target=_rank, args=(folder, rank, world, path, job, arguments))
+        for rank in range(world)
+    ]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=600)
+        assert [process.exitcode for process in ranks] == [0] * world
+    finally:
+        for process in ranks:
+            process.kill()
+    assert not list(folder.glob("built/*"))
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
+
+
+def _rank(
+    folder: Path, rank: int, world: int, path: str | None, job: Job, arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(TORCH_EXTENSIONS_DIR=str(folder / "built"))
+    if path is not None:
+        os.environ["PATH"] = path
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
+    result = job(*arguments)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def _train(**changes: object) -> TrainConfig:
+    base = {"steps": STEPS, "warmup": 2, "clip": 0.1, "report_every": 1, "checkpoint_every": 1}
+    return TrainConfig.model_validate({**base, "learning_rate": 2e-3, **changes})
+
+
+def _stage(
+    model: ModelConfig, train: TrainConfig, engine: type[TorchEngine] | type[ZeroEngine]
+) -> loop.Stage:
+    torch.manual_seed(0)
+    denoiser = LinearSR(model.denoiser)
+    return loop.Stage.start(engine(denoiser, train, CPU), SpaceToDepth(model.latent), train)
+
+
+def _batches(engine: Engine, start: int = 0) -> Iterator[Batch]:
+    """This rank's part of the global batches from pair `start` on."""
+    mine = GLOBAL_BATCH // engine.world
+    for first in itertools.count(start + engine.rank * mine, GLOBAL_BATCH):
+        numbers = range(first, first + mine)
+        coarse = np.stack([np.random.default_rng(n).standard_normal((3, 8, 8)) for n in numbers])
+        hr = resize(torch.from_numpy(coarse).float(), 32, 32).tanh()
+        yield Batch(hr, resize(hr, 8, 8), torch.tensor(numbers))
+
+
+def _losses(stage: loop.Stage) -> list[float]:
+    return [entry["loss"] for entry in stage.progress.history]
+
+
+def _weights(stage: loop.Stage) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in stage.engine.module.parameters()])
+
+
+def _quiet(stage: loop.Stage, report: loop.Report) -> None:
+    pass
+
+
+def _difference(losses: list[float], expected: list[float]) -> float:
+    assert len(losses) == len(expected)
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+
+
+# Jobs: these run on every rank.
+
+
+def _curve(model: ModelConfig, save_to: Path) -> dict[str, Any]:
+    stage = _stage(model, _train(), ZeroEngine)
+
+    def save(stage: loop.Stage, report: loop.Report) -> None:
+        if report.step == SAVED_AT:  # as in Ray Train, to a folder of one's own; merged later
+            own = save_to / str(stage.engine.rank)
+            own.mkdir(parents=True)
+            stage.save(own)
+
+    loop.run(stage, _batches(stage.engine), save)
+    assert isinstance(stage.engine, ZeroEngine)
+    return {"losses": _losses(stage), "bytes": stage.engine.optimizer_bytes()}
+
+
+def _resume(model: ModelConfig, folder: Path) -> dict[str, Any]:
+    stage = _stage(model, _train(), ZeroEngine)
+    stage.load(folder)
+    assert stage.progress.step == SAVED_AT
+    loop.run(stage, _batches(stage.engine, stage.progress.seen), _quiet)
+    return {"losses": _losses(stage)}
+
+
+def _stopped(stage: loop.Stage, batches: Iterator[Batch]) -> dict[str, Any]:
+    """Where and why a run diverged, and whether its last step left the weights alone."""
+    kept = {"weights": _weights(stage)}
+
+    def keep(stage: loop.Stage, report: loop.Report) -> None:
+        kept["weights"] = _weights(stage)
+
+    with pytest.raises(Diverged) as diverged:
+        loop.run(stage, batches, keep)
+    untouched = torch.equal(kept["weights"], _weights(stage))
+    stage.engine.close()
+    return {"step": stage.progress.step, "why": str(diverged.value), "untouched": untouched}
+
+
+def _poisoned_batch(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    stage = _stage(model, train, ZeroEngine)
+
+    def batches() -> Iterator[Batch]:
+        for step, batch in enumerate(_batches(stage.engine)):
+            poisoned = step == 3 and stage.engine.rank == 1
+            yield batch._replace(hr=batch.hr * torch.nan) if poisoned else batch
+
+    return _stopped(stage, batches())
+
+
+def _poisoned_gradient(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    stage = _stage(model, train, ZeroEngine)
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        poisoned = stage.progress.step == 3 and stage.engine.rank == 1
+        return gradient * torch.nan if poisoned else gradient
+
+    stage.engine.module.embed.weight.register_hook(poison)
+    return _stopped(stage, _batches(stage.engine))
+
+
+def _refusal(stage: loop.Stage, folder: Path) -> str:
+    with pytest.raises(WeightsError) as error:
+        stage.load(folder)
+    return str(error.value)
+
+
+def _refusals(model: ModelConfig, broken: list[Path]) -> dict[str, Any]:
+    low, high = _train(), _train(bfloat16=True)
+    fast = _stage(model, _train(learning_rate=2.0), ZeroEngine)
+    stops = {
+        "batch": _poisoned_batch(model, low),
+        "gradient": _poisoned_gradient(model, low),
+        "bfloat16 gradient": _poisoned_gradient(model, high),
+        "rate": _stopped(fast, _batches(fast.engine)),
+    }
+    stage = _stage(model, low, ZeroEngine)
+    return {"stops": stops, "broken": [_refusal(stage, folder) for folder in broken]}
+
+
+def _bfloat16(model: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Ten steps, and the last five of them again by another engine, from a checkpoint."""
+    train = _train(steps=10, bfloat16=True)
+    stage = _stage(model, train, ZeroEngine)
+
+    def save(stage: loop.Stage, report: loop.Report) -> None:
+        if report.step == 5:
+            stage.save(folder)
+
+    loop.run(stage, _batches(stage.engine), save)
+    stage.engine.close()
+    again = _stage(model, train, ZeroEngine)
+    again.load(folder)
+    loop.run(again, _batches(again.engine, again.progress.seen), _quiet)
+    dtypes = sorted({str(p.dtype) for p in again.engine.module.parameters()})
+    return {"losses": _losses(stage), "again": _losses(again), "dtypes": dtypes}
+
+
+# Tests: these look at what the ranks brought back.
+
+
+class Curves:
+    """One run on one rank, one on two; each with a checkpoint of its middle."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.model = model
+        self.ranks: dict[int, list[Any]] = {}
+        self.checkpoints: dict[int, Path] = {}
+        for world in (1, 2):
+            parts = folder / f"parts-of-{world}"
+            # Without a PATH there is no compiler.
+            no_compiler = "" if world == 1 else None
+            self.ranks[world] = _launch(
+                folder / f"run-{world}", _curve, world, model, parts, path=no_compiler
+            )
+            self.checkpoints[world] = folder / f"checkpoint-{world}"
+            for part in parts.iterdir():
+                shutil.copytree(part, self.checkpoints[world], dirs_exist_ok=True)
+
+    def losses(self, world: int) -> list[float]:
+        return self.ranks[world][0]["losses"]
+
+
+@pytest.fixture(scope="module")
+def curves(small_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Curves:
+    return Curves(tmp_path_factory.mktemp("curves"), small_config)
+
+
+def test_two_ranks_hold_half_of_the_optimizer_each(curves: Curves) -> None:
+    (whole,), halves = ([rank["bytes"] for rank in curves.ranks[world]] for world in (1, 2))
+    assert halves == pytest.approx([whole / 2] * 2, rel=0.1)
+
+
+def test_the_curve_is_the_same_of_one_rank_two_ranks_and_plain_torch(curves: Curves) -> None:
+    plain = _stage(curves.model, _train(), TorchEngine)
+    loop.run(plain, _batches(plain.engine), _quiet)
+    one, two = curves.losses(1), curves.losses(2)
+    assert len(one) == STEPS and one[-1] < 0.8 * one[0]
+    assert _difference(two, one) < 1e-3
+    assert _difference(one, _losses(plain)) < 1e-3
+    assert curves.ranks[2][0]["losses"] == curves.ranks[2][1]["losses"]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(2, 2), (2, 1), (1, 2)])
+def test_a_run_resumes_on_any_number_of_ranks(
+    curves: Curves, saved: int, resumed: int, tmp_path: Path
+) -> None:
+    ranks = _launch(tmp_path / "run", _resume, resumed, curves.model, curves.checkpoints[saved])
+    for rank in ranks:
+        difference = _difference(rank["losses"], curves.losses(saved))
+        assert difference == 0 if saved == resumed else difference < 1e-3
+
+
+def test_two_ranks_average_as_one_does(curves: Curves) -> None:
+    one, two = (load_average(curves.checkpoints[world]) for world in (1, 2))
+    assert one.keys() == dict(LinearSR(curves.model.denoiser).named_parameters()).keys()
+    assert one.keys() == two.keys()
+    for name, average in one.items():
+        torch.testing.assert_close(two[name], average, rtol=1e-4, atol=1e-5)
+
+
+def _broken(curves: Curves, folder: Path) -> list[Path]:
+    """Checkpoints with a shard cut short, of as many ranks as now and of fewer; one shard less."""
+    checkpoints = [curves.checkpoints[world] for world in (2, 1, 2)]
+    copies = [shutil.copytree(c, folder / str(i)) for i, c in enumerate(checkpoints)]
+    shards = [next(copy.glob("*/zero_pp_rank_0_*")) for copy in copies]
+    for shard in shards[:2]:
+        shard.write_bytes(shard.read_bytes()[:1000])
+    shards[2].unlink()
+    return copies
+
+
+def test_all_ranks_refuse_alike(curves: Curves, tmp_path: Path) -> None:
+    """NaNs and damage that one rank alone meets; a rate that is a thousand times too high."""
+    broken = _broken(curves, tmp_path)
+    first, second = _launch(tmp_path / "run", _refusals, 2, curves.model, broken)
+    assert first["stops"] == second["stops"]
+    for kind in ("batch", "gradient", "bfloat16 gradient"):
+        stop = first["stops"][kind]
+        assert stop["step"] == 3 and stop["untouched"] and "not finite" in stop["why"]
+    assert first["stops"]["rate"]["step"] < STEPS
+    for cut_short, other in zip(first["broken"][:2], second["broken"][:2], strict=True):
+        assert "cannot be resumed" in cut_short and "another rank" in other
+    assert "1 ZeRO shards" in first["broken"][2] == second["broken"][2]
+
+
+def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for rank in _launch(tmp_path / "run", _bfloat16, 2, small_config, folder):
+        assert rank["dtypes"] == ["torch.bfloat16"]
+        assert all(map(math.isfinite, rank["losses"])) and rank["losses"][-1] < rank["losses"][0]
+        assert rank["again"] == rank["losses"]
+    assert all(t.dtype == torch.float32 for t in load_average(folder).values())
