@@ -1,0 +1,185 @@
+"""The two training jobs as users start them: by hand, and with `ray job submit`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from linearsr.cluster import cli
+from linearsr.cluster.knee import read_knee
+from linearsr.cluster.storage import locate
+from linearsr.cluster.train import Outcome
+from linearsr.errors import OptionError
+from linearsr.upscaler import Upscaler
+from tests.cluster.conftest import SMALL, STEPS, losses, reported, until
+
+ROOT = Path(__file__).parents[2]
+EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
+
+
+def _command(job: str, photos: Path, runs: Path, name: str, *more: str) -> list[str]:
+    settings = [*SMALL, *STEPS, *(f"experts.{i}.{field}" for i in range(4) for field in EXPERT)]
+    return [
+        sys.executable,
+        f"ray_jobs/{job}.py",
+        "--recipe=tiny_cpu",
+        f"--data={photos}",
+        f"--validation={photos}",
+        f"--storage={runs}",
+        f"--name={name}",
+        *(part for setting in settings for part in ("--set", setting)),
+        *more,
+    ]
+
+
+class _Jobs:
+    """The cluster's job server, as `ray job submit --working-dir .` uses it."""
+
+    def __init__(self, address: str) -> None:
+        self.client = JobSubmissionClient(address)
+
+    def submit(self, command: list[str]) -> str:
+        working_dir = {"working_dir": str(ROOT), "excludes": ["runs", ".git"]}
+        return self.client.submit_job(entrypoint=shlex.join(command), runtime_env=working_dir)
+
+    def end(self, job: str) -> tuple[JobStatus, int | None, str]:
+        """Status, exit code and output of a job, once it has ended."""
+        until(lambda: self.client.get_job_status(job).is_terminal(), job, 600)
+        told = self.client.get_job_info(job)
+        return told.status, told.driver_exit_code, self.client.get_job_logs(job)
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster) -> _Jobs:
+    return _Jobs(f"http://{cluster.webui_url}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def driver(photos: Path, runs: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The pretraining job started by hand: it starts a cluster of its own."""
+    with tempfile.TemporaryDirectory(prefix="lsr-", ignore_cleanup_errors=True) as folder:
+        alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        started = subprocess.Popen(
+            _command("pretrain", photos, runs, "pretrain"),
+            cwd=ROOT,
+            env={**alone, "RAY_TMPDIR": folder},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        yield started
+        _kill(started)
+
+
+def _kill(driver: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the driver and everything that it started."""
+    if driver.poll() is None:
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=60)
+    driver.wait()
+
+
+def test_a_job_whose_machine_died_goes_on_when_submitted_again(
+    driver: subprocess.Popen[bytes], jobs: _Jobs, photos: Path, runs: Path, whole: Outcome
+) -> None:
+    """The first time on one worker and the second on two: it is the run of two throughout."""
+    run = runs / "pretrain"
+    until(lambda: bool(reported(run)) or driver.poll() is not None, "a first checkpoint")
+    _kill(driver)
+    before = [m["step"] for m in reported(run)]
+    assert before and before[-1] < 24, f"not killed in between: {before}, {driver.returncode}"
+    again = _command("pretrain", photos, runs, "pretrain", "--workers=2")
+    status, _, output = jobs.end(jobs.submit(again))
+    assert status == JobStatus.SUCCEEDED, output
+    assert [m["step"] for m in reported(run)] == [6, 12, 18, 24]
+    assert losses(run) == pytest.approx(losses(Path(whole.run.path)), rel=1e-3)
+    assert f"{run}: no knee yet after" in output and "still rising" in output
+    assert {v.step for v in read_knee(locate(run)).history} >= {12, 18, 24}
+
+
+def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
+    jobs: _Jobs, photos: Path, runs: Path, photograph: Image.Image
+) -> None:
+    assert (runs / "pretrain").exists(), "the pretraining test has to run first"
+    command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
+    # Two of the four runs fit on the cluster at once.
+    command += ["--worker-cpus=1"]
+    refused, allowed = (
+        jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
+    )
+    status, code, output = jobs.end(refused)
+    assert (status, code) == (JobStatus.FAILED, 1)
+    assert "not confirmed" in output and "--i-know-this-is-not-the-knee" in output
+    assert "Traceback" not in output
+    status, _, output = jobs.end(allowed)
+    assert status == JobStatus.SUCCEEDED, output
+    for name in ("0-structure", "3-"):
+        assert any(name in folder.name for folder in (runs / "experts").glob("experts-*"))
+    upscaler = Upscaler.load(runs / "experts" / "weights", "cpu")
+    assert upscaler(photograph, steps=4).size == (256, 192)
+
+
+def test_what_a_job_cannot_do_is_said_in_one_line(jobs: _Jobs, photos: Path, runs: Path) -> None:
+    wrong = {
+        "pretrain.stepz: no such field": _command(
+            "pretrain", photos, runs, "wrong", "--set", "pretrain.stepz=1"
+        ),
+        "no pictures and no .parquet shards": _command(
+            "pretrain", runs / "nowhere", runs, "missing"
+        ),
+    }
+    submitted = {message: jobs.submit(command) for message, command in wrong.items()}
+    for message, job in submitted.items():
+        status, code, output = jobs.end(job)
+        assert (status, code) == (JobStatus.FAILED, 1), output
+        told = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1 and message in told[0] and "Traceback" not in output
+
+
+def _parsed(*flags: str) -> tuple[object, cli.ClusterConfig]:
+    places = ["--data=d", "--validation=v", "--storage=s"]
+    return cli.configs(cli.parser("").parse_args([*places, *flags]))
+
+
+def test_flags_become_the_cluster_config() -> None:
+    _, cluster = _parsed("--workers=3", "--gpu", "--keep=20", "--worker-cpus=1.5", "--name=n")
+    assert (cluster.workers, cluster.gpu, cluster.keep, cluster.worker_cpus) == (3, True, 20, 1.5)
+    assert (cluster.data, cluster.validation, cluster.storage, cluster.name) == ("d", "v", "s", "n")
+    assert _parsed()[1].keep is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--keep=3", "--keep: .*greater than or equal to 16"),
+        ("--workers=0", "--workers"),
+        ("--max-failures=many", "--max-failures"),
+        ("--set=pretrain.steps", "settings look like"),
+        ("--set=pretrain.steps=-1", r"pretrain\.steps"),
+    ],
+)
+def test_wrong_flags_are_named(flag: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        _parsed(flag)
