@@ -24,8 +24,10 @@ $(BIN)/uv:
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m linearsr.demo --output demo $(if $(IN),--input "$(IN)")
 
+# Ray starts many processes: without compiled modules each of them would compile torch anew.
 test: $(VENV)/dev.stamp lint types
-	$(BIN)/python -m pytest
+	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
+		$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

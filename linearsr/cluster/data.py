@@ -7,7 +7,7 @@ change the data order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -187,7 +187,7 @@ class _PairMaker:
 
 def batches(
     path: str, config: DataConfig, seed: int, seen: int, steps: int, share: Share
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """A rank's part of `steps` global batches from pair number `seen` on, in order.
 
     Must run inside a Ray worker. Pairs are made ahead of time, a few steps deep.

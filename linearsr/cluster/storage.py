@@ -85,14 +85,16 @@ class Location:
 
     @contextlib.contextmanager
     def local(self, suffix: str = "") -> Iterator[Path]:
-        """The folder's own files (those ending in `suffix`) as a local folder, while in use."""
+        """What is in the folder (files ending in `suffix`) as a local folder, while in use."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory() as folder:
             for file in self.files():
                 if file.name.endswith(suffix):
-                    (Path(folder) / file.name).write_bytes(file.read())
+                    copy = Path(folder, file.path.removeprefix(f"{self.path}/"))
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(file.read())
             yield Path(folder)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ from linearsr.training.data import Batch
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.guard import Diverged
 
+ADVICE = "lower learning_rate, or start from an earlier checkpoint"
+
 
 class Outcome(NamedTuple):
     """Where a finished stage lies, its knee, and what it last reported."""
@@ -66,6 +69,8 @@ def train(stage: StageConfig) -> Outcome:
         result = _trainer(stage, callback).fit()
     except ray.train.TrainingFailedError as error:
         raise LinearSRError(f"{stage.run.path}: training failed: {_cause(error)}") from error
+    if result.return_value:
+        raise LinearSRError(f"{stage.run.path}: {result.return_value}")
     # Once more: some validations ended after the last report.
     return Outcome(stage.run, callback.update(), dict(result.metrics or {}))
 
@@ -130,8 +135,11 @@ def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:
 # In the workers
 
 
-def _worker(config: dict[str, str]) -> None:
-    """Train this rank's part, from the last checkpoint if there is one."""
+def _worker(config: dict[str, str]) -> str | None:
+    """Train this rank's part, from the last checkpoint if there is one.
+
+    Returns why it gave up, if it did: raised, it would be tried again in vain.
+    """
     job = StageConfig.model_validate_json(config["stage"])
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size(), job.cluster.data_cpus)
@@ -142,9 +150,13 @@ def _worker(config: dict[str, str]) -> None:
                 stage.load(folder)
         while True:
             try:
-                loop.run(stage, _stream(job, stage.progress, share), reporter)
-                return
+                with closing(_stream(job, stage.progress, share)) as data:
+                    loop.run(stage, data, reporter)
+                return None
             except Diverged as error:
+                restarts = stage.progress.attempt
+                if restarts == job.train.guard.restarts:
+                    return f"{error}; gave up after {restarts} restarts: {ADVICE}"
                 stage = _go_back(job, stage, error, reporter)
 
 
@@ -158,7 +170,9 @@ def _build(job: StageConfig) -> loop.Stage:
     return loop.Stage.start(engine, load_autoencoder(job.recipe.model.latent, device), job.train)
 
 
-def _stream(job: StageConfig, progress: loop.Progress, share: Share) -> Iterator[Batch]:
+def _stream(
+    job: StageConfig, progress: loop.Progress, share: Share
+) -> Generator[Batch, None, None]:
     steps = job.train.steps - progress.step
     return batches(job.cluster.data, job.recipe.data, job.train.seed, progress.seen, steps, share)
 
@@ -168,11 +182,6 @@ def _go_back(
 ) -> loop.Stage:
     """After a divergence: the knee, or the stage's start, again, at a lower rate, on new data."""
     attempt = failed.progress.attempt + 1
-    if attempt > job.train.guard.restarts:
-        raise LinearSRError(
-            f"{error}; gave up after {attempt - 1} restarts: lower learning_rate, or start from an "
-            "earlier checkpoint"
-        ) from error
     failed.engine.close()
     stage = _build(job)
     knee = broadcast_from_rank_zero(read_knee(job.run).checkpoint if reporter.leads else None)
