@@ -28,12 +28,12 @@ def main() -> int:
 
         recipe, cluster = cli.configs(options)
         before = [locate(options.before)]
+        target = locate(cluster.storage) / cluster.name / "weights"
         for kind in options.stages:
             outcomes = run_stage(kind, recipe, cluster, before, anyway=options.anyway)
+            export_outcomes(outcomes, recipe, target)
+            print(f"wrote {target.path}: linearsr upscale --model {target.path}")
             before = [outcome.run for outcome in outcomes]
-        target = locate(cluster.storage) / cluster.name / "weights"
-        export_outcomes(outcomes, recipe, target)
-        print(f"wrote {target.path}: linearsr upscale --model {target.path}")
 
     return cli.run(job)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from linearsr.cluster.storage import Location, locate
+from linearsr.cluster.storage import Location, locate, url
 from linearsr.config import Config
 from linearsr.training.config import TrainConfig
 from linearsr.training.recipes import Recipe
@@ -35,6 +35,16 @@ class ClusterConfig(Config):
     max_failures: int = Field(default=3, ge=-1)
     # End a stage this many validated checkpoints after its knee was confirmed; never by default.
     patience: int | None = Field(default=None, ge=0)
+
+    @field_validator("data", "validation", "storage")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        """Workers have working folders of their own."""
+        return url(locate(path))
+
+    def gpus(self) -> float:
+        """GPUs that one stage takes at once."""
+        return self.workers * self.gpu + self.validation_gpus
 
     def cpus(self) -> float:
         """Logical CPUs that one stage takes at once."""

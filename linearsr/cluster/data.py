@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from linearsr.imaging.files import READ_SUFFIXES, read
 from linearsr.training.data import Batch, DataConfig, Pair, Photos, as_bytes, cut_pair
 
 # Decoded photographs, and row groups of encoded ones, that one actor keeps.
-PHOTOS_KEPT = 256
+PHOTOS_KEPT = 64
 GROUPS_KEPT = 4
+# Rows of a shard dataset passed over in a row before a run gives up on it.
+TRIES = 100
 # How many pictures are looked at before a run is allowed to start.
 LOOKED_AT = 32
 # Small blocks: a rank waits for its first one, and prefetches by blocks.
@@ -89,6 +92,10 @@ def _photo(picture: Location, needs: int, instead: tuple[Location, ...]) -> Tens
     )
 
 
+def _same(photo: Tensor) -> Tensor:
+    return photo
+
+
 class _Group(NamedTuple):
     """One row group of one shard: pairs are drawn from whole groups, so each is read once."""
 
@@ -108,17 +115,27 @@ class Shards:
             raise InputError(f"{files[0].path}: the shards hold no rows")
 
     def pair(self, number: int) -> Pair:
-        """HR and LR of pair `number`; pictures too small for the patch raise InputError."""
-        epoch, position = divmod(number, self.rows)
+        """HR and LR of pair `number`; rows that cannot be used are passed over.
+
+        Raises InputError after a whole epoch, or TRIES rows, of them.
+        """
+        for candidate in range(number, number + min(self.rows, TRIES)):
+            photo = self._photo(*divmod(candidate, self.rows))
+            if photo is not None:
+                rng = np.random.default_rng([self.seed, number])
+                return cut_pair(partial(_same, photo), self.config, rng)
+        raise InputError(
+            f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at least "
+            f"{self.config.needs} px on its shorter side; build larger shards"
+        )
+
+    def _photo(self, epoch: int, position: int) -> Tensor | None:
         group, row = self._find(epoch, position)
-        photo = as_bytes(read(_hr_column(group)[row].as_py(), name=f"{group.file.path}:{row}"))
-        if min(photo.shape[1:]) < self.config.needs:
-            raise InputError(
-                f"{group.file.path}: row {row} is {photo.shape[2]}x{photo.shape[1]}, smaller than "
-                f"the {self.config.needs} px that training crops; build larger shards"
-            )
-        rng = np.random.default_rng([self.seed, number])
-        return cut_pair(lambda: photo, self.config, rng)
+        try:
+            photo = as_bytes(read(_hr_column(group)[row].as_py(), name=f"{group.file.path}:{row}"))
+        except LinearSRError:
+            return None
+        return photo if min(photo.shape[1:]) >= self.config.needs else None
 
     def _find(self, epoch: int, position: int) -> tuple[_Group, int]:
         order, starts = _epoch_order(tuple(g.rows for g in self.groups), self.seed, epoch)
@@ -172,7 +189,7 @@ class _PairMaker:
         self.offset = share.rank * self.count
 
     def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        numbers = [n for step in steps["data"] for n in self._numbers(self.first_step + int(step))]
+        numbers = [n for step in steps["step"] for n in self._numbers(self.first_step + int(step))]
         hr, lr = zip(*(self.source.pair(n) for n in numbers), strict=True)
         return {
             "number": np.array(numbers),
@@ -197,7 +214,8 @@ def batches(
     ray.data.DataContext.get_current().enable_progress_bars = False
     # In memory: reading a range would be tasks of a whole CPU each, that nobody has reserved.
     blocks = min(MOST_BLOCKS, max(1, steps // STEPS_PER_BLOCK))
-    dataset = ray.data.from_numpy(np.array_split(np.arange(steps), blocks))
+    tables = [pa.table({"step": part}) for part in np.array_split(np.arange(steps), blocks)]
+    dataset = ray.data.from_blocks(tables)
     dataset.context.target_max_block_size = BLOCK_BYTES
     dataset.context.execution_options.preserve_order = True
     pairs = dataset.map_batches(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,9 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         before = read_knee(self.run)
         history = _merge(before.history, _validated(self.run, set(self.higher_is_better)))
         state = detect(history, self.higher_is_better)
+        if before.status == "confirmed" and state.status != "confirmed":
+            # A divergence has shortened the history; a confirmed knee is final all the same.
+            state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
         knee = Knee(
             status=state.status,
             step=state.step,
@@ -195,7 +199,7 @@ def _validated(run: Location, names: set[str]) -> list[Validated]:
             step=metrics["step"],
             seen=metrics["seen"],
             path=checkpoint.path,
-            metrics={k: v for k, v in metrics.items() if "@" in k},
+            metrics={k: v for k, v in metrics.items() if "@" in k and math.isfinite(v)},
         )
         for checkpoint, metrics in (result.best_checkpoints if result else None) or []
         if names & metrics.keys()

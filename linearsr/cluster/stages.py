@@ -18,7 +18,7 @@ from ray.util import ActorPool
 
 from linearsr.cluster.config import ClusterConfig, StageConfig
 from linearsr.cluster.knee import last_checkpoint, start_from_knee, summary
-from linearsr.cluster.storage import Location, locate
+from linearsr.cluster.storage import Location, locate, url
 from linearsr.cluster.train import Outcome, check, train
 from linearsr.config import ModelConfig
 from linearsr.errors import LinearSRError
@@ -71,11 +71,6 @@ def _stage(
     return StageConfig(recipe=recipe, cluster=place, kind=kind, expert=expert, start=url(start))
 
 
-def url(location: Location) -> str:
-    """What `locate` would turn back into the location."""
-    return location.path if location.path.startswith("/") else f"s3://{location.path}"
-
-
 class _Runner:
     """Waits for one training run after the other; the runs themselves take the resources."""
 
@@ -108,7 +103,7 @@ def _room(cluster: ClusterConfig) -> int:
     """How many runs fit on the cluster as it is."""
     has = ray.cluster_resources()
     by_cpu = has.get("CPU", 0.0) / cluster.cpus()
-    gpus = cluster.workers * cluster.gpu + cluster.validation_gpus
+    gpus = cluster.gpus()
     return int(min(by_cpu, has.get("GPU", 0.0) / gpus) if gpus else by_cpu)
 
 

@@ -111,6 +111,11 @@ def locate(path: str | Path) -> Location:
     return Location(filesystem, text.removeprefix("s3://").rstrip("/"))
 
 
+def url(location: Location) -> str:
+    """What `locate` would turn back into the location, from any working folder."""
+    return location.path if location.path.startswith("/") else f"s3://{location.path}"
+
+
 def check_writable(folder: Location) -> None:
     """Write and delete a probe. Raises OutputError naming the folder."""
     probe = folder / ".linearsr-write-test"

@@ -88,7 +88,7 @@ def check(stage: StageConfig) -> None:
     if stage.start is not None:
         start_weights(stage)
     has = ray.cluster_resources()
-    wants = {"CPU": cluster.cpus(), "GPU": float(cluster.workers * cluster.gpu)}
+    wants = {"CPU": cluster.cpus(), "GPU": cluster.gpus()}
     for kind, amount in wants.items():
         if amount > has.get(kind, 0.0):
             raise OptionError(
@@ -148,16 +148,17 @@ def _worker(config: dict[str, str]) -> str | None:
         if checkpoint := ray.train.get_checkpoint():
             with Location(checkpoint.filesystem, checkpoint.path).local() as folder:
                 stage.load(folder)
-        while True:
+        while not reporter.ended():
             try:
                 with closing(_stream(job, stage.progress, share)) as data:
                     loop.run(stage, data, reporter)
                 return None
             except Diverged as error:
                 restarts = stage.progress.attempt
-                if restarts == job.train.guard.restarts:
+                if restarts >= job.train.guard.restarts:
                     return f"{error}; gave up after {restarts} restarts: {ADVICE}"
                 stage = _go_back(job, stage, error, reporter)
+    return None
 
 
 def _build(job: StageConfig) -> loop.Stage:
@@ -204,6 +205,7 @@ class _Reporter:
         self.board = _board(self.local) if self.leads else None
         self.bar = _bar(job) if self.leads else None
         self.began, self.stalled = time.perf_counter(), 0.0
+        self.warned: list[str] = []
 
     def __enter__(self) -> _Reporter:
         return self
@@ -217,11 +219,18 @@ class _Reporter:
         """On all ranks alike; True ends the stage: knee confirmed and patience spent."""
         if self.leads:
             self._show(report)
-        preempted = ray.train.get_preemption_info() is not None
+        notice = ray.train.get_preemption_info()
+        # Once per notice: the nodes named in it have minutes, and an upload takes its time.
+        preempted = notice is not None and notice.preempted_node_ids != self.warned
+        self.warned = notice.preempted_node_ids if notice else []
         due = report.step % stage.config.checkpoint_every == 0 or report.step == stage.config.steps
         if not (due or preempted):
             return False
         self.checkpoint(stage, report._asdict(), validation=due)
+        return self.ended()
+
+    def ended(self) -> bool:
+        """Whether the knee is confirmed and the patience after it spent, on all ranks alike."""
         return broadcast_from_rank_zero(read_knee(self.job.run).stop if self.leads else None)
 
     def checkpoint(self, stage: loop.Stage, metrics: dict[str, Any], *, validation: bool) -> None:

@@ -47,7 +47,8 @@ def validate_checkpoint(checkpoint: Checkpoint, stage_json: str) -> dict[str, An
     with source.local(".safetensors") as folder:
         bundle = _bundle(job, load_average(folder))
     config = job.recipe.validation
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Ray shows all GPUs to a task that reserved none: those are the workers'.
+    device = "cuda" if job.cluster.validation_gpus else "cpu"
     with torch.inference_mode():
         pictures = validation_pictures(job.cluster.validation, config)
         metrics, strip = validate(bundle, pictures, config, device)

@@ -102,7 +102,8 @@ CAMERA = Degradation(
         ),
     )
 )
-PRESETS: dict[Literal["clean", "mild", "camera", "seesr", "real-esrgan"], Degradation] = {
+Preset = Literal["clean", "mild", "camera", "seesr", "real-esrgan"]
+PRESETS: dict[Preset, Degradation] = {
     "clean": CLEAN,
     "mild": MILD,
     "camera": CAMERA,

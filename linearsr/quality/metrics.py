@@ -15,8 +15,8 @@ from torch import Tensor
 
 from linearsr.errors import LinearSRError
 
-# Metrics that compare against the true picture; the others judge a picture alone.
-FULL_REFERENCE = ("psnr", "ssim")
+# Measured on luma, as the super-resolution literature does.
+ON_LUMA = ("psnr", "ssim")
 
 
 def conventions() -> str:
@@ -30,7 +30,7 @@ def _metric(name: str, crop: int) -> Any:
         import pyiqa
     except ImportError as error:
         raise LinearSRError("metrics need pyiqa: pip install 'linearsr[quality]'") from error
-    if name in FULL_REFERENCE:
+    if name in ON_LUMA:
         # "ycbcr" is the studio-swing Y of the super-resolution literature; pyiqa's default is not.
         luma = {"test_y_channel": True, "color_space": "ycbcr"}
         return pyiqa.create_metric(name, device="cpu", crop_border=crop, **luma)
@@ -49,4 +49,4 @@ def measure(name: str, picture: Tensor, truth: Tensor, crop: int) -> float:
     """
     picture = (picture.clamp(0, 1) * 255).round() / 255
     metric = _metric(name, crop)
-    return float(metric(picture, truth) if name in FULL_REFERENCE else metric(picture))
+    return float(metric(picture, truth) if metric.metric_mode == "FR" else metric(picture))

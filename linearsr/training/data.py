@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from linearsr.config import Config
 from linearsr.errors import InputError
-from linearsr.imaging.degrade import PRESETS, degrade
+from linearsr.imaging.degrade import PRESETS, Preset, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 
@@ -48,7 +48,7 @@ class DataConfig(Config):
     # Photographs are shrunk by a random factor first: it sharpens soft ones and multiplies few.
     shrink: tuple[float, float] = (0.25, 1.0)
     # How often each degradation preset is drawn; must sum to one.
-    degradations: dict[str, float] = Field(
+    degradations: dict[Preset, float] = Field(
         default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
     )
     # Pixels around the patch that blur and resize may look at.

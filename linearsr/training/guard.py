@@ -18,7 +18,7 @@ from linearsr.errors import LinearSRError
 
 
 class Diverged(LinearSRError):
-    """A stage stopped being finite or blew up; no weight of it was stored since."""
+    """A stage stopped being finite, or blew up: go back to a checkpoint before it."""
 
 
 class GuardConfig(Config):

@@ -158,10 +158,11 @@ def flow_loss(
         joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
     v = model(latent, t, model.condition(lr_picture.to(dtype), joined))
     losses = (v - velocity(clean, noise)).square().mean(dim=(1, 2, 3))
-    if config.pixel_weight:
-        guess = autoencoder.decode(latent - t.view(-1, 1, 1, 1) * v, lr_picture)
-        distance = (guess - batch.hr).abs().mean(dim=(1, 2, 3))
-        losses = losses + config.pixel_weight * distance * (t <= config.pixel_below)
+    near = t <= config.pixel_below
+    if config.pixel_weight and near.any():
+        guess = autoencoder.decode((latent - t.view(-1, 1, 1, 1) * v)[near], lr_picture[near])
+        distance = (guess - batch.hr[near]).abs().mean(dim=(1, 2, 3))
+        losses = losses.index_add(0, near.nonzero()[:, 0], config.pixel_weight * distance)
     return losses, t
 
 
@@ -206,7 +207,8 @@ def run(
     """Train to `config.steps`, calling `report` every `report_every` steps and at the end.
 
     `batches`: this rank's part of each global batch, in order. `report` may return True to end the
-    stage early. Raises Diverged when the guard fires; the weights then are those before the step.
+    stage early. Raises Diverged when the guard fires: before the weights change for what is not
+    finite, after it for what has merely grown.
     """
     config, progress = stage.config, stage.progress
     largest, sums = _Largest(stage.engine.module), _Sums()

@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B, TINY, Config, ModelConfig
 from linearsr.errors import OptionError
+from linearsr.imaging.degrade import Preset
 from linearsr.noise.experts import ranges
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import DataConfig
+
+# Of each expert. The detector needs nine and more to judge.
+CHECKPOINTS = 20
 
 
 class ValidationConfig(Config):
@@ -32,7 +36,23 @@ class ValidationConfig(Config):
     pictures: int = Field(default=8, gt=0)
     # Pictures are cut to this many pixels a side, from the middle.
     size: int = Field(default=256, gt=0)
-    degradation: str = "clean"
+    degradation: Preset = "clean"
+
+    @model_validator(mode="after")
+    def _names(self) -> ValidationConfig:
+        for name in self.metrics:
+            split_metric(name)
+        if unknown := set(self.knee) - set(self.metrics):
+            raise ValueError(f"knee metrics {sorted(unknown)} are not among the metrics")
+        return self
+
+
+def split_metric(name: str) -> tuple[str, int]:
+    """ "psnr@1" as ("psnr", 1). Raises ValueError for anything else."""
+    metric, _, count = name.partition("@")
+    if not metric or not count.isdigit() or not 1 <= int(count) <= 50:
+        raise ValueError(f"{name!r}: validation metrics look like psnr@1 (pyiqa's name @ steps)")
+    return metric, int(count)
 
 
 class Recipe(Config):
@@ -47,16 +67,30 @@ class Recipe(Config):
     finetune: tuple[TrainConfig, ...]
     validation: ValidationConfig = ValidationConfig()
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Recipe:
+        spans = ranges(self.model.sampling.boundaries)
+        for kind, stages in (("experts", self.experts), ("finetune", self.finetune)):
+            trained = [(stage.timesteps.low, stage.timesteps.high) for stage in stages]
+            if trained != spans:
+                raise ValueError(f"{kind} train timesteps {trained}, the boundaries say {spans}")
+        return self
+
 
 def _experts(
     model: ModelConfig, base: TrainConfig, lengths: Sequence[int], at_one: float
 ) -> tuple[TrainConfig, ...]:
-    """`base` for each expert, on its own range of timesteps and for its own number of steps."""
+    """`base` for each expert, on its own range of timesteps and for its own number of steps.
+
+    Each gets CHECKPOINTS checkpoints: fewer would leave its knee undecided.
+    """
     spans = ranges(model.sampling.boundaries)
     return tuple(
         base.model_copy(
             update={
                 "steps": steps,
+                "report_every": max(1, steps // (5 * CHECKPOINTS)),
+                "checkpoint_every": 5 * max(1, steps // (5 * CHECKPOINTS)),
                 "seed": base.seed + i,
                 "timesteps": TimestepConfig(low=low, high=high, at_one=at_one),
             }
@@ -71,7 +105,7 @@ def tiny_cpu() -> Recipe:
     The first expert is given most of the steps: it alone decides the one-step result, and the
     structure every later step starts from.
     """
-    expert = TrainConfig(steps=1, learning_rate=5e-4, decay=1.0, seed=10, checkpoint_every=50)
+    expert = TrainConfig(steps=1, learning_rate=5e-4, decay=1.0, seed=10)
     polish = expert.model_copy(update={"learning_rate": 1e-4, "seed": 20, "warmup": 10})
     return Recipe(
         model=TINY,

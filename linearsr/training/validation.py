@@ -14,12 +14,12 @@ from torch import Tensor
 
 from linearsr import weights
 from linearsr.config import Options
-from linearsr.errors import LinearSRError, OptionError
+from linearsr.errors import LinearSRError
 from linearsr.imaging.degrade import PRESETS, degrade
 from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import resize
 from linearsr.quality.metrics import measure
-from linearsr.training.recipes import ValidationConfig
+from linearsr.training.recipes import ValidationConfig, split_metric
 from linearsr.upscaler import Upscaler
 
 STRIP = 3
@@ -38,13 +38,15 @@ def validate(
     number of steps, HR. Metrics that cannot be had are told to `skipped` once, and left out.
     """
     upscaler = Upscaler(bundle, device)
-    wanted = [_split(name) for name in config.metrics]
+    wanted = [split_metric(name) for name in config.metrics]
     steps = sorted({count for _, count in wanted})
     values: dict[str, list[float]] = {name: [] for name in config.metrics}
     rows: list[Tensor] = []
     for name, hr in pictures:
         hr = _middle(hr, config.size, bundle.config.scale)
-        lr = _low_resolution(name, hr, bundle.config.scale, config.degradation)
+        # The same for the same name, whatever else is in the set.
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        lr = degrade(hr, bundle.config.scale, PRESETS[config.degradation], rng)
         results = {count: _upscaled(upscaler, lr, count) for count in steps}
         if len(rows) < STRIP:
             rows.append(torch.cat([resize(lr[None], *hr.shape[1:])[0], *results.values(), hr], 2))
@@ -73,25 +75,10 @@ def _measured(
             skipped(f"{name} is left out: {error}")
 
 
-def _split(name: str) -> tuple[str, int]:
-    metric, found, count = name.partition("@")
-    if not found or not count.isdigit() or not 1 <= int(count) <= 50:
-        raise OptionError(f"{name!r}: validation metrics look like psnr@1 (pyiqa's name @ steps)")
-    return metric, int(count)
-
-
 def _middle(hr: Tensor, size: int, scale: int) -> Tensor:
     height, width = (min(size, n) // scale * scale for n in hr.shape[1:])
     top, left = (hr.shape[1] - height) // 2, (hr.shape[2] - width) // 2
     return hr[:, top : top + height, left : left + width]
-
-
-def _low_resolution(name: str, hr: Tensor, scale: int, preset: str) -> Tensor:
-    """LR of a picture: the same for the same name, whatever else is in the set."""
-    known = {str(key): value for key, value in PRESETS.items()}
-    if preset not in known:
-        raise OptionError(f"validation.degradation: {preset!r} is none of {', '.join(known)}")
-    return degrade(hr, scale, known[preset], np.random.default_rng(zlib.crc32(name.encode())))
 
 
 def _upscaled(upscaler: Upscaler, lr: Tensor, steps: int) -> Tensor:
