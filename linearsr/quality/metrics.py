@@ -36,6 +36,8 @@ def _metric(name: str, crop: int) -> Any:
         return pyiqa.create_metric(name, device="cpu", crop_border=crop, **luma)
     try:
         return pyiqa.create_metric(name, device="cpu")
+    except AssertionError as error:
+        raise LinearSRError(f"{name}: not one of pyiqa's metrics") from error
     except (OSError, RuntimeError) as error:
         raise LinearSRError(f"{name}: its weights cannot be had here ({error})") from error
 

@@ -104,12 +104,13 @@ def test_shards_that_are_damaged_empty_or_of_something_else_are_refused(tmp_path
         open_source(str(tmp_path), DATA, 0)
 
 
-def test_rows_that_cannot_be_trained_on_are_named(tmp_path: Path) -> None:
-    _shard(tmp_path / "0.parquet", [_png(9, 40)])
-    with pytest.raises(InputError, match="row 0 is 40x40, smaller than the 48 px"):
-        open_source(str(tmp_path), DATA, 0).pair(0)
-    _shard(tmp_path / "0.parquet", [_png(9)[:50], _png(9)[:50]])
-    with pytest.raises(InputError, match=r"0\.parquet:\d"):
+def test_rows_that_cannot_be_trained_on_are_passed_over(tmp_path: Path) -> None:
+    """Too small, damaged: a few end no run, however often it would come back to them."""
+    _shard(tmp_path / "0.parquet", [_png(9, 40), _png(9)[:50], _png(9)])
+    source = open_source(str(tmp_path), DATA, 0)
+    assert all(source.pair(number)[0].shape == (3, 32, 32) for number in range(6))
+    _shard(tmp_path / "0.parquet", [_png(9, 40), _png(9)[:50]])
+    with pytest.raises(InputError, match=r"0\.parquet: no row near pair 0"):
         open_source(str(tmp_path), DATA, 0).pair(0)
 
 

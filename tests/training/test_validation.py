@@ -1,0 +1,71 @@
+"""Validation: the same pictures, LR and noise every time; metrics that cannot be had are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from pydantic import ValidationError
+
+from linearsr import weights
+from linearsr.training import plot
+from linearsr.training.recipes import ValidationConfig
+from linearsr.training.validation import validate
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[tuple[str, torch.Tensor]]:
+    photo = torch.from_numpy(np.asarray(skimage.data.astronaut())).permute(2, 0, 1).float() / 255
+    return [("a.png", photo[:, :96, :96]), ("b.png", photo[:, 96:200, 64:160])]
+
+
+def test_the_default_metrics_are_measured_the_same_each_time(
+    small_bundle: Path, pictures: list[tuple[str, torch.Tensor]]
+) -> None:
+    """All kinds: against the true picture (vif among them) and without it."""
+    config = ValidationConfig(
+        metrics=("psnr@1", "ssim@1", "vif@1", "psnr@2", "piqe@2"), knee={"psnr@1": True}, size=64
+    )
+    skipped: list[str] = []
+    bundle = weights.load(small_bundle)
+    first, strip = validate(bundle, pictures, config, skipped=skipped.append)
+    again, _ = validate(bundle, list(reversed(pictures)), config, skipped=skipped.append)
+    assert first == pytest.approx(again) and set(first) == set(config.metrics) and not skipped
+    assert 5 < first["psnr@1"] < 50 and first["psnr@1"] != first["psnr@2"]
+    assert strip.shape == (3, 2 * 64, 4 * 64)  # LR, one step, two steps, HR
+
+
+def test_a_metric_that_cannot_be_had_is_named_once_and_left_out(
+    small_bundle: Path, pictures: list[tuple[str, torch.Tensor]]
+) -> None:
+    config = ValidationConfig(
+        metrics=("psnr@1", "nometric@1"), knee={"psnr@1": True, "nometric@1": True}, size=32
+    )
+    skipped: list[str] = []
+    metrics, _ = validate(weights.load(small_bundle), pictures, config, skipped=skipped.append)
+    assert set(metrics) == {"psnr@1"}
+    assert len(skipped) == 1 and "nometric@1" in skipped[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": ("psnr",)},
+        {"metrics": ("psnr@0",)},
+        {"knee": {"niqe@9": False}},
+        {"degradation": "fog"},
+    ],
+)
+def test_names_that_mean_nothing_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        ValidationConfig.model_validate(changes)
+
+
+@pytest.mark.parametrize("knee", [None, 20])
+def test_a_report_is_a_picture_even_of_a_run_without_validations(knee: int | None) -> None:
+    history = [{"step": s, "loss": 1 / s, "gradient_norm": 1.0} for s in (10, 20, 30)]
+    for validated in ([], [{"step": 20.0, "psnr@1": 25.0}]):
+        assert plot.report("run", history, validated, knee, "candidate").startswith(b"\x89PNG")
