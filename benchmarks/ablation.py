@@ -31,9 +31,7 @@ from linearsr.training.recipes import ValidationConfig, tiny_cpu
 from linearsr.training.validation import validate
 
 UNIFORM = (0.25, 0.5, 0.75)
-JUDGED = ValidationConfig(
-    metrics=("psnr@1", "psnr@4", "niqe@4", "piqe@4"), knee={"psnr@1": True}, pictures=24
-)
+JUDGED = ValidationConfig(metrics=("psnr@1", "psnr@4", "niqe@4", "piqe@4"), knee={"psnr@1": True})
 
 
 def main() -> int:
@@ -44,9 +42,10 @@ def main() -> int:
     parser.add_argument("--photos", type=Path, required=True, help="training photographs")
     parser.add_argument("--data", type=Path, required=True, help="validation pictures")
     parser.add_argument("--steps", type=int, default=100, help="of each expert")
+    parser.add_argument("--every", type=int, default=4, help="only every n-th validation picture")
     options = parser.parse_args()
-    paths = find_images(options.data)[:: max(1, len(find_images(options.data)) // JUDGED.pictures)]
-    pictures = [(p.name, read(p).pixels[:3]) for p in paths[: JUDGED.pictures]]
+    paths = find_images(options.data)[:: options.every]
+    pictures = [(p.name, read(p).pixels[:3]) for p in paths]
     model = tiny_cpu().model
     sampling = model.sampling.model_copy(update={"boundaries": UNIFORM})
     uniform = model.model_copy(update={"sampling": sampling})
