@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
 
 from linearsr.cluster.storage import Location
 from linearsr.config import Config
-from linearsr.errors import InputError, WeightsError, one_line
+from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
 from linearsr.quality.knee import KneeDetector, KneeState
 from linearsr.training import plot
 from linearsr.training.loop import PROGRESS
@@ -69,8 +69,14 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         metrics: list[dict[str, Any]],  # noqa: ARG002
         checkpoint: Checkpoint | None,  # noqa: ARG002
     ) -> None:
-        """Validations end between reports: each report sees those before it."""
-        self.update()
+        """Validations end between reports: each report sees those before it.
+
+        Storage that fails for a moment must not end the run: the next report does it all again.
+        """
+        try:
+            self.update()
+        except (OSError, LinearSRError) as error:
+            logging.getLogger(__name__).warning("knee not updated this time: %s", error)
 
     def update(self) -> Knee:
         """Find the knee in what was validated so far, keep it, write `knee.json` and the plot."""
@@ -91,14 +97,12 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
             history=history,
         )
         (self.run / KNEE).write(knee.model_dump_json(indent=1).encode())
+        self._drop_all_but(knee.checkpoint)
         self._draw(knee)
         return knee
 
     def _keep(self, before: Knee, history: list[Validated], step: int | None) -> str | None:
-        """Copy the knee's checkpoint out of retention's reach; drop the copy of another one.
-
-        None when retention was faster.
-        """
+        """Copy the knee's checkpoint out of retention's reach. None when retention was faster."""
         if step is None:
             return None
         name = f"step-{step:08d}"
@@ -109,10 +113,13 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
             if not original.exists():
                 return None
             original.copy_to(kept)
-        for old in {f.path for f in (self.run / KEPT).files()}:
-            if not old.startswith(kept.path):
-                self.run.filesystem.delete_file(old)
         return kept.path
+
+    def _drop_all_but(self, kept: str | None) -> None:
+        """Copies of former knees; only now that `knee.json` names the new one."""
+        for old in (self.run / KEPT).files():
+            if kept is not None and not old.path.startswith(f"{kept}/"):
+                self.run.filesystem.delete_file(old.path)
 
     def _draw(self, knee: Knee) -> None:
         progress = last_checkpoint(self.run)[0] / PROGRESS

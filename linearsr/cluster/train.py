@@ -46,6 +46,7 @@ from linearsr.training.data import Batch
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.guard import Diverged
 
+MODEL = "model.json"
 ADVICE = "lower learning_rate, or start from an earlier checkpoint"
 
 
@@ -95,6 +96,19 @@ def check(stage: StageConfig) -> None:
                 f"the stage needs {amount:g} {kind}, the cluster has {has.get(kind, 0.0):g}: use "
                 "fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
             )
+    _check_same_model(stage)
+
+
+def _check_same_model(stage: StageConfig) -> None:
+    """A run remembers its model; another one cannot go on from its checkpoints."""
+    file, model = stage.run / MODEL, stage.recipe.model.model_dump_json()
+    if not file.exists():
+        file.write(model.encode())
+    elif file.read().decode() != model:
+        raise OptionError(
+            f"{stage.run.path}: this run was started with another model config; choose another "
+            "--name, or the settings it was started with"
+        )
 
 
 def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:

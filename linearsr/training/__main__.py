@@ -72,8 +72,11 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = TorchEngine(model, config, device)
     stage = loop.Stage.start(engine, load_autoencoder(recipe.model.latent, device), config)
-    if folder.is_dir():
-        stage.load(folder)
+    # The second one: what is left if the program was ended while it replaced the first.
+    for saved in (folder, folder.with_name(f"{folder.name}.old")):
+        if saved.is_dir():
+            stage.load(saved)
+            break
     batches = stream(options.photos, recipe.data, config.seed, stage.progress.seen)
     loop.run(stage, batches, _reporter(folder))
 

@@ -159,14 +159,16 @@ def test_what_a_job_cannot_do_is_said_in_one_line(jobs: _Jobs, photos: Path, run
 
 
 def _parsed(*flags: str) -> tuple[object, cli.ClusterConfig]:
-    places = ["--data=d", "--validation=v", "--storage=s"]
+    places = ["--data=d", "--validation=/v", "--storage=s3://b/s"]
     return cli.configs(cli.parser("").parse_args([*places, *flags]))
 
 
 def test_flags_become_the_cluster_config() -> None:
     _, cluster = _parsed("--workers=3", "--gpu", "--keep=20", "--worker-cpus=1.5", "--name=n")
     assert (cluster.workers, cluster.gpu, cluster.keep, cluster.worker_cpus) == (3, True, 20, 1.5)
-    assert (cluster.data, cluster.validation, cluster.storage, cluster.name) == ("d", "v", "s", "n")
+    assert (cluster.validation, cluster.storage, cluster.name) == ("/v", "s3://b/s", "n")
+    # Workers have working folders of their own.
+    assert cluster.data == str(Path("d").absolute())
     assert _parsed()[1].keep is None
 
 
