@@ -32,7 +32,7 @@ HEAVY = {
     "deepspeed": ["training.engine"],
     "triton": ["kernels"],
     "boto3": ["cluster.storage"],
-    "pyarrow": ["cluster.storage", "cluster.data"],
+    "pyarrow": ["cluster"],
     "matplotlib": ["training.plot"],
     "diffusers": ["latent", "weights.convert"],
     "pyiqa": ["quality"],
