@@ -4,4 +4,4 @@ try:
     import pyarrow  # noqa: F401
     import ray  # noqa: F401
 except ImportError as error:
-    raise ImportError("linearsr.cluster needs Ray: pip install 'linearsr[train]'") from error
+    raise ImportError("linearsr.cluster needs Ray: pip install 'linearsr[cluster]'") from error
