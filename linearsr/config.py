@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from linearsr.errors import OptionError
 
@@ -21,6 +22,16 @@ class Config(BaseModel):
     """Base of all configs: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, **fields: object) -> Self:
+        """A config from untyped fields. Raises OptionError naming the field and what it may be."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "options"
+            raise OptionError(f"{name}: {first['msg']} (got {first['input']!r})") from error
 
 
 class DenoiserConfig(Config):
@@ -128,15 +139,15 @@ class Options(Config):
     tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
 
-    @classmethod
-    def parse(cls, **fields: object) -> Options:
-        """Options from untyped fields. Raises OptionError naming the field and what it may be."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "options"
-            raise OptionError(f"{name}: {first['msg']} (got {first['input']!r})") from error
+
+class FileOptions(Config):
+    """How picture files are read and written; the same fields everywhere."""
+
+    # A suffix for all results; None keeps that of each input where it can be written.
+    format: Literal["png", "jpg", "webp", "tif"] | None = None
+    # Of JPEG and WebP.
+    quality: int = Field(default=95, ge=1, le=100)
+    max_pixels: int = Field(default=100_000_000, ge=1)
 
 
 TINY = ModelConfig(

@@ -179,9 +179,12 @@ class Upscaler:
         )
 
     def _padded(self, lr: Tensor) -> Tensor:
-        """Edge pixels repeated until scale x side is a multiple of the latent's factor."""
+        """Edge pixels repeated until scale x side is whole latent cells, two at the least.
+
+        Two: oneDNN's bfloat16 convolution with stride 2 is wrong where its result is one wide.
+        """
         cell = math.lcm(self.config.scale, self.autoencoder.factor) // self.config.scale
-        bottom, right = (-n % cell for n in lr.shape[-2:])
+        bottom, right = (max(-n % cell, 2 * cell - n) for n in lr.shape[-2:])
         return F.pad(lr, (0, right, 0, bottom), mode="replicate") if bottom or right else lr
 
     def _noise(self, height: int, width: int, seed: int) -> Tensor:

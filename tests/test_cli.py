@@ -145,7 +145,7 @@ def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type:
         (["{photos}/a.png", "{photos}/a.png", "-o", "{photos}/out"], 2, "both"),
         (["{photos}/a.png", "-o", "{photos}/a.png"], 2, "overwritten"),
         (["{photos}", "-o", "{photos}"], 2, "overwritten"),
-        (["{photos}/a.png", "-o", "x.png", "--max-pixels", "0"], 2, "max-pixels"),
+        (["{photos}/a.png", "-o", "x.png", "--max-pixels", "0"], 2, "max_pixels"),
         (["{photos}/a.png", "-o", "x.png", "--tile", "3"], 2, "tile"),
         (["{photos}/a.png", "-o", "x.png", "--height", "65000"], 1, "memory"),
         (["x" * 300, "-o", "x.png"], 1, "xxx"),

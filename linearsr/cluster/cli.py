@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from linearsr.cluster.config import ClusterConfig
-from linearsr.errors import LinearSRError, OptionError
+from linearsr.errors import LinearSRError, OptionError, WeightsError
 from linearsr.training.recipes import RECIPES, Recipe, override
 
 # Which logical resources of a ClusterConfig get a flag of their own.
@@ -72,8 +72,10 @@ def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterCo
         raise OptionError(f"--{flag}: {first['msg']} (got {first['input']!r})") from error
 
 
-def run(job: Callable[[], None]) -> int:
-    """Connect to the cluster (or start one here), do the job; exit code 1 with one line on errors.
+def run(job: Callable[[], int | None]) -> int:
+    """Connect to the cluster (or start one here), do the job; returns the exit code.
+
+    The job's own (None is 0); 2 with one line for what is wrong with the request, 1 for the rest.
 
     On a cluster RAY_ADDRESS is set by `ray job submit`.
     """
@@ -83,8 +85,7 @@ def run(job: Callable[[], None]) -> int:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     ray.init(log_to_driver=True, logging_level="WARNING")
     try:
-        job()
+        return job() or 0
     except LinearSRError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 2 if isinstance(error, (OptionError, WeightsError)) else 1

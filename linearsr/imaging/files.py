@@ -17,8 +17,8 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePath
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -49,6 +49,8 @@ WRITE_SUFFIXES: Final = {
     ".tiff": "tiff",
 }
 READ_SUFFIXES: Final = (*WRITE_SUFFIXES, ".avif", ".gif")
+
+Name = TypeVar("Name", bound=PurePath)
 
 _SIXTEEN_BIT_FORMATS: Final = ("png", "tiff")
 # JPEG itself could hold 65535; its usual library ends here.
@@ -434,6 +436,16 @@ def write(
         _write_atomically(path, data)
     except OutputError as error:
         raise OutputError(f"{path}: {error}") from error
+
+
+def result_name(source: Name, format: str | None) -> Name:
+    """The name of a result: the source's, with a suffix that can be written.
+
+    `format` is a suffix of WRITE_SUFFIXES without its dot; None keeps the source's where it can.
+    """
+    if format:
+        return source.with_suffix(f".{format}")
+    return source if source.suffix.lower() in WRITE_SUFFIXES else source.with_suffix(".png")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

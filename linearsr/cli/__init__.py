@@ -1,0 +1,46 @@
+"""The `linearsr` command: words into calls, errors into one line each; decides nothing else.
+
+Exit codes: 0 all done; 1 some inputs failed (each named, the rest written); 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+
+from linearsr import __version__
+from linearsr.cli import models, upscale
+from linearsr.cli.report import SOME_FAILED, USAGE, complain
+from linearsr.errors import LinearSRError, OptionError, WeightsError
+
+COMMANDS = (upscale, models)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
+            stream.reconfigure(errors="backslashreplace")
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (OptionError, WeightsError) as error:
+        return complain(error, USAGE)
+    except LinearSRError as error:
+        return complain(error, SOME_FAILED)
+    except KeyboardInterrupt:
+        print("linearsr: interrupted; finished files are kept", file=sys.stderr)
+        return 130
+    except OSError as error:
+        return complain(error, SOME_FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="linearsr", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"linearsr {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
