@@ -1,4 +1,4 @@
-"""Weights that a stage starts from: a bundled name, a local folder, or an s3:// one."""
+"""Weights by a bundled name, from a local folder, or an s3:// one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from linearsr import weights
 from linearsr.cluster.config import StageConfig
 from linearsr.cluster.storage import locate
 from linearsr.errors import OptionError
+from linearsr.upscaler import Upscaler
 
 
 def load_bundle(path: str) -> weights.Bundle:
@@ -16,6 +17,14 @@ def load_bundle(path: str) -> weights.Bundle:
         return weights.load(path)
     with locate(path).local(".safetensors") as folder:
         return weights.load(folder)
+
+
+def load_upscaler(model: str, device: str) -> Upscaler:
+    """`Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
+    if not model.startswith("s3://"):
+        return Upscaler.load(model, device)
+    with locate(model).local(".safetensors") as folder:
+        return Upscaler.load(folder, device)
 
 
 def start_weights(job: StageConfig) -> list[dict[str, Tensor]]:

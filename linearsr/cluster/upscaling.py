@@ -1,0 +1,327 @@
+"""A whole dataset upscaled by Ray Data: pictures or shards in, pictures or Parquet out.
+
+    list names ─▶ leave out what is done ─▶ actors: read ▶ upscale ▶ write ─▶ a row each ─▶ errors
+
+The output is the job's checkpoint: a result appears complete, under a name that its input alone
+decides, so what is there is done, and a killed job goes on when it is started again. Pixels never
+travel between processes: memory does not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+from tqdm import tqdm
+
+from linearsr.cluster.inputs import list_inputs, read_input
+from linearsr.cluster.logs import last_line, quiet_data
+from linearsr.cluster.storage import Location, check_writable, locate, url
+from linearsr.cluster.weights import load_upscaler
+from linearsr.config import Config, FileOptions, Options
+from linearsr.errors import InputError, LinearSRError, OptionError, one_line
+from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
+
+# More blocks than this would only cost the driver time.
+MOST_BLOCKS = 4096
+# The stage of a row whose error is the request's.
+REFUSED = "options"
+ERRORS = pa.schema({"id": pa.string(), "stage": pa.string(), "error": pa.string()})
+RESULTS = pa.schema(
+    {"id": pa.string(), "image": pa.binary(), "width": pa.int32(), "height": pa.int32()}
+)
+
+
+class UpscaleConfig(Config):
+    """One job. Paths are local (on storage that all nodes see) or s3://.
+
+    input: a folder of pictures, or of Parquet shards, of which `column` is upscaled.
+    kind: "images" under the names of their inputs, or "parquet" with id, image, width, height.
+    batch: pictures of one call, and rows of one Parquet file.
+    hands: calls that each actor has under way, so that reading and encoding of one overlap the
+    upscaling of another.
+    """
+
+    input: str
+    output: str
+    kind: Literal["images", "parquet"] = "images"
+    column: str = "lr"
+    model: str = "linearsr-tiny"
+    device: str = "auto"
+    options: Options = Options()
+    files: FileOptions = FileOptions()
+    actors: int = Field(default=1, ge=1)
+    actor_cpus: float = Field(default=1.0, gt=0)
+    gpu: bool = False
+    batch: int = Field(default=8, ge=1)
+    hands: int = Field(default=2, ge=1)
+
+    @field_validator("input", "output")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        """Workers have working folders of their own."""
+        return url(locate(path))
+
+    @field_validator("model")
+    @classmethod
+    def _absolute_model(cls, model: str) -> str:
+        return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+# What decides the results: jobs that differ here must not share an output.
+_SAME = {"input", "kind", "column", "model", "options", "files"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a job ended: of `inputs`, `earlier` were done before it, `done` now; `failed` are not."""
+
+    inputs: int
+    earlier: int
+    done: int
+    failed: int
+
+    def __str__(self) -> str:
+        earlier = f", {self.earlier} done earlier" if self.earlier else ""
+        return f"{self.inputs} pictures: {self.done} upscaled{earlier}, {self.failed} failed"
+
+
+def upscale_dataset(config: UpscaleConfig) -> Summary:
+    """Upscale what has no result yet, on a running Ray.
+
+    A picture that fails gets a row in OUTPUT/errors/errors.parquet (id, stage, error) and is tried
+    again when the job is. Raises InputError, OutputError, OptionError or WeightsError before any
+    work for what can be known by then.
+    """
+    source, output = locate(config.input), locate(config.output)
+    if source.path == output.path:
+        raise OptionError("input and output are the same folder; choose another output")
+    inputs = list_inputs(source, config.column, without=output)
+    # What only an actor would find out, minutes later.
+    load_upscaler(config.model, "cpu")
+    _claim(output, config)
+    todo = _todo(inputs, output, config)
+    failed: list[dict[str, str]] = []
+    try:
+        for row in _progress(_rows(todo, config), todo.num_rows):
+            if row["stage"] == REFUSED:
+                raise OptionError(row["error"])
+            if row["error"]:
+                failed.append(row)
+    finally:  # whatever ended the job, what is known by then is kept
+        _write_errors(output / "errors", failed)
+    done = todo.num_rows - len(failed)
+    return Summary(inputs.num_rows, inputs.num_rows - todo.num_rows, done, len(failed))
+
+
+def _claim(output: Location, config: UpscaleConfig) -> None:
+    """Write down what the folder's results are, or check that they are the same."""
+    settings = config.model_dump(mode="json", include=_SAME)
+    note = output / "job.json"
+    if not note.exists():
+        check_writable(output)
+        note.write(json.dumps(settings, indent=1).encode())
+        return
+    before = json.loads(note.read())
+    other = [name for name in settings if before.get(name) != settings[name]]
+    if other:
+        raise OptionError(
+            f"{output.path} holds results of another {' and '.join(other)}; "
+            "choose another output, or delete that one"
+        )
+
+
+def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> pa.Table:
+    """The inputs that have no result, each with the `target` it gets."""
+    ids = inputs.column("id").to_pylist()
+    if config.kind == "parquet":
+        targets, done = ids, _ids_in(output / "data")
+    else:
+        targets = [target_name(id, config.files) for id in ids]
+        _check_unique(ids, targets)
+        done = {file.path.removeprefix(f"{output.path}/") for file in output.files()}
+    inputs = inputs.append_column("target", pa.array(targets, pa.string()))
+    return inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))
+
+
+def target_name(id: str, files: FileOptions) -> str:
+    """The path below the output of an input's result; ids without a picture's suffix get one.
+
+    Raises InputError for an id that points outside the output.
+    """
+    path = PurePosixPath(id)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise InputError(f"id {id!r} cannot be a file's name: it would lie outside the output")
+    if path.suffix.lower() not in READ_SUFFIXES:
+        path = path.with_name(f"{path.name}.png")
+    return str(result_name(path, files.format))
+
+
+def _check_unique(ids: list[str], targets: list[str]) -> None:
+    taken: dict[str, str] = {}
+    for id, target in zip(ids, targets, strict=True):
+        if target in taken:
+            raise OptionError(
+                f"{taken[target]} and {id} would both become {target}; leave out --format, "
+                "or write Parquet"
+            )
+        taken[target] = id
+
+
+def _ids_in(folder: Location) -> set[str]:
+    """Ids of all results in Parquet files."""
+    done: set[str] = set()
+    for file in folder.files():
+        table = pq.read_table(file.path, filesystem=file.filesystem, columns=["id"])
+        done.update(table.column("id").to_pylist())
+    return done
+
+
+def _rows(todo: pa.Table, config: UpscaleConfig) -> Iterator[dict[str, str]]:
+    """One row per picture when it is through: id, stage and error (empty when all went well)."""
+    import ray
+
+    if not todo.num_rows:
+        return
+    size = max(config.batch, -(-todo.num_rows // MOST_BLOCKS))
+    blocks = [todo.slice(start, size) for start in range(0, todo.num_rows, size)]
+    quiet_data()
+    results = ray.data.from_blocks(blocks).map_batches(
+        _Worker,
+        fn_constructor_args=(config,),
+        batch_size=config.batch,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=config.actors,
+            max_concurrent_calls_per_actor=config.hands,
+            # One more than is under way, so that none waits for its next call.
+            max_tasks_in_flight_per_actor=config.hands + 1,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=config.actor_cpus,
+        num_gpus=1 if config.gpu else None,
+    )
+    try:
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise LinearSRError(last_line(error)) from error
+
+
+def _progress(rows: Iterable[dict[str, str]], total: int) -> Iterator[dict[str, str]]:
+    """The rows, under a bar with images/s, time left and errors."""
+    failed = 0
+    with tqdm(total=total, unit="image", desc="upscale", mininterval=1) as bar:
+        for row in rows:
+            if row["error"]:
+                failed += 1
+                bar.write(f"{row['id']}: {row['stage']}: {row['error']}")
+            bar.set_postfix(errors=failed, refresh=False)
+            bar.update()
+            yield row
+
+
+def _write_errors(folder: Location, failed: list[dict[str, str]]) -> None:
+    """The failures of this run; those of earlier ones have been tried again."""
+    if failed:
+        _write_table(folder / "errors.parquet", pa.Table.from_pylist(failed, schema=ERRORS))
+    else:
+        folder.delete()
+
+
+def _write_table(target: Location, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    target.write(buffer.getvalue())
+
+
+class _Result(NamedTuple):
+    """An upscaled picture as a file's bytes."""
+
+    image: bytes
+    width: int
+    height: int
+
+
+class _Worker:
+    """The actor: one model, `hands` calls at a time that take turns with it."""
+
+    def __init__(self, config: UpscaleConfig) -> None:
+        self.config = config
+        self.source, self.output = locate(config.input), locate(config.output)
+        self.upscaler = load_upscaler(config.model, config.device)
+        self.turn = threading.Lock()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows of names in, a row of `ERRORS` for each out: its error is empty if all is well."""
+        work = self._to_images if self.config.kind == "images" else self._to_parquet
+        return pa.Table.from_pylist(work(batch.to_pylist()), schema=ERRORS)
+
+    def _to_images(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+        return [self._guarded(row, self._to_image) for row in rows]
+
+    def _to_image(self, row: dict[str, Any], stage: _Stage) -> None:
+        target = self.output / row["target"]
+        if target.exists():  # this call is a retry: its actor died in the middle of it
+            return
+        suffix = PurePosixPath(row["target"]).suffix.lower()
+        result = self._upscaled(row, WRITE_SUFFIXES[suffix], stage)
+        stage.name = "write"
+        target.write(result.image)
+
+    def _to_parquet(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+        """One file for the batch, named after what is in it: a retry writes the same one."""
+        results: list[dict[str, Any]] = []
+        format = WRITE_SUFFIXES[f".{self.config.files.format or 'png'}"]
+
+        def keep(row: dict[str, Any], stage: _Stage) -> None:
+            results.append({"id": row["id"], **self._upscaled(row, format, stage)._asdict()})
+
+        told = [self._guarded(row, keep) for row in rows]
+        name = hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16]
+        if results:
+            table = pa.Table.from_pylist(results, schema=RESULTS)
+            _write_table(self.output / "data" / f"part-{name}.parquet", table)
+        return told
+
+    def _upscaled(self, row: dict[str, Any], format: str, stage: _Stage) -> _Result:
+        options, files = self.config.options, self.config.files
+        data = read_input(self.source, row, self.config.column)
+        picture = read(data, max_pixels=files.max_pixels, name=row["id"])
+        stage.name = "upscale"
+        with self.turn:
+            result = self.upscaler.upscale(picture, options)
+        stage.name = "encode"
+        provenance = self.upscaler.describe(options)
+        image = encode(result, format, quality=files.quality, provenance=provenance)
+        height, width = result.pixels.shape[-2:]
+        return _Result(image, width, height)
+
+    def _guarded(
+        self, row: dict[str, Any], work: Callable[[dict[str, Any], _Stage], None]
+    ) -> dict[str, str]:
+        """One bad picture must not end the job; options that are wrong for all of them must."""
+        stage, error = _Stage(), ""
+        try:
+            work(row, stage)
+        except OptionError as refused:
+            stage.name, error = REFUSED, one_line(refused)
+        except (LinearSRError, MemoryError, OSError, RuntimeError, ValueError) as failure:
+            error = one_line(failure) or type(failure).__name__
+        return {"id": row["id"], "stage": stage.name, "error": error}
+
+
+class _Stage:
+    """Where a picture is, for the error it may end in."""
+
+    name = "read"
