@@ -13,6 +13,37 @@ class OutputError(LinearSRError):
     """A result that cannot be written: no permission, disk full, unsupported format."""
 
 
+class MissingFile(InputError):
+    """A file, or an object of a bucket, that is not there."""
+
+
+class StorageError(InputError, OutputError):
+    """Storage that cannot be used for a reason that is not in the file: the next fails as well.
+
+    Both of what reading raises and of what writing does. A subclass names the reason.
+    """
+
+
+class Throttled(StorageError):
+    """The storage asked to slow down, again and again."""
+
+
+class Denied(StorageError):
+    """No credentials, wrong ones, or no permission."""
+
+
+class MissingBucket(StorageError):
+    """There is no such bucket."""
+
+
+class WrongRegion(StorageError):
+    """The bucket is in another region than the one that was asked."""
+
+
+class Unreachable(StorageError):
+    """No answer from the storage, or none but errors of its own."""
+
+
 class OptionError(LinearSRError, ValueError):
     """An option or argument outside its documented range."""
 

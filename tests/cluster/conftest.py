@@ -30,6 +30,7 @@ from linearsr.cluster.storage import locate
 from linearsr.cluster.train import Outcome, train
 from linearsr.training import loop
 from linearsr.training.recipes import Recipe, override, tiny_cpu
+from tests.s3.fixtures import s3, s3_port  # noqa: F401
 
 # `tiny_cpu` made so small that steps cost nothing beside the processes that run them.
 SMALL = (
@@ -84,7 +85,7 @@ def _start() -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(s3_port: int) -> Iterator[Cluster]:  # noqa: F811
     folder = tempfile.mkdtemp(prefix="lsr-")  # a short path, for it holds sockets
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
