@@ -6,7 +6,6 @@ the denoiser, a missing one only leaves it unguided. Thresholds are set accordin
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import Field
@@ -53,4 +52,14 @@ class TaggerConfig(Config):
 
 def load_tagger(config: TaggerConfig, device: str = "cpu") -> Tagger:
     """The tagger, ready to use. Raises OptionError, WeightsError, or InputError on its files."""
-    raise NotImplementedError
+    if config.kind == "zero-shot":
+        from linearsr.tags.zero_shot import ZeroShotTagger
+
+        return ZeroShotTagger(config, device)
+    if config.kind == "ram":
+        from linearsr.tags.ram import RamTagger
+
+        return RamTagger(config, device)
+    from linearsr.tags.imagenet import ImageNetTagger
+
+    return ImageNetTagger(config, device)
