@@ -1,11 +1,12 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Needs only Python 3.10+ and make.
 PYTHON ?= python3
 VENV := .venv
+S3 := .venv-s3
 BIN := $(VENV)/bin
 IN ?=
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -17,6 +18,12 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/uv
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/demo.stamp
 
+# The S3 server that the tests start: its requirements would bind those of the package.
+$(S3)/stamp: constraints-s3.txt | $(BIN)/uv
+	test -x $(S3)/bin/python || $(PYTHON) -m venv --without-pip $(S3)
+	$(BIN)/uv pip install --quiet --python $(S3)/bin/python --constraint constraints-s3.txt swift
+	@touch $@
+
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -25,7 +32,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m linearsr.demo --output demo $(if $(IN),--input "$(IN)")
 
 # Ray starts many processes: without compiled modules each of them would compile torch anew.
-test: $(VENV)/dev.stamp lint types
+test: $(VENV)/dev.stamp $(S3)/stamp lint types
 	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
 		$(BIN)/python -m pytest
 
@@ -36,5 +43,11 @@ lint: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
+s3-server: $(S3)/stamp
+
+# For who has no bucket: S3 on this machine, until Ctrl-C. Objects stay in .s3.
+s3: $(S3)/stamp
+	@exec $(S3)/bin/python -m tests.s3.swift --folder .s3 --port 9000
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
+	rm -rf $(VENV) $(S3) .pytest_cache .mypy_cache .ruff_cache demo

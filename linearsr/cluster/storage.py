@@ -217,7 +217,7 @@ def _copy(source: Location, target: Location) -> None:
 # S3
 
 
-class S3(fs.S3FileSystem):
+class S3(fs.S3FileSystem):  # type: ignore[misc]
     """Patient on bad days, in other processes too: pickled, pyarrow's own forgets its retries."""
 
     def __init__(self, endpoint: str | None, region: str | None) -> None:
