@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from linearsr.errors import OptionError
@@ -85,6 +85,24 @@ class LatentConfig(Config):
     source: str | None = None
 
 
+class TagEncoderConfig(Config):
+    """How tags become the embeddings that a model's cross-attention was trained on.
+
+    "gemma": the last hidden states of Gemma 2 over the tags joined by ", " (as Sana encodes its
+    captions), from `source`, a transformers folder or hub id. "hashed": a vector per tag, made of
+    its letters alone; needs nothing, knows no meaning but what training gives it.
+    """
+
+    kind: Literal["gemma", "hashed"]
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _source_fits(self) -> TagEncoderConfig:
+        if (self.kind == "gemma") != (self.source is not None):
+            raise ValueError("source is the model of gemma, and of nothing else")
+        return self
+
+
 class SamplingConfig(Config):
     """How noise turns into a picture by default; a request may override `steps`."""
 
@@ -108,6 +126,8 @@ class ModelConfig(Config):
     scale: int = Field(default=4, gt=0)
     denoiser: DenoiserConfig
     latent: LatentConfig
+    # None: the model takes no tags, even if its cross-attention could.
+    tags: TagEncoderConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
@@ -121,6 +141,8 @@ class ModelConfig(Config):
         channels = self.denoiser.latent_channels
         if self.latent.kind == "space-to-depth" and channels != folded:
             raise ValueError(f"folding by {factor} gives {folded} latent channels, not {channels}")
+        if self.tags is not None and self.denoiser.tag_dim is None:
+            raise ValueError("tags need a denoiser with cross-attention: set its tag_dim")
         return self
 
 
@@ -134,10 +156,18 @@ class Options(Config):
     # 1: closest to the truth (conditional mean). More: sharper, one plausible picture.
     steps: int | None = Field(default=None, ge=1, le=50)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    tags: tuple[str, ...] = ()
+    # Objects in the picture, best first; text is split at commas. "auto" asks the default tagger.
+    tags: Literal["auto"] | tuple[str, ...] = ()
     # Side of a tile in input pixels, "auto" or "off".
     tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _split(cls, tags: object) -> object:
+        if not isinstance(tags, str) or tags == "auto":
+            return tags
+        return tuple(tag.strip() for tag in tags.split(",") if tag.strip())
 
 
 class FileOptions(Config):
@@ -167,6 +197,8 @@ TINY = ModelConfig(
 _DC_AE = LatentConfig(
     kind="dc-ae", factor=32, scale=0.41407, source="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
 )
+# Sana's own copy: unlike Google's, it can be had without an account.
+_GEMMA = TagEncoderConfig(kind="gemma", source="Efficient-Large-Model/gemma-2-2b-it")
 
 
 def _sana(name: str, depth: int, width: int, tag_heads: int) -> ModelConfig:
@@ -181,7 +213,7 @@ def _sana(name: str, depth: int, width: int, tag_heads: int) -> ModelConfig:
         stem_strides=(4, 4, 2),
     )
     sampling = SamplingConfig(steps=20)
-    return ModelConfig(name=name, denoiser=denoiser, latent=_DC_AE, sampling=sampling)
+    return ModelConfig(name=name, denoiser=denoiser, latent=_DC_AE, tags=_GEMMA, sampling=sampling)
 
 
 LINEARSR_0_6B = _sana("linearsr-0.6b", depth=28, width=1152, tag_heads=16)

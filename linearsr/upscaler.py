@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,8 @@ from linearsr.imaging.tiles import Canvas, Tile, tile_grid
 from linearsr.latent import load_autoencoder
 from linearsr.noise.experts import EXPERTS, Segment, plan
 from linearsr.noise.sampler import euler, schedule
+from linearsr.tags.encoder import tag_encoder
+from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 
 # Latent cells. Tiles bound memory; ones as large as this spend few cells on overlap, which is twice
 # what the convolutions of eight blocks can see.
@@ -59,6 +62,7 @@ class Job:
 
     lr: (1, 3, h, w) in [-1, 1], edge-padded so that its latent grid is whole.
     latents: one (1, C, th, tw) per tile, at `timesteps[start of the next segment]`.
+    tags: (1, T, tag_dim) embeddings, so that who denoises needs no encoder; None without tags.
     """
 
     picture: Picture
@@ -69,6 +73,7 @@ class Job:
     latents: tuple[Tensor, ...]
     timesteps: tuple[float, ...]
     segments: tuple[Segment, ...]
+    tags: Tensor | None = None
 
 
 class Upscaler:
@@ -78,7 +83,9 @@ class Upscaler:
         self.config = bundle.config
         self.device = torch.device(device)
         self.experts = bundle.experts
+        self.provenance = bundle.provenance
         self.autoencoder = load_autoencoder(self.config.latent, self.device)
+        self.encoder = tag_encoder(self.config, self.device)
 
     @classmethod
     def load(cls, name_or_folder: str | Path = "linearsr-tiny", device: str = "auto") -> Upscaler:
@@ -104,6 +111,7 @@ class Upscaler:
 
         Out of memory is answered with tiles of half the size, unless the tile was chosen.
         """
+        options = self.with_tags(picture, options)
         for tile in self._tile_sizes(options):
             with contextlib.suppress(OutOfMemory):
                 return self._attempt(picture, options, tile, progress)
@@ -140,25 +148,40 @@ class Upscaler:
         """The paper's name of an expert, or its number for models with other than four."""
         return EXPERTS[expert] if len(self.experts) == len(EXPERTS) else f"expert {expert}"
 
+    def with_tags(self, picture: Picture, options: Options) -> Options:
+        """`options` with the tags that will guide `picture`: for "auto", what a tagger sees in it.
+
+        Raises OptionError for tags on a model trained without: they would change nothing.
+        """
+        if options.tags and self.encoder is None:
+            raise OptionError(f"{self.config.name} was trained without tags; leave out --tags")
+        if options.tags != "auto":
+            return options
+        with _memory_errors():
+            found = self._tagger(picture.pixels[:3])
+        return options.model_copy(update={"tags": tuple(tag.name for tag in found)})
+
+    @cached_property
+    def _tagger(self) -> Tagger:
+        return load_tagger(TaggerConfig(), str(self.device))
+
     def describe(self, options: Options) -> dict[str, str]:
-        """Provenance for a result's metadata: what made it, so that it can be made again."""
+        """Provenance for a result's metadata: what made it, so that it can be made again.
+
+        Tags are those of `options`: give what `with_tags` returned.
+        """
         asked = options.model_dump(exclude_defaults=True, exclude={"tags"})
         size = {} if options.width or options.height else {"scale": options.scale}
         steps = options.steps or self.config.sampling.steps
         chosen = {"model": self.config.name, **size, **asked, "steps": steps, "seed": options.seed}
         if options.tags:
-            chosen["tags"] = ", ".join(options.tags)
+            chosen["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
         return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in chosen.items()}}
 
     @torch.inference_mode()
     def prepare(self, picture: Picture, options: Options, tile: int | None = AUTO_TILE) -> Job:
         """Everything before the first step. `tile` in latent cells; None for no tiles."""
-        if options.tags and self.config.denoiser.tag_dim is None:
-            raise OptionError(f"{self.config.name} was trained without tags; leave out --tags")
-        if options.tags:
-            raise OptionError(
-                "tags cannot be encoded yet: no tag encoder is built in; leave out --tags"
-            )
+        options = self.with_tags(picture, options)
         sampling = self.config.sampling
         timesteps = schedule(options.steps or sampling.steps, sampling.flow_shift)
         _check_memory(picture, options, self.config.scale)
@@ -176,7 +199,15 @@ class Upscaler:
             latents=tuple(t.crop(noise).clone() for t in tiles),
             timesteps=tuple(timesteps),
             segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
+            tags=self._encoded(options),
         )
+
+    def _encoded(self, options: Options) -> Tensor | None:
+        """(1, T, tag_dim); None without tags."""
+        if self.encoder is None or not isinstance(options.tags, tuple):
+            return None
+        encoded = self.encoder([options.tags])
+        return encoded.embeddings.cpu() if encoded.mask.all() else None
 
     def _padded(self, lr: Tensor) -> Tensor:
         """Edge pixels repeated until scale x side is whole latent cells, two at the least.
@@ -209,7 +240,9 @@ class Upscaler:
         joined = None
         if model.config.condition_latent:
             joined = self.autoencoder.condition(lr_picture)
-        condition = model.condition(lr_picture.to(model.embed.weight.dtype), joined)
+        dtype = model.embed.weight.dtype
+        tags = None if job.tags is None else job.tags.to(self.device, dtype)
+        condition = model.condition(lr_picture.to(dtype), joined, tags)
         latent = latent.to(self.device).contiguous(memory_format=torch.channels_last)
         steps = (segment.start, segment.stop)
         return euler(lambda z, t: model(z, t, condition), latent, job.timesteps, *steps).cpu()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from linearsr import weights
-from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
+from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
 
 
@@ -42,12 +42,14 @@ def small_config() -> ModelConfig:
 
 
 def random_experts(config: ModelConfig, count: int) -> list[LinearSR]:
-    """Denoisers whose output layer is not zero, so that every weight matters; all different."""
+    """Denoisers that start with no layer at zero, so that every weight matters; all different."""
     torch.manual_seed(1)
     models = [LinearSR(config.denoiser) for _ in range(count)]
     for model in models:
         torch.nn.init.normal_(model.out.weight, std=0.05)
         torch.nn.init.normal_(model.out.bias, std=0.05)
+        for attention in model._tag_attentions():
+            torch.nn.init.normal_(attention.out.weight, std=0.5)
     return models
 
 
@@ -58,6 +60,14 @@ def small_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathFac
     experts = [m.state_dict() for m in random_experts(small_config, 4)]
     weights.save(folder, small_config, experts, {"licence": "test"}, dtype=torch.float32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tagged_config(small_config: ModelConfig) -> ModelConfig:
+    """The same, guided by tags."""
+    denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16, "tag_heads": 2})
+    tags = TagEncoderConfig(kind="hashed")
+    return small_config.model_copy(update={"name": "tagged", "denoiser": denoiser, "tags": tags})
 
 
 @pytest.fixture(scope="session")

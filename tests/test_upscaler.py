@@ -16,6 +16,7 @@ from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
 from linearsr.errors import OptionError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
+from linearsr.tags.tagger import Tag, TaggerConfig
 from tests.conftest import random_experts
 
 
@@ -201,9 +202,74 @@ def test_bad_options_are_named(fields: dict[str, object]) -> None:
         Options.parse(**fields)
 
 
-def test_tags_on_a_model_without_tags_are_refused(small: Upscaler, picture: Picture) -> None:
+@pytest.mark.parametrize("tags", [("cat",), "auto"])
+def test_tags_on_a_model_without_tags_are_refused(
+    small: Upscaler, picture: Picture, tags: tuple[str, ...] | str
+) -> None:
     with pytest.raises(OptionError, match="without tags"):
-        small.upscale(picture, Options(tags=("cat",)))
+        small.upscale(picture, Options.parse(tags=tags))
+
+
+@pytest.fixture(scope="module")
+def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
+    """Guided by tags; from a disk, so that the encoder's config is what a bundle carries."""
+    folder = tmp_path_factory.mktemp("tagged")
+    experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
+    upscaler.weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
+    return Upscaler.load(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [("cat, grass ,,", ("cat", "grass")), ("", ()), ("auto", "auto"), ("auto,", ("auto",))],
+)
+def test_tags_as_text(text: str, tags: object) -> None:
+    assert Options.parse(tags=text).tags == tags
+
+
+def test_tags_steer_every_expert_and_no_tags_are_none(tagged: Upscaler, picture: Picture) -> None:
+    corner = dataclasses.replace(picture, pixels=picture.pixels[:, :8, :8])
+    cat, dog, none = (
+        tagged.prepare(corner, Options(steps=20, tags=tags)) for tags in (("cat",), ("dog",), ())
+    )
+    assert cat.tags is not None and cat.tags.shape == (1, 1, 16) and none.tags is None
+    for segment in cat.segments:
+        latents = [tagged.denoise(job, segment).latents[0] for job in (cat, dog, none)]
+        assert len({float(latent.double().sum()) for latent in latents}) == 3
+
+
+def test_whoever_denoises_needs_no_encoder(
+    tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job carries its embeddings: stages may lie on machines without the text model."""
+    options = Options(steps=2, tags=("cat", "grass"))
+    whole = tagged.upscale(picture, options).pixels
+    job = tagged.prepare(picture, options)
+    monkeypatch.setattr(tagged, "encoder", None)
+    for segment in job.segments:
+        job = tagged.denoise(job, segment)
+    assert torch.equal(tagged.finish(job).pixels, whole)
+
+
+def test_automatic_tags_are_the_taggers_and_are_told(
+    tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(config: TaggerConfig, device: str) -> object:
+        loaded.append(device)
+        return lambda pixels: [Tag("light" if pixels.mean() > 0.9 else "dark", 0.8)]
+
+    monkeypatch.setattr(upscaler, "load_tagger", load)
+    options = Options(steps=1, tags="auto")
+    chosen = tagged.with_tags(picture, options)
+    white = dataclasses.replace(picture, pixels=torch.ones(3, 8, 8))
+    assert chosen.tags == ("dark",) and tagged.with_tags(white, options).tags == ("light",)
+    assert loaded == ["cpu"]
+    assert tagged.describe(chosen)["tags"] == "dark"
+    automatic, explicit = (tagged.upscale(picture, o).pixels for o in (options, chosen))
+    assert torch.equal(automatic, explicit)
+    assert tagged.prepare(picture, options).options.tags == ("dark",)
 
 
 def test_unusable_device_is_named(small_bundle: Path) -> None:

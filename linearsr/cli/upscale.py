@@ -41,7 +41,7 @@ def add_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--model", default="linearsr-tiny", help="a bundled model's name or a folder")
     add.add_argument("--steps", type=int, help="1 (fidelity) to 50; default: the model's own")
     add.add_argument("--seed", type=int, default=0, help="same seed, same pixels")
-    add.add_argument("--tags", default="", help='objects in the picture: "cat, grass"')
+    add.add_argument("--tags", default="", help='objects in the picture: "cat, grass", or auto')
     add.add_argument(
         "--tile", type=_tile, default="auto", help="auto, off, or input pixels (16 or more)"
     )
@@ -59,10 +59,8 @@ def _tile(text: str) -> int | str:
 def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
     """What `add_options` added, checked. Raises OptionError."""
     fields = vars(arguments)
-    tags = tuple(tag.strip() for tag in arguments.tags.split(",") if tag.strip())
-    options = {name: fields[name] for name in Options.model_fields if name != "tags"}
     return (
-        Options.parse(tags=tags, **options),
+        Options.parse(**{name: fields[name] for name in Options.model_fields}),
         FileOptions.parse(**{name: fields[name] for name in FileOptions.model_fields}),
     )
 
@@ -110,6 +108,7 @@ def _one(
     picture = read(source, max_pixels=files.max_pixels)
     _make_folder(target.parent)
     bar = _Progress(f"{counter} {source.name}")
+    options = upscaler.with_tags(picture, options)
     result = upscaler.upscale(picture, options, bar)
     provenance = upscaler.describe(options)
     write(result, target, quality=files.quality, provenance=provenance)

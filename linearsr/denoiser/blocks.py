@@ -75,11 +75,19 @@ class TagAttention(nn.Module):
         return self._split(self.norm_k(k)), self._split(v)
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C); `mask` (B, T) is True where a tag is real."""
+        """(B, H, W, C) -> (B, H, W, C); `mask` (B, T) is True where a tag is real.
+
+        A sample without a real tag gets zeros: the same as a model that is given no tags.
+        """
         q = self._split(self.norm_q(self.q(x.flatten(1, 2))))
-        attend = None if mask is None else mask[:, None, None, :]
+        if mask is None:
+            o = F.scaled_dot_product_attention(q, *keys_values)
+            return self.out(o.transpose(1, 2).reshape(x.shape))
+        tagged = mask.any(dim=1)[:, None, None, None]
+        # Where all is padding, attend to it: a softmax over nothing has no finite gradient.
+        attend = mask[:, None, None, :] | ~tagged
         o = F.scaled_dot_product_attention(q, *keys_values, attn_mask=attend)
-        return self.out(o.transpose(1, 2).reshape(x.shape))
+        return self.out(o.transpose(1, 2).reshape(x.shape)) * tagged
 
 
 class MixFFN(nn.Module):

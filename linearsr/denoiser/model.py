@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
-from linearsr.denoiser.blocks import Block, modulate
+from linearsr.denoiser.blocks import Block, TagAttention, modulate
 from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
 from linearsr.errors import OptionError
 from linearsr.noise.path import Preconditioning
@@ -58,11 +58,17 @@ class LinearSR(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Start with a zero output (as DiT), so that training begins at the LR picture itself."""
+        """Start with a zero output (as DiT), so that training begins at the LR picture itself.
+
+        What tags add starts at zero too (as PixArt), and stays there if training never sees any.
+        """
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         nn.init.normal_(self.time.modulation.weight, std=0.02)
         nn.init.zeros_(self.time.modulation.bias)
+        for attention in self._tag_attentions():
+            nn.init.zeros_(attention.out.weight)
+            nn.init.zeros_(attention.out.bias)
 
     def condition(
         self,
@@ -94,8 +100,11 @@ class LinearSR(nn.Module):
     def _tag_keys(self, tags: Tensor) -> TagKeys:
         assert self.tags is not None
         projected = self.tags(tags)
+        return [attention.keys_values(projected) for attention in self._tag_attentions()]
+
+    def _tag_attentions(self) -> list[TagAttention]:
         attentions = (cast(Block, block).tag_attention for block in self.blocks)
-        return [a.keys_values(projected) for a in attentions if a is not None]
+        return [attention for attention in attentions if attention is not None]
 
     def forward(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Velocity (B, C, h, w) at noisy `latent` (B, C, h, w) and timesteps `t` (B,) in [0, 1]."""

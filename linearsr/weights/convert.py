@@ -517,7 +517,9 @@ def _bundle(source: Path, out: Path, name: str | None) -> None:
     sampling = SamplingConfig(steps=LINEARSR_1_6B.sampling.steps, boundaries=())
     # A folder's name may hold dots ("SANA1.5"), a file's ends in one.
     name = name or (source.stem if source.is_file() else source.resolve().name)
-    model = ModelConfig(name=name, denoiser=config, latent=latent, sampling=sampling)
+    # Sana's own text encoder, if the captions have its width.
+    tags = LINEARSR_1_6B.tags if config.tag_dim == LINEARSR_1_6B.denoiser.tag_dim else None
+    model = ModelConfig(name=name, denoiser=config, latent=latent, tags=tags, sampling=sampling)
     provenance = {"source": source.resolve().name, "layout": layout, "dropped": ", ".join(dropped)}
     try:
         save(out, model, [tensors], provenance)
