@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import boto3  # type: ignore[import-untyped]
-from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
+from boto3.exceptions import RetriesExceededError as BrokenOff  # type: ignore[import-untyped]
 from boto3.s3.transfer import TransferConfig  # type: ignore[import-untyped]
 from botocore import exceptions as boto  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
@@ -99,10 +99,8 @@ class Location:
             if at := _on_s3(self):
                 at.client.upload_fileobj(io.BytesIO(data), at.bucket, at.key, Config=_transfer())
                 return
-            self.filesystem.create_dir(os.path.dirname(self.path))
-            with self.filesystem.open_output_stream(f"{self.path}.tmp") as file:
+            with _renamed(self) as path, self.filesystem.open_output_stream(path) as file:
                 file.write(data)
-            self.filesystem.move(f"{self.path}.tmp", self.path)
 
     def sizes(self) -> dict[Location, int]:
         """All files below a folder, sorted, and their sizes; none when it does not exist.
@@ -195,23 +193,33 @@ def check_writable(folder: Location) -> None:
 def _copy(source: Location, target: Location) -> None:
     """One file; between buckets the server copies it."""
     here, there = _on_s3(source), _on_s3(target)
-    with explained(source, OutputError):
+    # The source has just been listed; what fails is the target, unless that is a local one.
+    with explained(target if there else source, OutputError):
         if here and there:
             copied = {"Bucket": here.bucket, "Key": here.key}
             there.client.copy(copied, there.bucket, there.key, Config=_transfer())
+        elif there:
+            with source.filesystem.open_input_file(source.path) as file:
+                there.client.upload_fileobj(file, there.bucket, there.key, Config=_transfer())
         elif here:
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
             here.client.download_file(here.bucket, here.key, target.path, Config=_transfer())
-        elif there:
-            there.client.upload_file(source.path, there.bucket, there.key, Config=_transfer())
         else:
-            Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(
-                source.path,
-                target.path,
-                source_filesystem=source.filesystem,
-                destination_filesystem=target.filesystem,
-            )
+            with _renamed(target) as path:
+                fs.copy_files(
+                    source.path,
+                    path,
+                    source_filesystem=source.filesystem,
+                    destination_filesystem=target.filesystem,
+                )
+
+
+@contextlib.contextmanager
+def _renamed(target: Location) -> Iterator[str]:
+    """Where to write a file that gets its own name when it is complete; not for S3."""
+    target.filesystem.create_dir(os.path.dirname(target.path))
+    yield f"{target.path}.tmp"
+    target.filesystem.move(f"{target.path}.tmp", target.path)
 
 
 # S3
@@ -365,8 +373,9 @@ _NO_CREDENTIALS = (
     boto.CredentialRetrievalError,
     boto.ProfileNotFound,
 )
-_NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError)
-_S3_ERRORS = (boto.BotoCoreError, boto.ClientError, Boto3Error, RetriesExceededError)
+# The last two: of bodies that broke off; boto3 renames s3transfer's for some calls.
+_NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, RetriesExceededError, BrokenOff)
+_S3_ERRORS = (boto.BotoCoreError, boto.ClientError, *_NO_ANSWER)
 
 
 @contextlib.contextmanager
@@ -378,8 +387,6 @@ def explained(location: Location, otherwise: type[LinearSRError] = InputError) -
     """
     try:
         yield
-    except RetriesExceededError as error:
-        raise _named(location, error.last_exception, otherwise) from error
     except (OSError, *_S3_ERRORS) as error:
         raise _named(location, error, otherwise) from error
 
@@ -389,9 +396,10 @@ def _named(location: Location, error: Exception, otherwise: type[LinearSRError])
     if at is not None and _unclear(error):
         error = _ask(at, writing=otherwise is OutputError) or error
     kind, advice = _cause(error)
-    if kind is None:
+    if kind is None or (kind is MissingFile and otherwise is OutputError):
         kind, advice = otherwise, f"cannot be {'written' if otherwise is OutputError else 'read'}"
-    return kind(f"{url(location)}: {advice}: {one_line(error)}")
+    why = getattr(error, "last_exception", error)  # "max retries exceeded" is no reason
+    return kind(f"{url(location)}: {advice}: {one_line(why)}")
 
 
 def _code(error: Exception) -> str:

@@ -225,6 +225,7 @@ def _uses(folder: Location) -> list[Callable[[], object]]:
         folder.exists,
         folder.delete,
         lambda: check_writable(folder),
+        lambda: locate(Path(__file__).parents[1] / "s3").copy_to(folder),
         lambda: _parquet(folder / "x"),
     ]
 
@@ -315,7 +316,7 @@ def test_a_storage_that_does_not_recover_is_given_up(
 
 
 def test_bodies_that_always_break_off_are_never_taken_for_whole(
-    s3: Server, monkeypatch: pytest.MonkeyPatch
+    s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = locate(s3.bucket())
     table = pa.table({"hr": [_bytes(i, 5000) for i in range(20)]})
@@ -327,6 +328,8 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
         proxy.faults = Faults(cut=1)
         for use in (
             (folder / "x").read,
+            lambda: storage._copy(folder / "x", locate(tmp_path) / "x"),
+            folder.files,
             lambda: (folder / "x").write(_bytes(1, 100_000)),
             lambda: _parquet(folder / "y"),
         ):
@@ -334,6 +337,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
             with pytest.raises(Unreachable, match=r"does not answer|fails, 2 times"):
                 use()
             assert proxy.injected["cut"] >= 2
+    assert not list(tmp_path.iterdir())
     # Nor is half of a new object ever put in place of the old one.
     assert locate(url(folder / "x")).read() == _bytes(0, 100_000)
 

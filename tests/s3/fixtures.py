@@ -52,9 +52,8 @@ def s3_port() -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in swift.environment(port).items():
             patch.setenv(name, value)
-        patch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-        patch.delenv("AWS_SESSION_TOKEN", raising=False)
-        patch.delenv("AWS_PROFILE", raising=False)
+        for name in ("ENDPOINT_URL_S3", "SESSION_TOKEN", "PROFILE", "MAX_ATTEMPTS", "RETRY_MODE"):
+            patch.delenv(f"AWS_{name}", raising=False)
         yield port
 
 
