@@ -112,8 +112,9 @@ def test_bad_pictures_are_listed_and_the_rest_written(
     names = crops(source, 40)
     rng = np.random.default_rng(1)
     bad = set(rng.choice(names, 4, replace=False))
-    for name, damage in zip(sorted(bad), (0, 20, 200, 300), strict=True):
-        (source / name).write_bytes((source / name).read_bytes()[:damage])
+    for name, share in zip(sorted(bad), (0, 0.1, 0.4, 0.7), strict=True):
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data[: int(share * len(data))])
     config = config.model_copy(update={"input": str(source)})
     run = subprocess.run(
         command(config), cwd=ROOT, capture_output=True, text=True, env=_env(config)
