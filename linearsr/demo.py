@@ -9,16 +9,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from linearsr.config import Options
 from linearsr.errors import LinearSRError
+from linearsr.imaging.drawing import Row, details, sheet
 from linearsr.imaging.files import Picture, from_pil, read, to_pil, write
 from linearsr.imaging.resample import resize
 from linearsr.upscaler import Upscaler
 
-PANEL, CROP, GAP, LABEL = 480, 192, 8, 28
+PANEL, CROP = 480, 192
 LARGEST = 256 * 256
 
 
@@ -90,56 +90,27 @@ def compare(picture: Picture, result: Picture) -> Image.Image:
         "bicubic": _rgb(dataclasses.replace(picture, pixels=bicubic, alpha=None)),
         "LinearSR": _rgb(result),
     }
-    corners = _details(result.pixels, CROP)
     panel_height = max(1, round(PANEL * size[0] / size[1]))
-    sheet = Image.new(
-        "RGB",
-        (3 * PANEL + 4 * GAP, LABEL + panel_height + len(corners) * (PANEL + GAP) + 2 * GAP),
-        "white",
-    )
-    for column, (name, image) in enumerate(versions.items()):
-        left = GAP + column * (PANEL + GAP)
-        _write_label(
-            sheet, left, f"{name}  {image.width}x{image.height}" if column else _size(small)
-        )
-        view = image.resize((PANEL, panel_height), Image.Resampling.LANCZOS)
-        sheet.paste(view, (left, LABEL))
-        for row, (top, x) in enumerate(corners):
-            crop = image.crop((x, top, min(x + CROP, wide[0]), min(top + CROP, wide[1])))
-            crop = crop.resize((PANEL, PANEL), Image.Resampling.NEAREST)
-            sheet.paste(crop, (left, LABEL + panel_height + GAP + row * (PANEL + GAP)))
-    return sheet
+    labels = [f"{name}  {image.width}x{image.height}" for name, image in versions.items()]
+    labels[0] = f"input  {small.width}x{small.height}"
+    rows = [Row(labels, [_fitted(image, panel_height) for image in versions.values()])]
+    for corner in details(result.pixels, CROP, 2):
+        rows.append(Row([""] * 3, [_enlarged(image, *corner) for image in versions.values()]))
+    return sheet(rows, PANEL)
+
+
+def _fitted(image: Image.Image, height: int) -> Image.Image:
+    return image.resize((PANEL, height), Image.Resampling.LANCZOS)
+
+
+def _enlarged(image: Image.Image, top: int, left: int) -> Image.Image:
+    box = (left, top, min(left + CROP, image.width), min(top + CROP, image.height))
+    return image.crop(box).resize((PANEL, PANEL), Image.Resampling.NEAREST)
 
 
 def _rgb(picture: Picture) -> Image.Image:
     # PIL clips 16-bit grey to white; eight bits are enough to look at.
     return to_pil(dataclasses.replace(picture, bits=8)).convert("RGB")
-
-
-def _size(small: Image.Image) -> str:
-    return f"input  {small.width}x{small.height}"
-
-
-def _write_label(sheet: Image.Image, left: int, text: str) -> None:
-    ImageDraw.Draw(sheet).text((left, 4), text, "black", ImageFont.load_default(size=18))
-
-
-def _details(pixels: torch.Tensor, size: int, count: int = 2) -> list[tuple[int, int]]:
-    """Top and left of the `count` squares of most contrast that do not overlap."""
-    grey = pixels.mean(0)[None, None]
-    if min(grey.shape[-2:]) < size:
-        return [(0, 0)]
-    mean, square = (torch.nn.functional.avg_pool2d(x, size, size // 4) for x in (grey, grey**2))
-    scores = (square - mean**2)[0, 0]
-    found: list[tuple[int, int]] = []
-    for index in scores.flatten().argsort(descending=True).tolist():
-        row, column = divmod(index, scores.shape[1])
-        corner = (row * (size // 4), column * (size // 4))
-        if all(max(abs(corner[0] - r), abs(corner[1] - c)) >= size for r, c in found):
-            found.append(corner)
-        if len(found) == count:
-            break
-    return found
 
 
 if __name__ == "__main__":

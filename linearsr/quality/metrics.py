@@ -1,11 +1,16 @@
 """Picture quality through pyiqa, with the conventions pinned in one place.
 
-PSNR and SSIM: on Y of YCbCr (BT.601, 16 to 235), `crop` pixels cut off each side; the rest as
-pyiqa defines them. Knows nothing of models.
+PSNR and SSIM: on Y of YCbCr (BT.601, 16 to 235; for SSIM pyiqa rounds it, as MATLAB does), `crop`
+pixels cut off each side; the rest as pyiqa defines them. Always on the CPU: a GPU's numbers differ.
+Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -13,42 +18,109 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, OptionError, one_line
 
 # Measured on luma, as the super-resolution literature does.
 ON_LUMA = ("psnr", "ssim")
+# Need no download, but for niqe's parameters. Nor does mad, which takes a hundred times as long.
+DEFAULT = (
+    *ON_LUMA,
+    *("ms_ssim", "vif", "fsim", "gmsd", "nlpd", "vsi", "cw_ssim"),
+    *("niqe", "piqe"),
+)
+# Compare sets of pictures: no value for one.
+_OF_SETS = ("fid", "sfid", "fid_dinov2", "inception_score")
+DOWNLOAD_SECONDS = 10
 
 
 def conventions() -> str:
     """What the numbers mean, for a table's caption."""
-    return f"pyiqa {version('pyiqa')}; psnr and ssim on Y with scale pixels cropped"
+    return (
+        f"pyiqa {version('pyiqa')}; psnr on Y of YCbCr (BT.601, 16 to 235), ssim on that rounded to "
+        "8 bits, both with scale pixels cropped"
+    )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise OptionError for the first that pyiqa does not have, or that is not of one picture."""
+    for name in names:
+        if name not in _configs():
+            raise OptionError(
+                f"--metrics: pyiqa {version('pyiqa')} has no {name!r}; `pyiqa -ls` lists its names"
+            )
+        if name in _OF_SETS:
+            raise OptionError(f"--metrics: {name} compares sets of pictures, not single ones")
+
+
+def has_reference(name: str) -> bool:
+    """Whether the metric compares with the true picture."""
+    return bool(_configs()[name]["metric_mode"] == "FR")
+
+
+def higher_is_better(name: str) -> bool:
+    """Which way the metric points."""
+    return not _configs()[name].get("lower_better", False)
+
+
+def unavailable(names: Sequence[str]) -> dict[str, str]:
+    """Those of `names` that cannot be had here, with the reason. May download weights."""
+    made = {name: _metric(name, 0) for name in names}
+    errors = {name: error for name, error in made.items() if isinstance(error, LinearSRError)}
+    return {name: str(error).removeprefix(f"{name}: ") for name, error in errors.items()}
+
+
+@cache
+def _configs() -> dict[str, Any]:
+    try:
+        from pyiqa.default_model_configs import DEFAULT_CONFIGS
+    except ImportError as error:
+        raise LinearSRError("metrics need pyiqa: pip install 'linearsr[quality]'") from error
+    return dict(DEFAULT_CONFIGS)
 
 
 @cache
 def _metric(name: str, crop: int) -> Any:
+    """The metric, or what is to be raised for it: a download is tried once in a process."""
+    if name not in _configs():
+        return LinearSRError(f"{name}: not one of pyiqa's metrics")
+    import pyiqa
+
+    # "ycbcr" is the studio-swing Y of the super-resolution literature; pyiqa's default is not.
+    luma = {"test_y_channel": True, "color_space": "ycbcr", "crop_border": crop}
     try:
-        import pyiqa
-    except ImportError as error:
-        raise LinearSRError("metrics need pyiqa: pip install 'linearsr[quality]'") from error
-    if name in ON_LUMA:
-        # "ycbcr" is the studio-swing Y of the super-resolution literature; pyiqa's default is not.
-        luma = {"test_y_channel": True, "color_space": "ycbcr"}
-        return pyiqa.create_metric(name, device="cpu", crop_border=crop, **luma)
+        with _impatient():
+            return pyiqa.create_metric(name, device="cpu", **(luma if name in ON_LUMA else {}))
+    except Exception as error:  # some hundred constructors of others, each with its own ways
+        return LinearSRError(f"{name}: its weights cannot be had here ({one_line(error)})")
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Downloads give up soon, and say what they do on stderr."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
-        return pyiqa.create_metric(name, device="cpu")
-    except AssertionError as error:
-        raise LinearSRError(f"{name}: not one of pyiqa's metrics") from error
-    except (OSError, RuntimeError) as error:
-        raise LinearSRError(f"{name}: its weights cannot be had here ({error})") from error
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @torch.inference_mode()
-def measure(name: str, picture: Tensor, truth: Tensor, crop: int) -> float:
+def measure(name: str, picture: Tensor, truth: Tensor | None, crop: int) -> float:
     """One metric of `picture` (1, 3, H, W) in [0, 1], rounded to 8 bits as a file would be.
 
     `truth`: the true picture of the same size; only full-reference metrics look at it.
-    Raises LinearSRError when pyiqa or the metric's weights are missing.
+    Raises LinearSRError when pyiqa or the metric's weights are missing, and when the metric cannot
+    measure the picture (most need some minimal size).
     """
+    metric = _metric(name, crop if name in ON_LUMA else 0)
+    if isinstance(metric, LinearSRError):
+        raise metric
     picture = (picture.clamp(0, 1) * 255).round() / 255
-    metric = _metric(name, crop)
-    return float(metric(picture, truth) if metric.metric_mode == "FR" else metric(picture))
+    try:
+        return float(metric(picture, truth) if metric.metric_mode == "FR" else metric(picture))
+    except Exception as error:  # as above
+        height, width = picture.shape[-2:]
+        reason = one_line(error)
+        raise LinearSRError(f"{name}: cannot measure {width}x{height} pixels ({reason})") from error

@@ -5,7 +5,6 @@ Knows nothing of Ray or of how a checkpoint was trained: it is given a bundle an
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch import Tensor
 from linearsr import weights
 from linearsr.config import Options
 from linearsr.errors import LinearSRError
-from linearsr.imaging.degrade import PRESETS, degrade
-from linearsr.imaging.files import Picture
+from linearsr.evaluation.judge import seeded_lr, upscaled
+from linearsr.imaging.degrade import PRESETS
 from linearsr.imaging.resample import resize
 from linearsr.quality.metrics import measure
 from linearsr.training.recipes import ValidationConfig, split_metric
@@ -44,10 +43,8 @@ def validate(
     rows: list[Tensor] = []
     for name, hr in pictures:
         hr = _middle(hr, config.size, bundle.config.scale)
-        # The same for the same name, whatever else is in the set.
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        lr = degrade(hr, bundle.config.scale, PRESETS[config.degradation], rng)
-        results = {count: _upscaled(upscaler, lr, count) for count in steps}
+        lr = seeded_lr(hr, name, bundle.config.scale, PRESETS[config.degradation])
+        results = {count: upscaled(upscaler, lr, Options(steps=count)) for count in steps}
         if len(rows) < STRIP:
             rows.append(torch.cat([resize(lr[None], *hr.shape[1:])[0], *results.values(), hr], 2))
         for metric, value in _measured(wanted, results, hr, bundle.config.scale, values, skipped):
@@ -79,11 +76,6 @@ def _middle(hr: Tensor, size: int, scale: int) -> Tensor:
     height, width = (min(size, n) // scale * scale for n in hr.shape[1:])
     top, left = (hr.shape[1] - height) // 2, (hr.shape[2] - width) // 2
     return hr[:, top : top + height, left : left + width]
-
-
-def _upscaled(upscaler: Upscaler, lr: Tensor, steps: int) -> Tensor:
-    picture = Picture(lr, None, 8, False, None, None, "png")
-    return upscaler.upscale(picture, Options(steps=steps)).pixels[:3]
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

@@ -1,0 +1,223 @@
+"""An evaluation by Ray Data: the same pictures, judge and report as `linearsr evaluate`, spread.
+
+    names ─▶ actors: read ▶ every method ▶ every metric ─▶ rows of numbers ─▶ parts ─▶ the report
+
+Pixels never travel, but for the contact sheet's few details. Finished pictures are kept in
+OUTPUT/parts-* until the report is written, so a killed job goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from linearsr.cluster.inputs import list_inputs, read_input
+from linearsr.cluster.logs import last_line, quiet_data
+from linearsr.cluster.storage import Location, check_writable, locate, url
+from linearsr.cluster.weights import load_upscaler
+from linearsr.config import Config
+from linearsr.errors import LinearSRError
+from linearsr.evaluation.config import Item, Score, Settings, Source
+from linearsr.evaluation.judge import Judge
+from linearsr.evaluation.report import Report
+from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
+from linearsr.quality.metrics import conventions
+
+# More blocks than this would only cost the driver time.
+MOST_BLOCKS = 4096
+# Pictures between two parts: what a killed job judges anew.
+SAVE_EVERY = 20
+# A picture's scores as JSON, in which floats stay exactly what they are.
+ROWS = pa.schema({"id": pa.string(), "scores": pa.string()})
+
+
+class EvaluationConfig(Config):
+    """One job. Folders are local (on storage that all nodes see) or s3://.
+
+    actors: models at work, each with `actor_cpus` logical CPUs and, with `gpu`, one GPU. Metrics
+    are on the CPU in any case.
+    """
+
+    request: Request
+    output: str
+    actors: int = Field(default=1, ge=1)
+    actor_cpus: float = Field(default=1.0, gt=0)
+    gpu: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where models run."""
+        return "cuda" if self.gpu else "cpu"
+
+
+def evaluate(config: EvaluationConfig) -> Report:
+    """Judge every picture and write OUTPUT/metrics.parquet, contact.jpg and report.md.
+
+    On a running Ray. Raises OptionError, WeightsError, InputError or OutputError before any work
+    for what can be known by then; pictures that fail are in the report.
+    """
+    made = plan(_absolute(config.request), list_pictures)
+    output = locate(config.output)
+    check_writable(output)
+    for model in made.settings.models.values():  # what only an actor would find out, minutes later
+        load_upscaler(model, "cpu")
+    parts = output / f"parts-{_fingerprint(config.request, made.settings)}"
+    scores = _scores(made, config, parts)
+    report = finish(
+        made,
+        scores,
+        lambda items: _look(made.settings, items, config),
+        lambda name, data: (output / name).write(data),
+    )
+    parts.delete()
+    return report
+
+
+def list_pictures(folder: str, column: str) -> dict[str, Source]:
+    """Pictures, or rows of Parquet shards, by id; local or s3://. Raises InputError."""
+    place = locate(folder)
+    found = {}
+    for row in list_inputs(place, column).to_pylist():
+        inside = column if row["group"] >= 0 else ""
+        where = {name: row[name] for name in ("file", "group", "row")}
+        found[row["id"]] = Source(folder=url(place), column=inside, **where)
+    return found
+
+
+def read_source(source: Source) -> bytes:
+    """An encoded picture of `list_pictures`. Raises InputError."""
+    row = {**source.model_dump(), "id": f"{source.file}:{source.group}:{source.row}"}
+    return read_input(locate(source.folder), row, source.column)
+
+
+def _absolute(request: Request) -> Request:
+    """Workers have working folders of their own."""
+    models = {
+        name: os.path.abspath(model) if os.path.isdir(model) else model
+        for name, model in request.models.items()
+    }
+    return request.model_copy(update={"models": models})
+
+
+def _fingerprint(request: Request, settings: Settings) -> str:
+    """Of all that decides the numbers: other parts than these must not be reused."""
+    places = [url(locate(p)) for p in (request.hr, *request.results.values()) if p]
+    told = [settings.model_dump_json(), request.lr, places, conventions()]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def _scores(made: Plan, config: EvaluationConfig, parts: Location) -> list[Score]:
+    """Of earlier parts and of what they lack."""
+    done = dict(_read_parts(parts))
+    wanted = {item.id for item in made.items}
+    scores = [score for id, found in done.items() if id in wanted for score in found]
+    todo = [item for item in made.items if item.id not in done]
+    kept: list[dict[str, str]] = []
+    try:
+        for row in _progress(_judged(todo, made.settings, config), todo):
+            found = _scores_of(row)
+            scores += found
+            if not any(score.failed for score in found):  # a failure is tried again
+                kept.append(row)
+            if len(kept) >= SAVE_EVERY:
+                _write_part(parts, kept)
+                kept = []
+    finally:  # whatever ended the job, what is known by then is kept
+        _write_part(parts, kept)
+    return scores
+
+
+def _scores_of(row: dict[str, str]) -> list[Score]:
+    return [Score(*fields) for fields in json.loads(row["scores"])]
+
+
+def _read_parts(parts: Location) -> Iterator[tuple[str, list[Score]]]:
+    for file in parts.files():
+        for row in pq.read_table(pa.BufferReader(file.read())).to_pylist():
+            yield row["id"], _scores_of(row)
+
+
+def _write_part(parts: Location, rows: list[dict[str, str]]) -> None:
+    if not rows:
+        return
+    name = hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROWS), buffer)
+    (parts / f"{name}.parquet").write(buffer.getvalue())
+
+
+def _progress(rows: Iterator[dict[str, str]], todo: Sequence[Item]) -> Iterable[dict[str, str]]:
+    return tqdm(rows, total=len(todo), unit="picture", desc="evaluate", mininterval=1)
+
+
+def _judged(
+    items: Sequence[Item], settings: Settings, config: EvaluationConfig
+) -> Iterator[dict[str, str]]:
+    """A row of `ROWS` for each picture when it is through."""
+    import ray
+
+    if not items:
+        return
+    quiet_data()
+    size = -(-len(items) // MOST_BLOCKS)
+    texts = [item.model_dump_json() for item in items]
+    # In memory: reading would be tasks that reserve CPUs of their own.
+    blocks = [pa.table({"item": texts[i : i + size]}) for i in range(0, len(texts), size)]
+    rows = ray.data.from_blocks(blocks).map_batches(
+        _Worker,
+        fn_constructor_args=(settings, config),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.actors),
+        num_cpus=config.actor_cpus,
+        num_gpus=1 if config.gpu else None,
+    )
+    try:
+        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise LinearSRError(f"an actor gave up: {last_line(error)}") from error
+
+
+def _judge(settings: Settings, config: EvaluationConfig) -> Judge:
+    torch.set_num_threads(max(1, int(config.actor_cpus)))
+    return Judge(settings, read_source, lambda model: load_upscaler(model, config.device))
+
+
+class _Worker:
+    """The actor: models and metrics, loaded once."""
+
+    def __init__(self, settings: Settings, config: EvaluationConfig) -> None:
+        self.judge = _judge(settings, config)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Items as JSON in, a row of `ROWS` for each out."""
+        items = [Item.model_validate_json(text) for text in batch.column("item").to_pylist()]
+        rows = [{"id": i.id, "scores": json.dumps(self.judge.scores(i))} for i in items]
+        return pa.Table.from_pylist(rows, schema=ROWS)
+
+
+def _look(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
+    """The models and examples, from one task with an actor's resources."""
+    import ray
+
+    task = ray.remote(num_cpus=config.actor_cpus, num_gpus=1 if config.gpu else 0)(_seen)
+    try:
+        seen: Seen = ray.get(task.remote(settings, items, config))
+    except ray.exceptions.RayError as error:
+        raise LinearSRError(f"the contact sheet failed: {last_line(error)}") from error
+    return seen
+
+
+def _seen(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
+    judge = _judge(settings, config)
+    return Seen(judge.describe(), [judge.example(item) for item in items])

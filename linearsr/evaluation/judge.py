@@ -1,0 +1,211 @@
+"""One picture at a time: every method's result, every metric of it.
+
+Knows nothing of folders, tables or Ray: it is given an item and a way to read its pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from linearsr.config import Options
+from linearsr.errors import InputError, LinearSRError
+from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
+from linearsr.imaging.degrade import CAMERA, MILD, PRESETS, Degradation, degrade
+from linearsr.imaging.drawing import details
+from linearsr.imaging.files import Picture, read, to_pil
+from linearsr.imaging.resample import resize
+from linearsr.quality.metrics import has_reference, measure
+from linearsr.upscaler import Upscaler
+
+# Side in pixels of the part of a picture that is shown.
+DETAIL = 160
+# Every picture gets some of each: Gaussian blur, noise of 2 to 8 levels, JPEG 60 to 90.
+_EVERYTHING = CAMERA.stages[0].model_copy(
+    update={
+        "blur_sigma": (0.5, 2.0),
+        "gaussian_probability": 1.0,
+        "gaussian_sigma": (2.0, 8.0),
+        "jpeg_quality": (60.0, 90.0),
+    }
+)
+DEGRADATIONS: dict[str, Degradation] = {
+    **{str(name): preset for name, preset in PRESETS.items()},
+    "mixed": MILD,
+    "degraded": Degradation(stages=(_EVERYTHING,)),
+}
+Method = Callable[[], Tensor]
+
+
+class Example(NamedTuple):
+    """The same detail of a picture by every method, for the contact sheet."""
+
+    id: str
+    details: list[tuple[str, Image.Image]]
+
+
+def seeded_lr(hr: Tensor, name: str, scale: int, config: Degradation) -> Tensor:
+    """LR (3, h, w) of HR (3, H, W): the same for the same name, whatever else is in the set."""
+    return degrade(hr, scale, config, np.random.default_rng(zlib.crc32(name.encode())))
+
+
+def upscaled(upscaler: Upscaler, lr: Tensor, options: Options) -> Tensor:
+    """The model's picture (3, H, W) in [0, 1] of LR (3, h, w) in [0, 1]."""
+    return upscaler.upscale(Picture(lr, None, 8, False, None, None, "png"), options).pixels
+
+
+class Judge:
+    """Loaded models, and what it takes to compare them on a picture."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        read_source: Callable[[Source], bytes],
+        load: Callable[[str], Upscaler],
+    ) -> None:
+        self.settings, self.read_source = settings, read_source
+        self.upscalers = {name: load(model) for name, model in settings.models.items()}
+
+    def scores(self, item: Item) -> list[Score]:
+        """Every metric of every method, or a failure in its place; raises nothing of ours."""
+        scores: list[Score] = []
+        try:
+            hr, methods = self._methods(item)
+        except (LinearSRError, MemoryError) as error:
+            return [Score(item.id, "", "", None, _reason(error))]
+        for name, make in methods.items():
+            try:
+                picture = make()
+            except (LinearSRError, MemoryError) as error:
+                scores.append(Score(item.id, name, "", None, _reason(error)))
+                continue
+            scores += self._measured(item, name, picture, hr)
+        return scores
+
+    def _measured(
+        self, item: Item, method: str, picture: Tensor, hr: Tensor | None
+    ) -> Iterator[Score]:
+        truth = None if hr is None else hr[None]
+        for metric in self.settings.metrics:
+            if has_reference(metric) and (truth is None or method == TRUTH):
+                continue
+            try:
+                value = measure(metric, picture[None], truth, self.settings.scale)
+                finite = bool(np.isfinite(value))
+                error = "" if finite else f"{metric}: {value}"
+                yield Score(item.id, method, metric, value if finite else None, error)
+            except LinearSRError as error:
+                yield Score(item.id, method, metric, None, str(error))
+
+    def example(self, item: Item) -> Example:
+        """The detail of most contrast in the truth, or in the last result where there is none."""
+        hr, methods = self._methods(item)
+        made = dict(_succeeding(methods))
+        shown = hr if hr is not None else list(made.values())[-1]
+        top, left = details(shown, DETAIL, 1)[0]
+        if hr is not None:  # at the right, after what should look like it
+            made[TRUTH] = made.pop(TRUTH)
+        return Example(item.id, [(n, _cropped(p, top, left)) for n, p in made.items()])
+
+    def _methods(self, item: Item) -> tuple[Tensor | None, dict[str, Method]]:
+        """The truth, and how to come by each method's picture, all of one size."""
+        hr, lr = self._pair(item)
+        methods: dict[str, Method] = {}
+        if hr is not None:
+            methods[TRUTH] = partial(_same, hr)
+        if lr is not None:
+            height, width = (n * self.settings.scale for n in lr.shape[1:])
+            methods[BICUBIC] = partial(_bicubic, lr, height, width)
+            methods |= self._models(lr)
+        for name, source in item.results.items():
+            methods[name] = partial(self._result, source, hr)
+        return hr, methods
+
+    def _models(self, lr: Tensor) -> Iterator[tuple[str, Method]]:
+        for name, upscaler in self.upscalers.items():
+            for steps in dict.fromkeys(self.settings.steps):
+                options = Options(scale=self.settings.scale, steps=steps, seed=self.settings.seed)
+                yield result_label(name, steps), partial(upscaled, upscaler, lr, options)
+
+    def _pair(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
+        """HR cut to whole LR pixels, and LR. Raises InputError where they do not fit."""
+        scale = self.settings.scale
+        hr = self._pixels(item.hr, item.id) if item.hr else None
+        lr = self._pixels(item.lr, f"LR of {item.id}") if item.lr else None
+        if hr is None:
+            return None, lr
+        height, width = (n // scale for n in hr.shape[1:])
+        if lr is not None and lr.shape[1:] != (height, width):
+            raise InputError(
+                f"LR is {lr.shape[2]}x{lr.shape[1]}; at x{scale} HR of {hr.shape[2]}x{hr.shape[1]} "
+                f"needs {width}x{height}"
+            )
+        if not height or not width:
+            raise InputError(f"{hr.shape[2]}x{hr.shape[1]} pixels are too few for x{scale}")
+        hr = hr[:, : height * scale, : width * scale]
+        if lr is None and self.settings.degradation:
+            name = PurePosixPath(item.id).name
+            lr = seeded_lr(hr, name, scale, DEGRADATIONS[self.settings.degradation])
+        return hr, lr
+
+    def _pixels(self, source: Source, name: str) -> Tensor:
+        return read(self.read_source(source), name=name).pixels
+
+    def _result(self, source: Source, hr: Tensor | None) -> Tensor:
+        """Another program's picture; of the size that HR had, or of that which LR pixels cover."""
+        pixels = self._pixels(source, source.file)
+        if hr is None:
+            return pixels
+        height, width = hr.shape[1:]
+        spare = (pixels.shape[1] - height, pixels.shape[2] - width)
+        if not all(0 <= more < self.settings.scale for more in spare):
+            raise InputError(
+                f"{source.file} is {pixels.shape[2]}x{pixels.shape[1]}, the truth {width}x{height}"
+            )
+        return pixels[:, :height, :width]
+
+    def describe(self) -> dict[str, str]:
+        """What each model is, for the report: shape, precision, device, provenance."""
+        return {name: _described(upscaler) for name, upscaler in self.upscalers.items()}
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or "out of memory"
+
+
+def _succeeding(methods: dict[str, Method]) -> Iterator[tuple[str, Tensor]]:
+    for name, make in methods.items():
+        with contextlib.suppress(LinearSRError, MemoryError):
+            yield name, make().clamp(0, 1)
+
+
+def _same(picture: Tensor) -> Tensor:
+    return picture
+
+
+@torch.inference_mode()
+def _bicubic(lr: Tensor, height: int, width: int) -> Tensor:
+    return resize(lr[None], height, width)[0]
+
+
+def _cropped(pixels: Tensor, top: int, left: int) -> Image.Image:
+    part = pixels[:, top : top + DETAIL, left : left + DETAIL]
+    return to_pil(Picture(part, None, 8, False, None, None, "png"))
+
+
+def _described(upscaler: Upscaler) -> str:
+    config, weight = upscaler.config, upscaler.experts[0].embed.weight
+    kind = str(weight.dtype).removeprefix("torch.")
+    count = len(upscaler.experts)
+    shape = f"{config.name}, x{config.scale}, {count} expert{'s' if count > 1 else ''}"
+    told = "; ".join(f"{key}: {text}" for key, text in upscaler.provenance.items())
+    return f"{shape}, {kind} on {weight.device.type}. {told}".strip()

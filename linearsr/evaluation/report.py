@@ -1,0 +1,238 @@
+"""Scores as a table to read, a table to work with, and a sheet to look at."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from linearsr.errors import LinearSRError
+from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
+from linearsr.evaluation.judge import Example
+from linearsr.imaging.drawing import Row, sheet
+from linearsr.quality.metrics import conventions, has_reference, higher_is_better
+
+PANEL = 320
+_MADE = {
+    "clean": "made from HR by antialiased bicubic, rounded to 8 bits",
+    "mixed": "made from HR with blur, noise and JPEG, each on half of the pictures (`mild`)",
+    "degraded": "made from HR with blur of sigma 0.5 to 2, noise of 2 to 8 levels and JPEG of "
+    "quality 60 to 90 on every picture",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known when every picture has been judged.
+
+    scores: in any order of pictures, methods in the order they are compared. alone: pictures left
+    out before judging; skipped: metrics; models: what each is.
+    """
+
+    title: str
+    settings: Settings
+    scores: Sequence[Score]
+    alone: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each picture, or method on a picture, that failed or was left out."""
+        failed = (s for s in self.scores if s.failed)
+        lines = [f"{s.id}{f' ({s.method})' if s.method else ''}: {s.error}" for s in failed]
+        return [*(f"{name}: left out: {why}" for name, why in self.alone.items()), *lines]
+
+    def values(self, method: str, metric: str) -> dict[str, float]:
+        """The metric by picture, where it has a value."""
+        return {
+            s.id: s.value
+            for s in self.scores
+            if s.method == method and s.metric == metric and s.value is not None
+        }
+
+    def methods(self) -> list[str]:
+        """Methods with a score."""
+        return list(dict.fromkeys(s.method for s in self.scores if not s.failed))
+
+
+def table(report: Report) -> str:
+    """Markdown: a row for each method, with its number of pictures and the mean of each metric."""
+    metrics = report.settings.metrics
+    heads = [f"{m} {'↑' if higher_is_better(m) else '↓'}" for m in metrics]
+    rows = [[report.title, "n", *heads]]
+    for method in report.methods():
+        found = [report.values(method, metric) for metric in metrics]
+        judged = {s.id for s in report.scores if s.method == method and not s.failed}
+        rows.append([method, str(len(judged)), *map(_mean, found)])
+    widths = [max(2, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    return "\n".join(f"| {' | '.join(_aligned(row, widths))} |" for row in rows)
+
+
+def _mean(values: Mapping[str, float]) -> str:
+    # Summed in the order of names, so that the order of arrival changes no digit.
+    ordered = [values[id] for id in sorted(values)]
+    return f"{sum(ordered) / len(ordered):.4f}" if ordered else ""
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first, *rest = zip(row, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+
+
+def markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [
+        f"# {report.title}, x{report.settings.scale}",
+        table(report),
+        _section("Conventions", _conventions(report)),
+        _section("Models", [f"{name}: {told}" for name, told in report.models.items()]),
+        _section("Metrics skipped", [f"{name}: {why}" for name, why in report.skipped.items()]),
+        _section("Pictures that a metric could not measure", _gaps(report.scores)),
+        _section("Failed", report.failures),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"## {title}", "", *(f"- {line}" for line in lines)]) if lines else ""
+
+
+def _conventions(report: Report) -> list[str]:
+    settings = report.settings
+    referenced = any(has_reference(metric) for metric in settings.metrics)
+    lines = [
+        f"{conventions()}; other metrics on RGB, whole, with pyiqa's defaults; on the CPU.",
+        "Means over n pictures; results rounded to 8 bits before they are measured.",
+        "↑ higher is better, ↓ lower is better; for metrics without a reference, values beyond "
+        "those of HR are no gain.",
+    ]
+    if referenced:
+        lines.append("HR is cut to whole LR pixels at the right and bottom.")
+    lines += _about_lr(report)
+    return lines
+
+
+def _about_lr(report: Report) -> list[str]:
+    methods, settings = report.methods(), report.settings
+    if BICUBIC not in methods:
+        return []
+    kind = settings.degradation
+    told = _MADE.get(kind, f"made from HR by the preset `{kind}`") if kind else "as given"
+    seeded = f"; seeded by the CRC-32 of the file name ({kind})" if kind else ""
+    lines = [f"LR: {told}{seeded}.", f"{BICUBIC}: antialiased, a = -0.5."]
+    return lines + ([f"Models start from seed {settings.seed}."] if settings.models else [])
+
+
+def _gaps(scores: Iterable[Score]) -> list[str]:
+    """A line for each metric that had no value somewhere, with the first reason."""
+    missing: dict[str, list[Score]] = {}
+    for score in scores:
+        if score.metric and score.value is None:
+            missing.setdefault(score.metric, []).append(score)
+    return [
+        f"{found[0].error}: {found[0].id} ({len({s.id for s in found})} in all)"
+        for found in missing.values()
+    ]
+
+
+def check_parquet() -> None:
+    """Raises LinearSRError where `parquet` could not work: better before hours than after."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise LinearSRError("reports need pyarrow: pip install 'linearsr[quality]'") from error
+
+
+def parquet(report: Report) -> bytes:
+    """One row for each value: id, method, metric, value, better ("higher" or "lower").
+
+    The settings are in the file's metadata, as JSON under "linearsr".
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            **{"id": s.id, "method": s.method, "metric": s.metric, "value": s.value},
+            "better": "higher" if higher_is_better(s.metric) else "lower",
+        }
+        for s in report.scores
+        if s.value is not None
+    ]
+    names = ("id", "method", "metric", "value", "better")
+    kinds = {name: pa.float64() if name == "value" else pa.string() for name in names}
+    told = {"title": report.title, "models": dict(report.models), "conventions": conventions()}
+    note = json.dumps({**told, "settings": report.settings.model_dump(mode="json")})
+    schema = pa.schema(kinds, metadata={"linearsr": note})
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Pictures from best to worst, by one metric of one method."""
+
+    method: str
+    metric: str
+    values: Mapping[str, float]
+
+    def ends(self, count: int) -> dict[str, str]:
+        """The `count` best and the `count` worst, or all if they overlap: id to what it is."""
+        ids = list(self.values)
+        chosen = range(len(ids))
+        if len(ids) > 2 * count:
+            chosen = [*range(count), *range(len(ids) - count, len(ids))]  # type: ignore[assignment]
+        return {ids[i]: f"{i + 1} of {len(ids)}" for i in chosen}
+
+
+def rank(report: Report, metric: str | None = None) -> Ranking | None:
+    """By `metric` (the first by default) of the first method that is neither HR nor bicubic.
+
+    None where there is no value.
+    """
+    metrics = [metric] if metric else list(report.settings.metrics)
+    methods = sorted(report.methods(), key=lambda m: (m == BICUBIC, m == TRUTH))
+    for wanted in metrics:
+        for method in methods:
+            values = report.values(method, wanted)
+            if values:
+                sign = -1 if higher_is_better(wanted) else 1
+                ordered = sorted(values.items(), key=lambda v: (sign * v[1], v[0]))
+                return Ranking(method, wanted, dict(ordered))
+    return None
+
+
+def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count: int) -> bytes:
+    """A JPEG: a detail of the best and worst pictures by every method, with its value above."""
+    places = ranking.ends(count)
+    rows = []
+    for example in examples:
+        rows.append(_heading(example, ranking, places[example.id]))
+        labels = [_label(report, ranking.metric, example.id, name) for name, _ in example.details]
+        rows.append(Row(labels, [_enlarged(image) for _, image in example.details]))
+    buffer = io.BytesIO()
+    sheet(rows, PANEL).save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def _heading(example: Example, ranking: Ranking, place: str) -> Row:
+    text = f"{place} by {ranking.metric} of {ranking.method}: {example.id}"
+    return Row([text], [Image.new("RGB", (1, 1), "white")])
+
+
+def _label(report: Report, metric: str, id: str, method: str) -> str:
+    value = report.values(method, metric).get(id)
+    return method if value is None else f"{method}  {value:.3f}"
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """As wide as a column, in whole pixels so that nothing is smoothed."""
+    factor = max(1, PANEL // max(image.size))
+    size = (image.width * factor, image.height * factor)
+    return image.resize(size, Image.Resampling.NEAREST)

@@ -1,0 +1,224 @@
+"""`linearsr evaluate` on small pictures with a small model: numbers, ranks, failures, codes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from linearsr.cli import main
+from linearsr.evaluation.config import Item, Score, Settings
+from linearsr.evaluation.judge import DEGRADATIONS, Judge, seeded_lr
+from linearsr.evaluation.pairs import list_folder, read_file
+from linearsr.evaluation.report import Report, rank, table
+from linearsr.upscaler import Upscaler
+
+SIZES = {"astronaut": (96, 72), "coffee": (67, 50), "chelsea": (64, 64)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name, size in SIZES.items():
+        photo = Image.fromarray(np.asarray(getattr(skimage.data, name)()))
+        photo.resize(size, Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+    return folder
+
+
+def _values(output: Path) -> dict[tuple[str, str, str], float]:
+    rows = pq.read_table(output / "metrics.parquet").to_pylist()
+    return {(row["id"], row["method"], row["metric"]): row["value"] for row in rows}
+
+
+def _bicubic_psnr(photo: Path) -> float:
+    """By Pillow and float64 from the file on, as a reader of the report would check it."""
+    hr = Image.open(photo)
+    hr = hr.crop((0, 0, hr.width // 4 * 4, hr.height // 4 * 4))
+    lr = hr.resize((hr.width // 4, hr.height // 4), Image.Resampling.BICUBIC)
+    up = lr.resize(hr.size, Image.Resampling.BICUBIC)
+    weights = np.array([65.481, 128.553, 24.966])
+    a, b = ((np.asarray(p) / 255) @ weights for p in (up, hr))
+    error = np.square(a - b)[4:-4, 4:-4].mean() / 255**2
+    return -10 * math.log10(error)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    photos: Path, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """One evaluation that nothing is wrong with."""
+    output = tmp_path_factory.mktemp("report")
+    words = f"evaluate --hr {photos} --models small={small_bundle} --steps 1 2 --device cpu"
+    code = main([*words.split(), "--metrics", "psnr", "ssim", "piqe", "-o", str(output)])
+    return code, output
+
+
+def test_bicubic_psnr_is_what_pillow_and_float64_give(
+    whole: tuple[int, Path], photos: Path
+) -> None:
+    code, output = whole
+    assert code == 0
+    values = _values(output)
+    for name in SIZES:
+        found = values[f"{name}.png", "bicubic", "psnr"]
+        # Pillow computes in fixed point.
+        assert found == pytest.approx(_bicubic_psnr(photos / f"{name}.png"), abs=0.03)
+
+
+def test_every_method_has_every_metric_and_hr_only_those_without_reference(
+    whole: tuple[int, Path],
+) -> None:
+    _, output = whole
+    found = set(_values(output))
+    methods = {"bicubic", "small, 1 step", "small, 2 steps"}
+    wanted = {(m, metric) for m in methods for metric in ("psnr", "ssim", "piqe")}
+    wanted.add(("HR", "piqe"))
+    assert found == {(f"{name}.png", *one) for name in SIZES for one in wanted}
+
+
+def test_the_parquet_table_says_what_it_holds(whole: tuple[int, Path]) -> None:
+    read = pq.read_table(whole[1] / "metrics.parquet")
+    assert read.column_names == ["id", "method", "metric", "value", "better"]
+    better = {row["metric"]: row["better"] for row in read.to_pylist()}
+    assert better == {"psnr": "higher", "ssim": "higher", "piqe": "lower"}
+    note = json.loads(read.schema.metadata[b"linearsr"])
+    assert note["settings"]["degradation"] == "clean" and "pyiqa" in note["conventions"]
+
+
+def test_the_report_tells_conventions_means_and_provenance(whole: tuple[int, Path]) -> None:
+    text = (whole[1] / "report.md").read_text()
+    values = _values(whole[1])
+    mean = sum(values[f"{name}.png", "bicubic", "psnr"] for name in SIZES) / 3
+    row = next(line for line in text.splitlines() if line.startswith("| bicubic"))
+    assert f" 3 | {mean:.4f} " in row
+    for told in ("pyiqa 0.", "both with scale pixels cropped", "CRC-32", "licence: test"):
+        assert told in text
+
+
+def test_the_contact_sheet_has_a_column_for_each_method(whole: tuple[int, Path]) -> None:
+    sheet = Image.open(whole[1] / "contact.jpg")
+    assert sheet.width == 4 * (320 + 8) + 8 and sheet.height > 3 * 250
+    assert np.asarray(sheet).std() > 20
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lows, hr, output = tmp_path / "lr", tmp_path / "hr", tmp_path / "out"
+    lows.mkdir(), hr.mkdir()
+    for name, size in SIZES.items():
+        (hr / f"{name}.png").write_bytes((photos / f"{name}.png").read_bytes())
+        low = (size[0] // 4, size[1] // 4 + (name == "coffee"))
+        Image.new("RGB", low).save(lows / f"{name}x4.png")
+    (hr / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (lows / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Image.new("RGB", (8, 8)).save(lows / "nobody.png")
+    words = f"evaluate --hr {hr} --lr {lows} --models --metrics psnr -o {output}"
+    assert main(words.split()) == 1
+    told = capsys.readouterr().err
+    assert "coffee.png: LR is 16x13; at x4 HR of 67x50 needs 16x12" in told
+    assert "broken.png: damaged or truncated" in told and "nobody.png (LR)" in told
+    assert {id for id, *_ in _values(output)} == {"astronaut.png", "chelsea.png"}
+    assert "nobody.png" in (output / "report.md").read_text()
+
+
+def test_results_of_others_are_judged_against_hr(photos: Path, tmp_path: Path) -> None:
+    results = tmp_path / "mine"
+    results.mkdir()
+    for name in SIZES:
+        Image.open(photos / f"{name}.png").save(results / f"{name}_out.png")
+    output = tmp_path / "out"
+    words = f"evaluate --hr {photos} --results mine={results} --metrics ssim -o {output}"
+    assert main(words.split()) == 0
+    values = _values(output)
+    assert {method for _, method, _ in values} == {"bicubic", "mine"}
+    assert all(v == pytest.approx(1, abs=1e-4) for (_, m, _), v in values.items() if m == "mine")
+
+
+def test_without_hr_reference_metrics_are_skipped_not_failed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(["evaluate", str(photos), "--metrics", "psnr", "piqe", "-o", str(output)]) == 0
+    assert "skipped: psnr: compares with the true pictures" in capsys.readouterr().out
+    assert {(m, metric) for _, m, metric in _values(output)} == {(photos.name, "piqe")}
+
+
+def test_a_metric_that_needs_more_pixels_is_told_and_is_no_failure(
+    photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = f"evaluate --hr {photos} --models --metrics psnr ms_ssim -o {output}"
+    assert main(words.split()) == 0
+    text = (output / "report.md").read_text()
+    assert "ms_ssim: cannot measure 96x72" in text and "(3 in all)" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--hr HR --metrics psnr nonsense",
+        "--hr HR --metrics psnr --rank ssim",
+        "--hr HR --lr no-such-degradation",
+        "--hr HR --results folder-without-name",
+        "--hr HR --models no-such-model --metrics psnr",
+        "--lr clean",
+        "--hr HR --steps 51 --metrics psnr",
+        "",
+    ],
+)
+def test_a_wrong_request_ends_with_2_before_any_work(
+    words: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    given = words.replace("HR", str(photos)).split()
+    assert main(["evaluate", *given, "-o", str(output)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not list(output.glob("*"))
+
+
+def test_the_same_name_gives_the_same_lr_whatever_else_is_in_the_set() -> None:
+    hr = torch.rand(3, 32, 32)
+    first, again = (seeded_lr(hr, "a.png", 4, DEGRADATIONS["degraded"]) for _ in range(2))
+    other = seeded_lr(hr, "b.png", 4, DEGRADATIONS["degraded"])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_ranks_run_from_best_to_worst_whichever_way_the_metric_points() -> None:
+    for metric, best in (("psnr", "c"), ("niqe", "a")):
+        scores = [
+            Score(id, "m", metric, value) for id, value in zip("abc", (1.0, 2, 3), strict=True)
+        ]
+        scores += [Score(id, "bicubic", metric, 0.0) for id in "abc"]
+        ranking = rank(Report("t", Settings(metrics=(metric,)), scores))
+        assert ranking and ranking.method == "m"
+        assert next(iter(ranking.values)) == best
+        assert list(ranking.ends(1).values()) == ["1 of 3", "3 of 3"]
+        assert len(ranking.ends(2)) == 3
+
+
+def test_means_are_over_the_pictures_that_have_a_value() -> None:
+    scores = [Score("a", "m", "psnr", 30.0), Score("b", "m", "psnr", None, "too small")]
+    row = table(Report("t", Settings(metrics=("psnr",)), scores)).splitlines()[-1]
+    assert row.split("|")[1:4] == [" m  ", "  2 ", " 30.0000 "]
+
+
+def test_a_model_out_of_memory_costs_its_row_only(photos: Path, small_bundle: Path) -> None:
+    class Full(Upscaler):
+        def upscale(self, *_: object, **__: object) -> object:  # type: ignore[override]
+            raise MemoryError
+
+    settings = Settings(degradation="clean", models={"small": ""}, steps=(1,), metrics=("psnr",))
+    judge = Judge(settings, read_file, lambda _: Full.load(small_bundle, "cpu"))
+    item = Item(id="astronaut.png", hr=list_folder(photos)["astronaut.png"])
+    scores = judge.scores(item)
+    assert [(s.method, s.metric) for s in scores] == [("bicubic", "psnr"), ("small, 1 step", "")]
+    assert scores[-1].failed and scores[-1].error == "out of memory"
+    assert [name for name, _ in judge.example(item).details] == ["bicubic", "HR"]
