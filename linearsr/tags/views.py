@@ -9,15 +9,20 @@ from torch import Tensor
 
 # A panorama's views; beyond this they no longer overlap.
 MOST_VIEWS = 16
+# Of two sides, for models that squeeze: beyond this they see another picture.
+SQUEEZABLE = 2.0
 
 
-def squares(picture: Tensor) -> list[Tensor]:
+def squares(picture: Tensor, squeezable: float = 1.0) -> list[Tensor]:
     """Squares (3, S, S) of a picture (3, H, W) along its longer side, S being the shorter one.
 
-    Each overlaps the next by half, up to MOST_VIEWS; a square picture is its own only view.
+    Each overlaps the next by half, up to MOST_VIEWS. A picture whose sides differ by no more than
+    the factor `squeezable` is its own only view, for a model that was trained on squeezed ones.
     """
     axis = -1 if picture.shape[-1] > picture.shape[-2] else -2
     side, length = min(picture.shape[-2:]), max(picture.shape[-2:])
+    if length <= squeezable * side:
+        return [picture]
     count = min(MOST_VIEWS, 1 + math.ceil(2 * (length / side - 1)))
     starts = torch.linspace(0, length - side, count).round().long().tolist()
     return [picture.narrow(axis, start, side) for start in starts]

@@ -17,7 +17,7 @@ from torch import Tensor
 from linearsr.errors import OptionError, WeightsError, one_line
 from linearsr.tags.choice import Choice, read_vocabulary
 from linearsr.tags.tagger import Tag, TaggerConfig
-from linearsr.tags.views import seen_twice, squares
+from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
 
 PROMPT = "This is a photo of {}."
 # CLIP's probabilities are shared out over the vocabulary; SigLIP's stand alone and are low.
@@ -42,7 +42,8 @@ class ZeroShotTagger:
     @torch.inference_mode()
     def __call__(self, picture: Tensor) -> list[Tag]:
         """Tags of a picture (3, H, W) in [0, 1], of any size; best first, none when unsure."""
-        views = [_as_image(view) for view in squares(picture)]
+        # CLIP's processor cuts out the middle square, SigLIP's squeezes the picture into one.
+        views = [_as_image(v) for v in squares(picture, SQUEEZABLE if self.siglip else 1.0)]
         inputs = self.processor.image_processor(images=views, return_tensors="pt")
         seen = _unit(self.model.get_image_features(**inputs.to(self.device)))
         logits = seen @ self.words.T * self.model.logit_scale.exp()

@@ -1,0 +1,229 @@
+"""A tiny random checkpoint in RAM's layout, against other libraries' Swin and attention."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError
+from linearsr.tags.ram import RamTagger, merge_lora
+from linearsr.tags.tagger import TaggerConfig, load_tagger
+from tests.tags.conftest import photo
+
+NAMES = ["cat", "cup", "grass", "sky", "wall"]
+WIDTH, MEMORY, PATCHES = 16, 12, 16
+# transformers' names of Swin's parts -> Microsoft's, which RAM's checkpoints have.
+THEIRS = {
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.norm": "patch_embed.norm",
+    "encoder.layers": "layers",
+    "attention.o_proj": "attn.proj",
+    "attention.relative_position_bias.": "attn.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
+}
+
+
+def _swin() -> Any:
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+    model = SwinModel(SwinConfig(image_size=32, patch_size=4, **sizes), add_pooling_layer=False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def _microsoft(swin: Any) -> dict[str, Tensor]:
+    """The backbone's tensors under the names they have in a RAM checkpoint."""
+    theirs = dict(swin.state_dict())
+    for name in [n for n in theirs if ".q_proj." in n]:
+        parts = [theirs.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        theirs[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    for old, new in THEIRS.items():
+        theirs = {k.replace(old, new): v for k, v in theirs.items()}
+    return {f"visual_encoder.{k}": v for k, v in theirs.items()}
+
+
+def _head() -> dict[str, Tensor]:
+    shapes = {"image_proj": (MEMORY, PATCHES), "wordvec_proj": (WIDTH, MEMORY), "fc": (1, WIDTH)}
+    for i in range(2):
+        layer = f"tagging_head.encoder.layer.{i}."
+        look = {"query": WIDTH, "key": MEMORY, "value": MEMORY}
+        shapes |= {f"{layer}crossattention.self.{k}": (WIDTH, v) for k, v in look.items()}
+        shapes[f"{layer}crossattention.output.dense"] = (WIDTH, WIDTH)
+        shapes[f"{layer}crossattention.output.LayerNorm"] = (WIDTH,)
+        shapes[f"{layer}intermediate.dense"] = (32, WIDTH)
+        shapes[f"{layer}output.dense"] = (WIDTH, 32)
+        shapes[f"{layer}output.LayerNorm"] = (WIDTH,)
+    made = {f"{k}.weight": torch.randn(shape) for k, shape in shapes.items()}
+    made |= {f"{k}.bias": torch.randn(shape[:1]) for k, shape in shapes.items()}
+    return {**made, "label_embed": torch.randn(len(NAMES), MEMORY)}
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    made = {**_microsoft(_swin()), **_head()}
+    # What a released file has besides: buffers, and the half that writes captions.
+    made["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+    made["text_decoder.bert.embeddings.word_embeddings.weight"] = torch.zeros(3, 3)
+    return made
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], names: list[str] = NAMES) -> TaggerConfig:
+    torch.save({"model": tensors}, folder / "ram.pth")
+    (folder / "ram_tag_list.txt").write_text("\n".join(names))
+    return TaggerConfig(kind="ram", source=str(folder / "ram.pth"), threshold=0.0)
+
+
+def _attention(tensors: dict[str, Tensor], layer: str) -> nn.MultiheadAttention:
+    """torch's own, with a layer's weights."""
+    look = [tensors[f"{layer}self.{k}.weight"] for k in ("query", "key", "value")]
+    made = nn.MultiheadAttention(WIDTH, 4, kdim=MEMORY, vdim=MEMORY, batch_first=True)
+    q, k, v = (nn.Parameter(weight) for weight in look)
+    made.q_proj_weight, made.k_proj_weight, made.v_proj_weight = q, k, v
+    bias = [tensors[f"{layer}self.{k}.bias"] for k in ("query", "key", "value")]
+    made.in_proj_bias = nn.Parameter(torch.cat(bias))
+    made.out_proj.weight = nn.Parameter(tensors[f"{layer}output.dense.weight"])
+    made.out_proj.bias = nn.Parameter(tensors[f"{layer}output.dense.bias"])
+    return made
+
+
+def _norm(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+    return F.layer_norm(x, (WIDTH,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-12)
+
+
+def _linear(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+    return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+
+def _expected(tensors: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """RAM's logits, with transformers' Swin and torch's attention."""
+    patches = _swin()(pictures).last_hidden_state
+    seen = torch.cat([patches.mean(1, keepdim=True), patches], 1)
+    seen = _linear(seen, tensors, "image_proj")
+    tags = _linear(tensors["label_embed"], tensors, "wordvec_proj").relu()
+    tags = tags.expand(len(pictures), -1, -1)
+    for i in range(2):
+        layer = f"tagging_head.encoder.layer.{i}."
+        found = _attention(tensors, f"{layer}crossattention.")(tags, seen, seen)[0]
+        tags = _norm(found + tags, tensors, f"{layer}crossattention.output.LayerNorm")
+        hidden = F.gelu(_linear(tags, tensors, f"{layer}intermediate.dense"))
+        out = _linear(hidden, tensors, f"{layer}output.dense")
+        tags = _norm(out + tags, tensors, f"{layer}output.LayerNorm")
+    return _linear(tags, tensors, "fc")[..., 0]
+
+
+@torch.no_grad()
+def test_logits_as_other_libraries_compute_them(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    model = RamTagger(_save(tmp_path, tensors)).model
+    assert model.side == 32
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    patches = _swin()(pictures).last_hidden_state
+    torch.testing.assert_close(model.visual_encoder(pictures).flatten(1, 2), patches)
+    expected = _expected(tensors, pictures)
+    assert expected.std(1).min() > 0.01 and expected.std(0).min() > 0.01
+    torch.testing.assert_close(model(pictures), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (32, 48), (200, 20), (10, 8000)])
+def test_any_size_is_answered(
+    tmp_path: Path, tensors: dict[str, Tensor], size: tuple[int, int]
+) -> None:
+    picture = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    tags = load_tagger(_save(tmp_path, tensors))(picture)
+    assert {tag.name for tag in tags} == set(NAMES)
+    assert all(0 <= tag.score <= 1 for tag in tags)
+
+
+def test_thresholds_lie_beside_the_checkpoint(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    config = _save(tmp_path, tensors)
+    scores = dict(load_tagger(config)(photo("coffee", 8)))
+    own = [scores["cat"] - 0.01, *[1.0] * (len(NAMES) - 1)]
+    (tmp_path / "ram_tag_list_threshold.txt").write_text("\n".join(map(str, own)))
+    told = load_tagger(config.model_copy(update={"threshold": None}))(photo("coffee", 8))
+    assert [tag.name for tag in told] == ["cat"]
+
+
+def test_lora_changes_what_it_names() -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv, down, up = (torch.randn(*s, generator=generator) for s in ((12, 4), (4, 4), (8, 2)))
+    base = {"attn.qkv.weight": qkv, "attn.qkv.lora_A": down, "attn.qkv.lora_B": up}
+    merged = merge_lora(base)["attn.qkv.weight"]
+    torch.testing.assert_close(merged[:4], qkv[:4] + up[:4] @ down[:2] / 2)
+    torch.testing.assert_close(merged[4:8], qkv[4:8])
+    torch.testing.assert_close(merged[8:], qkv[8:] + up[4:] @ down[2:] / 2)
+    plain = {"key.weight": qkv, "key.lora_A": down[:2], "key.lora_B": torch.ones(12, 2)}
+    expected = qkv + down[:2].sum(0).expand(12, -1) / 2
+    torch.testing.assert_close(merge_lora(plain), {"key.weight": expected})
+
+
+def test_an_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    config = _save(tmp_path, tensors)
+    name = "tagging_head.encoder.layer.0.crossattention.self.query"
+    lora = {f"{name}.lora_A": torch.ones(1, WIDTH), f"{name}.lora_B": torch.ones(WIDTH, 1)}
+    torch.save(lora, tmp_path / "dape.pth")
+    adapted = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "dape.pth")}))
+    found = adapted.model.state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(found, tensors[f"{name}.weight"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fc.bias": None}, "fc.bias is missing"),
+        ({"fc.weight": None}, "fc.weight"),
+        ({"label_embed": None}, "label_embed"),
+        ({"image_proj.extra": torch.zeros(1)}, "image_proj.extra is unknown"),
+        ({"visual_encoder.norm.weight": torch.zeros(3)}, "visual_encoder.norm.weight"),
+        ({"reweight_scale": torch.zeros(1)}, "RAM++"),
+    ],
+)
+def test_a_wrong_tensor_is_named(
+    tmp_path: Path, tensors: dict[str, Tensor], change: dict[str, Any], message: str
+) -> None:
+    wrong = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        load_tagger(_save(tmp_path, wrong))
+
+
+def test_lists_of_another_release(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(InputError, match="4 names"):
+        load_tagger(_save(tmp_path, tensors, NAMES[:4]))
+
+
+def test_no_list(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    config = _save(tmp_path, tensors)
+    (tmp_path / "ram_tag_list.txt").unlink()
+    with pytest.raises(InputError, match="ram_tag_list"):
+        load_tagger(config)
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("content", [None, b"no zip", _Evil()])
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "ram.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(WeightsError, match="checkpoint"):
+        load_tagger(TaggerConfig(kind="ram", source=str(path)))
+
+
+def test_no_source() -> None:
+    with pytest.raises(LinearSRError, match="needs a model") as caught:
+        load_tagger(TaggerConfig(kind="ram"))
+    assert isinstance(caught.value, OptionError)
