@@ -39,6 +39,7 @@ HEAVY = {
     "diffusers": ["latent", "weights.convert"],
     "pyiqa": ["quality"],
     "pyvips": ["imaging"],
+    "imagehash": ["imaging.filters"],
 }
 
 

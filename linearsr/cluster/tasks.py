@@ -1,0 +1,70 @@
+"""Independent tasks on a cluster, by Ray Data: each one writes its own results whole."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+
+from linearsr.cluster.logs import quiet_data
+from linearsr.errors import LinearSRError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# How often a task whose worker or node died is started again: by default Ray Data never gives up,
+# and a picture that kills its reader would keep the job for ever.
+RETRIES: Final = 3
+
+
+def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> Iterator[Result]:
+    """`work(item)` for every item, as they are done, a task of `cpus` logical CPUs each.
+
+    Items and results are small and can be pickled. What `work` raises is raised here; an item whose
+    workers keep dying has no result.
+    """
+    import ray
+
+    # In memory: reading would be tasks of a whole CPU each, that nobody has reserved.
+    blocks = [pa.table({"item": [pickle.dumps(item)]}) for item in items]
+    if not blocks:
+        return
+    quiet_data()
+    dataset = ray.data.from_blocks(blocks)
+    dataset.context.max_errored_blocks = -1
+    with warnings.catch_warnings():
+        # Of other options than CPUs; for this one there is no other way yet.
+        warnings.simplefilter("ignore")
+        done = dataset.map_batches(
+            partial(_do, work=work),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=cpus,
+            max_retries=RETRIES,
+        )
+    for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for data in table["result"].to_pylist():
+            result = pickle.loads(data)
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+
+def _do(block: pa.Table, work: Callable[[Any], object]) -> pa.Table:
+    results = [_result(pickle.loads(item), work) for item in block["item"].to_pylist()]
+    return pa.table({"result": [pickle.dumps(result) for result in results]})
+
+
+def _result(item: object, work: Callable[[Any], object]) -> object:
+    """What `work` returns or raises, so that only the loss of a worker fails a task."""
+    try:
+        return work(item)
+    except LinearSRError as error:
+        return error
+    except Exception:  # Not all of them can be pickled.
+        return RuntimeError(traceback.format_exc())

@@ -1,0 +1,126 @@
+"""Which pictures, and which parts of them, are worth training on.
+
+Sharpness, crops, perceptual hashes and near-duplicates; knows nothing of files, shards or Ray.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import imagehash
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+# Sharpness is measured in tiles of this side, in pixels.
+TILE: Final = 128
+HASH_BITS: Final = 64
+# Pictures whose hashes differ in more bits look nothing alike, and would take hours to find.
+MOST_DISTANCE: Final = 11
+
+_SET_BITS: Final = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
+_LUMA: Final = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+_LAPLACIAN: Final = torch.tensor([[[[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]]])
+
+
+class Box(NamedTuple):
+    """A part of a picture, in pixels from its upper left corner."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """That part of (C, H, W)."""
+        return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def boxes(height: int, width: int, crop: int, multiple: int, rng: np.random.Generator) -> list[Box]:
+    """Where to cut `crop` x `crop` from a picture: cells of a grid, none overlapping, shuffled.
+
+    The grid is put at a random place, so that no part of pictures is favoured. `crop` 0 takes the
+    whole picture, trimmed to a multiple of `multiple`. Empty where the picture is too small.
+    """
+    if not crop:
+        whole = Box(0, 0, width - width % multiple, height - height % multiple)
+        return [whole] if whole.width and whole.height else []
+    left, top = (int(rng.integers(side % crop + 1)) for side in (width, height))
+    cells = [(x, y) for y in range(height // crop) for x in range(width // crop)]
+    order = rng.permutation(len(cells))
+    return [Box(left + x * crop, top + y * crop, crop, crop) for x, y in (cells[i] for i in order)]
+
+
+def sharpness(pixels: Tensor) -> float:
+    """Variance of the Laplacian of the luma, in 8 bit steps squared, of (3, H, W) in [0, 1].
+
+    At the picture's own resolution, since that is what a model would be taught; in tiles, of which
+    one in ten has to reach the value: so it means the same for any size, and a sharp subject before
+    a soft background counts. Noise counts as sharpness. 0 for sides below 3.
+    """
+    if min(pixels.shape[1:]) < 3:
+        return 0.0
+    edges = F.conv2d((pixels[None] * _LUMA).sum(1, keepdim=True) * 255, _LAPLACIAN)
+    tile = [min(TILE, side) for side in edges.shape[2:]]
+    variance = F.avg_pool2d(edges**2, tile) - F.avg_pool2d(edges, tile) ** 2
+    return max(0.0, float(np.quantile(variance.numpy(), 0.9)))
+
+
+def perceptual_hash(pixels: Tensor) -> int:
+    """64 bits of (3, H, W) uint8 that change little with size and compression (pHash)."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return int(str(imagehash.phash(image)), 16)
+
+
+def near_duplicates(hashes: Sequence[int], distance: int) -> list[int | None]:
+    """For each hash the first one kept within `distance` bits of it; None: it is kept itself.
+
+    Hashes are of 64 bits; `distance` from -1 (keeps all) to MOST_DISTANCE. Only what is kept is
+    compared with, so that a chain of small steps does not make strangers duplicates.
+    """
+    if not -1 <= distance <= MOST_DISTANCE:
+        raise ValueError(f"distance must be from -1 to {MOST_DISTANCE}: {distance}")
+    if distance < 0:
+        return [None] * len(hashes)
+    index = _Index(distance)
+    return [index.find_or_keep(value, number) for number, value in enumerate(hashes)]
+
+
+class _Index:
+    """Hashes that were kept, in buckets by each of their bands.
+
+    There is a band more than bits may differ, so near hashes agree in at least one.
+    """
+
+    def __init__(self, distance: int) -> None:
+        self.distance = distance
+        self.width = HASH_BITS // (distance + 1)
+        self.numbers: dict[int, int] = {}
+        # Packed, for a million of them would be as many objects, and searched at once.
+        self.buckets: defaultdict[tuple[int, int], array[int]] = defaultdict(lambda: array("Q"))
+
+    def find_or_keep(self, value: int, number: int) -> int | None:
+        """The number of the first hash near `value`; with none, `value` is kept."""
+        if value in self.numbers:
+            return self.numbers[value]
+        keys = [
+            (band, (value >> band * self.width) % (1 << self.width))
+            for band in range(self.distance + 1)
+        ]
+        near = [other for key in keys if key in self.buckets for other in self._near(value, key)]
+        if near:
+            return min(self.numbers[other] for other in near)
+        self.numbers[value] = number
+        for key in keys:
+            self.buckets[key].append(value)
+        return None
+
+    def _near(self, value: int, key: tuple[int, int]) -> list[int]:
+        others = np.frombuffer(self.buckets[key], np.uint64)
+        quarters = _SET_BITS[(others ^ np.uint64(value)).view(np.uint16)].reshape(-1, 4)
+        return others[quarters.sum(1) <= self.distance].tolist()
