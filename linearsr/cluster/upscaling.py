@@ -198,7 +198,8 @@ def _rows(todo: pa.Table, config: UpscaleConfig) -> Iterator[dict[str, str]]:
     quiet_data()
     results = ray.data.from_blocks(blocks).map_batches(
         _Worker,
-        fn_constructor_args=(config,),
+        # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
+        fn_constructor_args=(config, locate(config.input), locate(config.output)),
         batch_size=config.batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -256,9 +257,8 @@ class _Result(NamedTuple):
 class _Worker:
     """The actor: one model, `hands` calls at a time that take turns with it."""
 
-    def __init__(self, config: UpscaleConfig) -> None:
-        self.config = config
-        self.source, self.output = locate(config.input), locate(config.output)
+    def __init__(self, config: UpscaleConfig, source: Location, output: Location) -> None:
+        self.config, self.source, self.output = config, source, output
         self.upscaler = load_upscaler(config.model, config.device)
         self.turn = threading.Lock()
 
