@@ -4,9 +4,8 @@
         --hr s3://data/DIV2K --models linearsr-tiny mine=s3://runs/experts/weights \\
         --output s3://reports/div2k --actors 4 --gpu
 
-Every option of `linearsr evaluate` works here, and gives the same numbers. Started again after it
-was killed, it goes on with the pictures that are left. Exit codes: 0 all done, 1 some failed, 2
-usage.
+Every option of `linearsr evaluate` works here, and gives the same numbers. Started again, it goes
+on with the pictures that are left or failed. Exit codes: 0 all done, 1 some failed, 2 usage.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     names ─▶ actors: read ▶ every method ▶ every metric ─▶ rows of numbers ─▶ parts ─▶ the report
 
 Pixels never travel, but for the contact sheet's few details. Finished pictures are kept in
-OUTPUT/parts-* until the report is written, so a killed job goes on when it is started again.
+OUTPUT/parts-* until all are through, so a job that is started again, killed or with pictures that
+failed, goes on with the rest.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def evaluate(config: EvaluationConfig) -> Report:
         lambda items: _look(made.settings, items, config),
         lambda name, data: (output / name).write(data),
     )
-    parts.delete()
+    if not report.failures:  # else the next try needs only those
+        parts.delete()
     return report
 
 

@@ -36,8 +36,8 @@ DOWNLOAD_SECONDS = 10
 def conventions() -> str:
     """What the numbers mean, for a table's caption."""
     return (
-        f"pyiqa {version('pyiqa')}; psnr on Y of YCbCr (BT.601, 16 to 235), ssim on that rounded to "
-        "8 bits, both with scale pixels cropped"
+        f"pyiqa {version('pyiqa')}; psnr on Y of YCbCr (BT.601, 16 to 235), ssim on that rounded "
+        "to 8 bits, both with scale pixels cropped"
     )
 
 

@@ -1,0 +1,143 @@
+"""The evaluation job: the numbers of `linearsr evaluate`, shards, resuming, exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from ray.cluster_utils import Cluster
+
+from linearsr.cli import main
+from linearsr.cluster import evaluation
+from linearsr.cluster.evaluation import EvaluationConfig, evaluate, list_pictures
+from linearsr.cluster.storage import locate
+from linearsr.errors import InputError, WeightsError
+from linearsr.evaluation.run import Request, plan
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("psnr", "ssim", "piqe")
+
+
+def _request(small_bundle: Path, hr: Path, **more: object) -> Request:
+    models = {"small": str(small_bundle)}
+    return Request.parse(hr=str(hr), models=models, steps=(1,), metrics=METRICS, **more)
+
+
+def _job(request: Request, output: Path, actors: int = 1) -> EvaluationConfig:
+    return EvaluationConfig(request=request, output=str(output), actors=actors, actor_cpus=0.5)
+
+
+def _rows(output: Path) -> list[dict[str, object]]:
+    return pq.read_table(output / "metrics.parquet").to_pylist()
+
+
+def _pairs(photos: Path, folder: Path) -> tuple[Path, Path]:
+    """HR cut to whole LR pixels, and LR, under the same names."""
+    (folder / "hr").mkdir(), (folder / "lr").mkdir()
+    for path in photos.iterdir():
+        hr = Image.open(path).crop((0, 0, 96, 64))
+        hr.save(folder / "hr" / path.name)
+        hr.resize((24, 16), Image.Resampling.BICUBIC).save(folder / "lr" / path.name)
+    return folder / "hr", folder / "lr"
+
+
+def test_actors_measure_exactly_what_one_process_does(
+    cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    report = evaluate(_job(_request(small_bundle, photos, lr="degraded"), tmp_path / "job", 2))
+    words = f"evaluate --hr {photos} --lr degraded --models small={small_bundle} --steps 1 "
+    words += f"--device cpu --metrics {' '.join(METRICS)} -o {tmp_path / 'plain'}"
+    assert main(words.split()) == 0 and not report.failures
+    assert _rows(tmp_path / "job") == _rows(tmp_path / "plain")
+    texts = [(tmp_path / kind / "report.md").read_text() for kind in ("job", "plain")]
+    assert texts[0] == texts[1]
+    assert (tmp_path / "job" / "contact.jpg").read_bytes()[:2] == b"\xff\xd8"
+    assert not list((tmp_path / "job").glob("parts-*"))
+
+
+def test_shards_give_the_numbers_of_the_pictures_inside(
+    cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    hr, lr = _pairs(photos, tmp_path)
+    rows = [
+        {"id": p.name, "hr": p.read_bytes(), "lr": (lr / p.name).read_bytes()}
+        for p in sorted(hr.iterdir())
+    ]
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / "0.parquet", row_group_size=1)
+    evaluate(_job(_request(small_bundle, tmp_path / "shards"), tmp_path / "job"))
+    words = f"evaluate --hr {hr} --lr {lr} --models small={small_bundle} --steps 1 --device cpu "
+    words += f"--metrics {' '.join(METRICS)} -o {tmp_path / 'plain'}"
+    assert main(words.split()) == 0
+    assert _rows(tmp_path / "job") == _rows(tmp_path / "plain")
+
+
+def test_the_command_reads_shards_as_well(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    Image.open(photos / "coffee.png").save(buffer, "PNG")
+    low = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(low, "PNG")
+    row = {"id": "one", "hr": buffer.getvalue(), "lr": low.getvalue()}
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "shards" / "0.parquet")
+    words = f"evaluate --hr {tmp_path / 'shards'} --models --metrics psnr -o {tmp_path / 'out'}"
+    assert main(words.split()) == 0
+    assert [row["id"] for row in _rows(tmp_path / "out")] == ["one"]
+
+
+def test_other_settings_do_not_share_parts(small_bundle: Path, photos: Path) -> None:
+    prints = set()
+    for more in ({}, {"lr": "degraded"}, {"seed": 1}, {"scale": 2}, {"every": 2}):
+        request = _request(small_bundle, photos, **more)
+        prints.add(evaluation._fingerprint(request, plan(request, list_pictures).settings))
+    assert len(prints) == 4, "every only chooses among the pictures"
+
+
+def test_what_an_actor_would_find_out_late_ends_the_job_early(
+    photos: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    request = _request(small_bundle, photos)
+    with pytest.raises(WeightsError, match="nowhere"):
+        evaluate(_job(request.model_copy(update={"models": {"x": "nowhere"}}), tmp_path / "out"))
+    with pytest.raises(InputError, match="no pictures"):
+        evaluate(_job(_request(small_bundle, tmp_path / "empty"), tmp_path / "out"))
+
+
+def test_the_job_as_users_start_it_names_what_fails_and_the_next_one_needs_only_that(
+    cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    hr, output = tmp_path / "hr", tmp_path / "out"
+    shutil.copytree(photos, hr)
+    (hr / "coffee.png").write_bytes(b"no picture")
+    words = f"ray_jobs/evaluate.py --hr {hr} --models small={small_bundle} --steps 1 "
+    words += f"--metrics {' '.join(METRICS)} --actor-cpus 0.5 --output {output}"
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words.split()]
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 1, run.stderr
+    assert "coffee.png: not a picture" in run.stderr and "| small, 1 step" in run.stdout
+    judged = _rows(output)
+    assert {row["id"] for row in judged} == {"astronaut.png"}
+
+    shutil.copy(photos / "coffee.png", hr)
+    (hr / "astronaut.png").write_bytes(b"judged already: never read again for numbers")
+    request = _request(small_bundle, hr)
+    made = plan(request, list_pictures)
+    parts = locate(output) / f"parts-{evaluation._fingerprint(request, made.settings)}"
+    scores = evaluation._scores(made, _job(request, output), parts)
+    assert not [score for score in scores if score.failed]
+    assert {score.id for score in scores} == {"astronaut.png", "coffee.png"}
+    kept = {(s.id, s.method, s.metric): s.value for s in scores}
+    assert all(kept[row["id"], row["method"], row["metric"]] == row["value"] for row in judged)
