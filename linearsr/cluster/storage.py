@@ -450,7 +450,7 @@ def _cause_by_code(code: str, error: Exception) -> tuple[type[LinearSRError] | N
         (
             _THROTTLED,
             Throttled,
-            f"throttled, {_attempts()} times in a row; use fewer workers, or raise "
+            f"throttled in up to {_attempts()} attempts; use fewer workers, or raise "
             "AWS_MAX_ATTEMPTS",
         ),
         (
@@ -470,7 +470,9 @@ def _cause_by_code(code: str, error: Exception) -> tuple[type[LinearSRError] | N
 
 
 def _failing() -> str:
-    return f"the storage fails, {_attempts()} times in a row; try later, or raise AWS_MAX_ATTEMPTS"
+    return (
+        f"the storage fails in up to {_attempts()} attempts; try later, or raise AWS_MAX_ATTEMPTS"
+    )
 
 
 def _region_advice(error: Exception) -> str:

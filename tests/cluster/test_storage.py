@@ -297,8 +297,8 @@ def test_an_endpoint_where_nobody_listens_is_named(
 @pytest.mark.parametrize(
     ("answer", "error", "words"),
     [
-        (SLOW_DOWN, Throttled, "throttled, 2 times in a row; use fewer workers"),
-        (INTERNAL_ERROR, Unreachable, "fails, 2 times in a row"),
+        (SLOW_DOWN, Throttled, "throttled in up to 2 attempts; use fewer workers"),
+        (INTERNAL_ERROR, Unreachable, "fails in up to 2 attempts"),
     ],
 )
 def test_a_storage_that_does_not_recover_is_given_up(
@@ -334,7 +334,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
             lambda: _parquet(folder / "y"),
         ):
             proxy.injected.clear()
-            with pytest.raises(Unreachable, match=r"does not answer|fails, 2 times"):
+            with pytest.raises(Unreachable, match=r"does not answer|fails in up to 2"):
                 use()
             assert proxy.injected["cut"] >= 2
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,9 @@ from pathlib import Path
 
 KEY, SECRET, REGION = "test:tester", "testing", "us-east-1"
 HOST = "127.0.0.1"
+# Runs a server, and ends its process group when whoever started it has gone, killed too: then the
+# pipe to its standard input closes.
+GUARD = 'exec 3<&0; (read _ <&3; kill 0) & exec "$@" 3<&- </dev/null'
 # Below the ports that outgoing connections take for themselves, above those of Ray's workers.
 PORTS = range(20000, 32000)
 STARTS_WITHIN, STOPS_WITHIN = 120.0, 20.0
@@ -176,9 +179,10 @@ def _configure(folder: Path, ports: dict[str, int], commands: Path, page: int) -
 def _start(name: str, folder: Path, commands: Path) -> subprocess.Popen[bytes]:
     """In a session of its own: told to stop, a Swift server stops its whole process group."""
     with open(folder / "log" / f"{name}.log", "wb") as log:
+        server = [commands / f"swift-{name}-server", folder / "conf" / f"{name}-server.conf"]
         return subprocess.Popen(
-            [commands / f"swift-{name}-server", folder / "conf" / f"{name}-server.conf"],
-            stdin=subprocess.DEVNULL,
+            ["sh", "-c", GUARD, "sh", *server],
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -223,6 +227,8 @@ def _stop(servers: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             _signal(server, signal.SIGKILL)
             server.wait()
+        assert server.stdin is not None
+        server.stdin.close()
 
 
 def _signal(server: subprocess.Popen[bytes], number: int) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from linearsr.cluster.storage import locate
@@ -30,6 +33,19 @@ def test_what_is_stored_outlives_the_server(
 ) -> None:
     _store(tmp_path, monkeypatch, new=True)
     assert _store(tmp_path, monkeypatch, new=False) == b"stored"
+
+
+def test_servers_end_with_whoever_started_them(tmp_path: Path) -> None:
+    """Killed, it cannot stop them."""
+    port = swift.free_port()
+    command = [sys.executable, "-m", "tests.s3.swift", f"--folder={tmp_path}", f"--port={port}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert "another terminal" in started.stdout.readline()
+        servers = psutil.Process(started.pid).children()
+        assert len(servers) == 4
+        started.kill()
+    assert psutil.wait_procs(servers, timeout=60)[1] == []
 
 
 def test_a_server_that_is_not_installed_says_how_to_install_it(
