@@ -7,9 +7,10 @@ change the data order.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import json
+from collections.abc import Generator, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,19 @@ from torch import Tensor
 from linearsr.cluster.storage import Location, locate
 from linearsr.errors import InputError, LinearSRError
 from linearsr.imaging.files import READ_SUFFIXES, read
-from linearsr.training.data import Batch, DataConfig, Pair, Photos, as_bytes, cut_pair
+from linearsr.training.data import (
+    SIDECAR,
+    Batch,
+    DataConfig,
+    Pair,
+    Photo,
+    Photos,
+    Tags,
+    as_bytes,
+    cut_pair,
+    read_tags,
+    same,
+)
 
 # Decoded photographs, and row groups of encoded ones, that one actor keeps.
 PHOTOS_KEPT = 64
@@ -37,13 +50,14 @@ class Source(Protocol):
     """Numbered training pairs."""
 
     def pair(self, number: int) -> Pair:
-        """HR and LR of pair `number`, uint8."""
+        """Pair `number`."""
         ...
 
 
 def open_source(path: str, config: DataConfig, seed: int) -> Source:
     """A folder of pictures, or of Parquet shards, local or s3://.
 
+    Tags come from the folder's tags.json, or from the shards' column `tags`, where there is one.
     Raises InputError when there is nothing to train on, saying why.
     """
     files = locate(path).files()
@@ -59,7 +73,20 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
             f"{path}: none of the first {LOOKED_AT} pictures can be decoded and is at least "
             f"{config.needs} px on its shorter side (patch plus margins)"
         )
-    return Photos([partial(_photo, p, config.needs, tuple(usable)) for p in pictures], config, seed)
+    tags = _tags(locate(path), pictures)
+    photos = [partial(_photo, p, config.needs, tuple(usable), tags) for p in pictures]
+    return Photos(photos, config, seed)
+
+
+def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
+    """Tags by the whole path of a picture."""
+    sidecar = folder / SIDECAR
+    if not sidecar.exists():
+        return {}
+    inside = f"{folder.path}/"
+    names = [picture.path.removeprefix(inside) for picture in pictures]
+    listed = read_tags(sidecar.read(), sidecar.path, names)
+    return {f"{inside}{name}": tags for name, tags in listed.items()}
 
 
 def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
@@ -81,19 +108,17 @@ def _decoded(picture: Location, needs: int) -> Tensor | None:
     return photo if min(photo.shape[1:]) >= needs else None
 
 
-def _photo(picture: Location, needs: int, instead: tuple[Location, ...]) -> Tensor:
+def _photo(
+    picture: Location, needs: int, instead: tuple[Location, ...], tags: Mapping[str, Tags]
+) -> Photo:
     """The picture; for one that cannot be used, another that can: a bad file ends no run."""
     for candidate in (picture, *instead):
-        photo = _decoded(candidate, needs)
-        if photo is not None:
-            return photo
+        pixels = _decoded(candidate, needs)
+        if pixels is not None:
+            return Photo(pixels, tags.get(candidate.path, ()))
     raise InputError(
         f"{picture.path}: neither it nor the pictures checked at the start can be read"
     )
-
-
-def _same(photo: Tensor) -> Tensor:
-    return photo
 
 
 class _Group(NamedTuple):
@@ -115,7 +140,7 @@ class Shards:
             raise InputError(f"{files[0].path}: the shards hold no rows")
 
     def pair(self, number: int) -> Pair:
-        """HR and LR of pair `number`; rows that cannot be used are passed over.
+        """Pair `number`; rows that cannot be used are passed over.
 
         Raises InputError after a whole epoch, or TRIES rows, of them.
         """
@@ -123,19 +148,22 @@ class Shards:
             photo = self._photo(*divmod(candidate, self.rows))
             if photo is not None:
                 rng = np.random.default_rng([self.seed, number])
-                return cut_pair(partial(_same, photo), self.config, rng)
+                return cut_pair(partial(same, photo), self.config, rng)
         raise InputError(
             f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at least "
             f"{self.config.needs} px on its shorter side; build larger shards"
         )
 
-    def _photo(self, epoch: int, position: int) -> Tensor | None:
+    def _photo(self, epoch: int, position: int) -> Photo | None:
         group, row = self._find(epoch, position)
+        shown = _columns(group).slice(row, 1).to_pylist()[0]
         try:
-            photo = as_bytes(read(_hr_column(group)[row].as_py(), name=f"{group.file.path}:{row}"))
+            pixels = as_bytes(read(shown["hr"], name=f"{group.file.path}:{row}"))
         except LinearSRError:
             return None
-        return photo if min(photo.shape[1:]) >= self.config.needs else None
+        if min(pixels.shape[1:]) < self.config.needs:
+            return None
+        return Photo(pixels, tuple(filter(None, shown.get("tags") or ())))
 
     def _find(self, epoch: int, position: int) -> tuple[_Group, int]:
         order, starts = _epoch_order(tuple(g.rows for g in self.groups), self.seed, epoch)
@@ -157,16 +185,26 @@ def _groups(file: Location) -> Iterator[_Group]:
         metadata = pq.ParquetFile(file.path, filesystem=file.filesystem).metadata
     except (OSError, ValueError) as error:
         raise InputError(f"{file.path}: not a readable Parquet shard: {error}") from error
-    if "hr" not in metadata.schema.to_arrow_schema().names:
+    schema = metadata.schema.to_arrow_schema()
+    if "hr" not in schema.names:
         raise InputError(f"{file.path}: no column 'hr'; build shards with ray_jobs/build_shards.py")
+    if "tags" in schema.names and not _lists_text(schema.field("tags").type):
+        raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
     for number in range(metadata.num_row_groups):
         yield _Group(file, number, metadata.row_group(number).num_rows)
 
 
+def _lists_text(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return lists and str(kind.value_type).removeprefix("large_") == "string"
+
+
 @lru_cache(maxsize=GROUPS_KEPT)
-def _hr_column(group: _Group) -> Any:
+def _columns(group: _Group) -> pa.Table:
+    """hr, and tags where there are any."""
     file = pq.ParquetFile(group.file.path, filesystem=group.file.filesystem)
-    return file.read_row_group(group.number, columns=["hr"]).column("hr")
+    wanted = [name for name in ("hr", "tags") if name in file.schema_arrow.names]
+    return file.read_row_group(group.number, columns=wanted)
 
 
 class Share(NamedTuple):
@@ -190,11 +228,13 @@ class _PairMaker:
 
     def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         numbers = [n for step in steps["step"] for n in self._numbers(self.first_step + int(step))]
-        hr, lr = zip(*(self.source.pair(n) for n in numbers), strict=True)
+        hr, lr, tags = zip(*(self.source.pair(n) for n in numbers), strict=True)
         return {
             "number": np.array(numbers),
             "hr": np.stack([picture.numpy() for picture in hr]),
             "lr": np.stack([picture.numpy() for picture in lr]),
+            # As text: lists of unlike lengths are no column.
+            "tags": np.array([json.dumps(names) for names in tags]),
         }
 
     def _numbers(self, step: int) -> range:
@@ -231,4 +271,5 @@ def batches(
 
 def _batch(rows: dict[str, np.ndarray]) -> Batch:
     hr, lr = (torch.from_numpy(np.array(rows[side])).float() / 127.5 - 1 for side in ("hr", "lr"))
-    return Batch(hr, lr, torch.from_numpy(np.array(rows["number"])))
+    tags = tuple(tuple(json.loads(names)) for names in rows["tags"])
+    return Batch(hr, lr, torch.from_numpy(np.array(rows["number"])), tags)

@@ -41,6 +41,7 @@ from linearsr.cluster.weights import start_weights
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, OptionError, one_line
 from linearsr.latent import load_autoencoder
+from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop
 from linearsr.training.data import Batch
 from linearsr.training.engine import ZeroEngine
@@ -180,9 +181,10 @@ def _build(job: StageConfig) -> loop.Stage:
     model = LinearSR(job.recipe.model.denoiser)
     if job.start is not None:
         model.load_state_dict(start_weights(job)[job.expert or 0])
-    device = get_device()
+    device, config = get_device(), job.recipe.model
     engine = ZeroEngine(model, job.train, device)
-    return loop.Stage.start(engine, load_autoencoder(job.recipe.model.latent, device), job.train)
+    autoencoder, encoder = load_autoencoder(config.latent, device), tag_encoder(config, device)
+    return loop.Stage.start(engine, autoencoder, job.train, encoder)
 
 
 def _stream(

@@ -22,6 +22,7 @@ from linearsr import weights
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError
 from linearsr.latent import load_autoencoder
+from linearsr.tags.encoder import tag_encoder
 from linearsr.training import export, loop
 from linearsr.training.data import stream
 from linearsr.training.engine import TorchEngine
@@ -71,7 +72,8 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
         model.load_state_dict(weights.load(recipe.start).experts[0].state_dict())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = TorchEngine(model, config, device)
-    stage = loop.Stage.start(engine, load_autoencoder(recipe.model.latent, device), config)
+    autoencoder = load_autoencoder(recipe.model.latent, device)
+    stage = loop.Stage.start(engine, autoencoder, config, tag_encoder(recipe.model, device))
     # The second one: what is left if the program was ended while it replaced the first.
     for saved in (folder, folder.with_name(f"{folder.name}.old")):
         if saved.is_dir():

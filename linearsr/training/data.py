@@ -7,36 +7,56 @@ restarts and other numbers of workers without any state. Knows nothing of where 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from linearsr.config import Config
-from linearsr.errors import InputError
+from linearsr.errors import InputError, one_line
 from linearsr.imaging.degrade import PRESETS, Preset, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
+
+Tags = tuple[str, ...]
+
+# What a folder of photographs shows: {"sub/photo.jpg": ["cat", "grass"], ...}.
+SIDECAR = "tags.json"
+_SIDECAR = TypeAdapter(dict[str, list[str | tuple[str, float]]])
 
 
 class Batch(NamedTuple):
     """hr (B, 3, H, W) and lr (B, 3, H/scale, W/scale) in [-1, 1]; numbers (B,) int64 of the pairs.
 
-    The numbers also seed timesteps and noise, so a step depends on nothing but its pairs.
+    The numbers also seed timesteps and noise, so a step depends on nothing but its pairs. tags: B
+    lists, or none at all.
     """
 
     hr: Tensor
     lr: Tensor
     numbers: Tensor
+    tags: tuple[Tags, ...] = ()
 
 
-Pair = tuple[Tensor, Tensor]
+class Photo(NamedTuple):
+    """A photograph (3, H, W) uint8, and what it shows."""
+
+    pixels: Tensor
+    tags: Tags = ()
+
+
+class Pair(NamedTuple):
+    """hr (3, patch, patch) and lr (3, patch/scale, patch/scale), uint8; the photograph's tags."""
+
+    hr: Tensor
+    lr: Tensor
+    tags: Tags = ()
 
 
 class DataConfig(Config):
@@ -53,6 +73,8 @@ class DataConfig(Config):
     )
     # Pixels around the patch that blur and resize may look at.
     margin: int = 16
+    # How often a pair loses its tags, so that the model can do without.
+    tag_dropout: float = Field(default=0.1, ge=0, le=1)
 
     @property
     def needs(self) -> int:
@@ -71,28 +93,29 @@ class DataConfig(Config):
 class Photos:
     """Pairs cut from photographs at random.
 
-    `photos`: functions that return a photograph, (3, H, W) uint8; called for every crop, so that
-    whoever loads them decides what stays in memory.
+    `photos`: functions that return a photograph; called for every crop, so that whoever loads them
+    decides what stays in memory.
     """
 
     def __init__(
-        self, photos: Sequence[Callable[[], Tensor]], config: DataConfig, seed: int
+        self, photos: Sequence[Callable[[], Photo]], config: DataConfig, seed: int
     ) -> None:
         self.photos = photos
         self.config = config
         self.seed = seed
 
     def pair(self, number: int) -> Pair:
-        """HR (3, patch, patch) and LR (3, patch/scale, patch/scale), uint8, of pair `number`."""
+        """Pair `number`."""
         rng = np.random.default_rng([self.seed, number])
         return cut_pair(
             lambda: self.photos[int(rng.integers(len(self.photos)))](), self.config, rng
         )
 
 
-def cut_pair(photo: Callable[[], Tensor], config: DataConfig, rng: np.random.Generator) -> Pair:
-    """One degraded crop of what `photo()` returns, (3, H, W) uint8: HR and LR, both uint8."""
-    hr = _augment(_crop(photo, config, rng), rng)
+def cut_pair(photo: Callable[[], Photo], config: DataConfig, rng: np.random.Generator) -> Pair:
+    """One degraded crop of what `photo()` returns."""
+    crop, tags = _crop(photo, config, rng)
+    hr = _augment(crop, rng)
     preset = rng.choice(list(config.degradations), p=list(config.degradations.values()))
     lr = degrade(hr, config.scale, PRESETS[preset], rng)
     inner = config.margin // config.scale
@@ -100,29 +123,32 @@ def cut_pair(photo: Callable[[], Tensor], config: DataConfig, rng: np.random.Gen
         _centre(hr, config.margin, config.patch),
         _centre(lr, inner, config.patch // config.scale),
     )
-    return _as_bytes(hr), _as_bytes(lr)
+    # Drawn last: the same pixels with tags and without.
+    dropped = rng.random() < config.tag_dropout
+    return Pair(_as_bytes(hr), _as_bytes(lr), () if dropped else tags)
 
 
-def _crop(photo: Callable[[], Tensor], config: DataConfig, rng: np.random.Generator) -> Tensor:
+def _crop(photo: Callable[[], Photo], config: DataConfig, rng: np.random.Generator) -> Photo:
     """(3, size, size) in [0, 1]; half the time the busier of two crops."""
     crops = [_random_crop(photo(), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
-    return max(crops, key=lambda crop: crop.diff(dim=-1).abs().mean().item())
+    return max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
 
 
-def _random_crop(photo: Tensor, config: DataConfig, rng: np.random.Generator) -> Tensor:
-    size = config.needs
+def _random_crop(photo: Photo, config: DataConfig, rng: np.random.Generator) -> Photo:
+    pixels, size = photo.pixels, config.needs
     low, high = np.log(config.shrink)
-    shrink = max(np.exp(rng.uniform(low, high)), size / min(photo.shape[1:]))
-    source = min(round(size / shrink), *photo.shape[1:])
-    top, left = (int(rng.integers(n - source + 1)) for n in photo.shape[1:])
-    crop = photo[:, top : top + source, left : left + source].float()[None] / 255
-    return resize(crop, size, size)[0].clamp(0, 1)
+    shrink = max(np.exp(rng.uniform(low, high)), size / min(pixels.shape[1:]))
+    source = min(round(size / shrink), *pixels.shape[1:])
+    top, left = (int(rng.integers(n - source + 1)) for n in pixels.shape[1:])
+    crop = pixels[:, top : top + source, left : left + source].float()[None] / 255
+    return Photo(resize(crop, size, size)[0].clamp(0, 1), photo.tags)
 
 
 def collate(pairs: Sequence[Pair], numbers: Sequence[int]) -> Batch:
     """Pairs of equal size to one batch of floats in [-1, 1]."""
-    hr, lr = (torch.stack(side).float() / 127.5 - 1 for side in zip(*pairs, strict=True))
-    return Batch(hr, lr, torch.tensor(numbers))
+    hrs, lrs, tags = zip(*pairs, strict=True)
+    hr, lr = (torch.stack(side).float() / 127.5 - 1 for side in (hrs, lrs))
+    return Batch(hr, lr, torch.tensor(numbers), tags)
 
 
 class Batches(IterableDataset[Batch]):
@@ -142,19 +168,43 @@ class Batches(IterableDataset[Batch]):
 
 
 def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
-    """The photographs of a local folder, kept decoded in memory.
+    """The photographs of a local folder, kept decoded in memory, with the tags of its tags.json.
 
-    Raises InputError when none is large enough to cut a patch from.
+    Raises InputError when none is large enough to cut a patch from, or tags.json is none.
     """
-    decoded = [as_bytes(read(path)) for path in find_images(folder)]
-    large = [photo for photo in decoded if min(photo.shape[1:]) >= config.needs]
+    paths = find_images(folder)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    sidecar = folder / SIDECAR
+    tags = read_tags(sidecar.read_bytes(), str(sidecar), names) if sidecar.is_file() else {}
+    decoded = [
+        Photo(as_bytes(read(path)), tags.get(name, ()))
+        for path, name in zip(paths, names, strict=True)
+    ]
+    large = [photo for photo in decoded if min(photo.pixels.shape[1:]) >= config.needs]
     if not large:
         raise InputError(f"{folder}: no photograph of at least {config.needs} px to train on")
-    return Photos([partial(_same, photo) for photo in large], config, seed)
+    return Photos([partial(same, photo) for photo in large], config, seed)
 
 
-def _same(photo: Tensor) -> Tensor:
+def same(photo: Photo) -> Photo:
+    """The photograph itself, for one that is at hand."""
     return photo
+
+
+def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, Tags]:
+    """Tags by the path of a picture in its folder: lists of names, or of [name, score].
+
+    `names`: the pictures there are. Raises InputError for another format, and if none is tagged.
+    """
+    try:
+        listed = _SIDECAR.validate_json(sidecar)
+    except ValidationError as error:
+        raise InputError(
+            f'{where}: tags look like {{"photo.jpg": ["cat", "grass"]}}: {one_line(error)}'
+        ) from error
+    if not set(names) & set(listed):
+        raise InputError(f"{where}: names none of the pictures beside it, such as {names[:1]}")
+    return {name: tuple(t if isinstance(t, str) else t[0] for t in listed[name]) for name in listed}
 
 
 def as_bytes(picture: Picture) -> Tensor:
@@ -187,4 +237,10 @@ def stream(
 ) -> Iterator[Batch]:
     """Batches from pair `start` on, made in `workers` background processes (0: in this one)."""
     batches = Batches(load_photos(folder, config, seed), start)
-    return iter(DataLoader(batches, batch_size=None, num_workers=workers))
+    # Torch's own idea of a batch would turn tags into lists.
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is)
+    return iter(loader)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

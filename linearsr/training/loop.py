@@ -24,6 +24,7 @@ from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import Autoencoder
 from linearsr.noise.path import add_noise, velocity
+from linearsr.tags.encoder import TagEncoder
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch
 from linearsr.training.ema import EMA
@@ -70,13 +71,23 @@ class Stage:
     ema: EMA
     guard: Guard
     progress: Progress
+    encoder: TagEncoder | None = None
 
     @classmethod
-    def start(cls, engine: Engine, autoencoder: Autoencoder, config: TrainConfig) -> Stage:
-        """A stage at its first step, from the weights that `engine` holds."""
+    def start(
+        cls,
+        engine: Engine,
+        autoencoder: Autoencoder,
+        config: TrainConfig,
+        encoder: TagEncoder | None = None,
+    ) -> Stage:
+        """A stage at its first step, from the weights that `engine` holds.
+
+        encoder: of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
+        """
         ema = EMA(engine.module, config.ema, engine.rank, engine.world)
-        guard = Guard(config.guard)
-        return cls(engine, autoencoder, config, ema, guard, Progress(world=engine.world))
+        guard, progress = Guard(config.guard), Progress(world=engine.world)
+        return cls(engine, autoencoder, config, ema, guard, progress, encoder)
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint; call on all ranks alike.
@@ -142,12 +153,16 @@ def draw(numbers: Tensor, shape: torch.Size, config: TrainConfig) -> tuple[Tenso
 
 
 def flow_loss(
-    model: LinearSR, autoencoder: Autoencoder, batch: Batch, config: TrainConfig
+    model: LinearSR,
+    autoencoder: Autoencoder,
+    batch: Batch,
+    config: TrainConfig,
+    encoder: TagEncoder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Conditional flow matching: (B,) losses mean |v_theta(z_t, t, LR) - (eps - z_0)|^2, and t.
 
     With `config.pixel_weight`, plus the L1 distance of the decoded guess z_t - t v to the HR
-    picture where t <= `config.pixel_below`.
+    picture where t <= `config.pixel_below`. An `encoder` has the tags of the batch guide the model.
     """
     device, dtype = batch.hr.device, model.embed.weight.dtype
     with torch.no_grad():
@@ -156,7 +171,8 @@ def flow_loss(
         t, noise = (x.to(device) for x in draw(batch.numbers, clean.shape[1:], config))
         latent = add_noise(clean, noise, t)
         joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
-    v = model(latent, t, model.condition(lr_picture.to(dtype), joined))
+        tags, mask = _encoded(batch, encoder, dtype)
+    v = model(latent, t, model.condition(lr_picture.to(dtype), joined, tags, mask))
     losses = (v - velocity(clean, noise)).square().mean(dim=(1, 2, 3))
     near = t <= config.pixel_below
     if config.pixel_weight and near.any():
@@ -164,6 +180,16 @@ def flow_loss(
         distance = (guess - batch.hr[near]).abs().mean(dim=(1, 2, 3))
         losses = losses.index_add(0, near.nonzero()[:, 0], config.pixel_weight * distance)
     return losses, t
+
+
+def _encoded(
+    batch: Batch, encoder: TagEncoder | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Embeddings and mask, even if no pair has a tag: all ranks must use the same parameters."""
+    if encoder is None:
+        return None, None
+    embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
+    return embeddings.to(batch.hr.device, dtype), mask.to(batch.hr.device)
 
 
 class _Largest:
@@ -231,13 +257,12 @@ def run(
 def _step(stage: Stage, batch: Batch, largest: _Largest) -> tuple[Signals, Tensor, Tensor]:
     engine, config, progress = stage.engine, stage.config, stage.progress
     progress.seen += len(batch.numbers) * engine.world
-    batch = Batch(
-        batch.hr.to(engine.device, non_blocking=True),
-        batch.lr.to(engine.device, non_blocking=True),
-        batch.numbers,
+    batch = batch._replace(
+        hr=batch.hr.to(engine.device, non_blocking=True),
+        lr=batch.lr.to(engine.device, non_blocking=True),
     )
     with engine.precision():
-        losses, t = flow_loss(engine.module, stage.autoencoder, batch, config)
+        losses, t = flow_loss(engine.module, stage.autoencoder, batch, config, stage.encoder)
     loss = losses.mean()
     mean, peak = engine.share(loss.item(), largest.value.item())
     check_finite(progress.step, Signals(mean, 0.0, peak))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_bad_pictures_among_good_ones_end_nothing(tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(_png(200))
     source = open_source(str(tmp_path), DATA.model_copy(update={"degradations": {"clean": 1}}), 0)
     for number in range(12):
-        hr, lr = source.pair(number)
+        hr, lr, _ = source.pair(number)
         assert hr.shape == (3, 32, 32) and lr.shape == (3, 8, 8)
         assert len(hr.unique()) == 1 and hr.min() > 120
 
@@ -84,10 +85,8 @@ def test_a_folder_gives_the_pairs_that_local_training_gets(photos: Path) -> None
     local, other = load_photos(photos, DATA, 3), open_source(str(photos), DATA, 4)
     for number in (0, 7, 100_000):
         for ours, theirs in ((again, "again"), (local, "local")):
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(first.pair(number), ours.pair(number), strict=True)
-            ), theirs
+            (hr, lr, _), (other_hr, other_lr, _) = first.pair(number), ours.pair(number)
+            assert torch.equal(hr, other_hr) and torch.equal(lr, other_lr), theirs
     assert not torch.equal(first.pair(7)[0], other.pair(7)[0])
 
 
@@ -132,13 +131,39 @@ def test_pairs_of_shards_are_cut_from_their_rows(shards: Path) -> None:
         assert len({round(s) for s in shades}) >= 10 and min(shades) < 5 and max(shades) > 180
 
 
+def test_tags_of_shards_are_their_rows(tmp_path: Path) -> None:
+    """A column that need not be there, nor hold anything."""
+    tags = [["red", "round"], [], None, ["blue"]]
+    pictures = pa.array([_png(60 * i) for i in range(4)], pa.binary())
+    table = pa.table({"hr": pictures, "tags": pa.array(tags, pa.list_(pa.string()))})
+    pq.write_table(table, tmp_path / "0.parquet", row_group_size=2)
+    sure = DATA.model_copy(update={"degradations": {"clean": 1.0}, "tag_dropout": 0.0})
+    source = open_source(str(tmp_path), sure, 0)
+    found = [source.pair(n) for n in range(4)]
+    assert sorted(p.tags for p in found) == [(), (), ("blue",), ("red", "round")]
+    shades = {pair.tags: pair.hr.float().mean().item() for pair in found}
+    assert shades["red", "round"] < 5 < shades["blue",]
+    pq.write_table(pa.table({"hr": pictures, "tags": ["a, b"] * 4}), tmp_path / "0.parquet")
+    with pytest.raises(InputError, match="'tags' must hold lists of text"):
+        open_source(str(tmp_path), sure, 0)
+
+
 @ray.remote(num_cpus=0.25)
 def _streams(path: str, parts: dict[str, tuple[int, int, Share]]) -> dict[str, list[Batch]]:
     return {name: list(batches(path, DATA, 3, *part)) for name, part in parts.items()}
 
 
 @pytest.fixture(scope="module")
-def streams(cluster: Cluster, photos: Path) -> dict[str, list[Batch]]:
+def named(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs, one of them tagged."""
+    folder = tmp_path_factory.mktemp("named")
+    shutil.copytree(photos, folder, dirs_exist_ok=True)
+    (folder / "tags.json").write_text('{"coffee.png": ["cup", ["saucer", 0.9]]}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def streams(cluster: Cluster, named: Path) -> dict[str, list[Batch]]:
     """One rank's batches, both of two ranks', and one rank's that starts later."""
     parts = {
         "one": (0, 20, Share(0, 1, 0.25)),
@@ -146,29 +171,32 @@ def streams(cluster: Cluster, photos: Path) -> dict[str, list[Batch]]:
         "right": (0, 20, Share(1, 2, 0.25)),
         "later": (16 * DATA.batch, 4, Share(0, 1, 0.25)),
     }
-    return ray.get(_streams.remote(str(photos), parts))
+    return ray.get(_streams.remote(str(named), parts))
 
 
 def test_a_stream_is_the_global_batches_in_order(
-    streams: dict[str, list[Batch]], photos: Path
+    streams: dict[str, list[Batch]], named: Path
 ) -> None:
     """Many blocks deep, so an order that only holds within a block would show."""
     assert [b.numbers.tolist() for b in streams["one"]] == np.arange(80).reshape(20, 4).tolist()
     first = streams["one"][0]
     assert first.hr.shape == (4, 3, 32, 32) and first.lr.shape == (4, 3, 8, 8)
     assert first.hr.abs().max() <= 1 and first.hr.dtype == torch.float32
-    hr, _ = open_source(str(photos), DATA, 3).pair(2)
-    assert torch.equal(first.hr[2], hr.float() / 127.5 - 1)
+    hr, _, tags = open_source(str(named), DATA, 3).pair(2)
+    assert torch.equal(first.hr[2], hr.float() / 127.5 - 1) and first.tags[2] == tags
+    assert {names for batch in streams["one"] for names in batch.tags} == {("cup", "saucer"), ()}
 
 
 def test_two_ranks_together_see_what_one_rank_sees(streams: dict[str, list[Batch]]) -> None:
     assert len(streams["left"]) == len(streams["right"]) == 20
     parts = zip(streams["one"], streams["left"], streams["right"], strict=True)
     for whole, left, right in parts:
-        for side, a, b in zip(whole, left, right, strict=True):
+        assert whole.tags == left.tags + right.tags
+        for side, a, b in zip(whole[:3], left[:3], right[:3], strict=True):
             assert torch.equal(side, torch.cat([a, b]))
 
 
 def test_a_stream_that_starts_later_goes_on_exactly(streams: dict[str, list[Batch]]) -> None:
     for ours, theirs in zip(streams["later"], streams["one"][16:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+        assert ours.tags == theirs.tags

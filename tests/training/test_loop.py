@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,23 @@ from linearsr.denoiser import LinearSR
 from linearsr.errors import InputError, WeightsError
 from linearsr.latent import SpaceToDepth
 from linearsr.noise.experts import expert_at, ranges
+from linearsr.tags.encoder import TagEncoder, tag_encoder
 from linearsr.training import export, loop
 from linearsr.training.config import TimestepConfig, TrainConfig
-from linearsr.training.data import Batch, Batches, DataConfig, load_photos, stream
+from linearsr.training.data import (
+    Batch,
+    Batches,
+    DataConfig,
+    Photo,
+    Photos,
+    load_photos,
+    same,
+    stream,
+)
 from linearsr.training.ema import EMA, load_average
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
+from tests.conftest import random_experts
 
 DATA = DataConfig(patch=32, batch=2, margin=8, degradations={"clean": 0.5, "mild": 0.5})
 
@@ -40,10 +54,12 @@ def _config(**changes: object) -> TrainConfig:
     return TrainConfig.model_validate({**base, "learning_rate": 2e-3, **changes})
 
 
-def _stage(config: ModelConfig, train: TrainConfig) -> loop.Stage:
+def _stage(
+    config: ModelConfig, train: TrainConfig, encoder: TagEncoder | None = None
+) -> loop.Stage:
     torch.manual_seed(0)
     engine = TorchEngine(LinearSR(config.denoiser), train, torch.device("cpu"))
-    return loop.Stage.start(engine, SpaceToDepth(config.latent), train)
+    return loop.Stage.start(engine, SpaceToDepth(config.latent), train, encoder)
 
 
 def _weights(stage: loop.Stage) -> torch.Tensor:
@@ -74,6 +90,90 @@ def test_a_pair_depends_on_its_number_only(photos: Path) -> None:
     many = itertools.islice(stream(photos, DATA, 0, workers=3), 7)
     for ours, theirs in zip(_batches(photos), many, strict=False):
         assert torch.equal(ours.numbers, theirs.numbers) and torch.equal(ours.lr, theirs.lr)
+
+
+@pytest.fixture
+def named(photos: Path, tmp_path: Path) -> Path:
+    """The photographs, one of them tagged; two formats in one sidecar."""
+    for path in photos.iterdir():
+        shutil.copy(path, tmp_path)
+    tags = {"astronaut.png": ["face", ["flag", 0.9]], "gone.png": ["dog"]}
+    (tmp_path / "tags.json").write_text(json.dumps(tags))
+    return tmp_path
+
+
+def test_tags_come_with_their_photograph_and_change_no_pixel(named: Path, photos: Path) -> None:
+    """Of the two crops that a pair may be chosen from, the tags are those of the chosen one."""
+    config = DATA.model_copy(update={"degradations": {"clean": 1.0}, "tag_dropout": 0.0})
+    tagged, bare = (load_photos(folder, config, 0) for folder in (named, photos))
+    astronaut = tagged.photos[0]()
+    assert astronaut.tags == ("face", "flag")
+    found = [tagged.pair(n) for n in range(10)]
+    assert {pair.tags for pair in found} == {("face", "flag"), ()}
+    for number, pair in enumerate(found):
+        assert torch.equal(pair.lr, bare.pair(number).lr) and not bare.pair(number).tags
+    # A photograph's colours tell which of the two a pair is from; tags must agree with them.
+    plain = [Photo(torch.full((3, 48, 48), s).byte(), (str(s),)) for s in (0, 255)]
+    source = Photos([partial(same, photo) for photo in plain], config, 0)
+    for pair in map(source.pair, range(20)):
+        assert pair.tags == (str(int(pair.hr.float().mean().round())),)
+
+
+def test_tags_are_dropped_as_often_as_asked_and_by_number(named: Path) -> None:
+    photo = Photo(torch.zeros(3, 48, 48).byte(), ("night",))
+    config = DATA.model_copy(update={"tag_dropout": 0.3, "degradations": {"clean": 1.0}})
+    source = Photos([partial(same, photo)], config, 0)
+    kept = [bool(source.pair(n).tags) for n in range(100)]
+    assert 55 <= sum(kept) <= 85 and kept[:20] == [bool(source.pair(n).tags) for n in range(20)]
+    batches = itertools.islice(stream(named, DATA, 0, workers=2), 3)
+    for ours, theirs in zip(_batches(named), batches, strict=False):
+        assert ours.tags == theirs.tags and len(ours.tags) == 2
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "message"),
+    [
+        ("[1]", "tags look like"),
+        ('{"astronaut.png": "cat"}', "tags look like"),
+        ("{", "tags look like"),
+        ('{"/photos/astronaut.png": ["cat"]}', "names none of the pictures"),
+    ],
+)
+def test_a_sidecar_that_cannot_be_meant_is_refused(named: Path, sidecar: str, message: str) -> None:
+    (named / "tags.json").write_text(sidecar)
+    with pytest.raises(InputError, match=f"tags.json: {message}"):
+        load_photos(named, DATA, 0)
+
+
+def test_tags_steer_training_and_their_absence_does_not(
+    tagged_config: ModelConfig, photos: Path
+) -> None:
+    """A pair without tags costs what it would cost a model that is given none."""
+    [model], latent = random_experts(tagged_config, 1), SpaceToDepth(tagged_config.latent)
+    batch, encoder = next(_batches(photos)), tag_encoder(tagged_config)
+
+    def losses(*tags: tuple[str, ...], encoder: TagEncoder | None = encoder) -> torch.Tensor:
+        named = batch._replace(tags=tags)
+        return loop.flow_loss(model, latent, named, _config(), encoder)[0].detach()
+
+    without = losses(encoder=None)
+    torch.testing.assert_close(losses((), ()), without)
+    torch.testing.assert_close(losses(), without)
+    mixed = losses(("cat", "grass"), ())
+    torch.testing.assert_close(mixed[1], without[1])
+    assert (mixed[0] - without[0]).abs() > 1e-4
+    assert (mixed - losses(("dog",), ())).abs()[0] > 1e-5
+
+
+def test_cross_attention_learns_from_tags_only(
+    tagged_config: ModelConfig, named: Path, photos: Path
+) -> None:
+    for folder, learns in ((named, True), (photos, False)):
+        stage = _stage(tagged_config, _config(steps=4), tag_encoder(tagged_config))
+        before = {n: p.clone() for n, p in stage.engine.module.named_parameters()}
+        after = dict(loop.run(stage, _batches(folder), _quiet).engine.module.named_parameters())
+        moved = [n for n, p in before.items() if "tag" in n and not torch.equal(p, after[n])]
+        assert bool(moved) == learns
 
 
 def test_lr_lies_under_its_hr(photos: Path) -> None:

@@ -1,0 +1,212 @@
+"""Whether the default tagger's tags help the bundled model, at equal training.
+
+    python -m benchmarks.tags --photos PHOTOS --data Set5 BSD100 --steps 120 60 60
+
+Fine-tunes the first experts of linearsr-tiny, as many as there are numbers in --steps, on the same
+pairs with the same seeds: without tags; with tag cross-attention and each photograph's own tags;
+the same with another photograph's, which is what more parameters alone are worth. Judges them at 1
+and 4 steps on the validation pictures that the tagger says something about; tags are always those
+of the LR picture. Prints a Markdown table: means without tags, then mean paired differences to them
+with 95% bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linearsr import Options, Upscaler, weights
+from linearsr.config import ModelConfig, TagEncoderConfig
+from linearsr.denoiser import LinearSR
+from linearsr.imaging.degrade import CLEAN, degrade
+from linearsr.imaging.files import Picture, find_images, read
+from linearsr.imaging.resample import resize
+from linearsr.latent import load_autoencoder
+from linearsr.quality.metrics import measure
+from linearsr.tags.encoder import tag_encoder
+from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
+from linearsr.training import loop
+from linearsr.training.data import Batches, Photo, Photos, Tags, as_bytes, same
+from linearsr.training.engine import TorchEngine
+from linearsr.training.recipes import tiny_cpu
+
+TAG_DIM, SCALE, SIDE = 64, 4, 256
+METRICS = ("psnr", "ssim", "niqe", "piqe")
+COUNTS = (1, 4)
+
+
+class Case(NamedTuple):
+    """A validation picture: the middle (3, H, W) of HR and LR, its tags and another one's."""
+
+    hr: Tensor
+    lr: Tensor
+    tags: Tags
+    others: Tags
+
+
+def main() -> int:
+    """Tag, train, judge, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="training photographs")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="HR pictures")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th picture of the last")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=(120, 60, 60), help="of each expert"
+    )
+    parser.add_argument("--threshold", type=float, help="of the tagger; default: its own")
+    options = parser.parse_args()
+    tagger = load_tagger(TaggerConfig(threshold=options.threshold))
+    photos = [_tagged(path, tagger) for path in find_images(options.photos)]
+    paths = [p for folder in options.data[:-1] for p in find_images(folder)]
+    paths += find_images(options.data[-1])[:: options.every]
+    cases = _cases([(p, _tagged(p, tagger)) for p in paths])
+    print(
+        f"{sum(bool(p.tags) for p in photos)} of {len(photos)} training photographs and "
+        f"{len(cases)} of {len(paths)} validation pictures have tags.\n",
+        flush=True,
+    )
+    _print(_judged(photos, cases, options.steps))
+    return 0
+
+
+def _tagged(path: Path, tagger: Tagger) -> Photo:
+    """Pixels as uint8, and what the tagger sees when they are a quarter of the size."""
+    picture = read(path)
+    height, width = (max(1, n // SCALE) for n in picture.pixels.shape[1:])
+    small = resize(picture.pixels[None, :3], height, width)[0].clamp(0, 1)
+    return Photo(as_bytes(picture)[:3], tuple(tag.name for tag in tagger(small)))
+
+
+def _exchanged(tags: Sequence[Tags]) -> list[Tags]:
+    """Each list goes to another place, to one with another list as long as there is one."""
+    order = sorted(range(len(tags)), key=lambda i: tags[i])
+    given = order[len(order) // 2 :] + order[: len(order) // 2]
+    places = dict(zip(order, given, strict=True))
+    return [tags[places[i]] for i in range(len(tags))]
+
+
+def _cases(pictures: list[tuple[Path, Photo]]) -> list[Case]:
+    """Of the pictures with tags."""
+    tagged = [(path, photo) for path, photo in pictures if photo.tags]
+    others = _exchanged([photo.tags for _, photo in tagged])
+    return [Case(*_middle(*p), p[1].tags, other) for p, other in zip(tagged, others, strict=True)]
+
+
+def _middle(path: Path, photo: Photo) -> tuple[Tensor, Tensor]:
+    height, width = (min(SIDE, n) // SCALE * SCALE for n in photo.pixels.shape[1:])
+    top, left = (photo.pixels.shape[1] - height) // 2, (photo.pixels.shape[2] - width) // 2
+    hr = photo.pixels[:, top : top + height, left : left + width].float() / 255
+    rng = np.random.default_rng(zlib.crc32(path.name.encode()))
+    return hr, degrade(hr, SCALE, CLEAN, rng)
+
+
+Values = dict[str, dict[str, list[float]]]
+
+
+def _judged(photos: list[Photo], cases: list[Case], steps: Sequence[int]) -> Values:
+    """Metric values of each picture, by variant."""
+    bundled = weights.load("linearsr-tiny")
+    denoiser = bundled.config.denoiser.model_copy(update={"tag_dim": TAG_DIM})
+    tags = {"denoiser": denoiser, "tags": TagEncoderConfig(kind="hashed")}
+    guided = bundled.config.model_copy(update=tags)
+    tagged = [photo for photo in photos if photo.tags]
+    others = iter(_exchanged([photo.tags for photo in tagged]))
+    wrong = [photo._replace(tags=next(others)) if photo.tags else photo for photo in photos]
+    own = [case.tags for case in cases]
+    none = [()] * len(cases)
+    plain = _trained(bundled.config, photos, steps)
+    values = {"trained without tags": _measured(plain, cases, none)}
+    values["before this training"] = _measured(_trained(bundled.config, photos, ()), cases, none)
+    right = _trained(guided, photos, steps)
+    values["trained on tags, given its tags"] = _measured(right, cases, own)
+    values["given another picture's"] = _measured(right, cases, [case.others for case in cases])
+    values["given none"] = _measured(right, cases, none)
+    control = _trained(guided, wrong, steps)
+    values["trained on others' tags, given its own"] = _measured(control, cases, own)
+    return values
+
+
+def _trained(config: ModelConfig, photos: list[Photo], steps: Sequence[int]) -> Upscaler:
+    """The bundled model with its first experts fine-tuned, in the precision it is used in."""
+    states = [expert.state_dict() for expert in weights.load("linearsr-tiny").experts]
+    models = []
+    for i, state in enumerate(states):
+        torch.manual_seed(i)
+        model = LinearSR(config.denoiser)
+        # Cross-attention is new, and silent before it is trained.
+        model.load_state_dict({**model.state_dict(), **state})
+        if i < len(steps):
+            model.load_state_dict(_fine_tuned(model, config, photos, i, steps[i]))
+        models.append(model.to(torch.bfloat16).requires_grad_(False).eval())
+    return Upscaler(weights.Bundle(config, models, {}))
+
+
+def _fine_tuned(
+    model: LinearSR, config: ModelConfig, photos: list[Photo], index: int, steps: int
+) -> dict[str, Tensor]:
+    """The average after `steps` of the recipe's expert `index`."""
+    recipe = tiny_cpu()
+    train = recipe.experts[index].model_copy(
+        update={"steps": steps, "warmup": 10, "ema": 0.95, "report_every": 20}
+    )
+    engine = TorchEngine(model, train, torch.device("cpu"))
+    autoencoder = load_autoencoder(config.latent, "cpu")
+    stage = loop.Stage.start(engine, autoencoder, train, tag_encoder(config))
+    batches = iter(Batches(Photos([partial(same, p) for p in photos], recipe.data, index), 0))
+    return loop.run(stage, batches, _told).ema.average
+
+
+def _told(_: loop.Stage, report: loop.Report) -> None:
+    print(f"step {report.step}  loss {report.loss:.4f}", file=sys.stderr, flush=True)
+
+
+@torch.inference_mode()
+def _measured(
+    upscaler: Upscaler, cases: list[Case], tags: Sequence[Tags]
+) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = {f"{m}@{count}": [] for count in COUNTS for m in METRICS}
+    for case, given in zip(cases, tags, strict=True):
+        for count in COUNTS:
+            lr = Picture(case.lr, None, 8, False, None, None, "png")
+            result = upscaler.upscale(lr, Options(steps=count, tags=given)).pixels
+            for metric in METRICS:
+                value = measure(metric, result[None], case.hr[None], SCALE)
+                values[f"{metric}@{count}"].append(value)
+    return values
+
+
+def _print(values: Values) -> None:
+    (name, reference), *variants = values.items()
+    print(f"| | {name} | " + " | ".join(name for name, _ in variants) + " |")
+    print("|---" * (len(values) + 1) + "|")
+    for metric, base in reference.items():
+        cells = [_difference(np.subtract(found[metric], base)) for _, found in variants]
+        print(f"| {metric} | {np.mean(base):.3f} | {' | '.join(cells)} |")
+    print("\n`given its tags` less `given another picture's`, the same weights:\n")
+    own, other = (values[key] for key in list(values)[2:4])
+    print("\n".join(f"- {m}: {_difference(np.subtract(own[m], other[m]))}" for m in own))
+
+
+def _difference(differences: np.ndarray) -> str:
+    """Mean and its 95% bootstrap interval over pictures."""
+    low, high = np.percentile(list(_resampled(differences)), [2.5, 97.5])
+    return f"{differences.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _resampled(differences: np.ndarray, times: int = 5000) -> Iterator[float]:
+    rng = np.random.default_rng(0)
+    for _ in range(times):
+        yield rng.choice(differences, len(differences)).mean()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
