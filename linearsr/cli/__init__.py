@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from linearsr import __version__
-from linearsr.cli import evaluate, models, upscale
+from linearsr.cli import evaluate, models, tag, upscale
 from linearsr.cli.report import SOME_FAILED, USAGE, complain
 from linearsr.errors import LinearSRError, OptionError, WeightsError
 
-COMMANDS = (upscale, evaluate, models)
+COMMANDS = (upscale, tag, evaluate, models)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linearsr.errors import InputError, OptionError
+from linearsr.errors import OptionError
 from linearsr.tags.tagger import Tag, TaggerConfig
 
 
@@ -51,19 +51,19 @@ def _first(own: float | None, config: TaggerConfig, default: float) -> float:
 def read_vocabulary(path: str | Path) -> dict[str, float | None]:
     """Names, and their thresholds where the file has one: a name a line, a tab, a number.
 
-    Empty lines and those that start with # are passed over. Raises InputError naming the line.
+    Empty lines and those that start with # are passed over. Raises OptionError naming the line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable UTF-8 text file; one name a line") from error
+        raise OptionError(f"{path}: not a readable UTF-8 text file; one name a line") from error
     found: dict[str, float | None] = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             name, _, threshold = line.partition("\t")
             found[name.strip()] = _threshold(threshold.strip(), f"{path}:{number}")
     if not found:
-        raise InputError(f"{path}: no names; write one a line")
+        raise OptionError(f"{path}: no names; write one a line")
     return found
 
 
@@ -73,5 +73,5 @@ def _threshold(text: str, place: str) -> float | None:
     except ValueError:
         value = -1.0
     if value is not None and not 0 <= value <= 1:
-        raise InputError(f"{place}: {text!r} is no threshold; after the tab, a number from 0 to 1")
+        raise OptionError(f"{place}: {text!r} is no threshold; after the tab, a number from 0 to 1")
     return value

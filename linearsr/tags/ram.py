@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.errors import InputError, OptionError, WeightsError, one_line
+from linearsr.errors import OptionError, WeightsError, one_line
 from linearsr.tags.choice import Choice
 from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
@@ -226,15 +226,15 @@ def _read(path: str) -> Tensors:
 
 
 def _lists(folder: Path, count: int) -> tuple[list[str], list[float]]:
-    """Names and thresholds from the files beside the checkpoint. Raises InputError."""
+    """Names and thresholds from the files beside the checkpoint. Raises WeightsError."""
     names = _lines(folder / TAG_LIST)
     beside = folder / THRESHOLDS
     try:
         own = [float(line) for line in _lines(beside)] if beside.exists() else [THRESHOLD] * count
     except ValueError as error:
-        raise InputError(f"{beside}: {one_line(error)}; one number a line") from error
+        raise WeightsError(f"{beside}: {one_line(error)}; one number a line") from error
     if not len(names) == len(own) == count:
-        raise InputError(
+        raise WeightsError(
             f"{folder}: {len(names)} names in {TAG_LIST} and {len(own)} thresholds in "
             f"{THRESHOLDS}, but the checkpoint knows {count} tags; take the files of its release"
         )
@@ -245,4 +245,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: needed beside the checkpoint: {one_line(error)}") from error
+        raise WeightsError(f"{path}: needed beside the checkpoint: {one_line(error)}") from error

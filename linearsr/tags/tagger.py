@@ -53,7 +53,7 @@ class TaggerConfig(Config):
 
 
 def load_tagger(config: TaggerConfig, device: str = "cpu") -> Tagger:
-    """The tagger, ready to use. Raises OptionError, WeightsError, or InputError on its files."""
+    """The tagger, ready to use. Raises OptionError or WeightsError."""
     if config.kind == "zero-shot":
         from linearsr.tags.zero_shot import ZeroShotTagger
 

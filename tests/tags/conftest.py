@@ -17,7 +17,9 @@ WORDS = ["cat", "cup", "grass", "sky", "brick wall"]
 
 def photo(name: str, shrink: int = 1) -> Tensor:
     """A photograph of scikit-image's, (3, H, W) in [0, 1], that many times smaller."""
-    image = Image.fromarray(np.asarray(getattr(skimage.data, name)())).convert("RGB")
+    found = getattr(skimage.data, name)()
+    pixels = found[0] if isinstance(found, tuple) else found  # a stereo pair, and its disparity
+    image = Image.fromarray(np.asarray(pixels)).convert("RGB")
     small = image.resize((image.width // shrink, image.height // shrink), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
 

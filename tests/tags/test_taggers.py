@@ -1,0 +1,224 @@
+"""The default tagger on photographs, choosing names, and the command."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from linearsr import cli
+from linearsr.errors import LinearSRError, OptionError
+from linearsr.tags.choice import Choice
+from linearsr.tags.imagenet import CLASSES, groups
+from linearsr.tags.tagger import Tag, Tagger, TaggerConfig, load_tagger
+from linearsr.tags.views import MOST_VIEWS, seen_twice, squares
+from tests.tags.conftest import photo
+
+NAMES = ["cat", "cup", "grass"]
+
+
+# Choosing
+
+
+def test_best_first_above_thresholds_and_no_more_than_asked() -> None:
+    scores = torch.tensor([0.6, 0.9, 0.7])
+    assert Choice(NAMES, TaggerConfig(), 0.65)(scores) == [
+        Tag("cup", pytest.approx(0.9)),
+        Tag("grass", pytest.approx(0.7)),
+    ]
+    assert [t.name for t in Choice(NAMES, TaggerConfig(max_tags=1), 0.65)(scores)] == ["cup"]
+    assert Choice(NAMES, TaggerConfig(), 0.95)(scores) == []
+
+
+def test_whose_threshold_counts(tmp_path: Path) -> None:
+    scores, own = torch.tensor([0.6, 0.6, 0.6]), [0.5, 0.7, 0.5]
+
+    def said(**fields: object) -> list[str]:
+        return [tag.name for tag in Choice(NAMES, TaggerConfig.parse(**fields), own)(scores)]
+
+    assert said() == ["cat", "grass"]
+    assert said(threshold=0.55) == NAMES
+    vocabulary = tmp_path / "words.txt"
+    vocabulary.write_text("# mine\ncup\n\ngrass\t0.65\nyeti\n")
+    assert said(vocabulary=str(vocabulary)) == []
+    assert said(vocabulary=str(vocabulary), threshold=0.55) == ["cup"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "UTF-8"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"\n# no names\n", "no names"),
+        (b"cat\tmuch\n", "words.txt:1"),
+        (b"cat\ncup\t1.5\n", "words.txt:2"),
+        (b"yeti\n", "knows none"),
+    ],
+)
+def test_a_bad_vocabulary(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "words.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(OptionError, match=message):
+        Choice(NAMES, TaggerConfig(vocabulary=str(path)), 0.5)
+
+
+@pytest.mark.parametrize("fields", [{"threshold": 1.5}, {"max_tags": 0}, {"kind": "oracle"}])
+def test_a_bad_config(fields: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match=next(iter(fields))):
+        TaggerConfig.parse(**fields)
+
+
+def test_views_cover_the_picture_and_overlap() -> None:
+    picture = torch.arange(90.0).expand(3, 20, 90)
+    views = squares(picture)
+    assert all(view.shape == (3, 20, 20) for view in views)
+    starts = [int(view[0, 0, 0]) for view in views]
+    assert starts[0] == 0 and starts[-1] == 70
+    assert all(0 < b - a <= 10 for a, b in pairwise(starts))
+    assert [v.shape for v in squares(picture.mT)] == [v.shape for v in views]
+    assert len(squares(torch.zeros(3, 8000, 10))) == MOST_VIEWS
+    assert len(squares(picture[:, :, :40], 2.0)) == 1 and len(squares(picture, 2.0)) > 1
+
+
+def test_one_view_alone_does_not_convince() -> None:
+    scores = torch.tensor([[0.9, 0.2], [0.1, 0.8], [0.1, 0.8]])
+    torch.testing.assert_close(seen_twice(scores), torch.tensor([0.5, 0.8]))
+    torch.testing.assert_close(seen_twice(scores[:1]), scores[0])
+
+
+# ImageNet
+
+
+@pytest.fixture(scope="module")
+def tagger() -> Tagger:
+    return load_tagger(TaggerConfig())
+
+
+def _names(tags: list[Tag]) -> set[str]:
+    return {tag.name for tag in tags}
+
+
+def test_groups_are_of_classes_that_exist() -> None:
+    known = groups()
+    assert len({group.name for group in known}) == len(known) > 400
+    assert all(0 <= i < CLASSES for group in known for i in group.classes)
+    assert all(0 < group.threshold < 1 for group in known)
+    dogs = next(group for group in known if group.name == "dog")
+    assert len(dogs.classes) == 118
+
+
+def test_groups_are_named_as_timm_names_their_classes() -> None:
+    """Class numbers that slipped by one would call things by their neighbours' names."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    single = [g for g in groups() if len(g.classes) == 1]
+    told = [info.index_to_description(g.classes[0], detailed=True).lower() for g in single]
+    same = sum(group.name.lower() in text for group, text in zip(single, told, strict=True))
+    assert same > 0.85 * len(single)
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("chelsea", "cat"),
+        ("coffee", "cup"),
+        ("camera", "tripod"),
+        ("stereo_motorcycle", "motorcycle"),
+    ],
+)
+def test_photographs_and_low_resolution_ones(
+    tagger: Tagger, name: str, tag: str, shrink: int
+) -> None:
+    assert tag in _names(tagger(photo(name, shrink)))
+
+
+@pytest.mark.parametrize(
+    "name", ["astronaut", "brick", "gravel", "moon", "page", "hubble_deep_field"]
+)
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_what_it_cannot_know_it_does_not_name(tagger: Tagger, name: str, shrink: int) -> None:
+    assert tagger(photo(name, shrink)) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8000, 10), (10, 8000), (3, 1)])
+def test_sizes_that_show_nothing(tagger: Tagger, size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert tagger(torch.rand(3, 1, 1, generator=generator).expand(3, *size)) == []
+    assert tagger(torch.rand(3, *size, generator=generator)) == []
+
+
+def test_a_cat_at_the_end_of_a_panorama(tagger: Tagger) -> None:
+    cat = photo("chelsea", 2)
+    wall = photo("brick")[:, : cat.shape[1], :].repeat(1, 1, 3)
+    panorama = torch.cat([wall[:, :, :900], cat], dim=2)
+    assert _names(tagger(panorama)) == {"cat"}
+    assert _names(tagger(panorama.mT.flip(1))) <= {"cat"}  # portrait, and the cat on its side
+
+
+def test_a_lower_threshold_and_a_vocabulary(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("coffee\nsoup\n")
+    config = TaggerConfig(vocabulary=str(words), threshold=0.0)
+    assert [tag.name for tag in load_tagger(config)(photo("coffee"))] == ["coffee", "soup"]
+
+
+def test_it_takes_no_model() -> None:
+    with pytest.raises(LinearSRError, match="its own model"):
+        load_tagger(TaggerConfig(source="/some/model"))
+
+
+# The command
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in ("chelsea", "gravel"):
+        pixels = (photo(name, 2) * 255).byte().permute(1, 2, 0).numpy()
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "photo.png")
+    return tmp_path
+
+
+def test_the_command(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tag", str(pictures)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{pictures / 'chelsea' / 'photo.png'}: cat 0.9")
+    assert second == f"{pictures / 'gravel' / 'photo.png'}: no tags"
+
+
+def test_the_command_in_json(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tag", "--json", "--max-tags", "1", str(pictures / "chelsea")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["file"].endswith("photo.png")
+    assert [tag["name"] for tag in told["tags"]] == ["cat"]
+
+
+def test_bad_files_are_named_and_the_rest_tagged(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "bad.png").write_bytes(b"no picture")
+    (pictures / "empty").mkdir()
+    inputs = [pictures, pictures / "empty", pictures / "gone.png"]
+    assert cli.main(["tag", *map(str, inputs)]) == 1
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    errors = told.err.splitlines()
+    assert len(errors) == 3
+    for name, line in zip(("bad.png", "empty", "gone.png"), errors, strict=True):
+        assert name in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--threshold", "2"], ["--tagger", "ram"], ["--vocabulary", "/nowhere"], ["--max-tags", "0"]],
+)
+def test_usage(pictures: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tag", str(pictures), *options]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
