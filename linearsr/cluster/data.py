@@ -57,7 +57,7 @@ class Source(Protocol):
 def open_source(path: str, config: DataConfig, seed: int) -> Source:
     """A folder of pictures, or of Parquet shards, local or s3://.
 
-    Tags come from the folder's tags.json, or from the shards' column `tags`, where there is one.
+    Tags come from the folder's tags.jsonl, or from the shards' column `tags`, where there is one.
     Raises InputError when there is nothing to train on, saying why.
     """
     files = locate(path).files()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -26,9 +26,8 @@ from linearsr.imaging.resample import resize
 
 Tags = tuple[str, ...]
 
-# What a folder of photographs shows: {"sub/photo.jpg": ["cat", "grass"], ...}.
-SIDECAR = "tags.json"
-_SIDECAR = TypeAdapter(dict[str, list[str | tuple[str, float]]])
+# What the photographs of a folder show: `linearsr tag FOLDER --json > FOLDER/tags.jsonl`.
+SIDECAR = "tags.jsonl"
 
 
 class Batch(NamedTuple):
@@ -168,9 +167,9 @@ class Batches(IterableDataset[Batch]):
 
 
 def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
-    """The photographs of a local folder, kept decoded in memory, with the tags of its tags.json.
+    """The photographs of a local folder, kept decoded in memory, with the tags of its tags.jsonl.
 
-    Raises InputError when none is large enough to cut a patch from, or tags.json is none.
+    Raises InputError when none is large enough to cut a patch from, or for a wrong tags.jsonl.
     """
     paths = find_images(folder)
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -191,20 +190,38 @@ def same(photo: Photo) -> Photo:
     return photo
 
 
-def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, Tags]:
-    """Tags by the path of a picture in its folder: lists of names, or of [name, score].
+class _Named(BaseModel):
+    name: str
 
-    `names`: the pictures there are. Raises InputError for another format, and if none is tagged.
+
+class _Line(BaseModel):
+    """What `linearsr tag --json` prints; plain names will do as well."""
+
+    file: PurePosixPath
+    tags: list[_Named | str]
+
+
+def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, Tags]:
+    """Tags by `names`, the paths of the pictures in a folder, from the text of its tags.jsonl.
+
+    A line belongs to the picture that its `file` ends in, so it matters not from where the folder
+    was tagged. Raises InputError for another format, and if no picture is named.
     """
+    known, tags = set(names), {}
     try:
-        listed = _SIDECAR.validate_json(sidecar)
+        lines = [_Line.model_validate_json(line) for line in sidecar.splitlines() if line.strip()]
     except ValidationError as error:
         raise InputError(
-            f'{where}: tags look like {{"photo.jpg": ["cat", "grass"]}}: {one_line(error)}'
+            f"{where}: not made by `linearsr tag FOLDER --json`: {one_line(error)}"
         ) from error
-    if not set(names) & set(listed):
+    for line in lines:
+        ends = ("/".join(line.file.parts[i:]) for i in range(len(line.file.parts)))
+        name = next((end for end in ends if end in known), None)
+        if name:
+            tags[name] = tuple(t if isinstance(t, str) else t.name for t in line.tags)
+    if not tags:
         raise InputError(f"{where}: names none of the pictures beside it, such as {names[:1]}")
-    return {name: tuple(t if isinstance(t, str) else t[0] for t in listed[name]) for name in listed}
+    return tags
 
 
 def as_bytes(picture: Picture) -> Tensor:
@@ -242,5 +259,5 @@ def stream(
     return iter(loader)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch

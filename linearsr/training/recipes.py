@@ -37,6 +37,8 @@ class ValidationConfig(Config):
     # Pictures are cut to this many pixels a side, from the middle.
     size: int = Field(default=256, gt=0)
     degradation: Preset = "clean"
+    # Whether a model that takes tags is given the default tagger's, of the LR picture.
+    tags: bool = True
 
     @model_validator(mode="after")
     def _names(self) -> ValidationConfig:

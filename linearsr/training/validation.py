@@ -6,6 +6,7 @@ Knows nothing of Ray or of how a checkpoint was trained: it is given a bundle an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ def validate(
 ) -> tuple[dict[str, float], Tensor]:
     """Means of `config.metrics` over named HR pictures (3, H, W) in [0, 1], and a strip of samples.
 
+    A model that takes tags is given those of the default tagger, if `config.tags` says so.
+
     The strip, (3, H, W) in [0, 1], has a row for each of the first pictures: LR, the result at each
     number of steps, HR. Metrics that cannot be had are told to `skipped` once, and left out.
     """
@@ -41,10 +44,13 @@ def validate(
     steps = sorted({count for _, count in wanted})
     values: dict[str, list[float]] = {name: [] for name in config.metrics}
     rows: list[Tensor] = []
+    tags: Literal["auto"] | tuple[str, ...] = "auto" if config.tags and bundle.config.tags else ()
     for name, hr in pictures:
         hr = _middle(hr, config.size, bundle.config.scale)
         lr = seeded_lr(hr, name, bundle.config.scale, PRESETS[config.degradation])
-        results = {count: upscaled(upscaler, lr, Options(steps=count)) for count in steps}
+        results = {
+            count: upscaled(upscaler, lr, Options(steps=count, tags=tags)) for count in steps
+        }
         if len(rows) < STRIP:
             rows.append(torch.cat([resize(lr[None], *hr.shape[1:])[0], *results.values(), hr], 2))
         for metric, value in _measured(wanted, results, hr, bundle.config.scale, values, skipped):

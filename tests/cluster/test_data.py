@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,7 +159,8 @@ def named(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photographs, one of them tagged."""
     folder = tmp_path_factory.mktemp("named")
     shutil.copytree(photos, folder, dirs_exist_ok=True)
-    (folder / "tags.json").write_text('{"coffee.png": ["cup", ["saucer", 0.9]]}')
+    line = {"file": "elsewhere/coffee.png", "tags": ["cup", {"name": "saucer", "score": 0.9}]}
+    (folder / "tags.jsonl").write_text(json.dumps(line))
     return folder
 
 

@@ -94,11 +94,12 @@ def test_a_pair_depends_on_its_number_only(photos: Path) -> None:
 
 @pytest.fixture
 def named(photos: Path, tmp_path: Path) -> Path:
-    """The photographs, one of them tagged; two formats in one sidecar."""
+    """The photographs and what `linearsr tag --json` might say, if it knew of only one of them."""
     for path in photos.iterdir():
         shutil.copy(path, tmp_path)
-    tags = {"astronaut.png": ["face", ["flag", 0.9]], "gone.png": ["dog"]}
-    (tmp_path / "tags.json").write_text(json.dumps(tags))
+    tags = [{"name": "face", "score": 0.9}, {"name": "flag", "score": 0.8}]
+    lines = [{"file": "p/astronaut.png", "tags": tags}, {"file": "p/gone.png", "tags": []}]
+    (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path
 
 
@@ -133,15 +134,15 @@ def test_tags_are_dropped_as_often_as_asked_and_by_number(named: Path) -> None:
 @pytest.mark.parametrize(
     ("sidecar", "message"),
     [
-        ("[1]", "tags look like"),
-        ('{"astronaut.png": "cat"}', "tags look like"),
-        ("{", "tags look like"),
-        ('{"/photos/astronaut.png": ["cat"]}', "names none of the pictures"),
+        ("[1]", "not made by"),
+        ('{"file": "astronaut.png", "tags": "cat"}', "not made by"),
+        ("{", "not made by"),
+        ('{"file": "p/tronaut.png", "tags": ["cat"]}', "names none of the pictures"),
     ],
 )
 def test_a_sidecar_that_cannot_be_meant_is_refused(named: Path, sidecar: str, message: str) -> None:
-    (named / "tags.json").write_text(sidecar)
-    with pytest.raises(InputError, match=f"tags.json: {message}"):
+    (named / "tags.jsonl").write_text(sidecar)
+    with pytest.raises(InputError, match=rf"tags\.jsonl: {message}"):
         load_photos(named, DATA, 0)
 
 

@@ -11,9 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from linearsr import weights
-from linearsr.training import plot
+from linearsr.config import ModelConfig
+from linearsr.training import export, plot
 from linearsr.training.recipes import ValidationConfig
 from linearsr.training.validation import validate
+from tests.conftest import random_experts
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,21 @@ def test_a_metric_that_cannot_be_had_is_named_once_and_left_out(
     metrics, _ = validate(weights.load(small_bundle), pictures, config, skipped=skipped.append)
     assert set(metrics) == {"psnr@1"}
     assert len(skipped) == 1 and "nometric@1" in skipped[0]
+
+
+def test_a_model_that_takes_tags_is_judged_with_the_taggers(
+    tagged_config: ModelConfig, pictures: list[tuple[str, torch.Tensor]]
+) -> None:
+    """Not what a tagger sees: whether what it sees reaches the model. A cat's face has names."""
+    cat = torch.from_numpy(np.asarray(skimage.data.chelsea())).permute(2, 0, 1).float() / 255
+    config = ValidationConfig(metrics=("psnr@1",), knee={"psnr@1": True}, size=300)
+    single = export.single(tagged_config)
+    bundle = weights.Bundle(single, random_experts(single, 1), {})
+    psnr = {
+        tags: validate(bundle, [("cat.png", cat)], config.model_copy(update={"tags": tags}))[0]
+        for tags in (True, False)
+    }
+    assert psnr[True] != psnr[False]
 
 
 @pytest.mark.parametrize(
