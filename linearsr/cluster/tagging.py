@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from linearsr.cluster.logs import last_line, quiet_data
 from linearsr.cluster.storage import Location, check_writable, explained, locate
 from linearsr.config import Config
-from linearsr.errors import InputError, LinearSRError, OptionError, one_line
+from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
 from linearsr.imaging.files import read
 from linearsr.tags.tagger import Tag, TaggerConfig, load_tagger
 
@@ -180,9 +181,12 @@ def _progress(reports: Iterator[dict[str, Any]], total: int) -> Iterator[dict[st
     failed = 0
     with tqdm(total=total, unit="image", desc="tag", mininterval=1) as bar:
         for report in reports:
-            for id, error in json.loads(report["note"])["errors"].items():
+            note = json.loads(report["note"])
+            if "refused" in note:
+                raise OptionError(note["refused"])
+            for id, error in note["errors"].items():
                 failed += 1
-                bar.write(f"{report['shard']}: {id or 'whole shard'}: {error}")
+                bar.write(f"{report['shard']}: {id or 'whole shard'}: {error}", file=sys.stderr)
             bar.set_postfix(errors=failed, refresh=False)
             bar.update(report["rows"])
             yield report
@@ -202,7 +206,11 @@ class _Worker:
 
     def __init__(self, config: TagConfig, source: Location, output: Location) -> None:
         self.config, self.source, self.output = config, source, output
-        self.tagger = load_tagger(config.tagger, "cuda" if config.gpu else "cpu")
+        self.refused = ""
+        try:
+            self.tagger = load_tagger(config.tagger, "cuda" if config.gpu else "cpu")
+        except (OptionError, WeightsError) as error:  # raised here, Ray would start it ever again
+            self.refused = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Names of shards in, a row of `_REPORT` for each out."""
@@ -211,6 +219,8 @@ class _Worker:
 
     def _report(self, name: str) -> dict[str, Any]:
         """One bad shard must not end the job."""
+        if self.refused:
+            return {"shard": name, "rows": 0, "note": json.dumps({"refused": self.refused})}
         try:
             rows, note = self._shard(name)
         except (LinearSRError, OSError, pa.ArrowException) as error:
