@@ -67,8 +67,9 @@ def _crops(folder: Path, count: int, size: int) -> None:
 
 
 def _config(folder: str, steps: int) -> UpscaleConfig:
-    places = {"input": f"{folder}/in", "output": f"{folder}/out"}
-    return UpscaleConfig(**places, device="cpu", options=Options(steps=steps))
+    return UpscaleConfig(
+        input=f"{folder}/in", output=f"{folder}/out", device="cpu", options=Options(steps=steps)
+    )
 
 
 def _throughput(folder: str, steps: int) -> str:

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -24,25 +24,21 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
+from linearsr.cluster.actors import LOST, Pool, pooled
 from linearsr.cluster.inputs import list_inputs, read_input
-from linearsr.cluster.logs import last_line, quiet_data
 from linearsr.cluster.storage import Location, check_writable, locate, url
 from linearsr.cluster.weights import load_upscaler
-from linearsr.config import Config, FileOptions, Options
+from linearsr.config import FileOptions, Options
 from linearsr.errors import InputError, LinearSRError, OptionError, one_line
 from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
 
-# More blocks than this would only cost the driver time.
-MOST_BLOCKS = 4096
-# The stage of a row whose error is the request's.
-REFUSED = "options"
 ERRORS = pa.schema({"id": pa.string(), "stage": pa.string(), "error": pa.string()})
 RESULTS = pa.schema(
     {"id": pa.string(), "image": pa.binary(), "width": pa.int32(), "height": pa.int32()}
 )
 
 
-class UpscaleConfig(Config):
+class UpscaleConfig(Pool):
     """One job. Paths are local (on storage that all nodes see) or s3://.
 
     input: a folder of pictures, or of Parquet shards, of which `column` is upscaled.
@@ -60,9 +56,6 @@ class UpscaleConfig(Config):
     device: str = "auto"
     options: Options = Options()
     files: FileOptions = FileOptions()
-    actors: int = Field(default=1, ge=1)
-    actor_cpus: float = Field(default=1.0, gt=0)
-    gpu: bool = False
     batch: int = Field(default=8, ge=1)
     hands: int = Field(default=2, ge=1)
 
@@ -111,17 +104,17 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     load_upscaler(config.model, "cpu")
     _claim(output, config)
     todo = _todo(inputs, output, config)
+    # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
+    places = (config, source, output)
+    results = pooled(todo, _Worker, places, config, batch=config.batch, hands=config.hands)
     failed: list[dict[str, str]] = []
     try:
-        for row in _progress(_rows(todo, config), todo.num_rows):
-            if row["stage"] == REFUSED:
-                raise OptionError(row["error"])
-            if row["error"]:
-                failed.append(row)
+        for failure in _progress(results, len(todo)):
+            failed.append(failure)
     finally:  # whatever ended the job, what is known by then is kept
         _write_errors(output / "errors", failed)
-    done = todo.num_rows - len(failed)
-    return Summary(inputs.num_rows, inputs.num_rows - todo.num_rows, done, len(failed))
+    earlier = inputs.num_rows - len(todo)
+    return Summary(inputs.num_rows, earlier, len(todo) - len(failed), len(failed))
 
 
 def _claim(output: Location, config: UpscaleConfig) -> None:
@@ -141,7 +134,7 @@ def _claim(output: Location, config: UpscaleConfig) -> None:
         )
 
 
-def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> pa.Table:
+def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> list[dict[str, Any]]:
     """The inputs that have no result, each with the `target` it gets."""
     ids = inputs.column("id").to_pylist()
     if config.kind == "parquet":
@@ -151,7 +144,9 @@ def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> pa.Table
         _check_unique(ids, targets)
         done = {file.path.removeprefix(f"{output.path}/") for file in output.files()}
     inputs = inputs.append_column("target", pa.array(targets, pa.string()))
-    return inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))
+    left = inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))
+    rows: list[dict[str, Any]] = left.to_pylist()
+    return rows
 
 
 def target_name(id: str, files: FileOptions) -> str:
@@ -187,49 +182,20 @@ def _ids_in(folder: Location) -> set[str]:
     return done
 
 
-def _rows(todo: pa.Table, config: UpscaleConfig) -> Iterator[dict[str, str]]:
-    """One row per picture when it is through: id, stage and error (empty when all went well)."""
-    import ray
-
-    if not todo.num_rows:
-        return
-    size = max(config.batch, -(-todo.num_rows // MOST_BLOCKS))
-    blocks = [todo.slice(start, size) for start in range(0, todo.num_rows, size)]
-    quiet_data()
-    results = ray.data.from_blocks(blocks).map_batches(
-        _Worker,
-        # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
-        fn_constructor_args=(config, locate(config.input), locate(config.output)),
-        batch_size=config.batch,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=config.actors,
-            max_concurrent_calls_per_actor=config.hands,
-            # One more than is under way, so that none waits for its next call.
-            max_tasks_in_flight_per_actor=config.hands + 1,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=config.actor_cpus,
-        num_gpus=1 if config.gpu else None,
-    )
-    try:
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
-    except ray.exceptions.RayError as error:
-        raise LinearSRError(last_line(error)) from error
-
-
-def _progress(rows: Iterable[dict[str, str]], total: int) -> Iterator[dict[str, str]]:
-    """The rows, under a bar with images/s, time left and errors."""
+def _progress(
+    results: Iterator[tuple[dict[str, Any], _Failure | None]], total: int
+) -> Iterator[dict[str, str]]:
+    """What failed: id, stage, error; under a bar with images/s, time left and errors."""
     failed = 0
     with tqdm(total=total, unit="image", desc="upscale", mininterval=1) as bar:
-        for row in rows:
-            if row["error"]:
+        for row, outcome in results:
+            failure = LOST_WORKER if outcome is None else outcome
+            if failure.error:
                 failed += 1
-                bar.write(f"{row['id']}: {row['stage']}: {row['error']}")
+                bar.write(f"{row['id']}: {failure.stage}: {failure.error}")
+                yield {"id": row["id"], **failure._asdict()}
             bar.set_postfix(errors=failed, refresh=False)
             bar.update()
-            yield row
 
 
 def _write_errors(folder: Location, failed: list[dict[str, str]]) -> None:
@@ -244,6 +210,16 @@ def _write_table(target: Location, table: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     target.write(buffer.getvalue())
+
+
+class _Failure(NamedTuple):
+    """What was wrong with a picture, and at which stage; an empty error when nothing was."""
+
+    stage: str
+    error: str
+
+
+LOST_WORKER = _Failure("lost", LOST)
 
 
 class _Result(NamedTuple):
@@ -262,12 +238,11 @@ class _Worker:
         self.upscaler = load_upscaler(config.model, config.device)
         self.turn = threading.Lock()
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows of names in, a row of `ERRORS` for each out: its error is empty if all is well."""
-        work = self._to_images if self.config.kind == "images" else self._to_parquet
-        return pa.Table.from_pylist(work(batch.to_pylist()), schema=ERRORS)
+    def __call__(self, rows: list[dict[str, Any]]) -> list[_Failure]:
+        """Names in, outcomes out."""
+        return self._to_images(rows) if self.config.kind == "images" else self._to_parquet(rows)
 
-    def _to_images(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    def _to_images(self, rows: list[dict[str, Any]]) -> list[_Failure]:
         return [self._guarded(row, self._to_image) for row in rows]
 
     def _to_image(self, row: dict[str, Any], stage: _Stage) -> None:
@@ -279,7 +254,7 @@ class _Worker:
         stage.name = "write"
         target.write(result.image)
 
-    def _to_parquet(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    def _to_parquet(self, rows: list[dict[str, Any]]) -> list[_Failure]:
         """One file for the batch, named after what is in it: a retry writes the same one."""
         results: list[dict[str, Any]] = []
         format = WRITE_SUFFIXES[f".{self.config.files.format or 'png'}"]
@@ -300,6 +275,7 @@ class _Worker:
         picture = read(data, max_pixels=files.max_pixels, name=row["id"])
         stage.name = "upscale"
         with self.turn:
+            options = self.upscaler.with_tags(picture, options)
             result = self.upscaler.upscale(picture, options)
         stage.name = "encode"
         provenance = self.upscaler.describe(options)
@@ -309,16 +285,16 @@ class _Worker:
 
     def _guarded(
         self, row: dict[str, Any], work: Callable[[dict[str, Any], _Stage], None]
-    ) -> dict[str, str]:
-        """One bad picture must not end the job; options that are wrong for all of them must."""
+    ) -> _Failure:
+        """One bad picture must not end the job; options that are wrong for all of them do."""
         stage, error = _Stage(), ""
         try:
             work(row, stage)
-        except OptionError as refused:
-            stage.name, error = REFUSED, one_line(refused)
+        except OptionError:
+            raise
         except (LinearSRError, MemoryError, OSError, RuntimeError, ValueError) as failure:
             error = one_line(failure) or type(failure).__name__
-        return {"id": row["id"], "stage": stage.name, "error": error}
+        return _Failure(stage.name, error)
 
 
 class _Stage:

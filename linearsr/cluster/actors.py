@@ -1,0 +1,131 @@
+"""A fixed pool of actors at work on a list, by Ray Data: what the dataset jobs have in common.
+
+Items and results are names and numbers, never pixels, so memory does not grow with the dataset;
+each actor fetches, works and writes by itself.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+from pydantic import Field
+
+from linearsr.cluster.logs import last_line, quiet_data
+from linearsr.config import Config
+from linearsr.errors import LinearSRError
+
+Item = TypeVar("Item")
+
+# More blocks than this would only cost the driver time.
+MOST_BLOCKS: Final = 4096
+# How often a call whose actor or node died is made again. By default Ray Data never gives up, and
+# one picture that kills its reader would keep a job for ever.
+RETRIES: Final = 3
+LOST: Final = "its worker died, repeatedly"
+
+
+class Pool(Config):
+    """How many actors, and what each of them reserves. CPUs are Ray's logical ones."""
+
+    actors: int = Field(default=1, ge=1)
+    actor_cpus: float = Field(default=1.0, gt=0)
+    gpu: bool = False
+
+
+def pooled(
+    items: Sequence[Item],
+    worker: Callable[..., Callable[[list[Item]], list[Any]]],
+    arguments: Sequence[object],
+    pool: Pool,
+    *,
+    batch: int = 1,
+    hands: int = 1,
+) -> Iterator[tuple[Item, Any]]:
+    """Every item with its result, as they are done: `worker(*arguments)` is made once per actor.
+
+    The worker takes up to `batch` items a call and returns as many results; `hands` calls are under
+    way in it at once, in threads. A result is None for an item whose actors kept dying, also when
+    it was alone in its call. All can be pickled. Raises what the worker raises.
+    """
+    left = dict(enumerate(items))
+    for size in dict.fromkeys((batch, 1)):  # one item may have taken its whole batch along
+        for number, result in _results(left, worker, arguments, pool, size, hands):
+            yield left.pop(number), result
+    yield from ((item, None) for item in left.values())
+
+
+def _results(
+    items: dict[int, Item],
+    worker: Callable[..., Any],
+    arguments: Sequence[object],
+    pool: Pool,
+    batch: int,
+    hands: int,
+) -> Iterator[tuple[int, Any]]:
+    import ray
+
+    if not items:
+        return
+    quiet_data()
+    table = pa.table({"number": list(items), "item": [pickle.dumps(i) for i in items.values()]})
+    size = max(batch, -(-table.num_rows // MOST_BLOCKS))
+    # In memory: reading would be tasks of a whole CPU each, that nobody has reserved.
+    dataset = ray.data.from_blocks([table.slice(i, size) for i in range(0, len(items), size)])
+    # Blocks are lost to dying actors only: all else comes back as a result.
+    dataset.context.max_errored_blocks = -1
+    done = dataset.map_batches(
+        _Actor,
+        fn_constructor_args=(worker, tuple(arguments)),
+        batch_size=batch,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=pool.actors,
+            max_concurrent_calls_per_actor=hands,
+            # One more than is under way, so that none waits for its next call.
+            max_tasks_in_flight_per_actor=hands + 1,
+            enable_true_multi_threading=hands > 1,
+        ),
+        num_cpus=pool.actor_cpus,
+        num_gpus=1 if pool.gpu else None,
+        max_task_retries=RETRIES,
+    )
+    try:
+        for block in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in block.to_pylist():
+                result = pickle.loads(row["result"])
+                if isinstance(result, Exception):
+                    raise result
+                yield row["number"], result
+    except ray.exceptions.RayError as error:
+        raise LinearSRError(last_line(error)) from error
+
+
+class _Actor:
+    """The worker, and what it raises as a result: raised here, Ray would try it ever again."""
+
+    def __init__(self, worker: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+        made = _told(worker, *arguments)
+        self.failed = made if isinstance(made, Exception) else None
+        self.worker = made
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        items = [pickle.loads(item) for item in block["item"].to_pylist()]
+        results = self.failed or _told(self.worker, items)
+        if isinstance(results, Exception):
+            results = [results] * len(items)
+        told = [pickle.dumps(result) for _, result in zip(items, results, strict=True)]
+        return pa.table({"number": block["number"], "result": told})
+
+
+def _told(work: Callable[..., Any], *arguments: object) -> Any:
+    """What `work` returns or raises."""
+    try:
+        return work(*arguments)
+    except LinearSRError as error:
+        return error
+    except Exception:  # not all of them can be pickled
+        return RuntimeError(traceback.format_exc())
