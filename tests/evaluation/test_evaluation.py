@@ -151,6 +151,17 @@ def test_without_hr_reference_metrics_are_skipped_not_failed(
     assert {(m, metric) for _, m, metric in _values(output)} == {(photos.name, "piqe")}
 
 
+def test_low_resolution_without_truth_compares_models_by_naturalness(
+    photos: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = f"evaluate --lr {photos} --every 3 --models small={small_bundle} --steps 1"
+    assert main([*words.split(), "--device=cpu", "--metrics", "piqe", "-o", str(output)]) == 0
+    methods = {(id, method) for id, method, _ in _values(output)}
+    assert methods == {("astronaut.png", "bicubic"), ("astronaut.png", "small, 1 step")}
+    assert (output / "contact.jpg").exists()
+
+
 def test_a_metric_that_needs_more_pixels_is_told_and_is_no_failure(
     photos: Path, tmp_path: Path
 ) -> None:
