@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -164,12 +165,20 @@ def digest(data: bytes) -> str:
 
 
 def decode(data: bytes, source: str, config: ShardConfig) -> tuple[Tensor, Picture]:
-    """Pixels (3, H, W) uint8, transparency over white, and the Picture. Raises InputError."""
+    """Pixels (3, H, W) uint8, transparency over white; and a Picture without any, for its profile.
+
+    Raises InputError.
+    """
     picture = read(data, max_pixels=config.max_pixels, name=source)
-    pixels = picture.pixels
-    if picture.alpha is not None:
-        pixels = 1 - picture.alpha * (1 - pixels)
-    return (pixels * 255).round().byte(), picture
+    pixels = torch.empty(picture.pixels.shape, dtype=torch.uint8)
+    # In place, a plane at a time: large photographs are larger in floats.
+    for target, plane in zip(pixels, picture.pixels, strict=True):
+        if picture.alpha is not None:
+            plane.sub_(1).mul_(picture.alpha[0]).add_(1)
+        target.copy_(plane.mul_(255).round_())
+    # EXIF may say where someone lives, and says nothing about a crop.
+    bare = replace(picture, pixels=torch.empty(3, 0, 0), alpha=None, bits=8, exif=None)
+    return pixels, bare
 
 
 # Looking
@@ -285,7 +294,7 @@ def _judge(
         return "too small", f"{width}x{height}, shorter side below {least}", []
     found, best = [], 0.0
     for box in boxes(height, width, config.crop, config.scale, config.rng(source)):
-        value = sharpness(box.cut(pixels).float() / 255)
+        value = sharpness(box.cut(pixels))
         best = max(best, value)
         if value >= config.min_sharpness:
             found.append(box._asdict())

@@ -210,12 +210,10 @@ def _pairs(rows: list[dict[str, Any]], config: ShardConfig) -> Iterator[dict[str
     for source, crops in groupby(rows, key=lambda row: row["source"]):
         data = fetch(source)
         pixels, picture = decode(data, source, config)
-        # EXIF may say where someone lives, and says nothing about a crop.
-        bare = replace(picture, alpha=None, bits=8, exif=None)
         for crop in crops:
             if crop["digest"] != digest(data):
                 raise InputError(f"{source}: not the picture that was planned; give a new --output")
-            yield _pair(crop, pixels, bare, config)
+            yield _pair(crop, pixels, picture, config)
 
 
 def _pair(

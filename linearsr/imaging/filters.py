@@ -57,18 +57,26 @@ def boxes(height: int, width: int, crop: int, multiple: int, rng: np.random.Gene
 
 
 def sharpness(pixels: Tensor) -> float:
-    """Variance of the Laplacian of the luma, in 8 bit steps squared, of (3, H, W) in [0, 1].
+    """Variance of the Laplacian of the luma, in 8 bit steps squared, of (3, H, W) uint8.
 
     At the picture's own resolution, since that is what a model would be taught; in tiles, of which
     one in ten has to reach the value: so it means the same for any size, and a sharp subject before
     a soft background counts. Noise counts as sharpness. 0 for sides below 3.
     """
+    height = pixels.shape[1]
     if min(pixels.shape[1:]) < 3:
         return 0.0
-    edges = F.conv2d((pixels[None] * _LUMA).sum(1, keepdim=True) * 255, _LAPLACIAN)
+    tops = range(0, max(1, height - TILE - 1), TILE)
+    # A row of tiles at a time: in floats, a whole photograph would be large.
+    rows = [_tile_variances(pixels[:, top : top + TILE + 2].float()) for top in tops]
+    return max(0.0, float(np.quantile(torch.cat(rows).numpy(), 0.9)))
+
+
+def _tile_variances(strip: Tensor) -> Tensor:
+    """The Laplacian's variance in each tile of a strip, (3, up to TILE + 2, W), from the left."""
+    edges = F.conv2d((strip[None] * _LUMA).sum(1, keepdim=True), _LAPLACIAN)
     tile = [min(TILE, side) for side in edges.shape[2:]]
-    variance = F.avg_pool2d(edges**2, tile) - F.avg_pool2d(edges, tile) ** 2
-    return max(0.0, float(np.quantile(variance.numpy(), 0.9)))
+    return (F.avg_pool2d(edges**2, tile) - F.avg_pool2d(edges, tile) ** 2).flatten()
 
 
 def perceptual_hash(pixels: Tensor) -> int:

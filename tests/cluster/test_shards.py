@@ -25,11 +25,13 @@ from ray.cluster_utils import Cluster
 from linearsr.cluster import plan, tasks
 from linearsr.cluster.data import Shards, open_source
 from linearsr.cluster.shards import SCHEMA, Built, ShardConfig, build_shards
+from linearsr.cluster.storage import locate
 from linearsr.cluster.tasks import each
 from linearsr.errors import InputError, OptionError, OutputError
 from linearsr.imaging.degrade import PRESETS, degrade
 from linearsr.imaging.files import read
 from linearsr.training.data import DataConfig, as_bytes
+from tests.s3.fixtures import Server
 
 ROOT = Path(__file__).parents[2]
 USED = ("bay/astronaut.png", "bay/coffee.png", "camera.png", "chelsea.webp", "rocket.jpg")
@@ -60,7 +62,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(pictures: Path, output: Path, **changes: object) -> ShardConfig:
+def _config(pictures: Path, output: Path | str, **changes: object) -> ShardConfig:
     places = {"inputs": [str(pictures)], "output": str(output)}
     small = {"crop": 96, "crops_per_picture": 3, "min_size": 128, "rows_per_shard": 4, "cpus": 0.5}
     return ShardConfig.parse(**{**places, **small, **changes})
@@ -198,6 +200,20 @@ def test_the_same_again_elsewhere_gives_the_same_bytes(
     again, first = _everything(tmp_path / "again"), _everything(output)
     del again["manifest.json"], first["manifest.json"]
     assert len(first) >= 4 + 3 and again == first
+
+
+def test_from_and_to_s3_gives_the_same_bytes(
+    built: Built, output: Path, pictures: Path, s3: Server
+) -> None:
+    bucket = s3.bucket()
+    for name, data in _everything(pictures).items():
+        (locate(f"{bucket}/mixed") / name).write(data)
+    config = _config(pictures, f"{bucket}/shards", inputs=[f"{bucket}/mixed"])
+    assert str(build_shards(config)) == str(built)
+    made = locate(f"{bucket}/shards")
+    for shard in _shards(output):
+        assert (made / shard.name).read() == shard.read_bytes()
+    assert len(made.files()) == len(_everything(output))
 
 
 def test_another_seed_gives_other_crops_and_other_lr(

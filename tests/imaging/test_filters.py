@@ -32,7 +32,7 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def _sharpness(image: Image.Image) -> float:
-    return sharpness(_tensor(image).float() / 255)
+    return sharpness(_tensor(image))
 
 
 # Crops
@@ -77,9 +77,11 @@ def test_a_box_cuts_what_it_says() -> None:
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:
     """Of a checkerboard of 0 and 255 it is +-4 * 255, of a slope 0."""
-    board = (torch.arange(40).view(-1, 1) + torch.arange(40)) % 2
-    assert sharpness(board.float().expand(3, 40, 40)) == pytest.approx((4 * 255) ** 2, rel=1e-4)
-    slope = torch.linspace(0, 1, 40).expand(3, 40, 40)
+    for side in (3, 40, 300):
+        board = (torch.arange(side).view(-1, 1) + torch.arange(side)) % 2 * 255
+        expected = (4 * 255) ** 2 if side > 3 else 0
+        assert sharpness(board.byte().expand(3, side, side)) == pytest.approx(expected, rel=1e-4)
+    slope = torch.arange(200).byte().expand(3, 40, 200)
     assert sharpness(slope) == pytest.approx(0, abs=1e-4)
 
 
@@ -99,8 +101,16 @@ def test_a_sharp_subject_before_a_soft_background_counts() -> None:
 
 
 def test_a_picture_of_no_area_to_speak_of_has_no_sharpness() -> None:
-    assert sharpness(torch.rand(3, 2, 50)) == 0
-    assert sharpness(torch.full((3, 3, 3), 0.5)) == pytest.approx(0, abs=1e-3)
+    assert sharpness(torch.randint(256, (3, 2, 50)).byte()) == 0
+    assert sharpness(torch.full((3, 3, 3), 128).byte()) == pytest.approx(0, abs=1e-3)
+
+
+def test_every_row_of_tiles_counts() -> None:
+    """Noise in one tile of the three, two rows of which are whole."""
+    for top in (0, 128):
+        picture = torch.full((3, 128 * 2 + 2, 130), 90).byte()
+        picture[:, top + 10 : top + 120, 10:120] = torch.randint(256, (3, 110, 110)).byte()
+        assert sharpness(picture) > 1000
 
 
 # Hashes
