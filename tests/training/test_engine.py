@@ -22,6 +22,7 @@ from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
+from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop
 from linearsr.training.config import TrainConfig
 from linearsr.training.data import Batch
@@ -141,6 +142,17 @@ def _resume(model: ModelConfig, folder: Path) -> dict[str, Any]:
     assert stage.progress.step == SAVED_AT
     loop.run(stage, _batches(stage.engine, stage.progress.seen), _quiet)
     return {"losses": _losses(stage)}
+
+
+def _tagged(model: ModelConfig, engine: type[TorchEngine] | type[ZeroEngine]) -> dict[str, Any]:
+    """A run in which one pair of each global batch has tags, so one rank of two has none."""
+    stage = _stage(model, _train(steps=6), engine)
+    stage.encoder = tag_encoder(model)
+    batches = (
+        batch._replace(tags=tuple(() if n % GLOBAL_BATCH else ("cat",) for n in batch.numbers))
+        for batch in _batches(stage.engine)
+    )
+    return {"losses": _losses(loop.run(stage, batches, _quiet))}
 
 
 def _stopped(stage: loop.Stage, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -312,3 +324,12 @@ def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) 
         assert all(map(math.isfinite, rank["losses"])) and rank["losses"][-1] < rank["losses"][0]
         assert rank["again"] == rank["losses"]
     assert all(t.dtype == torch.float32 for t in load_average(folder).values())
+
+
+def test_a_rank_without_tags_keeps_in_step_with_one_that_has_some(
+    tagged_config: ModelConfig, tmp_path: Path
+) -> None:
+    """Both reduce the same gradients, those of the cross-attention included."""
+    alone = _tagged(tagged_config, TorchEngine)["losses"]
+    for rank in _launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
+        assert _difference(rank["losses"], alone) < 1e-4
