@@ -14,12 +14,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from linearsr.cluster.storage import Location, locate
-from linearsr.errors import InputError, LinearSRError
+from linearsr.cluster.inputs import open_shard
+from linearsr.cluster.storage import Location, explained, locate
+from linearsr.errors import InputError, LinearSRError, StorageError
 from linearsr.imaging.files import READ_SUFFIXES, read
 from linearsr.training.data import (
     SIDECAR,
@@ -103,6 +103,8 @@ def _decoded(picture: Location, needs: int) -> Tensor | None:
     """(3, H, W) uint8, or None for a picture that is damaged or too small."""
     try:
         photo = as_bytes(read(picture.read(), name=picture.path))
+    except StorageError:
+        raise  # nothing is wrong with the picture
     except LinearSRError:
         return None
     return photo if min(photo.shape[1:]) >= needs else None
@@ -181,13 +183,8 @@ def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarr
 
 
 def _groups(file: Location) -> Iterator[_Group]:
-    try:
-        metadata = pq.ParquetFile(file.path, filesystem=file.filesystem).metadata
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file.path}: not a readable Parquet shard: {error}") from error
-    schema = metadata.schema.to_arrow_schema()
-    if "hr" not in schema.names:
-        raise InputError(f"{file.path}: no column 'hr'; build shards with ray_jobs/build_shards.py")
+    shard = open_shard(file, "hr")
+    metadata, schema = shard.metadata, shard.schema_arrow
     if "tags" in schema.names and not _lists_text(schema.field("tags").type):
         raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
     for number in range(metadata.num_row_groups):
@@ -202,9 +199,10 @@ def _lists_text(kind: pa.DataType) -> bool:
 @lru_cache(maxsize=GROUPS_KEPT)
 def _columns(group: _Group) -> pa.Table:
     """hr, and tags where there are any."""
-    file = pq.ParquetFile(group.file.path, filesystem=group.file.filesystem)
-    wanted = [name for name in ("hr", "tags") if name in file.schema_arrow.names]
-    return file.read_row_group(group.number, columns=wanted)
+    shard = open_shard(group.file, "hr")
+    wanted = [name for name in ("hr", "tags") if name in shard.schema_arrow.names]
+    with explained(group.file):
+        return shard.read_row_group(group.number, columns=wanted)
 
 
 class Share(NamedTuple):

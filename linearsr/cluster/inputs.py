@@ -5,14 +5,13 @@ Only names go through Ray; whoever works on a picture fetches its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from linearsr.cluster.storage import Location
+from linearsr.cluster.storage import Location, explained
 from linearsr.errors import InputError, one_line
 from linearsr.imaging.files import READ_SUFFIXES
 
@@ -47,10 +46,7 @@ def read_input(folder: Location, row: dict[str, Any], column: str) -> bytes:
     file = folder / row["file"]
     if row["group"] < 0:
         return file.read()
-    try:
-        data = _group(file, row["group"], column)[row["row"]].as_py()
-    except OSError as error:
-        raise InputError(f"{file.path}: cannot be read: {one_line(error)}") from error
+    data = _group(file, row["group"], column)[row["row"]].as_py()
     if data is None:
         raise InputError(f"{row['id']}: its {column!r} is empty")
     return bytes(data)
@@ -64,25 +60,34 @@ def _suffix(name: str) -> str:
     return f".{name.rsplit('.', 1)[-1].lower()}"
 
 
-def _rows(folder: Location, shard: Location, column: str) -> pa.Table:
+def open_shard(file: Location, *columns: str) -> Any:
+    """A `pyarrow.parquet.ParquetFile` that has the columns. Raises InputError or StorageError."""
     try:
-        file = pq.ParquetFile(shard.path, filesystem=shard.filesystem)
-        missing = {"id", column} - set(file.schema_arrow.names)
-        if missing:
-            raise InputError(f"{shard.path}: no column {', '.join(sorted(missing))}")
-        tables = list(_group_rows(file, _below(folder, shard)))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{shard.path}: not a readable shard: {one_line(error)}") from error
-    return pa.concat_tables(tables) if tables else INPUTS.empty_table()
+        with explained(file):
+            shard = pq.ParquetFile(file.path, filesystem=file.filesystem)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{file.path}: not a readable Parquet shard: {one_line(error)}") from error
+    for column in columns:
+        if column not in shard.schema_arrow.names:
+            raise InputError(
+                f"{file.path}: no column {column!r}; build shards with ray_jobs/build_shards.py"
+            )
+    return shard
 
 
-def _group_rows(file: pq.ParquetFile, name: str) -> Iterator[pa.Table]:
-    for group in range(file.num_row_groups):
-        ids = file.read_row_group(group, columns=["id"]).column("id").cast(pa.string())
-        size = len(ids)
-        yield pa.table(
-            [ids, [name] * size, pa.array([group] * size), pa.array(range(size))], schema=INPUTS
-        )
+def _rows(folder: Location, file: Location, column: str) -> pa.Table:
+    shard = open_shard(file, "id", column)
+    with explained(file):
+        ids = [shard.read_row_group(n, columns=["id"]) for n in range(shard.num_row_groups)]
+    name = _below(folder, file)
+    groups = [_group_rows(table, name, number) for number, table in enumerate(ids)]
+    return pa.concat_tables([INPUTS.empty_table(), *groups])
+
+
+def _group_rows(ids: pa.Table, name: str, number: int) -> pa.Table:
+    size = ids.num_rows
+    text = ids.column("id").cast(pa.string())
+    return pa.table([text, [name] * size, pa.array([number] * size), pa.array(range(size))], INPUTS)
 
 
 def _unique(table: pa.Table, folder: Location) -> pa.Table:
@@ -95,5 +100,6 @@ def _unique(table: pa.Table, folder: Location) -> pa.Table:
 
 @lru_cache(maxsize=GROUPS_KEPT)
 def _group(file: Location, number: int, column: str) -> Any:
-    parquet = pq.ParquetFile(file.path, filesystem=file.filesystem)
-    return parquet.read_row_group(number, columns=[column]).column(column)
+    shard = open_shard(file, column)
+    with explained(file):
+        return shard.read_row_group(number, columns=[column]).column(column)

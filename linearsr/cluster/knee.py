@@ -119,7 +119,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         """Copies of former knees; only now that `knee.json` names the new one."""
         for old in (self.run / KEPT).files():
             if kept is not None and not old.path.startswith(f"{kept}/"):
-                self.run.filesystem.delete_file(old.path)
+                old.delete_file()
 
     def _draw(self, knee: Knee) -> None:
         progress = last_checkpoint(self.run)[0] / PROGRESS
