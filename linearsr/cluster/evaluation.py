@@ -13,19 +13,18 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
 from tqdm import tqdm
 
+from linearsr.cluster.actors import LOST, Pool, pooled
 from linearsr.cluster.inputs import list_inputs, read_input
-from linearsr.cluster.logs import last_line, quiet_data
+from linearsr.cluster.logs import last_line
 from linearsr.cluster.storage import Location, check_writable, locate, url
 from linearsr.cluster.weights import load_upscaler
-from linearsr.config import Config
 from linearsr.errors import LinearSRError
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
@@ -33,15 +32,13 @@ from linearsr.evaluation.report import Report
 from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
 from linearsr.quality.metrics import conventions
 
-# More blocks than this would only cost the driver time.
-MOST_BLOCKS = 4096
 # Pictures between two parts: what a killed job judges anew.
 SAVE_EVERY = 20
 # A picture's scores as JSON, in which floats stay exactly what they are.
 ROWS = pa.schema({"id": pa.string(), "scores": pa.string()})
 
 
-class EvaluationConfig(Config):
+class EvaluationConfig(Pool):
     """One job. Folders are local (on storage that all nodes see) or s3://.
 
     actors: models at work, each with `actor_cpus` logical CPUs and, with `gpu`, one GPU. Metrics
@@ -50,9 +47,6 @@ class EvaluationConfig(Config):
 
     request: Request
     output: str
-    actors: int = Field(default=1, ge=1)
-    actor_cpus: float = Field(default=1.0, gt=0)
-    gpu: bool = False
 
     @property
     def device(self) -> str:
@@ -123,13 +117,14 @@ def _scores(made: Plan, config: EvaluationConfig, parts: Location) -> list[Score
     wanted = {item.id for item in made.items}
     scores = [score for id, found in done.items() if id in wanted for score in found]
     todo = [item for item in made.items if item.id not in done]
-    kept: list[dict[str, str]] = []
+    judged = pooled(todo, _Worker, (made.settings, config), config)
+    kept: list[list[Score]] = []
     try:
-        for row in _progress(_judged(todo, made.settings, config), todo):
-            found = _scores_of(row)
+        for item, result in tqdm(judged, total=len(todo), unit="picture", desc="evaluate"):
+            found = result or [Score(item.id, "", "", None, LOST)]
             scores += found
             if not any(score.failed for score in found):  # a failure is tried again
-                kept.append(row)
+                kept.append(found)
             if len(kept) >= SAVE_EVERY:
                 _write_part(parts, kept)
                 kept = []
@@ -138,56 +133,20 @@ def _scores(made: Plan, config: EvaluationConfig, parts: Location) -> list[Score
     return scores
 
 
-def _scores_of(row: dict[str, str]) -> list[Score]:
-    return [Score(*fields) for fields in json.loads(row["scores"])]
-
-
 def _read_parts(parts: Location) -> Iterator[tuple[str, list[Score]]]:
     for file in parts.files():
         for row in pq.read_table(pa.BufferReader(file.read())).to_pylist():
-            yield row["id"], _scores_of(row)
+            yield row["id"], [Score(*fields) for fields in json.loads(row["scores"])]
 
 
-def _write_part(parts: Location, rows: list[dict[str, str]]) -> None:
-    if not rows:
+def _write_part(parts: Location, pictures: list[list[Score]]) -> None:
+    if not pictures:
         return
+    rows = [{"id": scores[0].id, "scores": json.dumps(scores)} for scores in pictures]
     name = hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=ROWS), buffer)
     (parts / f"{name}.parquet").write(buffer.getvalue())
-
-
-def _progress(rows: Iterator[dict[str, str]], todo: Sequence[Item]) -> Iterable[dict[str, str]]:
-    return tqdm(rows, total=len(todo), unit="picture", desc="evaluate", mininterval=1)
-
-
-def _judged(
-    items: Sequence[Item], settings: Settings, config: EvaluationConfig
-) -> Iterator[dict[str, str]]:
-    """A row of `ROWS` for each picture when it is through."""
-    import ray
-
-    if not items:
-        return
-    quiet_data()
-    size = -(-len(items) // MOST_BLOCKS)
-    texts = [item.model_dump_json() for item in items]
-    # In memory: reading would be tasks that reserve CPUs of their own.
-    blocks = [pa.table({"item": texts[i : i + size]}) for i in range(0, len(texts), size)]
-    rows = ray.data.from_blocks(blocks).map_batches(
-        _Worker,
-        fn_constructor_args=(settings, config),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.actors),
-        num_cpus=config.actor_cpus,
-        num_gpus=1 if config.gpu else None,
-    )
-    try:
-        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
-    except ray.exceptions.RayError as error:
-        raise LinearSRError(f"an actor gave up: {last_line(error)}") from error
 
 
 def _judge(settings: Settings, config: EvaluationConfig) -> Judge:
@@ -201,11 +160,9 @@ class _Worker:
     def __init__(self, settings: Settings, config: EvaluationConfig) -> None:
         self.judge = _judge(settings, config)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Items as JSON in, a row of `ROWS` for each out."""
-        items = [Item.model_validate_json(text) for text in batch.column("item").to_pylist()]
-        rows = [{"id": i.id, "scores": json.dumps(self.judge.scores(i))} for i in items]
-        return pa.Table.from_pylist(rows, schema=ROWS)
+    def __call__(self, items: list[Item]) -> list[list[Score]]:
+        """Pictures in, the scores of each out."""
+        return [self.judge.scores(item) for item in items]
 
 
 def _look(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
