@@ -38,6 +38,7 @@ from linearsr.cluster.knee import Knee, KneePointCallback, read_knee
 from linearsr.cluster.storage import Location, check_writable, locate
 from linearsr.cluster.validation import validate_checkpoint, validation_pictures
 from linearsr.cluster.weights import start_weights
+from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, OptionError, one_line
 from linearsr.latent import load_autoencoder
@@ -102,10 +103,10 @@ def check(stage: StageConfig) -> None:
 
 def _check_same_model(stage: StageConfig) -> None:
     """A run remembers its model; another one cannot go on from its checkpoints."""
-    file, model = stage.run / MODEL, stage.recipe.model.model_dump_json()
+    file, model = stage.run / MODEL, stage.recipe.model
     if not file.exists():
-        file.write(model.encode())
-    elif file.read().decode() != model:
+        file.write(model.model_dump_json().encode())
+    elif ModelConfig.model_validate_json(file.read()) != model:
         raise OptionError(
             f"{stage.run.path}: this run was started with another model config; choose another "
             "--name, or the settings it was started with"

@@ -49,7 +49,8 @@ class LinearAttention(nn.Module):
         q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
         heads = (b, h * w, c // self.head_dim, self.head_dim)
         if isinstance(self.norm_q, nn.RMSNorm):
-            q, k = q * self.norm_q.weight, self.norm_k(k)
+            # Under autocast the float32 weights of the norms would make q and k float32 as well.
+            q, k = (q * self.norm_q.weight).to(v.dtype), self.norm_k(k).to(v.dtype)
         o = relu_linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
         return self.out(o.reshape(b, h, w, c))
 

@@ -47,7 +47,7 @@ def main() -> int:
     if options.stage != "bundle" and options.photos is None:
         parser.error("--photos is needed to train")
     try:
-        recipe = override(RECIPES[options.recipe](), options.set)
+        recipe = override(RECIPES[options.recipe](), options.settings)
         if not 0 <= options.index < len(recipe.experts):
             parser.error(f"--index must be 0 to {len(recipe.experts) - 1}")
         if options.stage == "bundle":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import tempfile
@@ -23,6 +24,7 @@ import ray
 import skimage.data
 from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from linearsr.cluster.config import ClusterConfig, StageConfig
 from linearsr.cluster.knee import last_result
@@ -32,6 +34,7 @@ from linearsr.training import loop
 from linearsr.training.recipes import Recipe, override, tiny_cpu
 from tests.s3.fixtures import s3, s3_port  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 # `tiny_cpu` made so small that steps cost nothing beside the processes that run them.
 SMALL = (
     "model.denoiser.depth=2",
@@ -98,6 +101,28 @@ def cluster(s3_port: int) -> Iterator[Cluster]:  # noqa: F811
         ray.shutdown()
         started.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class Jobs:
+    """The cluster's job server, as `ray job submit --working-dir .` uses it."""
+
+    def __init__(self, address: str) -> None:
+        self.client = JobSubmissionClient(address)
+
+    def submit(self, command: list[str]) -> str:
+        working_dir = {"working_dir": str(ROOT), "excludes": ["runs", ".git"]}
+        return self.client.submit_job(entrypoint=shlex.join(command), runtime_env=working_dir)
+
+    def end(self, job: str) -> tuple[JobStatus, int | None, str]:
+        """Status, exit code and output of a job, once it has ended."""
+        until(lambda: self.client.get_job_status(job).is_terminal(), job, 600)
+        told = self.client.get_job_info(job)
+        return told.status, told.driver_exit_code, self.client.get_job_logs(job)
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster) -> Jobs:
+    return Jobs(f"http://{cluster.webui_url}")
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,8 @@ from linearsr.cluster.storage import locate
 from linearsr.cluster.train import Outcome
 from linearsr.errors import OptionError
 from linearsr.upscaler import Upscaler
-from tests.cluster.conftest import SMALL, STEPS, losses, reported, until
+from tests.cluster.conftest import ROOT, SMALL, STEPS, Jobs, losses, reported, until
 
-ROOT = Path(__file__).parents[2]
 EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
 
 
@@ -41,28 +40,6 @@ def _command(job: str, photos: Path, runs: Path, name: str, *more: str) -> list[
         *(part for setting in settings for part in ("--set", setting)),
         *more,
     ]
-
-
-class _Jobs:
-    """The cluster's job server, as `ray job submit --working-dir .` uses it."""
-
-    def __init__(self, address: str) -> None:
-        self.client = JobSubmissionClient(address)
-
-    def submit(self, command: list[str]) -> str:
-        working_dir = {"working_dir": str(ROOT), "excludes": ["runs", ".git"]}
-        return self.client.submit_job(entrypoint=shlex.join(command), runtime_env=working_dir)
-
-    def end(self, job: str) -> tuple[JobStatus, int | None, str]:
-        """Status, exit code and output of a job, once it has ended."""
-        until(lambda: self.client.get_job_status(job).is_terminal(), job, 600)
-        told = self.client.get_job_info(job)
-        return told.status, told.driver_exit_code, self.client.get_job_logs(job)
-
-
-@pytest.fixture(scope="module")
-def jobs(cluster: Cluster) -> _Jobs:
-    return _Jobs(f"http://{cluster.webui_url}")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +79,7 @@ def _kill(driver: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_job_whose_machine_died_goes_on_when_submitted_again(
-    driver: subprocess.Popen[bytes], jobs: _Jobs, photos: Path, runs: Path, whole: Outcome
+    driver: subprocess.Popen[bytes], jobs: Jobs, photos: Path, runs: Path, whole: Outcome
 ) -> None:
     """The first time on one worker and the second on two: it is the run of two throughout."""
     run = runs / "pretrain"
@@ -120,7 +97,7 @@ def test_a_job_whose_machine_died_goes_on_when_submitted_again(
 
 
 def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
-    jobs: _Jobs, photos: Path, runs: Path, photograph: Image.Image
+    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image
 ) -> None:
     assert (runs / "pretrain").exists(), "the pretraining test has to run first"
     command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
@@ -141,7 +118,7 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
     assert upscaler(photograph, steps=4).size == (256, 192)
 
 
-def test_what_a_job_cannot_do_is_said_in_one_line(jobs: _Jobs, photos: Path, runs: Path) -> None:
+def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs: Path) -> None:
     wrong = {
         "pretrain.stepz: no such field": _command(
             "pretrain", photos, runs, "wrong", "--set", "pretrain.stepz=1"
