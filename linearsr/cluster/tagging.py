@@ -20,13 +20,12 @@ from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 from tqdm import tqdm
 
-from linearsr.cluster.logs import last_line, quiet_data
-from linearsr.cluster.storage import Location, check_writable, explained, locate
-from linearsr.config import Config
-from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
+from linearsr.cluster.actors import LOST, Pool, pooled
+from linearsr.cluster.inputs import open_shard
+from linearsr.cluster.storage import Location, check_writable, locate
+from linearsr.errors import InputError, LinearSRError, OptionError, one_line
 from linearsr.imaging.files import read
 from linearsr.tags.tagger import Tag, TaggerConfig, load_tagger
 
@@ -36,12 +35,12 @@ TAGS: Final = (
     pa.field("tags", pa.list_(pa.string())),
     pa.field("tag_scores", pa.list_(pa.float32())),
 )
-_REPORT: Final = pa.schema([("shard", pa.string()), ("rows", pa.int64()), ("note", pa.string())])
-# Blocks that Ray Data plans; each has some shards' names.
-MOST_BLOCKS: Final = 1000
+# A shard's name below the folder, and its rows.
+_Shard = tuple[str, int]
+Note = dict[str, Any]
 
 
-class TagConfig(Config):
+class TagConfig(Pool):
     """What is tagged, by which tagger, and what that may take."""
 
     # Folders of Parquet shards, local (shared) or s3://; the same for tagging in place.
@@ -50,10 +49,6 @@ class TagConfig(Config):
     # Which picture is looked at. The upscaler will see LR only, so its tags are what it can have.
     column: Literal["lr", "hr"] = "lr"
     tagger: TaggerConfig = TaggerConfig()
-    actors: int = Field(default=1, ge=1)
-    # Logical CPUs of each.
-    actor_cpus: float = Field(default=1.0, gt=0)
-    gpu: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,8 +77,8 @@ class Tagged:
             f"{self.tagged} have tags, {len(self.errors)} errors"
         )
 
-    def add(self, shard: str, rows: int, note: dict[str, Any]) -> None:
-        """Count one shard's report."""
+    def add(self, shard: str, rows: int, note: Note) -> None:
+        """Count one shard."""
         self.shards += 1
         self.rows += rows
         self.tagged += note["tagged"]
@@ -96,7 +91,7 @@ def tag_dataset(config: TagConfig) -> Tagged:
     Raises InputError, OutputError or OptionError before any work for what can be known by then.
     """
     source, output = locate(config.input), locate(config.output)
-    shards = _shards(source)
+    shards = _shards(source, config.column)
     settings = config.settings
     check_writable(output)
     result = Tagged()
@@ -108,8 +103,10 @@ def tag_dataset(config: TagConfig) -> Tagged:
             continue
         result.before += 1
         result.add(name, size, done)
-    for report in _progress(_run(config, todo), sum(size for _, size in todo)):
-        result.add(report["shard"], report["rows"], json.loads(report["note"]))
+    # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
+    notes = pooled(todo, _Worker, (config, source, output), config)
+    for (name, size), note in _progress(notes, sum(size for _, size in todo)):
+        result.add(name, size, note)
     _write_errors(output / "tag_errors.csv", sorted(result.errors))
     return result
 
@@ -123,73 +120,41 @@ def _digest(path: str) -> str:
         ) from error
 
 
-def _shards(folder: Location) -> dict[str, int]:
+def _shards(folder: Location, column: str) -> dict[str, int]:
     """Names below the folder, and rows. Raises InputError when there are none, or one is broken."""
     files = [file for file in folder.files() if file.name.endswith(".parquet")]
     if not files:
         raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
     inside = {file.path.removeprefix(folder.path).lstrip("/"): file for file in files}
-    return {name: _open(file).metadata.num_rows for name, file in inside.items()}
+    return {n: open_shard(f, "id", column).metadata.num_rows for n, f in inside.items()}
 
 
-def _open(file: Location) -> Any:
-    try:
-        with explained(file):
-            return pq.ParquetFile(file.path, filesystem=file.filesystem)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file.path}: not a readable shard: {one_line(error)}") from error
-
-
-def _note_of(file: Location, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _note_of(file: Location, settings: dict[str, Any]) -> Note | None:
     """What this tagger noted in a finished shard; None when it has not looked."""
     if not file.exists():
         return None
-    note = json.loads((_open(file).metadata.metadata or {}).get(NOTE, b"{}"))
+    note = json.loads((open_shard(file).metadata.metadata or {}).get(NOTE, b"{}"))
     return note if note.get("settings") == settings else None
 
 
-def _run(config: TagConfig, todo: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """A report per shard, when it is through."""
-    import ray
-
-    if not todo:
-        return
-    names = [name for name, _ in todo]
-    size = -(-len(names) // MOST_BLOCKS)
-    quiet_data()
-    # In memory: reading would be tasks of a whole CPU each, that nobody has reserved.
-    blocks = [pa.table({"shard": names[i : i + size]}) for i in range(0, len(names), size)]
-    reports = ray.data.from_blocks(blocks).map_batches(
-        _Worker,
-        # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
-        fn_constructor_args=(config, locate(config.input), locate(config.output)),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.actors),
-        num_cpus=config.actor_cpus,
-        num_gpus=1 if config.gpu else None,
-    )
-    try:
-        for batch in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
-    except ray.exceptions.RayError as error:
-        raise LinearSRError(last_line(error)) from error
-
-
-def _progress(reports: Iterator[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
-    """The reports, under a bar with images/s, time left and errors."""
+def _progress(
+    notes: Iterator[tuple[_Shard, Note | None]], total: int
+) -> Iterator[tuple[_Shard, Note]]:
+    """Shards with their notes, under a bar with images/s, time left and errors."""
     failed = 0
     with tqdm(total=total, unit="image", desc="tag", mininterval=1) as bar:
-        for report in reports:
-            note = json.loads(report["note"])
-            if "refused" in note:
-                raise OptionError(note["refused"])
+        for (name, size), told in notes:
+            note = _failed(LOST) if told is None else told
             for id, error in note["errors"].items():
                 failed += 1
-                bar.write(f"{report['shard']}: {id or 'whole shard'}: {error}", file=sys.stderr)
+                bar.write(f"{name}: {id or 'whole shard'}: {error}", file=sys.stderr)
             bar.set_postfix(errors=failed, refresh=False)
-            bar.update(report["rows"])
-            yield report
+            bar.update(size)
+            yield (name, size), note
+
+
+def _failed(error: str) -> Note:
+    return {"tagged": 0, "errors": {"": error}}
 
 
 def _write_errors(target: Location, errors: list[tuple[str, str, str]]) -> None:
@@ -206,44 +171,30 @@ class _Worker:
 
     def __init__(self, config: TagConfig, source: Location, output: Location) -> None:
         self.config, self.source, self.output = config, source, output
-        self.refused = ""
-        try:
-            self.tagger = load_tagger(config.tagger, "cuda" if config.gpu else "cpu")
-        except (OptionError, WeightsError) as error:  # raised here, Ray would start it ever again
-            self.refused = str(error)
+        self.tagger = load_tagger(config.tagger, "cuda" if config.gpu else "cpu")
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Names of shards in, a row of `_REPORT` for each out."""
-        reports = [self._report(name) for name in batch.column("shard").to_pylist()]
-        return pa.Table.from_pylist(reports, schema=_REPORT)
+    def __call__(self, shards: list[_Shard]) -> list[Note]:
+        """Names of shards in, the note of each out."""
+        return [self._shard(name) for name, _ in shards]
 
-    def _report(self, name: str) -> dict[str, Any]:
+    def _shard(self, name: str) -> Note:
         """One bad shard must not end the job."""
-        if self.refused:
-            return {"shard": name, "rows": 0, "note": json.dumps({"refused": self.refused})}
         try:
-            rows, note = self._shard(name)
+            data, note = tagged_shard(open_shard(self.source / name), self.config, self.tagger)
+            (self.output / name).write(data)
         except (LinearSRError, OSError, pa.ArrowException) as error:
-            rows, note = 0, {"tagged": 0, "errors": {"": one_line(error)}}
-        return {"shard": name, "rows": rows, "note": json.dumps(note)}
-
-    def _shard(self, name: str) -> tuple[int, dict[str, Any]]:
-        """Write one shard with its tags; its rows and its note."""
-        file = _open(self.source / name)
-        data, note = tagged_shard(file, self.config, self.tagger)
-        (self.output / name).write(data)
-        return file.metadata.num_rows, note
+            return _failed(one_line(error))
+        return note
 
 
-def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, dict[str, Any]]:
+def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
     """The Parquet file with `tags` and `tag_scores` filled, and the note in its footer.
 
     All else stays as it is, by row group, so no more than one is decoded at a time. A row whose
-    picture cannot be seen has no tags and an error in the note. Raises InputError for a shard
-    without the columns.
+    picture cannot be seen has no tags and an error in the note.
     """
-    schema = _schema(file.schema_arrow, config.column)
-    note: dict[str, Any] = {"settings": config.settings, "tagged": 0, "errors": {}}
+    schema = _schema(file.schema_arrow)
+    note: Note = {"settings": config.settings, "tagged": 0, "errors": {}}
     sink = io.BytesIO()
     # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
     plain: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
@@ -257,11 +208,8 @@ def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, dict
     return sink.getvalue(), note
 
 
-def _schema(schema: Any, column: str) -> Any:
+def _schema(schema: Any) -> Any:
     """The shard's own, with TAGS in their place or at the end."""
-    missing = {"id", column} - set(schema.names)
-    if missing:
-        raise InputError(f"no column {', '.join(sorted(missing))}")
     for field_ in TAGS:
         at = schema.get_field_index(field_.name)
         schema = schema.append(field_) if at < 0 else schema.set(at, field_)
@@ -269,7 +217,7 @@ def _schema(schema: Any, column: str) -> Any:
     return schema.with_metadata(kept or None)
 
 
-def _tags(id: str, data: bytes | None, tagger: Any, note: dict[str, Any]) -> list[Tag]:
+def _tags(id: str, data: bytes | None, tagger: Any, note: Note) -> list[Tag]:
     try:
         if data is None:
             raise InputError("there is no picture")

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def _progress(
             failure = LOST_WORKER if outcome is None else outcome
             if failure.error:
                 failed += 1
-                bar.write(f"{row['id']}: {failure.stage}: {failure.error}")
+                bar.write(f"{row['id']}: {failure.stage}: {failure.error}", file=sys.stderr)
                 yield {"id": row["id"], **failure._asdict()}
             bar.set_postfix(errors=failed, refresh=False)
             bar.update()

@@ -81,9 +81,9 @@ def test_shards_of_others_get_the_columns(tmp_path: Path) -> None:
     data, _ = tagged_shard(pq.ParquetFile(tmp_path / "theirs.parquet"), config, _always)
     row = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     assert row["mine"] == 1 and row["tags"] == ["thing"] and row["tag_scores"] == [0.5]
-    hr = config.model_copy(update={"column": "hr"})
-    with pytest.raises(InputError, match="no column hr"):
-        tagged_shard(pq.ParquetFile(tmp_path / "theirs.parquet"), hr, _always)
+    hr = TagConfig(input=str(tmp_path), output=str(tmp_path / "out"), column="hr")
+    with pytest.raises(InputError, match="no column 'hr'"):
+        tag_dataset(hr)
 
 
 def test_what_is_wrong_is_known_before_any_work(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_what_is_wrong_is_known_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shards here"):
         tag_dataset(config)
     (tmp_path / "shard.parquet").write_bytes(b"PAR1 or not")
-    with pytest.raises(InputError, match="readable shard"):
+    with pytest.raises(InputError, match="readable Parquet shard"):
         tag_dataset(config)
     (tmp_path / "shard.parquet").unlink()
-    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "shard.parquet")
+    pq.write_table(pa.table({"id": ["a"], "lr": [b""]}), tmp_path / "shard.parquet")
     tagger = TaggerConfig(vocabulary=str(tmp_path / "gone.txt"))
     with pytest.raises(OptionError, match="check --vocabulary"):
         tag_dataset(config.model_copy(update={"tagger": tagger}))
