@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -77,22 +78,26 @@ def _results(
     dataset = ray.data.from_blocks([table.slice(i, size) for i in range(0, len(items), size)])
     # Blocks are lost to dying actors only: all else comes back as a result.
     dataset.context.max_errored_blocks = -1
-    done = dataset.map_batches(
-        _Actor,
-        fn_constructor_args=(worker, tuple(arguments)),
-        batch_size=batch,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=pool.actors,
-            max_concurrent_calls_per_actor=hands,
-            # One more than is under way, so that none waits for its next call.
-            max_tasks_in_flight_per_actor=hands + 1,
-            enable_true_multi_threading=hands > 1,
-        ),
-        num_cpus=pool.actor_cpus,
-        num_gpus=1 if pool.gpu else None,
-        max_task_retries=RETRIES,
+    strategy = ray.data.ActorPoolStrategy(
+        size=pool.actors,
+        max_concurrent_calls_per_actor=hands,
+        # One more than is under way, so that none waits for its next call.
+        max_tasks_in_flight_per_actor=hands + 1,
+        enable_true_multi_threading=hands > 1,
     )
+    with warnings.catch_warnings():
+        # Of other options than CPUs; for retries there is no other way yet.
+        warnings.simplefilter("ignore")
+        done = dataset.map_batches(
+            _Actor,
+            fn_constructor_args=(worker, tuple(arguments)),
+            batch_size=batch,
+            batch_format="pyarrow",
+            compute=strategy,
+            num_cpus=pool.actor_cpus,
+            num_gpus=1 if pool.gpu else None,
+            max_task_retries=RETRIES,
+        )
     try:
         for block in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in block.to_pylist():

@@ -24,7 +24,7 @@ from linearsr.cluster.actors import LOST, Pool, pooled
 from linearsr.cluster.inputs import list_inputs, read_input
 from linearsr.cluster.logs import last_line
 from linearsr.cluster.storage import Location, check_writable, locate, url
-from linearsr.cluster.weights import load_upscaler
+from linearsr.cluster.weights import check_model, load_upscaler
 from linearsr.errors import LinearSRError
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
@@ -64,7 +64,7 @@ def evaluate(config: EvaluationConfig) -> Report:
     output = locate(config.output)
     check_writable(output)
     for model in made.settings.models.values():  # what only an actor would find out, minutes later
-        load_upscaler(model, "cpu")
+        check_model(model)
     parts = output / f"parts-{_fingerprint(config.request, made.settings)}"
     scores = _scores(made, config, parts)
     report = finish(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from linearsr.cluster.actors import LOST, Pool, pooled
 from linearsr.cluster.inputs import list_inputs, read_input
 from linearsr.cluster.storage import Location, check_writable, locate, url
-from linearsr.cluster.weights import load_upscaler
+from linearsr.cluster.weights import check_model, load_upscaler
 from linearsr.config import FileOptions, Options
 from linearsr.errors import InputError, LinearSRError, OptionError, one_line
 from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
@@ -102,7 +102,7 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
         raise OptionError("input and output are the same folder; choose another output")
     inputs = list_inputs(source, config.column, without=output)
     # What only an actor would find out, minutes later.
-    load_upscaler(config.model, "cpu")
+    check_model(config.model)
     _claim(output, config)
     todo = _todo(inputs, output, config)
     # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.

@@ -7,7 +7,7 @@ from torch import Tensor
 from linearsr import weights
 from linearsr.cluster.config import StageConfig
 from linearsr.cluster.storage import locate
-from linearsr.errors import OptionError
+from linearsr.errors import OptionError, WeightsError
 from linearsr.upscaler import Upscaler
 
 
@@ -25,6 +25,14 @@ def load_upscaler(model: str, device: str) -> Upscaler:
         return Upscaler.load(model, device)
     with locate(model).local(".safetensors") as folder:
         return Upscaler.load(folder, device)
+
+
+def check_model(model: str) -> None:
+    """Raise WeightsError for what is no bundle: on the driver, where loading it might not fit."""
+    if not model.startswith("s3://"):
+        weights.read_config(model)
+    elif not any(file.name.endswith(".safetensors") for file in locate(model).files()):
+        raise WeightsError(f"{model}: no .safetensors file in this folder")
 
 
 def start_weights(job: StageConfig) -> list[dict[str, Tensor]]:

@@ -95,20 +95,29 @@ def load(
 
     Raises WeightsError naming the file: missing, damaged, of a wrong shape, not finite.
     """
-    folder = find(name_or_folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    config, provenance, files = _look(find(name_or_folder))
+    experts = [_load_expert(path, config).to(device, dtype) for path in files]
+    return Bundle(config, experts, provenance)
+
+
+def read_config(name_or_folder: str | Path) -> ModelConfig:
+    """A bundle's config, without its tensors. Raises WeightsError, also for a missing expert."""
+    return _look(find(name_or_folder))[0]
+
+
+def _look(folder: Path) -> tuple[ModelConfig, dict[str, str], list[Path]]:
+    """Config, provenance, and the file of each expert."""
+    some = sorted(folder.glob("*.safetensors"))
+    if not some:
         raise WeightsError(f"{folder}: no .safetensors file in this folder")
-    config, provenance = _read_metadata(files[0])
-    experts = []
-    for name in expert_names(config):
-        path = folder / f"{name}.safetensors"
+    config, provenance = _read_metadata(some[0])
+    files = [folder / f"{name}.safetensors" for name in expert_names(config)]
+    for path in files:
         if not os.path.isfile(path):
             raise WeightsError(
                 f"{path}: this expert's file is missing; copy the whole folder again"
             )
-        experts.append(_load_expert(path, config).to(device, dtype))
-    return Bundle(config, experts, provenance)
+    return config, provenance, files
 
 
 def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from ray.cluster_utils import Cluster
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 
 from linearsr.cluster import cli
 from linearsr.cluster.knee import read_knee

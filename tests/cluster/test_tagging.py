@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from linearsr.cluster.shards import SCHEMA
 from linearsr.cluster.tagging import NOTE, TagConfig, tag_dataset, tagged_shard
-from linearsr.errors import InputError, OptionError
+from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.tags.tagger import Tag, TaggerConfig
 from ray_jobs import tag_dataset as job
 
@@ -160,5 +160,5 @@ def test_options_that_no_tagger_can_take(cluster: Cluster, shards: Path, tmp_pat
         actor_cpus=0.5,
         tagger=TaggerConfig(kind="ram", source=str(tmp_path / "gone.pth")),
     )
-    with pytest.raises(OptionError, match="no readable checkpoint"):
+    with pytest.raises(WeightsError, match="no readable checkpoint"):
         tag_dataset(config)
