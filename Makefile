@@ -31,10 +31,11 @@ $(BIN)/uv:
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m linearsr.demo --output demo $(if $(IN),--input "$(IN)")
 
-# Ray starts many processes: without compiled modules each of them would compile torch anew.
+# Ray starts many processes: without compiled modules each of them would compile torch anew. Its tests
+# share one cluster and so one of the two processes; threads would only wait for each other's cores.
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
 	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
-		$(BIN)/python -m pytest
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,8 @@ class Upscaler:
         self.provenance = bundle.provenance
         self.autoencoder = load_autoencoder(self.config.latent, self.device)
         self.encoder = tag_encoder(self.config, self.device)
+        # Threads may share an upscaler: one picture is denoised while others are read and written.
+        self._turn = threading.Lock()
 
     @classmethod
     def load(cls, name_or_folder: str | Path = "linearsr-tiny", device: str = "auto") -> Upscaler:
@@ -227,10 +230,11 @@ class Upscaler:
     def denoise(self, job: Job, segment: Segment) -> Job:
         """One expert takes its steps on every tile."""
         model = self.experts[segment.expert]
-        latents = [
-            self._denoise_tile(model, job, segment, tile, latent)
-            for tile, latent in zip(job.tiles, job.latents, strict=True)
-        ]
+        with self._turn:
+            latents = [
+                self._denoise_tile(model, job, segment, tile, latent)
+                for tile, latent in zip(job.tiles, job.latents, strict=True)
+            ]
         return dataclasses.replace(job, latents=tuple(latents))
 
     def _denoise_tile(

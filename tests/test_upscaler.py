@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,14 @@ def test_same_seed_same_pixels_and_another_seed_others(small: Upscaler, picture:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_threads_may_share_an_upscaler(small: Upscaler, picture: Picture) -> None:
+    asked = [Options(steps=2, seed=seed, tile=16) for seed in range(6)]
+    alone = [small.upscale(picture, options).pixels for options in asked]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda options: small.upscale(picture, options).pixels, asked))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_one_step_does_not_depend_on_the_seed(small: Upscaler, picture: Picture) -> None:

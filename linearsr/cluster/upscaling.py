@@ -14,7 +14,6 @@ import io
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -232,12 +231,11 @@ class _Result(NamedTuple):
 
 
 class _Worker:
-    """The actor: one model, `hands` calls at a time that take turns with it."""
+    """The actor: one model, and `hands` calls at a time that take turns with it."""
 
     def __init__(self, config: UpscaleConfig, source: Location, output: Location) -> None:
         self.config, self.source, self.output = config, source, output
         self.upscaler = load_upscaler(config.model, config.device)
-        self.turn = threading.Lock()
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[_Failure]:
         """Names in, outcomes out."""
@@ -275,9 +273,8 @@ class _Worker:
         data = read_input(self.source, row, self.config.column)
         picture = read(data, max_pixels=files.max_pixels, name=row["id"])
         stage.name = "upscale"
-        with self.turn:
-            options = self.upscaler.with_tags(picture, options)
-            result = self.upscaler.upscale(picture, options)
+        options = self.upscaler.with_tags(picture, options)
+        result = self.upscaler.upscale(picture, options)
         stage.name = "encode"
         provenance = self.upscaler.describe(options)
         image = encode(result, format, quality=files.quality, provenance=provenance)

@@ -187,7 +187,7 @@ def test_a_killed_driver_goes_on_where_it_was(on_s3: UpscaleConfig) -> None:
     finished: dict[str, int] = {}
     for moment in np.sort(chosen):
         driver = _start(on_s3)
-        until(lambda: len(written(on_s3.output)) >= moment, f"{moment} results", 120)  # noqa: B023
+        until(lambda: len(written(on_s3.output)) >= moment, f"{moment} results")  # noqa: B023
         _kill(driver)
         now = written(on_s3.output)
         assert {name: now[name] for name in finished} == finished
@@ -221,7 +221,7 @@ def _workers() -> list[int]:
 def test_a_killed_actor_is_replaced(config: UpscaleConfig) -> None:
     driver = _start(config)
     try:
-        until(lambda: len(written(config.output)) >= 10, "ten results", 120)
+        until(lambda: len(written(config.output)) >= 10, "ten results")
         before, (worker, *_) = written(config.output), _workers()
         os.kill(worker, signal.SIGKILL)
         assert driver.wait(timeout=300) == 0
