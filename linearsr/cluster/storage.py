@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ PART = 32 << 20
 COPIES = 8
 # What one request deletes.
 BATCH = 1000
+# How the hidden name of a local file ends that is not complete yet.
+UNFINISHED = ".part"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Location:
     def sizes(self) -> dict[Location, int]:
         """All files below a folder, sorted, and their sizes; none when it does not exist.
 
-        A request per thousand files.
+        A request per thousand files. What a killed process left unfinished is not there.
         """
         with explained(self):
             if at := _on_s3(self):
@@ -113,7 +116,7 @@ class Location:
             else:
                 selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
                 infos = self.filesystem.get_file_info(selector)
-                found = {i.path: i.size for i in infos if i.type == fs.FileType.File}
+                found = {i.path: i.size for i in infos if _is_finished(i)}
         return {Location(self.filesystem, path): found[path] for path in sorted(found)}
 
     def files(self) -> list[Location]:
@@ -121,7 +124,10 @@ class Location:
         return list(self.sizes())
 
     def copy_to(self, target: Location) -> None:
-        """Copy a folder and what is in it; every file appears whole. Raises OutputError."""
+        """Copy a folder and what is in it; every file appears whole. Raises OutputError.
+
+        Raises InputError before any is copied for an object that would lie outside a local target.
+        """
         self._copy_files(self.files(), target)
 
     def delete(self) -> None:
@@ -142,7 +148,10 @@ class Location:
 
     @contextlib.contextmanager
     def local(self, suffix: str = "") -> Iterator[Path]:
-        """What is in the folder (files ending in `suffix`) as a local folder, while in use."""
+        """What is in the folder (files ending in `suffix`) as a local folder, while in use.
+
+        Raises InputError for an object that would lie outside of it.
+        """
         if isinstance(self.filesystem, fs.LocalFileSystem):
             yield Path(self.path)
             return
@@ -152,9 +161,12 @@ class Location:
             yield Path(folder)
 
     def _copy_files(self, files: list[Location], target: Location) -> None:
+        names = [file.path.removeprefix(f"{self.path}/") for file in files]
+        if _on_s3(target) is None:
+            for name in names:
+                _check_inside(name, self)
         with ThreadPoolExecutor(COPIES) as pool:
-            places = [target / file.path.removeprefix(f"{self.path}/") for file in files]
-            list(pool.map(_copy, files, places))
+            list(pool.map(_copy, files, [target / name for name in names]))
 
 
 def locate(path: str | Path) -> Location:
@@ -202,8 +214,8 @@ def _copy(source: Location, target: Location) -> None:
             with source.filesystem.open_input_file(source.path) as file:
                 there.client.upload_fileobj(file, there.bucket, there.key, Config=_transfer())
         elif here:
-            Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-            here.client.download_file(here.bucket, here.key, target.path, Config=_transfer())
+            with _renamed(target) as path:
+                here.client.download_file(here.bucket, here.key, path, Config=_transfer())
         else:
             with _renamed(target) as path:
                 fs.copy_files(
@@ -214,12 +226,44 @@ def _copy(source: Location, target: Location) -> None:
                 )
 
 
+def _check_inside(name: str, folder: Location) -> None:
+    """Keys are any text; as a path, one may lead out of the folder it is copied to."""
+    if {"", ".", ".."} & set(name.split("/")):
+        raise InputError(
+            f"{url(folder)}: the key {name!r} cannot be a file below a local folder; "
+            "rename or delete that object"
+        )
+
+
 @contextlib.contextmanager
 def _renamed(target: Location) -> Iterator[str]:
-    """Where to write a file that gets its own name when it is complete; not for S3."""
-    target.filesystem.create_dir(os.path.dirname(target.path))
-    yield f"{target.path}.tmp"
-    target.filesystem.move(f"{target.path}.tmp", target.path)
+    """Where to write a local file that gets its own name when it is complete, and on the disk.
+
+    Every writer has a name of its own: of those of one target, the last one's file remains.
+    """
+    folder = os.path.dirname(target.path)
+    target.filesystem.create_dir(folder)
+    path = os.path.join(folder, f".{uuid.uuid4().hex}{UNFINISHED}")
+    try:
+        yield path
+        _flush(path)
+        os.replace(path, target.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        raise
+
+
+def _flush(path: str) -> None:
+    """Else a file could be empty under its final name after a power failure."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _is_finished(info: fs.FileInfo) -> bool:
+    name = info.base_name
+    hidden = name.startswith(".") and name.endswith(UNFINISHED)
+    return bool(info.type == fs.FileType.File) and not hidden
 
 
 # S3

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import re
+import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,16 +60,57 @@ def test_what_is_written_is_read_back_and_leaves_nothing_beside_it(tmp_path: Pat
     assert [f.name for f in locate(tmp_path).files()] == ["file.bin"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = locate(tmp_path) / "file.bin"
+@contextlib.contextmanager
+def _full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(tmp_path: Path) -> None:
+    file, other = locate(tmp_path) / "to" / "file.bin", locate(tmp_path) / "from" / "file.bin"
     file.write(b"old")
-    # A folder of that name stands where the new content would be written.
-    (tmp_path / "file.bin.tmp").mkdir()
-    with pytest.raises(OutputError, match=r"file\.bin"):
-        file.write(b"new")
-    assert file.read() == b"old"
+    other.write(_bytes(0, 1 << 20))
+    for write in (
+        lambda: file.write(_bytes(0, 1 << 20)),
+        lambda: (locate(tmp_path) / "from").copy_to(locate(tmp_path) / "to"),
+    ):
+        with _full_disk(100_000), pytest.raises(OutputError, match=r"file\.bin"):
+            write()
+        assert file.read() == b"old"
+    with pytest.raises(OutputError, match="to: cannot be written"):
+        (locate(tmp_path) / "to").write(b"where a folder is")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file.bin", "file.bin", "from", "to"]
+
+
+def test_of_many_writers_of_one_file_each_succeeds_and_one_remains(tmp_path: Path) -> None:
+    file = locate(tmp_path) / "file.bin"
+    contents = [_bytes(seed, 200_000) for seed in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(file.write, contents))
+    assert file.read() in contents
+    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_the_longest_of_names_can_be_written(tmp_path: Path) -> None:
+    (locate(tmp_path) / ("a" * 255)).write(b"x")
+    assert [f.name for f in locate(tmp_path).files()] == ["a" * 255]
+
+
+def test_what_a_killed_process_left_unfinished_is_no_file(tmp_path: Path) -> None:
+    here = locate(tmp_path)
+    (here / "from/.hidden").write(b"")
+    (here / "from/a.part").write(b"")
+    with storage._renamed(here / "from/b.parquet") as unfinished:
+        Path(unfinished).write_bytes(b"half")
+        assert [f.name for f in (here / "from").files()] == [".hidden", "a.part"]
+        (here / "from").copy_to(here / "to")
+    assert [f.name for f in (here / "from").files()] == [".hidden", "a.part", "b.parquet"]
+    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == [".hidden", "a.part"]
 
 
 def test_copies_take_the_whole_folder_and_deleting_removes_it(tmp_path: Path) -> None:
@@ -170,6 +214,22 @@ def test_folders_are_copied_from_and_to_s3(s3: Server, tmp_path: Path) -> None:
     assert (here / "4/deep/er/b.txt").read() == b"deep/er/b.txt"
     (there / "2").delete()
     assert [f.path.partition("/")[2] for f in there.files()] == ["3/a.txt", "3/deep/er/b.txt"]
+
+
+@pytest.mark.parametrize("key", ["../outside.txt", "deep/../../outside.txt", "a//b", "./a"])
+def test_objects_whose_keys_lead_out_of_a_local_folder_are_not_copied(
+    s3: Server, tmp_path: Path, key: str
+) -> None:
+    there, target = locate(s3.bucket()) / "folder", locate(tmp_path) / "target"
+    (there / "good.txt").write(b"good")
+    at = storage._on_s3(there / "x")
+    assert at is not None
+    at.client.put_object(Bucket=at.bucket, Key=f"folder/{key}", Body=b"bad")
+    with pytest.raises(InputError, match=f"folder: the key '{re.escape(key)}' cannot be"):
+        there.copy_to(target)
+    with pytest.raises(InputError, match="cannot be a file"), there.local():
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_files_than_one_answer_lists_are_all_found_and_deleted(
