@@ -17,15 +17,15 @@ from pydantic import Field
 
 from linearsr.cluster.logs import last_line, quiet_data
 from linearsr.config import Config
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, OptionError
 
 Item = TypeVar("Item")
 
-# More blocks than this would only cost the driver time.
-MOST_BLOCKS: Final = 4096
-# How often a call whose actor or node died is made again. By default Ray Data never gives up, and
-# one picture that kills its reader would keep a job for ever.
+# How often a call whose actor or node died is made again, and an actor started again. By default
+# Ray Data never gives up: a picture that kills its reader, or a model that does not fit, would keep
+# a job for ever.
 RETRIES: Final = 3
+RESTARTS: Final = 100
 LOST: Final = "its worker died, repeatedly"
 
 
@@ -50,13 +50,30 @@ def pooled(
 
     The worker takes up to `batch` items a call and returns as many results; `hands` calls are under
     way in it at once, in threads. A result is None for an item whose actors kept dying, also when
-    it was alone in its call. All can be pickled. Raises what the worker raises.
+    it was alone with one. All can be pickled. Raises what the worker raises, and OptionError for a
+    pool that the cluster has no room for.
     """
     left = dict(enumerate(items))
-    for size in dict.fromkeys((batch, 1)):  # one item may have taken its whole batch along
-        for number, result in _results(left, worker, arguments, pool, size, hands):
+    check_room(pool)
+    # One item may have taken along what its actor had in hand: that is tried one by one.
+    for size, calls in ((batch, hands), (1, 1)):
+        for number, result in _results(left, worker, arguments, pool, size, calls):
             yield left.pop(number), result
     yield from ((item, None) for item in left.values())
+
+
+def check_room(pool: Pool) -> None:
+    """Raise OptionError for actors that would wait for ever."""
+    import ray
+
+    has = ray.cluster_resources()
+    wants = {"CPU": pool.actors * pool.actor_cpus, "GPU": pool.actors * pool.gpu}
+    for kind, amount in wants.items():
+        if amount > has.get(kind, 0.0):
+            raise OptionError(
+                f"{pool.actors} actors need {amount:g} {kind}, the cluster has "
+                f"{has.get(kind, 0.0):g}: use fewer --actors, or lower --actor-cpus"
+            )
 
 
 def _results(
@@ -73,20 +90,21 @@ def _results(
         return
     quiet_data()
     table = pa.table({"number": list(items), "item": [pickle.dumps(i) for i in items.values()]})
-    size = max(batch, -(-table.num_rows // MOST_BLOCKS))
-    # In memory: reading would be tasks of a whole CPU each, that nobody has reserved.
-    dataset = ray.data.from_blocks([table.slice(i, size) for i in range(0, len(items), size)])
+    # In memory: reading would be tasks of a whole CPU each, that nobody has reserved. A block a
+    # call: what is lost, is lost by blocks.
+    dataset = ray.data.from_blocks([table.slice(i, batch) for i in range(0, len(items), batch)])
     # Blocks are lost to dying actors only: all else comes back as a result.
     dataset.context.max_errored_blocks = -1
     strategy = ray.data.ActorPoolStrategy(
         size=pool.actors,
         max_concurrent_calls_per_actor=hands,
-        # One more than is under way, so that none waits for its next call.
-        max_tasks_in_flight_per_actor=hands + 1,
+        # One more than is under way, so that none waits for its next call; but not where each item
+        # is to be alone.
+        max_tasks_in_flight_per_actor=1 if batch == hands == 1 else hands + 1,
         enable_true_multi_threading=hands > 1,
     )
     with warnings.catch_warnings():
-        # Of other options than CPUs; for retries there is no other way yet.
+        # Of options other than CPUs; for retries there is no other way yet.
         warnings.simplefilter("ignore")
         done = dataset.map_batches(
             _Actor,
@@ -97,6 +115,7 @@ def _results(
             num_cpus=pool.actor_cpus,
             num_gpus=1 if pool.gpu else None,
             max_task_retries=RETRIES,
+            max_restarts=RESTARTS,
         )
     try:
         for block in done.iter_batches(batch_size=None, batch_format="pyarrow"):

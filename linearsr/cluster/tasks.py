@@ -7,19 +7,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from linearsr.cluster.logs import quiet_data
+from linearsr.cluster.actors import RETRIES, Pool, check_room
+from linearsr.cluster.logs import last_line, quiet_data
 from linearsr.errors import LinearSRError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-# How often a task whose worker or node died is started again: by default Ray Data never gives up,
-# and a picture that kills its reader would keep the job for ever.
-RETRIES: Final = 3
 
 
 def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> Iterator[Result]:
@@ -34,6 +31,7 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
     blocks = [pa.table({"item": [pickle.dumps(item)]}) for item in items]
     if not blocks:
         return
+    check_room(Pool(actor_cpus=cpus))
     quiet_data()
     dataset = ray.data.from_blocks(blocks)
     dataset.context.max_errored_blocks = -1
@@ -47,12 +45,15 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
             num_cpus=cpus,
             max_retries=RETRIES,
         )
-    for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for data in table["result"].to_pylist():
-            result = pickle.loads(data)
-            if isinstance(result, Exception):
-                raise result
-            yield result
+    try:
+        for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for data in table["result"].to_pylist():
+                result = pickle.loads(data)
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+    except ray.exceptions.RayError as error:
+        raise LinearSRError(last_line(error)) from error
 
 
 def _do(block: pa.Table, work: Callable[[Any], object]) -> pa.Table:

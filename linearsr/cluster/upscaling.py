@@ -25,13 +25,15 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from linearsr.cluster.actors import LOST, Pool, pooled
-from linearsr.cluster.inputs import list_inputs, read_input
-from linearsr.cluster.storage import Location, check_writable, locate, url
+from linearsr.cluster.inputs import list_inputs, open_shard, read_input
+from linearsr.cluster.storage import Location, check_writable, explained, locate, url
 from linearsr.cluster.weights import check_model, load_upscaler
 from linearsr.config import FileOptions, Options
-from linearsr.errors import InputError, LinearSRError, OptionError, one_line
+from linearsr.errors import InputError, LinearSRError, OptionError, StorageError, one_line
 from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
 
+# Errors between two savings of their list.
+SAVE_EVERY = 100
 ERRORS = pa.schema({"id": pa.string(), "stage": pa.string(), "error": pa.string()})
 RESULTS = pa.schema(
     {"id": pa.string(), "image": pa.binary(), "width": pa.int32(), "height": pa.int32()}
@@ -53,6 +55,7 @@ class UpscaleConfig(Pool):
     kind: Literal["images", "parquet"] = "images"
     column: str = "lr"
     model: str = "linearsr-tiny"
+    # "auto" is the GPU that the actor has reserved, else the CPU.
     device: str = "auto"
     options: Options = Options()
     files: FileOptions = FileOptions()
@@ -107,14 +110,14 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
     places = (config, source, output)
     results = pooled(todo, _Worker, places, config, batch=config.batch, hands=config.hands)
-    failed: list[dict[str, str]] = []
+    errors = _Errors(output / "errors" / "errors.parquet", {row["id"] for row in todo})
     try:
-        for failure in _progress(results, len(todo)):
-            failed.append(failure)
+        for id, failure in _progress(results, len(todo)):
+            errors.note(id, failure)
     finally:  # whatever ended the job, what is known by then is kept
-        _write_errors(output / "errors", failed)
-    earlier = inputs.num_rows - len(todo)
-    return Summary(inputs.num_rows, earlier, len(todo) - len(failed), len(failed))
+        errors.write()
+    failed, earlier = len(errors.rows), inputs.num_rows - len(todo)
+    return Summary(inputs.num_rows, earlier, len(todo) - failed, failed)
 
 
 def _claim(output: Location, config: UpscaleConfig) -> None:
@@ -125,7 +128,10 @@ def _claim(output: Location, config: UpscaleConfig) -> None:
         check_writable(output)
         note.write(json.dumps(settings, indent=1).encode())
         return
-    before = json.loads(note.read())
+    try:
+        before = json.loads(note.read())
+    except ValueError as error:
+        raise OptionError(f"{note.path}: not a job's settings; choose another output") from error
     other = [name for name in settings if before.get(name) != settings[name]]
     if other:
         raise OptionError(
@@ -177,33 +183,54 @@ def _ids_in(folder: Location) -> set[str]:
     """Ids of all results in Parquet files."""
     done: set[str] = set()
     for file in folder.files():
-        table = pq.read_table(file.path, filesystem=file.filesystem, columns=["id"])
-        done.update(table.column("id").to_pylist())
+        if file.name.endswith(".parquet"):
+            shard = open_shard(file, "id")
+            with explained(file):
+                done.update(shard.read(columns=["id"]).column("id").to_pylist())
     return done
 
 
 def _progress(
     results: Iterator[tuple[dict[str, Any], _Failure | None]], total: int
-) -> Iterator[dict[str, str]]:
-    """What failed: id, stage, error; under a bar with images/s, time left and errors."""
+) -> Iterator[tuple[str, _Failure]]:
+    """Ids with what was wrong, if anything; under a bar with images/s, time left and errors."""
     failed = 0
     with tqdm(total=total, unit="image", desc="upscale", mininterval=1) as bar:
         for row, outcome in results:
-            failure = LOST_WORKER if outcome is None else outcome
+            failure = outcome or LOST_WORKER
             if failure.error:
                 failed += 1
                 bar.write(f"{row['id']}: {failure.stage}: {failure.error}", file=sys.stderr)
-                yield {"id": row["id"], **failure._asdict()}
             bar.set_postfix(errors=failed, refresh=False)
             bar.update()
+            yield row["id"], failure
 
 
-def _write_errors(folder: Location, failed: list[dict[str, str]]) -> None:
-    """The failures of this run; those of earlier ones have been tried again."""
-    if failed:
-        _write_table(folder / "errors.parquet", pa.Table.from_pylist(failed, schema=ERRORS))
-    else:
-        folder.delete()
+class _Errors:
+    """The list of what failed: of earlier runs too, for pictures that this one has not reached."""
+
+    def __init__(self, file: Location, todo: set[str]) -> None:
+        self.file = file
+        before = pq.read_table(pa.BufferReader(file.read())).to_pylist() if file.exists() else []
+        self.rows = {row["id"]: row for row in before if row["id"] in todo}
+        self.unsaved = 0
+
+    def note(self, id: str, failure: _Failure) -> None:
+        """How a picture ended; saved at times, as a killed job cannot."""
+        self.rows.pop(id, None)
+        if failure.error:
+            self.rows[id] = {"id": id, **failure._asdict()}
+            self.unsaved += 1
+        if self.unsaved >= SAVE_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """The file, or none when there is nothing in it."""
+        self.unsaved = 0
+        if self.rows:
+            _write_table(self.file, pa.Table.from_pylist(list(self.rows.values()), schema=ERRORS))
+        else:
+            self.file.delete_file()
 
 
 def _write_table(target: Location, table: pa.Table) -> None:
@@ -235,7 +262,9 @@ class _Worker:
 
     def __init__(self, config: UpscaleConfig, source: Location, output: Location) -> None:
         self.config, self.source, self.output = config, source, output
-        self.upscaler = load_upscaler(config.model, config.device)
+        reserved = "cuda" if config.gpu else "cpu"
+        device = reserved if config.device == "auto" else config.device
+        self.upscaler = load_upscaler(config.model, device)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[_Failure]:
         """Names in, outcomes out."""
@@ -284,14 +313,16 @@ class _Worker:
     def _guarded(
         self, row: dict[str, Any], work: Callable[[dict[str, Any], _Stage], None]
     ) -> _Failure:
-        """One bad picture must not end the job; options that are wrong for all of them do."""
+        """One bad picture must not end the job; what is wrong with all of them does."""
         stage, error = _Stage(), ""
         try:
             work(row, stage)
-        except OptionError:
-            raise
-        except (LinearSRError, MemoryError, OSError, RuntimeError, ValueError) as failure:
-            error = one_line(failure) or type(failure).__name__
+        except (OptionError, StorageError):
+            raise  # the next one would fail as well
+        except LinearSRError as failure:
+            error = one_line(failure)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {one_line(failure)}"
         return _Failure(stage.name, error)
 
 
