@@ -8,7 +8,7 @@ change the data order.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
@@ -17,10 +17,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from linearsr.cluster.inputs import open_shard
+from linearsr.cluster.inputs import choose, each, open_shard
 from linearsr.cluster.storage import Location, explained, locate
 from linearsr.errors import InputError, LinearSRError, StorageError
-from linearsr.imaging.files import READ_SUFFIXES, read
+from linearsr.imaging.files import read
 from linearsr.training.data import (
     SIDECAR,
     Batch,
@@ -60,11 +60,9 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
     Tags come from the folder's tags.jsonl, or from the shards' column `tags`, where there is one.
     Raises InputError when there is nothing to train on, saying why.
     """
-    files = locate(path).files()
-    shards = [file for file in files if file.name.endswith(".parquet")]
+    pictures, shards = choose(locate(path).files(), locate(path), "hr")
     if shards:
         return Shards(shards, config, seed)
-    pictures = [f for f in files if f".{f.name.rsplit('.', 1)[-1].lower()}" in READ_SUFFIXES]
     if not pictures:
         raise InputError(f"{path}: no pictures and no .parquet shards to train on")
     usable = _usable(pictures, config)
@@ -136,7 +134,7 @@ class Shards:
 
     def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self.groups = [group for file in files for group in _groups(file)]
+        self.groups = [group for found in each(files, _groups) for group in found]
         self.rows = sum(group.rows for group in self.groups)
         if not self.rows:
             raise InputError(f"{files[0].path}: the shards hold no rows")
@@ -159,6 +157,8 @@ class Shards:
     def _photo(self, epoch: int, position: int) -> Photo | None:
         group, row = self._find(epoch, position)
         shown = _columns(group).slice(row, 1).to_pylist()[0]
+        if shown["hr"] is None:
+            return None
         try:
             pixels = as_bytes(read(shown["hr"], name=f"{group.file.path}:{row}"))
         except LinearSRError:
@@ -182,13 +182,13 @@ def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarr
     return order, np.concatenate([[0], np.cumsum(np.array(rows)[order])])
 
 
-def _groups(file: Location) -> Iterator[_Group]:
+def _groups(file: Location) -> list[_Group]:
     shard = open_shard(file, "hr")
     metadata, schema = shard.metadata, shard.schema_arrow
     if "tags" in schema.names and not _lists_text(schema.field("tags").type):
         raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
-    for number in range(metadata.num_row_groups):
-        yield _Group(file, number, metadata.row_group(number).num_rows)
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    return [_Group(file, number, size) for number, size in enumerate(sizes)]
 
 
 def _lists_text(kind: pa.DataType) -> bool:

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from linearsr.cluster.data import Shards, Share, batches, open_source
 from linearsr.errors import InputError
-from linearsr.training.data import Batch, DataConfig, load_photos
+from linearsr.training.data import Batch, DataConfig, Photos, load_photos
 
 DATA = DataConfig(patch=32, batch=4, margin=8, degradations={"clean": 0.5, "mild": 0.5})
 ROWS = (5, 3, 4)
@@ -31,7 +31,7 @@ def _png(shade: int, size: int = 64) -> bytes:
     return buffer.getvalue()
 
 
-def _shard(path: Path, pictures: Sequence[bytes], group: int = 2) -> None:
+def _shard(path: Path, pictures: Sequence[bytes | None], group: int = 2) -> None:
     table = pa.table({"hr": pa.array(pictures, pa.binary())})
     pq.write_table(table, path, row_group_size=group)
 
@@ -80,6 +80,15 @@ def test_bad_pictures_among_good_ones_end_nothing(tmp_path: Path) -> None:
         assert len(hr.unique()) == 1 and hr.min() > 120
 
 
+def test_results_of_an_earlier_job_beside_pictures_are_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png(9))
+    pq.write_table(pa.table({"id": ["x"], "error": ["y"]}), tmp_path / "errors.parquet")
+    assert isinstance(open_source(str(tmp_path), DATA, 0), Photos)
+    _shard(tmp_path / "0.parquet", [_png(9)])
+    with pytest.raises(InputError, match=r"both pictures \(a\.png\) and shards \(0\.parquet\)"):
+        open_source(str(tmp_path), DATA, 0)
+
+
 def test_a_folder_gives_the_pairs_that_local_training_gets(photos: Path) -> None:
     """The same number is the same pair: on a laptop, on a cluster, and after a restart."""
     first, again = (open_source(str(photos), DATA, 3) for _ in range(2))
@@ -99,17 +108,21 @@ def test_shards_that_are_damaged_empty_or_of_something_else_are_refused(tmp_path
     pq.write_table(pa.table({"picture": ["a"]}), shard)
     with pytest.raises(InputError, match="no column 'hr'"):
         open_source(str(tmp_path), DATA, 0)
+    # Text would be taken for the path of a file of the worker's.
+    pq.write_table(pa.table({"hr": ["/etc/hostname"]}), shard)
+    with pytest.raises(InputError, match=r"0\.parquet: column 'hr' is of type string"):
+        open_source(str(tmp_path), DATA, 0)
     _shard(shard, [])
     with pytest.raises(InputError, match="hold no rows"):
         open_source(str(tmp_path), DATA, 0)
 
 
 def test_rows_that_cannot_be_trained_on_are_passed_over(tmp_path: Path) -> None:
-    """Too small, damaged: a few end no run, however often it would come back to them."""
-    _shard(tmp_path / "0.parquet", [_png(9, 40), _png(9)[:50], _png(9)])
+    """Too small, damaged, none: a few end no run, however often it would come back to them."""
+    _shard(tmp_path / "0.parquet", [_png(9, 40), _png(9)[:50], None, _png(9)])
     source = open_source(str(tmp_path), DATA, 0)
     assert all(source.pair(number)[0].shape == (3, 32, 32) for number in range(6))
-    _shard(tmp_path / "0.parquet", [_png(9, 40), _png(9)[:50]])
+    _shard(tmp_path / "0.parquet", [_png(9, 40), None, _png(9)[:50]])
     with pytest.raises(InputError, match=r"0\.parquet: no row near pair 0"):
         open_source(str(tmp_path), DATA, 0).pair(0)
 
