@@ -2,8 +2,8 @@
 
     list shards ─▶ leave out what is done ─▶ actors: row group ▸ decode ▸ tag ─▶ shard written whole
 
-A shard's footer says which tagger has looked, and which rows it could not see. So the output may be
-the input, and a killed job goes on with the shards that lack this tagger's word.
+A shard's footer says which tagger has looked, at which rows, and which it could not see. So the
+output may be the input, and a killed job goes on with the shards that lack this tagger's word.
 """
 
 from __future__ import annotations
@@ -16,28 +16,37 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from linearsr.cluster.actors import LOST, Pool, pooled
-from linearsr.cluster.inputs import open_shard
-from linearsr.cluster.storage import Location, check_writable, locate
-from linearsr.errors import InputError, LinearSRError, OptionError, one_line
+from linearsr.cluster.inputs import each, open_shard
+from linearsr.cluster.storage import Location, check_writable, explained, locate, url
+from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
 from linearsr.imaging.files import read
 from linearsr.tags.tagger import Tag, TaggerConfig, load_tagger
 
-# In the footer: JSON of `settings`, how many rows have `tagged`, and `errors` by id.
+# In the footer: JSON of `settings`, the `identity` of the shard, how many rows have `tagged`, and
+# `errors` by id.
 NOTE: Final = b"linearsr.tags"
 TAGS: Final = (
     pa.field("tags", pa.list_(pa.string())),
     pa.field("tag_scores", pa.list_(pa.float32())),
 )
-# A shard's name below the folder, and its rows.
-_Shard = tuple[str, int]
+# What tells shards apart whatever their tags are; LR follows from HR by the degradation's seed.
+IDENTITY: Final = ("id", "degradation")
 Note = dict[str, Any]
+
+
+class _Shard(NamedTuple):
+    """Its name below the folder, how many rows, and a digest of `IDENTITY`."""
+
+    name: str
+    rows: int
+    identity: str
 
 
 class TagConfig(Pool):
@@ -77,36 +86,34 @@ class Tagged:
             f"{self.tagged} have tags, {len(self.errors)} errors"
         )
 
-    def add(self, shard: str, rows: int, note: Note) -> None:
+    def add(self, shard: _Shard, note: Note) -> None:
         """Count one shard."""
         self.shards += 1
-        self.rows += rows
+        self.rows += shard.rows
         self.tagged += note["tagged"]
-        self.errors += [(shard, id, error) for id, error in note["errors"].items()]
+        self.errors += [(shard.name, id, error) for id, error in note["errors"].items()]
 
 
 def tag_dataset(config: TagConfig) -> Tagged:
     """Tag every shard that this tagger has not seen, on a running Ray; tag_errors.csv beside them.
 
-    Raises InputError, OutputError or OptionError before any work for what can be known by then.
+    Raises InputError, OutputError or OptionError before any work for what can be known by then, as
+    that `output` holds shards that are not those of `input`.
     """
     source, output = locate(config.input), locate(config.output)
     shards = _shards(source, config.column)
     settings = config.settings
+    notes = _notes(shards, output, settings)
     check_writable(output)
-    result = Tagged()
-    todo = []
-    for name, size in shards.items():
-        done = _note_of(output / name, settings)
-        if done is None:
-            todo.append((name, size))
-            continue
-        result.before += 1
-        result.add(name, size, done)
+    result = Tagged(before=sum(note is not None for note in notes))
+    for shard, note in zip(shards, notes, strict=True):
+        if note is not None:
+            result.add(shard, note)
+    todo = [shard for shard, note in zip(shards, notes, strict=True) if note is None]
     # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
-    notes = pooled(todo, _Worker, (config, source, output), config)
-    for (name, size), note in _progress(notes, sum(size for _, size in todo)):
-        result.add(name, size, note)
+    done = pooled(todo, _Worker, (config, source, output), config)
+    for shard, note in _progress(done, sum(shard.rows for shard in todo)):
+        result.add(shard, note)
     _write_errors(output / "tag_errors.csv", sorted(result.errors))
     return result
 
@@ -120,21 +127,66 @@ def _digest(path: str) -> str:
         ) from error
 
 
-def _shards(folder: Location, column: str) -> dict[str, int]:
-    """Names below the folder, and rows. Raises InputError when there are none, or one is broken."""
+def _shards(folder: Location, column: str) -> list[_Shard]:
+    """Those below the folder. Raises InputError when there are none, or one is broken."""
     files = [file for file in folder.files() if file.name.endswith(".parquet")]
     if not files:
         raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
-    inside = {file.path.removeprefix(folder.path).lstrip("/"): file for file in files}
-    return {n: open_shard(f, "id", column).metadata.num_rows for n, f in inside.items()}
+
+    def seen(file: Location) -> _Shard:
+        shard = open_shard(file, "id", column)
+        name = file.path.removeprefix(folder.path).lstrip("/")
+        with explained(file):
+            return _Shard(name, shard.metadata.num_rows, identity(shard))
+
+    return each(files, seen)
 
 
-def _note_of(file: Location, settings: dict[str, Any]) -> Note | None:
-    """What this tagger noted in a finished shard; None when it has not looked."""
-    if not file.exists():
-        return None
-    note = json.loads((open_shard(file).metadata.metadata or {}).get(NOTE, b"{}"))
-    return note if note.get("settings") == settings else None
+def identity(shard: Any) -> str:
+    """A digest of the rows of an open shard that tagging does not change; pictures stay unread."""
+    names = [name for name in IDENTITY if name in shard.schema_arrow.names]
+    rows = shard.read(columns=names).to_pylist()
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+def _notes(shards: list[_Shard], output: Location, settings: dict[str, Any]) -> list[Note | None]:
+    """What this tagger noted in finished shards; None where it has not looked.
+
+    Raises OptionError for shards of others, which would be overwritten, and InputError.
+    """
+    known = {(output / shard.name).path: shard for shard in shards}
+    there = [file for file in output.files() if file.path in known]
+
+    def noted(file: Location) -> Note | None:
+        note = _note(file)
+        shard = open_shard(file, "id")
+        with explained(file):
+            same = identity(shard) == known[file.path].identity
+        if not same:
+            raise OptionError(
+                f"{url(output)} holds other shards: {known[file.path].name} has other rows than "
+                "the input's; choose another output"
+            )
+        told = (note.get("settings"), note.get("identity"))
+        return note if told == (settings, known[file.path].identity) else None
+
+    found = dict(zip((file.path for file in there), each(there, noted), strict=True))
+    return [found.get(path) for path in known]
+
+
+def _note(file: Location) -> Note:
+    """What any tagger noted in a shard. Raises InputError for what none has written."""
+    text = (open_shard(file).metadata.metadata or {}).get(NOTE)
+    try:
+        note: Note = {} if text is None else json.loads(text)
+        if note and not {"settings", "tagged", "errors"} <= note.keys():
+            raise ValueError("a part of it is missing")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{url(file)}: its note {NOTE.decode()} is damaged ({one_line(error)}); "
+            "delete it, or build it anew"
+        ) from error
+    return note
 
 
 def _progress(
@@ -143,14 +195,14 @@ def _progress(
     """Shards with their notes, under a bar with images/s, time left and errors."""
     failed = 0
     with tqdm(total=total, unit="image", desc="tag", mininterval=1) as bar:
-        for (name, size), told in notes:
+        for shard, told in notes:
             note = _failed(LOST) if told is None else told
             for id, error in note["errors"].items():
                 failed += 1
-                bar.write(f"{name}: {id or 'whole shard'}: {error}", file=sys.stderr)
+                bar.write(f"{shard.name}: {id or 'whole shard'}: {error}", file=sys.stderr)
             bar.set_postfix(errors=failed, refresh=False)
-            bar.update(size)
-            yield (name, size), note
+            bar.update(shard.rows)
+            yield shard, note
 
 
 def _failed(error: str) -> Note:
@@ -175,15 +227,17 @@ class _Worker:
 
     def __call__(self, shards: list[_Shard]) -> list[Note]:
         """Names of shards in, the note of each out."""
-        return [self._shard(name) for name, _ in shards]
+        return [self._shard(shard.name) for shard in shards]
 
     def _shard(self, name: str) -> Note:
         """One bad shard must not end the job."""
         try:
             data, note = tagged_shard(open_shard(self.source / name), self.config, self.tagger)
             (self.output / name).write(data)
-        except (LinearSRError, OSError, pa.ArrowException) as error:
-            return _failed(one_line(error))
+        except (OptionError, WeightsError):
+            raise  # the next one would fail as well
+        except Exception as error:
+            return _failed(_reason(error))
         return note
 
 
@@ -194,7 +248,8 @@ def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note
     picture cannot be seen has no tags and an error in the note.
     """
     schema = _schema(file.schema_arrow)
-    note: Note = {"settings": config.settings, "tagged": 0, "errors": {}}
+    note: Note = {"settings": config.settings, "identity": identity(file)}
+    note |= {"tagged": 0, "errors": {}}
     sink = io.BytesIO()
     # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
     plain: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
@@ -222,11 +277,18 @@ def _tags(id: str, data: bytes | None, tagger: Any, note: Note) -> list[Tag]:
         if data is None:
             raise InputError("there is no picture")
         tags: list[Tag] = tagger(read(data, name="the picture").pixels)
-    except (LinearSRError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        note["errors"][str(id)] = one_line(error) or type(error).__name__
+    except (OptionError, WeightsError):
+        raise  # the next one would fail as well
+    except Exception as error:  # torch, codecs and models have their own ways
+        note["errors"][str(id)] = _reason(error)
         return []
     note["tagged"] += bool(tags)
     return tags
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
 
 
 def _filled(group: pa.Table, tags: list[list[Tag]], schema: Any) -> pa.Table:

@@ -14,7 +14,9 @@ import skimage.data
 from PIL import Image
 from ray.cluster_utils import Cluster
 
+from linearsr.cluster import tagging
 from linearsr.cluster.shards import SCHEMA
+from linearsr.cluster.storage import locate
 from linearsr.cluster.tagging import NOTE, TagConfig, tag_dataset, tagged_shard
 from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.tags.tagger import Tag, TaggerConfig
@@ -98,6 +100,100 @@ def test_what_is_wrong_is_known_before_any_work(tmp_path: Path) -> None:
     tagger = TaggerConfig(vocabulary=str(tmp_path / "gone.txt"))
     with pytest.raises(OptionError, match="check --vocabulary"):
         tag_dataset(config.model_copy(update={"tagger": tagger}))
+
+
+def test_a_picture_that_breaks_the_tagger_costs_its_tags_only(shards: Path) -> None:
+    asked: list[object] = []
+
+    def odd(picture: object) -> list[Tag]:
+        asked.append(picture)
+        if len(asked) == 1:
+            raise TypeError("no such picture")
+        return _always(picture)
+
+    file = pq.ParquetFile(shards / "shard-00000.parquet")
+    _, note = tagged_shard(file, TagConfig(input="", output=""), odd)
+    assert note["errors"] == {"cat": "TypeError: no such picture"} and note["tagged"] == 1
+
+
+def test_what_is_wrong_for_all_pictures_is_no_error_of_one(shards: Path) -> None:
+    def lost(picture: object) -> list[Tag]:
+        raise WeightsError("gone")
+
+    with pytest.raises(WeightsError, match="gone"):
+        tagged_shard(
+            pq.ParquetFile(shards / "shard-00000.parquet"), TagConfig(input="", output=""), lost
+        )
+
+
+def _finish(config: TagConfig) -> None:
+    """What the job writes, without a cluster."""
+    for file in Path(config.input).rglob("*.parquet"):
+        data, _ = tagged_shard(pq.ParquetFile(file), config, _always)
+        target = Path(config.output) / file.relative_to(config.input)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+def _rewritten(file: Path, **columns: list[object]) -> None:
+    """The shard with other values, as if built anew."""
+    table = pq.read_table(file)
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, name, pa.array(values, table.schema.field(name).type))
+    note = (pq.read_metadata(file).metadata or {}).get(NOTE)
+    pq.write_table(table.replace_schema_metadata(note and {NOTE: note}), file)
+
+
+def _done(config: TagConfig) -> dict[str, bool]:
+    listed = tagging._shards(locate(config.input), "lr")
+    notes = tagging._notes(listed, locate(config.output), config.settings)
+    return {shard.name: note is not None for shard, note in zip(listed, notes, strict=True)}
+
+
+def test_what_is_done_is_told_by_tagger_and_rows(shards: Path, tmp_path: Path) -> None:
+    config = TagConfig(input=str(shards), output=str(tmp_path / "out"))
+    _finish(config)
+    (tmp_path / "out" / "more" / "shard-00001.parquet").unlink()
+    assert _done(config) == {"more/shard-00001.parquet": False, "shard-00000.parquet": True}
+    other = config.model_copy(update={"tagger": TaggerConfig(threshold=1.0)})
+    assert not any(_done(other).values())
+    # The input tagged by itself meanwhile is still the same.
+    _finish(config.model_copy(update={"output": str(shards)}))
+    assert _done(config)["shard-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"id": ["dog", "cup"]}, {"degradation": [{"preset": "seesr", "seed": i} for i in (1, 2)]}],
+)
+def test_shards_of_another_dataset_are_neither_done_nor_overwritten(
+    shards: Path, tmp_path: Path, columns: dict[str, list[object]]
+) -> None:
+    config = TagConfig(input=str(shards), output=str(tmp_path / "out"))
+    _finish(config)
+    before = (tmp_path / "out" / "shard-00000.parquet").read_bytes()
+    _rewritten(shards / "shard-00000.parquet", **columns)
+    with pytest.raises(OptionError, match=r"other shards: shard-00000.* choose another output"):
+        tag_dataset(config)
+    assert (tmp_path / "out" / "shard-00000.parquet").read_bytes() == before
+
+
+def test_a_note_of_other_rows_does_not_count(shards: Path) -> None:
+    """In place: footers are copied by those who filter rows."""
+    config = TagConfig(input=str(shards), output=str(shards))
+    _finish(config)
+    _rewritten(shards / "shard-00000.parquet", id=["dog", "cup"])
+    assert _done(config) == {"more/shard-00001.parquet": True, "shard-00000.parquet": False}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"settings": 1}'])
+def test_a_damaged_note_is_named(shards: Path, text: str) -> None:
+    file = shards / "shard-00000.parquet"
+    table = pq.read_table(file).replace_schema_metadata({NOTE: text})
+    pq.write_table(table, file)
+    with pytest.raises(InputError, match=r"shard-00000\.parquet: its note .* is damaged"):
+        tag_dataset(TagConfig(input=str(shards), output=str(shards)))
 
 
 # On a cluster
