@@ -55,7 +55,8 @@ class Settings(Config):
 class Score(NamedTuple):
     """One metric of one picture by one method, or why there is none.
 
-    metric: empty where the method, or with an empty method the picture, failed as a whole.
+    metric: empty where the method, or with an empty method the picture, failed as a whole, or where
+    a worker could not load a metric that others have.
     """
 
     id: str

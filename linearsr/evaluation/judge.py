@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.config import Options
-from linearsr.errors import InputError, LinearSRError
+from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
 from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
 from linearsr.imaging.degrade import CAMERA, MILD, PRESETS, Degradation, degrade
 from linearsr.imaging.drawing import details
@@ -76,20 +76,18 @@ class Judge:
         self.upscalers = {name: load(model) for name, model in settings.models.items()}
 
     def scores(self, item: Item) -> list[Score]:
-        """Every metric of every method, or a failure in its place; raises nothing of ours."""
+        """Every metric of every method, or a failure in its place; raises nothing."""
         scores: list[Score] = []
         try:
             hr, methods = self._methods(item)
-        except (LinearSRError, MemoryError) as error:
+        except Exception as error:  # torch and codecs have their own ways
             return [Score(item.id, "", "", None, _reason(error))]
         for name, make in methods.items():
             try:
-                picture = make()
-            except (LinearSRError, MemoryError) as error:
+                scores += list(self._measured(item, name, make(), hr))
+            except Exception as error:
                 scores.append(Score(item.id, name, "", None, _reason(error)))
-                continue
-            scores += self._measured(item, name, picture, hr)
-        return scores
+        return list(dict.fromkeys(scores))
 
     def _measured(
         self, item: Item, method: str, picture: Tensor, hr: Tensor | None
@@ -103,6 +101,8 @@ class Judge:
                 finite = bool(np.isfinite(value))
                 error = "" if finite else f"{metric}: {value}"
                 yield Score(item.id, method, metric, value if finite else None, error)
+            except WeightsError as error:  # of this node's metric, whatever the method
+                yield Score(item.id, "", "", None, str(error))
             except LinearSRError as error:
                 yield Score(item.id, method, metric, None, str(error))
 
@@ -179,12 +179,15 @@ class Judge:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or "out of memory"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
 
 
 def _succeeding(methods: dict[str, Method]) -> Iterator[tuple[str, Tensor]]:
     for name, make in methods.items():
-        with contextlib.suppress(LinearSRError, MemoryError):
+        with contextlib.suppress(Exception):  # told among the scores
             yield name, make().clamp(0, 1)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from linearsr.errors import InputError
 from linearsr.evaluation.config import Item, Source
+from linearsr.imaging.files import READ_SUFFIXES, find_images
 
 # Pictures by id: a path below their folder, or a shard's own id.
 Listing = Mapping[str, Source]
@@ -24,10 +25,8 @@ class Pairs(NamedTuple):
     alone: dict[str, str]
 
 
-def list_folder(folder: str | Path, _column: str = "") -> dict[str, Source]:
+def list_folder(folder: str | Path, *_columns: str) -> dict[str, Source]:
     """The pictures below a local folder by id. Raises InputError when there are none."""
-    from linearsr.imaging.files import find_images
-
     inside = [path.relative_to(folder).as_posix() for path in find_images(folder)]
     if not inside:
         raise InputError(f"{folder}: no picture in this folder")
@@ -97,7 +96,9 @@ class _Partners:
 
 
 def _stem(id: str) -> str:
-    return str(PurePosixPath(id).with_suffix("")) if PurePosixPath(id).name else id
+    """Without a picture's suffix; what else has a dot, as `cat.jpg#0` of shards, stays."""
+    path = PurePosixPath(id)
+    return str(path.with_suffix("")) if path.suffix.lower() in READ_SUFFIXES else id
 
 
 def _bare(id: str) -> str:

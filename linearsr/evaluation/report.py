@@ -60,23 +60,27 @@ class Report:
 
 
 def table(report: Report) -> str:
-    """Markdown: a row for each method, with its number of pictures and the mean of each metric."""
+    """Markdown: a row for each method, with its number of pictures and the mean of each metric.
+
+    A mean over fewer pictures has their number behind it.
+    """
     metrics = report.settings.metrics
     heads = [f"{m} {'↑' if higher_is_better(m) else '↓'}" for m in metrics]
     rows = [[report.title, "n", *heads]]
     for method in report.methods():
         found = [report.values(method, metric) for metric in metrics]
         judged = {s.id for s in report.scores if s.method == method and not s.failed}
-        rows.append([method, str(len(judged)), *map(_mean, found)])
+        rows.append([method, str(len(judged)), *(_mean(f, len(judged)) for f in found)])
     widths = [max(2, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(f"| {' | '.join(_aligned(row, widths))} |" for row in rows)
 
 
-def _mean(values: Mapping[str, float]) -> str:
+def _mean(values: Mapping[str, float], judged: int) -> str:
     # Summed in the order of names, so that the order of arrival changes no digit.
     ordered = [values[id] for id in sorted(values)]
-    return f"{sum(ordered) / len(ordered):.4f}" if ordered else ""
+    count = f" (n={len(ordered)})" if len(ordered) != judged else ""
+    return f"{sum(ordered) / len(ordered):.4f}{count}" if ordered else ""
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -107,7 +111,8 @@ def _conventions(report: Report) -> list[str]:
     referenced = any(has_reference(metric) for metric in settings.metrics)
     lines = [
         f"{conventions()}; other metrics on RGB, whole, with pyiqa's defaults; on the CPU.",
-        "Means over n pictures; results rounded to 8 bits before they are measured.",
+        "Means over n pictures, or as many as a value tells; results rounded to 8 bits before they "
+        "are measured.",
         "↑ higher is better, ↓ lower is better; for metrics without a reference, values beyond "
         "those of HR are no gain.",
     ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearsr.errors import LinearSRError, OptionError, one_line
+from linearsr.errors import LinearSRError, OptionError, WeightsError, one_line
 
 # Measured on luma, as the super-resolution literature does.
 ON_LUMA = ("psnr", "ssim")
@@ -91,7 +91,7 @@ def _metric(name: str, crop: int) -> Any:
         with _impatient():
             return pyiqa.create_metric(name, device="cpu", **(luma if name in ON_LUMA else {}))
     except Exception as error:  # some hundred constructors of others, each with its own ways
-        return LinearSRError(f"{name}: its weights cannot be had here ({one_line(error)})")
+        return WeightsError(f"{name}: its weights cannot be had here ({one_line(error)})")
 
 
 @contextlib.contextmanager
@@ -111,8 +111,8 @@ def measure(name: str, picture: Tensor, truth: Tensor | None, crop: int) -> floa
     """One metric of `picture` (1, 3, H, W) in [0, 1], rounded to 8 bits as a file would be.
 
     `truth`: the true picture of the same size; only full-reference metrics look at it.
-    Raises LinearSRError when pyiqa or the metric's weights are missing, and when the metric cannot
-    measure the picture (most need some minimal size).
+    Raises WeightsError when the metric's weights are missing, and LinearSRError when pyiqa is, or
+    when the metric cannot measure the picture (most need some minimal size).
     """
     metric = _metric(name, crop if name in ON_LUMA else 0)
     if isinstance(metric, LinearSRError):

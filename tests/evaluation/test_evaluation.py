@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from linearsr.cli import main
+from linearsr.errors import WeightsError
 from linearsr.evaluation.config import Item, Score, Settings
 from linearsr.evaluation.judge import DEGRADATIONS, Judge, seeded_lr
 from linearsr.evaluation.pairs import list_folder, read_file
 from linearsr.evaluation.report import Report, rank, table
+from linearsr.quality import metrics
 from linearsr.upscaler import Upscaler
 
 SIZES = {"astronaut": (96, 72), "coffee": (67, 50), "chelsea": (64, 64)}
@@ -218,18 +220,42 @@ def test_ranks_run_from_best_to_worst_whichever_way_the_metric_points() -> None:
 def test_means_are_over_the_pictures_that_have_a_value() -> None:
     scores = [Score("a", "m", "psnr", 30.0), Score("b", "m", "psnr", None, "too small")]
     row = table(Report("t", Settings(metrics=("psnr",)), scores)).splitlines()[-1]
-    assert row.split("|")[1:4] == [" m  ", "  2 ", " 30.0000 "]
+    assert row.split("|")[1:4] == [" m  ", "  2 ", " 30.0000 (n=1) "]
 
 
-def test_a_model_out_of_memory_costs_its_row_only(photos: Path, small_bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(MemoryError(), "out of memory"), (TypeError("odd"), "TypeError: odd")],
+)
+def test_a_model_that_fails_costs_its_row_only(
+    photos: Path, small_bundle: Path, error: Exception, told: str
+) -> None:
     class Full(Upscaler):
         def upscale(self, *_: object, **__: object) -> object:  # type: ignore[override]
-            raise MemoryError
+            raise error
 
     settings = Settings(degradation="clean", models={"small": ""}, steps=(1,), metrics=("psnr",))
     judge = Judge(settings, read_file, lambda _: Full.load(small_bundle, "cpu"))
     item = Item(id="astronaut.png", hr=list_folder(photos)["astronaut.png"])
     scores = judge.scores(item)
     assert [(s.method, s.metric) for s in scores] == [("bicubic", "psnr"), ("small, 1 step", "")]
-    assert scores[-1].failed and scores[-1].error == "out of memory"
+    assert scores[-1].failed and scores[-1].error == told
     assert [name for name, _ in judge.example(item).details] == ["bicubic", "HR"]
+
+
+def test_a_metric_that_one_worker_lacks_is_a_failure_told_once_a_picture(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request left out what nobody has; what is missing now, another node has."""
+
+    def lost(name: str, crop: int) -> object:
+        return WeightsError("piqe: not here") if name == "piqe" else known(name, crop)
+
+    known = metrics._metric
+    monkeypatch.setattr(metrics, "_metric", lost)
+    judge = Judge(Settings(degradation="clean", metrics=("psnr", "piqe")), read_file, Upscaler.load)
+    scores = judge.scores(Item(id="astronaut.png", hr=list_folder(photos)["astronaut.png"]))
+    assert [(s.method, s.metric) for s in scores] == [("", ""), ("bicubic", "psnr")]
+    report = Report("t", judge.settings, scores)
+    assert report.failures == ["astronaut.png: piqe: not here"]
+    assert report.methods() == ["bicubic"]

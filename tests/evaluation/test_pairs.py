@@ -55,6 +55,17 @@ def test_two_that_fit_are_told_instead_of_guessed() -> None:
     assert pairs.alone == {"a.png": "a_x2.png, a_x4.png all fit; keep one"}
 
 
+def test_crops_of_shards_have_results_of_their_own() -> None:
+    """`upscale_dataset` appends the suffix to such ids."""
+    ids = ["p/cat.jpg#0", "p/cat.jpg#1"]
+    results = _listing(*(f"{id}.png" for id in ids), "p/cat.png")
+    pairs = pair(_listing(*ids), {}, {"mine": results})
+    assert not pairs.alone
+    assert {i.id: i.results["mine"].file for i in pairs.items} == {id: f"{id}.png" for id in ids}
+    whole = pair(_listing(*ids), {}, {"mine": _listing("p/cat.png")})
+    assert set(whole.alone) == {f"{id} (mine)" for id in ids}
+
+
 def test_a_missing_result_costs_that_result_only() -> None:
     pairs = pair(_listing("a.png", "b.png"), {}, {"other": _listing("a.png")})
     assert [sorted(item.results) for item in pairs.items] == [["other"], []]
