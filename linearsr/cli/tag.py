@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearsr.cli.report import OK, SOME_FAILED, complain
-from linearsr.errors import InputError, LinearSRError
-from linearsr.tags.tagger import TAGGERS, TaggerConfig
+from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
+from linearsr.tags.tagger import TAGGERS, TaggerConfig, check_used
 
 if TYPE_CHECKING:
     from linearsr.tags.tagger import Tag, Tagger
@@ -47,7 +47,7 @@ def add_tagger_options(add: argparse.ArgumentParser) -> None:
 
 def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
     """What `add_tagger_options` added, checked. Raises OptionError."""
-    return TaggerConfig.parse(
+    config = TaggerConfig.parse(
         kind=arguments.tagger,
         source=arguments.tagger_model,
         adapter=arguments.tagger_adapter,
@@ -55,6 +55,8 @@ def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
         threshold=arguments.threshold,
         max_tags=arguments.max_tags,
     )
+    check_used(config)
+    return config
 
 
 def _tag(arguments: argparse.Namespace) -> int:
@@ -88,8 +90,14 @@ def _told(tagger: Tagger, path: Path, as_json: bool) -> bool:
 
     try:
         tags = tagger(read(path).pixels)
-    except (LinearSRError, MemoryError) as error:
-        complain(LinearSRError(str(error) or f"{path}: out of memory"), SOME_FAILED)
+    except (OptionError, WeightsError):
+        raise  # the next one would fail as well
+    except LinearSRError as error:
+        complain(error, SOME_FAILED)
+        return False
+    except Exception as error:  # torch, codecs and models have their own ways
+        told = f"{path}: {type(error).__name__}: {one_line(error)}"
+        complain(LinearSRError(told), SOME_FAILED)
         return False
     print(_json(path, tags) if as_json else f"{path}: {_line(tags)}", flush=True)
     return True

@@ -14,6 +14,9 @@ from torch import Tensor
 from linearsr.errors import OptionError
 from linearsr.tags.tagger import Tag, TaggerConfig
 
+# Unknown names in one message.
+MOST_TOLD = 5
+
 
 class Choice:
     """Scores in, tags out.
@@ -27,9 +30,15 @@ class Choice:
     ) -> None:
         own = [defaults] * len(names) if isinstance(defaults, float) else defaults
         asked = read_vocabulary(config.vocabulary) if config.vocabulary else dict.fromkeys(names)
+        known = set(names)
+        unknown = [name for name in asked if name not in known]
+        if unknown:  # mistyped, most likely, and then never said
+            told = ", ".join(unknown[:MOST_TOLD]) + (", ..." if unknown[MOST_TOLD:] else "")
+            raise OptionError(
+                f"{config.vocabulary}: the {config.kind} tagger does not know {told}; check the "
+                "spelling, or leave them out"
+            )
         self.kept = [i for i, name in enumerate(names) if name in asked]
-        if not self.kept:
-            raise OptionError(f"{config.vocabulary}: the {config.kind} tagger knows none of these")
         self.names = [names[i] for i in self.kept]
         self.most = config.max_tags
         self.thresholds = torch.tensor([_first(asked[names[i]], config, own[i]) for i in self.kept])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearsr.errors import OptionError, WeightsError, one_line
+from linearsr.errors import WeightsError, one_line
 from linearsr.imaging.resample import resize
 from linearsr.tags.choice import Choice
 from linearsr.tags.tagger import Tag, TaggerConfig
@@ -51,8 +51,6 @@ class ImageNetTagger:
     """A classifier's probabilities, summed over the classes of each name."""
 
     def __init__(self, config: TaggerConfig, device: str = "cpu") -> None:
-        if config.source is not None:
-            raise OptionError("the imagenet tagger has its own model; leave the tagger model out")
         known = groups()
         self.device = device
         self.model = _model().to(device)

@@ -32,7 +32,7 @@ THRESHOLD = 0.68
 # q2l_config.json; no shape tells it.
 HEADS, EPSILON = 4, 1e-12
 # A patch is 4 px, and loralib's default alpha is 1.
-PATCH, LORA_ALPHA = 4, 1.0
+PATCH, LORA, LORA_ALPHA = 4, ".lora_", 1.0
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What tagging needs; the rest of a checkpoint writes captions.
 _PARTS = ("visual_encoder.", "image_proj.", "wordvec_proj.", "tagging_head.", "fc.", "label_embed")
@@ -47,7 +47,7 @@ class RamTagger:
             raise OptionError("the ram tagger needs a model: the checkpoint file")
         tensors = _read(config.source)
         if config.adapter is not None:
-            tensors = merge_lora({**tensors, **_read(config.adapter)})
+            tensors = merge_lora({**tensors, **_lora(config.adapter)})
         self.device = device
         self.model = _build(tensors, config.source).to(device)
         names, thresholds = _lists(Path(config.source).parent, len(self.model.label_embed))
@@ -142,8 +142,10 @@ def _layers(tensors: Tensors) -> list[str]:
 
 def _swin(tensors: Tensors) -> tuple[int, nn.Module]:
     """The side of its input, and the backbone: (B, 3, side, side) to (B, h, w, C)."""
-    from timm.models.swin_transformer import SwinTransformer
-
+    try:
+        from timm.models.swin_transformer import SwinTransformer
+    except ImportError as error:
+        raise WeightsError("the ram tagger needs: pip install 'linearsr[tags]'") from error
     tables: dict[int, list[Tensor]] = {}
     for name, tensor in tensors.items():
         stage = re.match(r"visual_encoder\.layers\.(\d+)\..*relative_position_bias_table$", name)
@@ -201,18 +203,40 @@ def _next_stage(match: re.Match[str]) -> str:
 def merge_lora(tensors: Tensors) -> Tensors:
     """Weights with loralib's low-rank changes added: W + (alpha / rank) B A.
 
-    B has fewer rows than a joint qkv weight when only query and value are changed.
+    B has fewer rows than a joint qkv weight when only query and value are changed. Raises
+    WeightsError naming the layer whose A, B or W is missing or of another shape.
     """
-    merged = {k: v for k, v in tensors.items() if ".lora_" not in k}
-    for name in (k.removesuffix(".lora_A") for k in tensors if k.endswith(".lora_A")):
-        down, up = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
-        rank, parts = up.shape[1], down.shape[0] // up.shape[1]
-        pairs = zip(down.chunk(parts), up.chunk(parts), strict=True)
-        changes = [LORA_ALPHA / rank * b @ a for a, b in pairs]
-        if parts == 2:
-            changes.insert(1, torch.zeros_like(changes[0]))
-        merged[f"{name}.weight"] = tensors[f"{name}.weight"].float() + torch.cat(changes)
+    merged = {k: v for k, v in tensors.items() if LORA not in k}
+    for name in dict.fromkeys(k.partition(LORA)[0] for k in tensors if LORA in k):
+        try:
+            merged[f"{name}.weight"] = _changed(tensors, name)
+        except (LookupError, RuntimeError, ValueError, ZeroDivisionError) as error:
+            raise WeightsError(
+                f"the adapter's LoRA weights of {name} do not fit: {one_line(error)} is amiss; "
+                "give the adapter of this checkpoint"
+            ) from error
     return merged
+
+
+def _changed(tensors: Tensors, name: str) -> Tensor:
+    weight = tensors[f"{name}.weight"].float()
+    down, up = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
+    rank, parts = up.shape[1], down.shape[0] // up.shape[1]
+    pairs = zip(down.chunk(parts), up.chunk(parts), strict=True)
+    changes = [LORA_ALPHA / rank * b @ a for a, b in pairs]
+    if parts == 2:
+        changes.insert(1, torch.zeros_like(changes[0]))
+    change = torch.cat(changes)
+    if change.shape != weight.shape:  # adding would stretch one to the other
+        raise ValueError(f"a change of {tuple(change.shape)} for {tuple(weight.shape)}")
+    return weight + change
+
+
+def _lora(path: str) -> Tensors:
+    found = _read(path)
+    if not any(LORA in name for name in found):
+        raise WeightsError(f"{path}: no LoRA weights in it; give an adapter's file, as DAPE's")
+    return found
 
 
 def _read(path: str) -> Tensors:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 from pydantic import Field
 
 from linearsr.config import Config
+from linearsr.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +53,19 @@ class TaggerConfig(Config):
     max_tags: int = Field(default=5, ge=1, le=100)
 
 
+def check_used(config: TaggerConfig) -> None:
+    """Raise OptionError for a model or an adapter that this kind of tagger would not look at."""
+    if config.kind == "imagenet" and config.source is not None:
+        raise OptionError("the imagenet tagger has its own model; leave the tagger model out")
+    if config.kind != "ram" and config.adapter is not None:
+        raise OptionError(
+            f"the {config.kind} tagger takes no adapter; leave --tagger-adapter out, or choose ram"
+        )
+
+
 def load_tagger(config: TaggerConfig, device: str = "cpu") -> Tagger:
     """The tagger, ready to use. Raises OptionError or WeightsError."""
+    check_used(config)
     if config.kind == "zero-shot":
         from linearsr.tags.zero_shot import ZeroShotTagger
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,42 @@ def test_an_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> No
     adapted = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "dape.pth")}))
     found = adapted.model.state_dict()[f"{name}.weight"]
     torch.testing.assert_close(found, tensors[f"{name}.weight"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "message"),
+    [
+        ((1, 4), None, "lora_B"),
+        (None, (4, 1), "lora_A"),
+        ((1, 3), (4, 1), r"\(4, 3\) for \(4, 4\)"),
+        ((1, 4), (4, 2), "amiss"),
+        ((1, 4), (4, 0), "amiss"),
+        ((4,), (4,), "amiss"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_named(
+    down: tuple[int, ...] | None, up: tuple[int, ...] | None, message: str
+) -> None:
+    shapes = {"key.weight": (4, 4), "key.lora_A": down, "key.lora_B": up}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items() if shape is not None}
+    with pytest.raises(WeightsError, match=f"of key do not fit.*{message}"):
+        merge_lora(tensors)
+    with pytest.raises(WeightsError, match="other do not fit"):
+        merge_lora({"other.lora_A": torch.ones(1, 4), "other.lora_B": torch.ones(4, 1)})
+
+
+def test_an_adapter_without_lora_weights(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    config = _save(tmp_path, tensors)
+    with pytest.raises(WeightsError, match="no LoRA weights"):
+        load_tagger(config.model_copy(update={"adapter": config.source}))
+
+
+def test_timm_is_asked_for(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm.models.swin_transformer", None)
+    with pytest.raises(WeightsError, match=r"linearsr\[tags\]"):
+        load_tagger(_save(tmp_path, tensors))
 
 
 @pytest.mark.parametrize(

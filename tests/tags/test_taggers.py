@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_whose_threshold_counts(tmp_path: Path) -> None:
     assert said() == ["cat", "grass"]
     assert said(threshold=0.55) == NAMES
     vocabulary = tmp_path / "words.txt"
-    vocabulary.write_text("# mine\ncup\n\ngrass\t0.65\nyeti\n")
+    vocabulary.write_text("# mine\ncup\n\ngrass\t0.65\n")
     assert said(vocabulary=str(vocabulary)) == []
     assert said(vocabulary=str(vocabulary), threshold=0.55) == ["cup"]
 
@@ -56,7 +57,8 @@ def test_whose_threshold_counts(tmp_path: Path) -> None:
         (b"\n# no names\n", "no names"),
         (b"cat\tmuch\n", "words.txt:1"),
         (b"cat\ncup\t1.5\n", "words.txt:2"),
-        (b"yeti\n", "knows none"),
+        (b"cup\nyeti\ngras\n", "does not know yeti, gras; check the spelling"),
+        (b"a\nb\nc\nd\ne\nf\n", r"know a, b, c, d, e, \.\.\.;"),
     ],
 )
 def test_a_bad_vocabulary(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -174,6 +176,30 @@ def test_it_takes_no_model() -> None:
         load_tagger(TaggerConfig(source="/some/model"))
 
 
+@pytest.mark.parametrize("kind", ["imagenet", "zero-shot"])
+def test_only_ram_takes_an_adapter(kind: Literal["imagenet", "zero-shot"]) -> None:
+    with pytest.raises(OptionError, match=f"the {kind} tagger takes no adapter"):
+        load_tagger(TaggerConfig(kind=kind, adapter="dape.pth"))
+
+
+def test_a_tagger_that_fails_on_one_picture_goes_on(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Odd:
+        asked = 0
+
+        def __call__(self, picture: torch.Tensor) -> list[Tag]:
+            self.asked += 1
+            if self.asked == 1:
+                raise TypeError("odd")
+            return [Tag("thing", 0.5)]
+
+    monkeypatch.setattr("linearsr.tags.tagger.load_tagger", lambda *_: Odd())
+    assert cli.main(["tag", str(pictures)]) == 1
+    told = capsys.readouterr()
+    assert "chelsea/photo.png: TypeError: odd" in told.err and "thing 0.50" in told.out
+
+
 # The command
 
 
@@ -217,7 +243,14 @@ def test_bad_files_are_named_and_the_rest_tagged(
 
 @pytest.mark.parametrize(
     "options",
-    [["--threshold", "2"], ["--tagger", "ram"], ["--vocabulary", "/nowhere"], ["--max-tags", "0"]],
+    [
+        ["--threshold", "2"],
+        ["--tagger", "ram"],
+        ["--vocabulary", "/nowhere"],
+        ["--max-tags", "0"],
+        ["--tagger-model", "clip"],
+        ["--tagger-adapter", "dape.pth"],
+    ],
 )
 def test_usage(pictures: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tag", str(pictures), *options]) == 2
