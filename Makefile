@@ -31,11 +31,16 @@ $(BIN)/uv:
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m linearsr.demo --output demo $(if $(IN),--input "$(IN)")
 
-# Ray starts many processes: without compiled modules each of them would compile torch anew. Its tests
-# share one cluster and so one of the two processes; threads would only wait for each other's cores.
+# Ray starts many processes: without compiled modules each of them would compile torch anew. Half of
+# the time goes to the tests with a cluster, so they have a process of their own; threads would only
+# wait for each other's cores.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST) --ignore=tests/cluster > $(VENV)/core.log 2>&1 & core=$$!; \
+		$(PYTEST) tests/cluster; cluster=$$?; \
+		wait $$core; core=$$?; cat $(VENV)/core.log; exit $$((cluster | core))
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

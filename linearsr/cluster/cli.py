@@ -89,3 +89,6 @@ def run(job: Callable[[], int | None]) -> int:
     except LinearSRError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (OptionError, WeightsError)) else 1
+    except KeyboardInterrupt:
+        print("interrupted; start it again to go on", file=sys.stderr)
+        return 130

@@ -109,7 +109,9 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     todo = _todo(inputs, output, config)
     # Locations, not paths: an S3 endpoint is the driver's, not that of where an actor runs.
     places = (config, source, output)
-    results = pooled(todo, _Worker, places, config, batch=config.batch, hands=config.hands)
+    # No actor idles while another has a batch of several.
+    batch = min(config.batch, -(-len(todo) // (config.actors * config.hands)) or 1)
+    results = pooled(todo, _Worker, places, config, batch=batch, hands=config.hands)
     errors = _Errors(output / "errors" / "errors.parquet", {row["id"] for row in todo})
     try:
         for id, failure in _progress(results, len(todo)):
@@ -132,12 +134,21 @@ def _claim(output: Location, config: UpscaleConfig) -> None:
         before = json.loads(note.read())
     except ValueError as error:
         raise OptionError(f"{note.path}: not a job's settings; choose another output") from error
-    other = [name for name in settings if before.get(name) != settings[name]]
+    now, then = _flat(settings), _flat(before)
+    other = [f"{k} ({then.get(k)}, now {now[k]})" for k in now if then.get(k) != now[k]]
     if other:
         raise OptionError(
-            f"{output.path} holds results of another {' and '.join(other)}; "
-            "choose another output, or delete that one"
+            f"{url(output)}: holds results of other {', '.join(other)}; choose another output, or "
+            "delete that one"
         )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Options and file options beside the other settings."""
+    flat = {k: v for k, v in settings.items() if not isinstance(v, dict)}
+    for inner in (v for v in settings.values() if isinstance(v, dict)):
+        flat |= inner
+    return flat
 
 
 def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> list[dict[str, Any]]:

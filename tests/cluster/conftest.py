@@ -87,13 +87,6 @@ def _start() -> Cluster:
     return Cluster(initialize_head=True, head_node_args=node)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process for all tests that share the cluster."""
-    for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="session")
 def cluster(s3_port: int) -> Iterator[Cluster]:  # noqa: F811
     folder = tempfile.mkdtemp(prefix="lsr-")  # a short path, for it holds sockets

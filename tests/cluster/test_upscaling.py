@@ -276,7 +276,7 @@ def test_results_of_other_options_are_not_mixed(config: UpscaleConfig, tmp_path:
     crops(source, 1)
     config = config.model_copy(update={"input": str(source)})
     upscale_dataset(config)
-    with pytest.raises(OptionError, match="another options; choose another output"):
+    with pytest.raises(OptionError, match=r"other steps \(1, now 2\); choose"):
         upscale_dataset(config.model_copy(update={"options": Options(steps=2)}))
     assert upscale_dataset(config.model_copy(update={"batch": 1})).earlier == 1
 
