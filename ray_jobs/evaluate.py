@@ -37,7 +37,8 @@ def main() -> int:
         from linearsr.cluster.evaluation import EvaluationConfig, evaluate
 
         fields = {
-            name: getattr(arguments, name) for name in ("output", "actors", "actor_cpus", "gpu")
+            name: getattr(arguments, name)
+            for name in ("output", "actors", "actor_cpus", "gpu", "device")
         }
         config = EvaluationConfig.parse(request=options.parse(arguments), **fields)
         return options.tell(evaluate(config), arguments.output)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linearsr.evaluation.report import Report
     from linearsr.evaluation.run import Plan, Request
 
-    List = Callable[[str, str], Mapping[str, Source]]
+    List = Callable[..., Mapping[str, Source]]
     Read = Callable[[Source], bytes]
 
 FIELDS = ("hr", "lr", "steps", "metrics", "scale", "seed", "every", "rank", "examples")
@@ -36,7 +36,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "skipped, and the rest go on.",
     )
     parser.set_defaults(run=_evaluate)
-    parser.add_argument("--device", default="auto", help="for models: auto, cpu, cuda, mps")
     add_options(parser)
 
 
@@ -57,8 +56,15 @@ def add_options(add: argparse.ArgumentParser) -> None:
         help="bundled models or folders of weights; default linearsr-tiny, none with results",
     )
     add.add_argument("--steps", nargs="+", type=int, default=[1, 4], help="of each model")
-    add.add_argument("--results", nargs="+", default=[], metavar="NAME=FOLDER", help="of others")
+    add.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="of others: pictures, or shards with columns id and hr or image",
+    )
     add.add_argument("--metrics", nargs="+", help="default: all quick ones without a download")
+    add.add_argument("--device", default="auto", help="for models: auto, cpu, cuda, mps")
     add.add_argument("--scale", type=int, choices=(2, 3, 4), default=4)
     add.add_argument("--seed", type=int, default=0, help="of the models' noise")
     add.add_argument("--every", type=int, default=1, help="only every n-th picture")
@@ -128,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _access(request: Request) -> tuple[List, Read]:
     """How to list and read pictures; shards and s3:// take what jobs read with."""
     places = [place for place in (request.hr, request.lr, *request.results.values()) if place]
-    if not any("://" in place or any(Path(place).glob("*.parquet")) for place in places):
+    if not any("://" in place or _has_shards(Path(place)) for place in places):
         from linearsr.evaluation.pairs import list_folder, read_file
 
         return list_folder, read_file
@@ -137,6 +143,11 @@ def _access(request: Request) -> tuple[List, Read]:
     except ImportError as error:
         raise LinearSRError(str(error)) from error
     return list_pictures, read_source
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether there are any; the list of errors of an upscaled folder is none."""
+    return any(file.parent.name != "errors" for file in folder.rglob("*.parquet"))
 
 
 def _scores(made: Plan, judge: Judge) -> list[Score]:

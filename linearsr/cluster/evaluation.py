@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 from linearsr.cluster.actors import LOST, Pool, pooled
-from linearsr.cluster.inputs import list_inputs, read_input
+from linearsr.cluster.inputs import choose, list_inputs, open_shard, read_input
 from linearsr.cluster.logs import last_line
 from linearsr.cluster.storage import Location, check_writable, locate, url
 from linearsr.cluster.weights import check_model, load_upscaler
-from linearsr.errors import LinearSRError
+from linearsr.errors import InputError, LinearSRError, one_line
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
 from linearsr.evaluation.report import Report
@@ -42,16 +42,18 @@ class EvaluationConfig(Pool):
     """One job. Folders are local (on storage that all nodes see) or s3://.
 
     actors: models at work, each with `actor_cpus` logical CPUs and, with `gpu`, one GPU. Metrics
-    are on the CPU in any case.
+    are on the CPU in any case. device: where models run; "auto" is the GPU that the actor has
+    reserved, else the CPU.
     """
 
     request: Request
     output: str
+    device: str = "auto"
 
     @property
-    def device(self) -> str:
-        """Where models run."""
-        return "cuda" if self.gpu else "cpu"
+    def models_on(self) -> str:
+        """The device, chosen."""
+        return ("cuda" if self.gpu else "cpu") if self.device == "auto" else self.device
 
 
 def evaluate(config: EvaluationConfig) -> Report:
@@ -65,7 +67,7 @@ def evaluate(config: EvaluationConfig) -> Report:
     check_writable(output)
     for model in made.settings.models.values():  # what only an actor would find out, minutes later
         check_model(model)
-    parts = output / f"parts-{_fingerprint(config.request, made.settings)}"
+    parts = output / f"parts-{_fingerprint(config, made.settings)}"
     scores = _scores(made, config, parts)
     report = finish(
         made,
@@ -73,20 +75,31 @@ def evaluate(config: EvaluationConfig) -> Report:
         lambda items: _look(made.settings, items, config),
         lambda name, data: (output / name).write(data),
     )
-    if not report.failures:  # else the next try needs only those
+    if not any(score.failed for score in scores):  # else the next try needs only those
         parts.delete()
     return report
 
 
-def list_pictures(folder: str, column: str) -> dict[str, Source]:
-    """Pictures, or rows of Parquet shards, by id; local or s3://. Raises InputError."""
+def list_pictures(folder: str, *columns: str) -> dict[str, Source]:
+    """Pictures, or rows of Parquet shards, by id; local or s3://. Raises InputError.
+
+    Shards are read at the first of the columns that they have.
+    """
     place = locate(folder)
+    column = _column(place, columns)
     found = {}
     for row in list_inputs(place, column).to_pylist():
         inside = column if row["group"] >= 0 else ""
         where = {name: row[name] for name in ("file", "group", "row")}
         found[row["id"]] = Source(folder=url(place), column=inside, **where)
     return found
+
+
+def _column(place: Location, columns: Sequence[str]) -> str:
+    """The first that the first shard has, if there is a choice."""
+    shards = choose(place.files(), place, "id")[1] if len(columns) > 1 else []
+    names = open_shard(shards[0]).schema_arrow.names if shards else []
+    return next((column for column in columns if column in names), columns[0])
 
 
 def read_source(source: Source) -> bytes:
@@ -104,10 +117,11 @@ def _absolute(request: Request) -> Request:
     return request.model_copy(update={"models": models})
 
 
-def _fingerprint(request: Request, settings: Settings) -> str:
+def _fingerprint(config: EvaluationConfig, settings: Settings) -> str:
     """Of all that decides the numbers: other parts than these must not be reused."""
+    request = config.request
     places = [url(locate(p)) for p in (request.hr, *request.results.values()) if p]
-    told = [settings.model_dump_json(), request.lr, places, conventions()]
+    told = [settings.model_dump_json(), request.lr, places, conventions(), config.models_on]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
@@ -134,9 +148,16 @@ def _scores(made: Plan, config: EvaluationConfig, parts: Location) -> list[Score
 
 
 def _read_parts(parts: Location) -> Iterator[tuple[str, list[Score]]]:
+    """Raises InputError for what this job has not written."""
     for file in parts.files():
-        for row in pq.read_table(pa.BufferReader(file.read())).to_pylist():
-            yield row["id"], [Score(*fields) for fields in json.loads(row["scores"])]
+        try:
+            rows = pq.read_table(pa.BufferReader(file.read()), schema=ROWS).to_pylist()
+            found = [(r["id"], [Score(*s) for s in json.loads(r["scores"])]) for r in rows]
+        except (ValueError, TypeError, pa.ArrowException) as error:
+            raise InputError(
+                f"{url(file)}: no scores of an earlier run ({one_line(error)}); delete it"
+            ) from error
+        yield from found
 
 
 def _write_part(parts: Location, pictures: list[list[Score]]) -> None:
@@ -151,7 +172,7 @@ def _write_part(parts: Location, pictures: list[list[Score]]) -> None:
 
 def _judge(settings: Settings, config: EvaluationConfig) -> Judge:
     torch.set_num_threads(max(1, int(config.actor_cpus)))
-    return Judge(settings, read_source, lambda model: load_upscaler(model, config.device))
+    return Judge(settings, read_source, lambda model: load_upscaler(model, config.models_on))
 
 
 class _Worker:

@@ -62,8 +62,9 @@ class Seen(NamedTuple):
     examples: list[Example]
 
 
-def plan(request: Request, list_pictures: Callable[[str, str], Listing]) -> Plan:
-    """List, pair and check. `list_pictures(folder, column)`: pictures by id.
+def plan(request: Request, list_pictures: Callable[..., Listing]) -> Plan:
+    """List, pair and check. `list_pictures(folder, *columns)`: pictures by id, of shards those in
+    the first of the columns that they have.
 
     Raises OptionError for unknown metrics or degradations and when nothing is asked for,
     InputError for folders without pictures.
@@ -74,7 +75,9 @@ def plan(request: Request, list_pictures: Callable[[str, str], Listing]) -> Plan
         raise OptionError(f"--rank {request.rank}: not among the metrics; add it to --metrics")
     hr = list_pictures(request.hr, "hr") if request.hr else {}
     degradation, lr = _low(request, hr, list_pictures)
-    results = {name: list_pictures(folder, "hr") for name, folder in request.results.items()}
+    # What upscale_dataset writes has "image".
+    listed = request.results.items()
+    results = {name: list_pictures(folder, "hr", "image") for name, folder in listed}
     if not (hr or lr or results):
         raise OptionError("nothing to evaluate: give --hr, --lr, --results or a folder")
     items, alone = pair(hr, lr, results)
@@ -93,7 +96,7 @@ def plan(request: Request, list_pictures: Callable[[str, str], Listing]) -> Plan
 
 
 def _low(
-    request: Request, hr: Listing, list_pictures: Callable[[str, str], Listing]
+    request: Request, hr: Listing, list_pictures: Callable[..., Listing]
 ) -> tuple[str | None, Listing]:
     """The degradation LR is made by, or the LR pictures."""
     if request.lr in DEGRADATIONS:

@@ -20,7 +20,9 @@ from linearsr.cluster import evaluation
 from linearsr.cluster.evaluation import EvaluationConfig, evaluate, list_pictures
 from linearsr.cluster.storage import locate
 from linearsr.errors import InputError, WeightsError
+from linearsr.evaluation.config import Score
 from linearsr.evaluation.run import Request, plan
+from ray_jobs import evaluate as job
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("psnr", "ssim", "piqe")
@@ -73,11 +75,18 @@ def test_shards_give_the_numbers_of_the_pictures_inside(
     ]
     (tmp_path / "shards").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / "0.parquet", row_group_size=1)
-    evaluate(_job(_request(small_bundle, tmp_path / "shards"), tmp_path / "job"))
+    (tmp_path / "other").mkdir()
+    shutil.copy(hr / "coffee.png", tmp_path / "other")
+    others = {"other": str(tmp_path / "other")}
+    request = _request(small_bundle, tmp_path / "shards", results=others)
+    report = evaluate(_job(request, tmp_path / "job"))
     words = f"evaluate --hr {hr} --lr {lr} --models small={small_bundle} --steps 1 --device cpu "
-    words += f"--metrics {' '.join(METRICS)} -o {tmp_path / 'plain'}"
-    assert main(words.split()) == 0
+    words += f"--results other={tmp_path / 'other'} --metrics {' '.join(METRICS)} "
+    assert main([*words.split(), "-o", str(tmp_path / "plain")]) == 1
     assert _rows(tmp_path / "job") == _rows(tmp_path / "plain")
+    # Names without a partner stay without one: nothing is left for another try.
+    assert report.failures == ["astronaut.png (other): left out: no result picture fits"]
+    assert not list((tmp_path / "job").glob("parts-*"))
 
 
 def test_the_command_reads_shards_as_well(
@@ -88,19 +97,54 @@ def test_the_command_reads_shards_as_well(
     low = io.BytesIO()
     Image.new("RGB", (40, 30)).save(low, "PNG")
     row = {"id": "one", "hr": buffer.getvalue(), "lr": low.getvalue()}
-    (tmp_path / "shards").mkdir()
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "shards" / "0.parquet")
-    words = f"evaluate --hr {tmp_path / 'shards'} --models --metrics psnr -o {tmp_path / 'out'}"
-    assert main(words.split()) == 0
-    assert [row["id"] for row in _rows(tmp_path / "out")] == ["one"]
+    # In subfolders, as upscale_dataset writes its results; its list of errors is no result.
+    for name in ("shards/more", "mine/data", "mine/errors"):
+        (tmp_path / name).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "shards" / "more" / "0.parquet")
+    result = pa.table({"id": ["one"], "image": [buffer.getvalue()], "width": [160]})
+    pq.write_table(result, tmp_path / "mine" / "data" / "part-0.parquet")
+    pq.write_table(pa.table({"id": ["two"]}), tmp_path / "mine" / "errors" / "errors.parquet")
+    words = f"evaluate --hr {tmp_path / 'shards'} --results mine={tmp_path / 'mine'} --models "
+    assert main([*words.split(), "--metrics", "psnr", "-o", str(tmp_path / "out")]) == 0
+    found = {row["method"]: row["value"] for row in _rows(tmp_path / "out")}
+    assert set(found) == {"bicubic", "mine"} and found["mine"] == pytest.approx(80)
 
 
-def test_other_settings_do_not_share_parts(small_bundle: Path, photos: Path) -> None:
+def test_parts_come_back_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    parts = locate(tmp_path / "parts")
+    kept = [[Score("a", "HR", "piqe", 0.1), Score("a", "m", "psnr", None, "too small")]]
+    evaluation._write_part(parts, kept)
+    assert list(evaluation._read_parts(parts)) == [("a", kept[0])]
+    rows = [{"id": "b", "scores": text} for text in ("{", "[[1, 2]]", "7")]
+    for table in (*(pa.Table.from_pylist([row]) for row in rows), pa.table({"other": [1]})):
+        pq.write_table(table, tmp_path / "parts" / "x.parquet")
+        with pytest.raises(InputError, match=r"x\.parquet: no scores of an earlier run"):
+            list(evaluation._read_parts(parts))
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [("", "cpu"), ("--gpu", "cuda"), ("--gpu --device cpu", "cpu"), ("--device cuda:1", "cuda:1")],
+)
+def test_models_run_where_they_are_told_to(words: str, device: str) -> None:
+    arguments = job.parser().parse_args(["-o", "out", *words.split()])
+    config = EvaluationConfig(
+        request=Request(), output="out", gpu=arguments.gpu, device=arguments.device
+    )
+    assert config.models_on == device
+
+
+def test_other_settings_do_not_share_parts(
+    small_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
     prints = set()
     for more in ({}, {"lr": "degraded"}, {"seed": 1}, {"scale": 2}, {"every": 2}):
         request = _request(small_bundle, photos, **more)
-        prints.add(evaluation._fingerprint(request, plan(request, list_pictures).settings))
+        asked, settings = _job(request, tmp_path), plan(request, list_pictures).settings
+        prints.add(evaluation._fingerprint(asked, settings))
     assert len(prints) == 4, "every only chooses among the pictures"
+    elsewhere = asked.model_copy(update={"device": "cuda"})
+    assert evaluation._fingerprint(elsewhere, settings) not in prints
 
 
 def test_what_an_actor_would_find_out_late_ends_the_job_early(
@@ -134,9 +178,9 @@ def test_the_job_as_users_start_it_names_what_fails_and_the_next_one_needs_only_
     shutil.copy(photos / "coffee.png", hr)
     (hr / "astronaut.png").write_bytes(b"judged already: never read again for numbers")
     request = _request(small_bundle, hr)
-    made = plan(request, list_pictures)
-    parts = locate(output) / f"parts-{evaluation._fingerprint(request, made.settings)}"
-    scores = evaluation._scores(made, _job(request, output), parts)
+    made, asked = plan(request, list_pictures), _job(request, output)
+    parts = locate(output) / f"parts-{evaluation._fingerprint(asked, made.settings)}"
+    scores = evaluation._scores(made, asked, parts)
     assert not [score for score in scores if score.failed]
     assert {score.id for score in scores} == {"astronaut.png", "coffee.png"}
     kept = {(s.id, s.method, s.metric): s.value for s in scores}
