@@ -105,7 +105,7 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
         jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
     )
     status, code, output = jobs.end(refused)
-    assert (status, code) == (JobStatus.FAILED, 1)
+    assert (status, code) == (JobStatus.FAILED, 2)
     assert "not confirmed" in output and "--i-know-this-is-not-the-knee" in output
     assert "Traceback" not in output
     status, _, output = jobs.end(allowed)
@@ -118,17 +118,17 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
 
 def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs: Path) -> None:
     wrong = {
-        "pretrain.stepz: no such field": _command(
+        ("pretrain.stepz: no such field", 2): _command(
             "pretrain", photos, runs, "wrong", "--set", "pretrain.stepz=1"
         ),
-        "no pictures and no .parquet shards": _command(
+        ("no pictures and no .parquet shards", 1): _command(
             "pretrain", runs / "nowhere", runs, "missing"
         ),
     }
-    submitted = {message: jobs.submit(command) for message, command in wrong.items()}
-    for message, job in submitted.items():
+    submitted = {expected: jobs.submit(command) for expected, command in wrong.items()}
+    for (message, expected), job in submitted.items():
         status, code, output = jobs.end(job)
-        assert (status, code) == (JobStatus.FAILED, 1), output
+        assert (status, code) == (JobStatus.FAILED, expected), output
         told = [line for line in output.splitlines() if line.startswith("error: ")]
         assert len(told) == 1 and message in told[0] and "Traceback" not in output
 
