@@ -6,13 +6,12 @@ each actor fetches, works and writes by itself.
 
 from __future__ import annotations
 
-import pickle
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-import pyarrow as pa
+import pandas as pd
 from pydantic import Field
 
 from linearsr.cluster.logs import last_line, quiet_data
@@ -89,10 +88,10 @@ def _results(
     if not items:
         return
     quiet_data()
-    table = pa.table({"number": list(items), "item": [pickle.dumps(i) for i in items.values()]})
+    table = pd.DataFrame({"number": list(items), "item": as_objects(items.values())})
     # In memory: reading would be tasks of a whole CPU each, that nobody has reserved. A block a
     # call: what is lost, is lost by blocks.
-    dataset = ray.data.from_blocks([table.slice(i, batch) for i in range(0, len(items), batch)])
+    dataset = ray.data.from_blocks([table[i : i + batch] for i in range(0, len(items), batch)])
     # Blocks are lost to dying actors only: all else comes back as a result.
     dataset.context.max_errored_blocks = -1
     strategy = ray.data.ActorPoolStrategy(
@@ -110,7 +109,7 @@ def _results(
             _Actor,
             fn_constructor_args=(worker, tuple(arguments)),
             batch_size=batch,
-            batch_format="pyarrow",
+            batch_format="pandas",
             compute=strategy,
             num_cpus=pool.actor_cpus,
             num_gpus=1 if pool.gpu else None,
@@ -118,12 +117,11 @@ def _results(
             max_restarts=RESTARTS,
         )
     try:
-        for block in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.to_pylist():
-                result = pickle.loads(row["result"])
+        for block in done.iter_batches(batch_size=None, batch_format="pandas"):
+            for number, result in zip(block["number"], block["result"], strict=True):
                 if isinstance(result, Exception):
                     raise result
-                yield row["number"], result
+                yield number, result
     except ray.exceptions.RayError as error:
         raise LinearSRError(last_line(error)) from error
 
@@ -136,13 +134,17 @@ class _Actor:
         self.failed = made if isinstance(made, Exception) else None
         self.worker = made
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        items = [pickle.loads(item) for item in block["item"].to_pylist()]
+    def __call__(self, block: pd.DataFrame) -> pd.DataFrame:
+        items = list(block["item"])
         results = self.failed or _told(self.worker, items)
         if isinstance(results, Exception):
             results = [results] * len(items)
-        told = [pickle.dumps(result) for _, result in zip(items, results, strict=True)]
-        return pa.table({"number": block["number"], "result": told})
+        return pd.DataFrame({"number": list(block["number"]), "result": as_objects(results)})
+
+
+def as_objects(values: Iterable[object]) -> pd.Series:
+    """A column of Python objects, that Ray carries as they are."""
+    return pd.Series(list(values), dtype=object)
 
 
 def _told(work: Callable[..., Any], *arguments: object) -> Any:

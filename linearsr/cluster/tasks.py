@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import pyarrow as pa
+import pandas as pd
 
-from linearsr.cluster.actors import RETRIES, Pool, check_room
+from linearsr.cluster.actors import RETRIES, Pool, as_objects, check_room
 from linearsr.cluster.logs import last_line, quiet_data
 from linearsr.errors import LinearSRError
 
@@ -28,7 +27,7 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
     import ray
 
     # In memory: reading would be tasks of a whole CPU each, that nobody has reserved.
-    blocks = [pa.table({"item": [pickle.dumps(item)]}) for item in items]
+    blocks = [pd.DataFrame({"item": as_objects([item])}) for item in items]
     if not blocks:
         return
     check_room(Pool(actor_cpus=cpus))
@@ -41,14 +40,13 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
         done = dataset.map_batches(
             partial(_do, work=work),
             batch_size=1,
-            batch_format="pyarrow",
+            batch_format="pandas",
             num_cpus=cpus,
             max_retries=RETRIES,
         )
     try:
-        for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for data in table["result"].to_pylist():
-                result = pickle.loads(data)
+        for table in done.iter_batches(batch_size=None, batch_format="pandas"):
+            for result in table["result"]:
                 if isinstance(result, Exception):
                     raise result
                 yield result
@@ -56,9 +54,8 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
         raise LinearSRError(last_line(error)) from error
 
 
-def _do(block: pa.Table, work: Callable[[Any], object]) -> pa.Table:
-    results = [_result(pickle.loads(item), work) for item in block["item"].to_pylist()]
-    return pa.table({"result": [pickle.dumps(result) for result in results]})
+def _do(block: pd.DataFrame, work: Callable[[Any], object]) -> pd.DataFrame:
+    return pd.DataFrame({"result": as_objects(_result(item, work) for item in block["item"])})
 
 
 def _result(item: object, work: Callable[[Any], object]) -> object:
