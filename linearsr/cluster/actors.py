@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-import pandas as pd
+import pyarrow as pa
 from pydantic import Field
 
 from linearsr.cluster.logs import last_line, quiet_data
@@ -88,12 +88,10 @@ def _results(
     if not items:
         return
     quiet_data()
-    table = pd.DataFrame({"number": list(items), "item": as_objects(items.values())})
+    table = pa.table({"number": list(items), "item": as_objects(items.values())})
     # In memory: reading would be tasks of a whole CPU each, that nobody has reserved. A block a
     # call: what is lost, is lost by blocks.
-    dataset = ray.data.from_blocks([table[i : i + batch] for i in range(0, len(items), batch)])
-    # Blocks are lost to dying actors only: all else comes back as a result.
-    dataset.context.max_errored_blocks = -1
+    dataset = ray.data.from_blocks([table.slice(i, batch) for i in range(0, len(items), batch)])
     strategy = ray.data.ActorPoolStrategy(
         size=pool.actors,
         max_concurrent_calls_per_actor=hands,
@@ -102,26 +100,41 @@ def _results(
         max_tasks_in_flight_per_actor=1 if batch == hands == 1 else hands + 1,
         enable_true_multi_threading=hands > 1,
     )
+    done = mapped(
+        dataset,
+        _Actor,
+        fn_constructor_args=(worker, tuple(arguments)),
+        batch_size=batch,
+        compute=strategy,
+        num_cpus=pool.actor_cpus,
+        num_gpus=1 if pool.gpu else None,
+        max_task_retries=RETRIES,
+        max_restarts=RESTARTS,
+    )
+    for row in done:
+        yield row["number"], row["result"]
+
+
+def mapped(dataset: Any, work: Callable[..., Any], **options: Any) -> Iterator[dict[str, Any]]:
+    """Rows with a `result`, as they are done, of `dataset.map_batches(work, **options)`.
+
+    Blocks whose workers kept dying are left out. Raises the first result that is an exception, and
+    LinearSRError for what goes wrong in Ray.
+    """
+    import ray
+
+    # Blocks are lost to dying workers only: all else comes back as a result.
+    dataset.context.max_errored_blocks = -1
     with warnings.catch_warnings():
         # Of options other than CPUs; for retries there is no other way yet.
         warnings.simplefilter("ignore")
-        done = dataset.map_batches(
-            _Actor,
-            fn_constructor_args=(worker, tuple(arguments)),
-            batch_size=batch,
-            batch_format="pandas",
-            compute=strategy,
-            num_cpus=pool.actor_cpus,
-            num_gpus=1 if pool.gpu else None,
-            max_task_retries=RETRIES,
-            max_restarts=RESTARTS,
-        )
+        done = dataset.map_batches(work, batch_format="pyarrow", **options)
     try:
-        for block in done.iter_batches(batch_size=None, batch_format="pandas"):
-            for number, result in zip(block["number"], block["result"], strict=True):
-                if isinstance(result, Exception):
-                    raise result
-                yield number, result
+        for block in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in block.to_pylist():
+                if isinstance(row["result"], Exception):
+                    raise row["result"]
+                yield row
     except ray.exceptions.RayError as error:
         raise LinearSRError(last_line(error)) from error
 
@@ -130,25 +143,27 @@ class _Actor:
     """The worker, and what it raises as a result: raised here, Ray would try it ever again."""
 
     def __init__(self, worker: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-        made = _told(worker, *arguments)
+        made = told(worker, *arguments)
         self.failed = made if isinstance(made, Exception) else None
         self.worker = made
 
-    def __call__(self, block: pd.DataFrame) -> pd.DataFrame:
-        items = list(block["item"])
-        results = self.failed or _told(self.worker, items)
+    def __call__(self, block: pa.Table) -> pa.Table:
+        items = block["item"].to_pylist()
+        results = self.failed or told(self.worker, items)
         if isinstance(results, Exception):
             results = [results] * len(items)
-        return pd.DataFrame({"number": list(block["number"]), "result": as_objects(results)})
+        return pa.table({"number": block["number"], "result": as_objects(results)})
 
 
-def as_objects(values: Iterable[object]) -> pd.Series:
-    """A column of Python objects, that Ray carries as they are."""
-    return pd.Series(list(values), dtype=object)
+def as_objects(values: Iterable[object]) -> pa.Array:
+    """A column of Python objects as they are: left to itself, Ray makes tuples into lists."""
+    from ray.data.extensions import ArrowPythonObjectArray
+
+    return ArrowPythonObjectArray.from_objects(values)
 
 
-def _told(work: Callable[..., Any], *arguments: object) -> Any:
-    """What `work` returns or raises."""
+def told(work: Callable[..., Any], *arguments: object) -> Any:
+    """What `work` returns or raises, so that only the loss of a worker fails a call."""
     try:
         return work(*arguments)
     except LinearSRError as error:

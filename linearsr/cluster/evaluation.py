@@ -10,9 +10,7 @@ failed, goes on with the rest.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -23,8 +21,15 @@ from tqdm import tqdm
 from linearsr.cluster.actors import LOST, Pool, pooled
 from linearsr.cluster.inputs import choose, list_inputs, open_shard, read_input
 from linearsr.cluster.logs import last_line
-from linearsr.cluster.storage import Location, check_writable, locate, url
-from linearsr.cluster.weights import check_model, load_upscaler
+from linearsr.cluster.storage import (
+    Location,
+    check_writable,
+    locate,
+    part_name,
+    url,
+    write_table,
+)
+from linearsr.cluster.weights import absolute, check_model, load_upscaler
 from linearsr.errors import InputError, LinearSRError, one_line
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
@@ -110,10 +115,7 @@ def read_source(source: Source) -> bytes:
 
 def _absolute(request: Request) -> Request:
     """Workers have working folders of their own."""
-    models = {
-        name: os.path.abspath(model) if os.path.isdir(model) else model
-        for name, model in request.models.items()
-    }
+    models = {name: absolute(model) for name, model in request.models.items()}
     return request.model_copy(update={"models": models})
 
 
@@ -164,10 +166,7 @@ def _write_part(parts: Location, pictures: list[list[Score]]) -> None:
     if not pictures:
         return
     rows = [{"id": scores[0].id, "scores": json.dumps(scores)} for scores in pictures]
-    name = hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=ROWS), buffer)
-    (parts / f"{name}.parquet").write(buffer.getvalue())
+    write_table(parts / f"{part_name(row['id'] for row in rows)}.parquet", rows, ROWS)
 
 
 def _judge(settings: Settings, config: EvaluationConfig) -> Judge:

@@ -11,11 +11,12 @@ for what takes one: Parquet, and Ray Train's checkpoints.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import boto3  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 from boto3.exceptions import RetriesExceededError as BrokenOff  # type: ignore[import-untyped]
 from boto3.s3.transfer import TransferConfig  # type: ignore[import-untyped]
 from botocore import exceptions as boto  # type: ignore[import-untyped]
@@ -186,6 +189,18 @@ def locate(path: str | Path) -> Location:
 def url(location: Location) -> str:
     """What `locate` would turn back into the location, from any working folder."""
     return location.path if location.path.startswith("/") else f"s3://{location.path}"
+
+
+def write_table(target: Location, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """A whole Parquet file of the rows. Raises OutputError."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+    target.write(buffer.getvalue())
+
+
+def part_name(ids: Iterable[str]) -> str:
+    """A name for a part of a result that what is in it alone decides: the same for a retry."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def check_writable(folder: Location) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import pandas as pd
+import pyarrow as pa
 
-from linearsr.cluster.actors import RETRIES, Pool, as_objects, check_room
-from linearsr.cluster.logs import last_line, quiet_data
-from linearsr.errors import LinearSRError
+from linearsr.cluster.actors import RETRIES, Pool, as_objects, check_room, mapped, told
+from linearsr.cluster.logs import quiet_data
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,42 +24,15 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
     import ray
 
     # In memory: reading would be tasks of a whole CPU each, that nobody has reserved.
-    blocks = [pd.DataFrame({"item": as_objects([item])}) for item in items]
+    blocks = [pa.table({"item": as_objects([item])}) for item in items]
     if not blocks:
         return
     check_room(Pool(actor_cpus=cpus))
     quiet_data()
-    dataset = ray.data.from_blocks(blocks)
-    dataset.context.max_errored_blocks = -1
-    with warnings.catch_warnings():
-        # Of other options than CPUs; for this one there is no other way yet.
-        warnings.simplefilter("ignore")
-        done = dataset.map_batches(
-            partial(_do, work=work),
-            batch_size=1,
-            batch_format="pandas",
-            num_cpus=cpus,
-            max_retries=RETRIES,
-        )
-    try:
-        for table in done.iter_batches(batch_size=None, batch_format="pandas"):
-            for result in table["result"]:
-                if isinstance(result, Exception):
-                    raise result
-                yield result
-    except ray.exceptions.RayError as error:
-        raise LinearSRError(last_line(error)) from error
+    options = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES}
+    for row in mapped(ray.data.from_blocks(blocks), partial(_do, work=work), **options):
+        yield row["result"]
 
 
-def _do(block: pd.DataFrame, work: Callable[[Any], object]) -> pd.DataFrame:
-    return pd.DataFrame({"result": as_objects(_result(item, work) for item in block["item"])})
-
-
-def _result(item: object, work: Callable[[Any], object]) -> object:
-    """What `work` returns or raises, so that only the loss of a worker fails a task."""
-    try:
-        return work(item)
-    except LinearSRError as error:
-        return error
-    except Exception:  # Not all of them can be pickled.
-        return RuntimeError(traceback.format_exc())
+def _do(block: pa.Table, work: Callable[[Any], object]) -> pa.Table:
+    return pa.table({"result": as_objects(told(work, item) for item in block["item"].to_pylist())})

@@ -9,10 +9,7 @@ travel between processes: memory does not grow with the dataset.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +23,16 @@ from tqdm import tqdm
 
 from linearsr.cluster.actors import LOST, Pool, pooled
 from linearsr.cluster.inputs import list_inputs, open_shard, read_input
-from linearsr.cluster.storage import Location, check_writable, explained, locate, url
-from linearsr.cluster.weights import check_model, load_upscaler
+from linearsr.cluster.storage import (
+    Location,
+    check_writable,
+    explained,
+    locate,
+    part_name,
+    url,
+    write_table,
+)
+from linearsr.cluster.weights import absolute, check_model, load_upscaler
 from linearsr.config import FileOptions, Options
 from linearsr.errors import InputError, LinearSRError, OptionError, StorageError, one_line
 from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
@@ -71,7 +76,7 @@ class UpscaleConfig(Pool):
     @field_validator("model")
     @classmethod
     def _absolute_model(cls, model: str) -> str:
-        return os.path.abspath(model) if os.path.isdir(model) else model
+        return absolute(model)
 
 
 # What decides the results: jobs that differ here must not share an output.
@@ -239,15 +244,9 @@ class _Errors:
         """The file, or none when there is nothing in it."""
         self.unsaved = 0
         if self.rows:
-            _write_table(self.file, pa.Table.from_pylist(list(self.rows.values()), schema=ERRORS))
+            write_table(self.file, list(self.rows.values()), ERRORS)
         else:
             self.file.delete_file()
-
-
-def _write_table(target: Location, table: pa.Table) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    target.write(buffer.getvalue())
 
 
 class _Failure(NamedTuple):
@@ -302,10 +301,9 @@ class _Worker:
             results.append({"id": row["id"], **self._upscaled(row, format, stage)._asdict()})
 
         told = [self._guarded(row, keep) for row in rows]
-        name = hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16]
         if results:
-            table = pa.Table.from_pylist(results, schema=RESULTS)
-            _write_table(self.output / "data" / f"part-{name}.parquet", table)
+            name = f"part-{part_name(row['id'] for row in rows)}.parquet"
+            write_table(self.output / "data" / name, results, RESULTS)
         return told
 
     def _upscaled(self, row: dict[str, Any], format: str, stage: _Stage) -> _Result:

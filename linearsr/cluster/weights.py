@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 
 from linearsr import weights
@@ -25,6 +27,11 @@ def load_upscaler(model: str, device: str) -> Upscaler:
         return Upscaler.load(model, device)
     with locate(model).local(".safetensors") as folder:
         return Upscaler.load(folder, device)
+
+
+def absolute(model: str) -> str:
+    """A model's name, or its folder from any working folder: workers have their own."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def check_model(model: str) -> None:
