@@ -15,8 +15,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from linearsr.cluster.logs import last_line, quiet_data
+from linearsr.cluster.room import check_room
 from linearsr.config import Config
-from linearsr.errors import LinearSRError, OptionError
+from linearsr.errors import LinearSRError
 
 Item = TypeVar("Item")
 
@@ -53,26 +54,14 @@ def pooled(
     pool that the cluster has no room for.
     """
     left = dict(enumerate(items))
-    check_room(pool)
+    gpus = pool.actors if pool.gpu else 0
+    advice = "use fewer --actors, or lower --actor-cpus"
+    check_room(f"a pool of {pool.actors}", pool.actors * pool.actor_cpus, gpus, advice)
     # One item may have taken along what its actor had in hand: that is tried one by one.
     for size, calls in ((batch, hands), (1, 1)):
         for number, result in _results(left, worker, arguments, pool, size, calls):
             yield left.pop(number), result
     yield from ((item, None) for item in left.values())
-
-
-def check_room(pool: Pool) -> None:
-    """Raise OptionError for actors that would wait for ever."""
-    import ray
-
-    has = ray.cluster_resources()
-    wants = {"CPU": pool.actors * pool.actor_cpus, "GPU": pool.actors * pool.gpu}
-    for kind, amount in wants.items():
-        if amount > has.get(kind, 0.0):
-            raise OptionError(
-                f"{pool.actors} actors need {amount:g} {kind}, the cluster has "
-                f"{has.get(kind, 0.0):g}: use fewer --actors, or lower --actor-cpus"
-            )
 
 
 def _results(

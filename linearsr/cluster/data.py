@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from linearsr.cluster.inputs import choose, each, open_shard
+from linearsr.cluster.inputs import at_once, choose, open_shard
 from linearsr.cluster.storage import Location, explained, locate
 from linearsr.errors import InputError, LinearSRError, StorageError
 from linearsr.imaging.files import read
@@ -134,7 +134,7 @@ class Shards:
 
     def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self.groups = [group for found in each(files, _groups) for group in found]
+        self.groups = [group for found in at_once(files, _groups) for group in found]
         self.rows = sum(group.rows for group in self.groups)
         if not self.rows:
             raise InputError(f"{files[0].path}: the shards hold no rows")

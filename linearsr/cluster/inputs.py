@@ -71,7 +71,7 @@ def choose(
         return [], tables
     shards = [
         table
-        for table, names in zip(tables, each(tables, _column_names), strict=True)
+        for table, names in zip(tables, at_once(tables, _column_names), strict=True)
         if names.issuperset(columns)
     ]
     if shards:
@@ -136,14 +136,14 @@ def _suffix(name: str) -> str:
     return f".{name.rsplit('.', 1)[-1].lower()}"
 
 
-def each(files: list[Location], look: Callable[[Location], Any]) -> list[Any]:
+def at_once(files: list[Location], look: Callable[[Location], Any]) -> list[Any]:
     """What `look` says of each file, in order; it is asked about many at a time."""
     with ThreadPoolExecutor(OPENED) as pool:
         return list(pool.map(look, files))
 
 
 def _rows(folder: Location, shards: list[Location], column: str) -> list[pa.Table]:
-    return each(shards, lambda shard: _rows_of(shard, _below(folder, shard), column))
+    return at_once(shards, lambda shard: _rows_of(shard, _below(folder, shard), column))
 
 
 def _rows_of(file: Location, name: str, column: str) -> pa.Table:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from linearsr.cluster.actors import LOST, Pool, pooled
-from linearsr.cluster.inputs import each, open_shard
+from linearsr.cluster.inputs import at_once, open_shard
 from linearsr.cluster.storage import Location, check_writable, explained, locate, url
 from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
 from linearsr.imaging.files import read
@@ -139,7 +139,7 @@ def _shards(folder: Location, column: str) -> list[_Shard]:
         with explained(file):
             return _Shard(name, shard.metadata.num_rows, identity(shard))
 
-    return each(files, seen)
+    return at_once(files, seen)
 
 
 def identity(shard: Any) -> str:
@@ -158,8 +158,8 @@ def _notes(shards: list[_Shard], output: Location, settings: dict[str, Any]) -> 
     there = [file for file in output.files() if file.path in known]
 
     def noted(file: Location) -> Note | None:
-        note = _note(file)
         shard = open_shard(file, "id")
+        note = _note(shard, file)
         with explained(file):
             same = identity(shard) == known[file.path].identity
         if not same:
@@ -170,13 +170,13 @@ def _notes(shards: list[_Shard], output: Location, settings: dict[str, Any]) -> 
         told = (note.get("settings"), note.get("identity"))
         return note if told == (settings, known[file.path].identity) else None
 
-    found = dict(zip((file.path for file in there), each(there, noted), strict=True))
+    found = dict(zip((file.path for file in there), at_once(there, noted), strict=True))
     return [found.get(path) for path in known]
 
 
-def _note(file: Location) -> Note:
-    """What any tagger noted in a shard. Raises InputError for what none has written."""
-    text = (open_shard(file).metadata.metadata or {}).get(NOTE)
+def _note(shard: Any, file: Location) -> Note:
+    """What any tagger noted in the open shard. Raises InputError for what none has written."""
+    text = (shard.metadata.metadata or {}).get(NOTE)
     try:
         note: Note = {} if text is None else json.loads(text)
         if note and not {"settings", "tagged", "errors"} <= note.keys():

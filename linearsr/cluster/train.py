@@ -35,6 +35,7 @@ from ray.train.v2.api.validation_config import ValidationConfig as RayValidation
 from linearsr.cluster.config import StageConfig
 from linearsr.cluster.data import Share, batches, open_source
 from linearsr.cluster.knee import Knee, KneePointCallback, read_knee
+from linearsr.cluster.room import check_room
 from linearsr.cluster.storage import Location, check_writable, locate
 from linearsr.cluster.validation import validate_checkpoint, validation_pictures
 from linearsr.cluster.weights import start_weights
@@ -90,14 +91,8 @@ def check(stage: StageConfig) -> None:
     validation_pictures(cluster.validation, recipe.validation)
     if stage.start is not None:
         start_weights(stage)
-    has = ray.cluster_resources()
-    wants = {"CPU": cluster.cpus(), "GPU": cluster.gpus()}
-    for kind, amount in wants.items():
-        if amount > has.get(kind, 0.0):
-            raise OptionError(
-                f"the stage needs {amount:g} {kind}, the cluster has {has.get(kind, 0.0):g}: use "
-                "fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
-            )
+    advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
+    check_room("the stage", cluster.cpus(), cluster.gpus(), advice)
     _check_same_model(stage)
 
 
