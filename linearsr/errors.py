@@ -9,6 +9,14 @@ class InputError(LinearSRError):
     """A picture that cannot be read or used: truncated, not an image, too large, zero-sized."""
 
 
+class NoPicture(InputError):
+    """Bytes of no format that is read here."""
+
+
+class TooLarge(InputError):
+    """More pixels or bytes than are allowed, or than there is memory for."""
+
+
 class OutputError(LinearSRError):
     """A result that cannot be written: no permission, disk full, unsupported format."""
 

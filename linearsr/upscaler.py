@@ -14,10 +14,11 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -27,14 +28,13 @@ from torch import Tensor
 
 from linearsr import __version__, weights
 from linearsr.config import Options
-from linearsr.denoiser import LinearSR
-from linearsr.errors import InputError, LinearSRError, OptionError
+from linearsr.errors import LinearSRError, OptionError, TooLarge
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
 from linearsr.imaging.tiles import Canvas, Tile, tile_grid
 from linearsr.latent import load_autoencoder
-from linearsr.noise.experts import EXPERTS, Segment, plan
+from linearsr.noise.experts import Segment, plan
 from linearsr.noise.sampler import euler, schedule
 from linearsr.tags.encoder import tag_encoder
 from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
@@ -57,24 +57,38 @@ class OutOfMemory(LinearSRError):
 DEFAULTS = Options()
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request between stages: tensors and plain values, no models.
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What who denoises needs of a request: tensors and plain values, no models.
 
     lr: (1, 3, h, w) in [-1, 1], edge-padded so that its latent grid is whole.
     latents: one (1, C, th, tw) per tile, at `timesteps[start of the next segment]`.
+    timesteps: steps + 1 of them, from 1 to 0.
     tags: (1, T, tag_dim) embeddings, so that who denoises needs no encoder; None without tags.
     """
 
-    picture: Picture
-    options: Options
-    steps: int
     lr: Tensor
     tiles: tuple[Tile, ...]
     latents: tuple[Tensor, ...]
     timesteps: tuple[float, ...]
-    segments: tuple[Segment, ...]
     tags: Tensor | None = None
+
+
+AnyWork = TypeVar("AnyWork", bound=Work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Work):
+    """A request between stages: the work, and what its two ends need besides."""
+
+    picture: Picture
+    options: Options
+    steps: int
+    segments: tuple[Segment, ...]
+
+    def work(self) -> Work:
+        """Without the picture, which would only be carried along from expert to expert."""
+        return Work(**{field.name: getattr(self, field.name) for field in fields(Work)})
 
 
 class Upscaler:
@@ -91,14 +105,20 @@ class Upscaler:
         self._turn = threading.Lock()
 
     @classmethod
-    def load(cls, name_or_folder: str | Path = "linearsr-tiny", device: str = "auto") -> Upscaler:
+    def load(
+        cls,
+        name_or_folder: str | Path = "linearsr-tiny",
+        device: str = "auto",
+        only: Collection[int] | None = None,
+    ) -> Upscaler:
         """Load a bundled model by name, or a folder of safetensors, onto a device.
 
         device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device.
+        only: the experts that are needed here; see `linearsr.weights.load`.
         Raises WeightsError or OptionError.
         """
         chosen = _pick_device(device)
-        return cls(weights.load(name_or_folder, chosen, _best_dtype(chosen)), chosen)
+        return cls(weights.load(name_or_folder, chosen, _best_dtype(chosen), only), chosen)
 
     def __call__(self, image: Image.Image, scale: int = 4, **options: object) -> Image.Image:
         """Upscale a PIL image: `upscaler(image, scale=4, steps=..., seed=..., tags=...)`.
@@ -115,13 +135,13 @@ class Upscaler:
         Out of memory is answered with tiles of half the size, unless the tile was chosen.
         """
         options = self.with_tags(picture, options)
-        for tile in self._tile_sizes(options):
+        for tile in self.tile_sizes(options):
             with contextlib.suppress(OutOfMemory):
                 return self._attempt(picture, options, tile, progress)
         hint = "choose a smaller --tile" if options.tile != "auto" else "free some of its memory"
         raise OutOfMemory(f"out of memory on {self.device}: {hint}")
 
-    def _tile_sizes(self, options: Options) -> Iterator[int | None]:
+    def tile_sizes(self, options: Options) -> Iterator[int | None]:
         """Tile sides to try, in latent cells; None is the whole picture at once."""
         if options.tile == "off":
             yield None
@@ -149,7 +169,7 @@ class Upscaler:
 
     def expert_name(self, expert: int) -> str:
         """The paper's name of an expert, or its number for models with other than four."""
-        return EXPERTS[expert] if len(self.experts) == len(EXPERTS) else f"expert {expert}"
+        return weights.expert_names(self.config)[expert]
 
     def with_tags(self, picture: Picture, options: Options) -> Options:
         """`options` with the tags that will guide `picture`: for "auto", what a tagger sees in it.
@@ -226,30 +246,48 @@ class Upscaler:
         shape = (1, self.config.denoiser.latent_channels, height, width)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    @torch.inference_mode()
-    def denoise(self, job: Job, segment: Segment) -> Job:
+    def denoise(self, work: AnyWork, segment: Segment) -> AnyWork:
         """One expert takes its steps on every tile."""
-        model = self.experts[segment.expert]
-        with self._turn:
-            latents = [
-                self._denoise_tile(model, job, segment, tile, latent)
-                for tile, latent in zip(job.tiles, job.latents, strict=True)
-            ]
-        return dataclasses.replace(job, latents=tuple(latents))
+        return self.denoise_batch([(work, segment)])[0]
 
-    def _denoise_tile(
-        self, model: LinearSR, job: Job, segment: Segment, tile: Tile, latent: Tensor
-    ) -> Tensor:
-        lr_picture = self._upsampled(job.lr, tile)
-        joined = None
-        if model.config.condition_latent:
-            joined = self.autoencoder.condition(lr_picture)
+    @torch.inference_mode()
+    def denoise_batch(
+        self, batch: Sequence[tuple[AnyWork, Segment]], cells: int = AUTO_TILE**2
+    ) -> list[AnyWork]:
+        """One expert takes its steps on several works, each with timesteps of its own.
+
+        Tiles of one shape with as many steps go through the model together, one of each work and
+        no more than `cells` latent cells (or one tile), so memory does not grow with the batch, and
+        a work alone gets the same bits as from `denoise`.
+        """
+        (expert,) = {segment.expert for _, segment in batch}
+        finished: list[list[Tensor]] = [[] for _ in batch]
+        with self._turn:
+            for number in range(max(len(work.tiles) for work, _ in batch)):
+                places = [_Place(i, *of, number) for i, of in enumerate(batch)]
+                for group in _side_by_side((p for p in places if p.is_there), cells):
+                    for place, latent in zip(group, self._denoised(expert, group), strict=True):
+                        finished[place.owner].append(latent)
+        return [
+            dataclasses.replace(work, latents=tuple(latents))
+            for (work, _), latents in zip(batch, finished, strict=True)
+        ]
+
+    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Tensor]:
+        """The group's latents after their steps, each (1, C, th, tw), on the CPU."""
+        model = self.experts[expert]
         dtype = model.embed.weight.dtype
-        tags = None if job.tags is None else job.tags.to(self.device, dtype)
-        condition = model.condition(lr_picture.to(dtype), joined, tags)
-        latent = latent.to(self.device).contiguous(memory_format=torch.channels_last)
-        steps = (segment.start, segment.stop)
-        return euler(lambda z, t: model(z, t, condition), latent, job.timesteps, *steps).cpu()
+        lr_pictures = torch.cat([self._upsampled(p.work.lr, p.tile) for p in group])
+        joined = self.autoencoder.condition(lr_pictures) if model.config.condition_latent else None
+        tags = [p.work.tags for p in group if p.work.tags is not None]
+        known = torch.cat(tags).to(self.device, dtype) if tags else None
+        condition = model.condition(lr_pictures.to(dtype), joined, known)
+        latents = torch.cat([p.latent for p in group]).to(self.device)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        timesteps = torch.tensor([p.timesteps for p in group]).T
+        done = euler(lambda z, t: model(z, t, condition), latents, timesteps).cpu()
+        # Copies, so that one that is sent elsewhere does not take its neighbours along.
+        return [latent.clone() for latent in done.split(1)]
 
     def _upsampled(self, lr: Tensor, tile: Tile) -> Tensor:
         """The bicubic picture under one tile, equal to that part of the whole bicubic picture."""
@@ -276,6 +314,52 @@ class Upscaler:
         source = resize(job.lr, *(n * self.config.scale for n in job.lr.shape[-2:]))
         restored = fix_colour(restored, source[..., :height, :width], job.options.colour_fix)
         return _with_pixels(job, restored)
+
+
+class _Place(NamedTuple):
+    """One tile of one of the works that an expert is given together."""
+
+    owner: int
+    work: Work
+    segment: Segment
+    number: int
+
+    @property
+    def is_there(self) -> bool:
+        """Works have different numbers of tiles."""
+        return self.number < len(self.work.tiles)
+
+    @property
+    def tile(self) -> Tile:
+        """Where it lies."""
+        return self.work.tiles[self.number]
+
+    @property
+    def latent(self) -> Tensor:
+        """(1, C, th, tw)."""
+        return self.work.latents[self.number]
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """Of the segment alone: where each step starts, and where the last one ends."""
+        return self.work.timesteps[self.segment.start : self.segment.stop + 1]
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What those must share that go through the model together."""
+        tags = None if self.work.tags is None else self.work.tags.shape
+        return self.latent.shape, tags, len(self.timesteps)
+
+
+def _side_by_side(places: Iterable[_Place], cells: int) -> Iterator[Sequence[_Place]]:
+    """Groups of one shape and at most `cells` latent cells, or of one tile."""
+    alike: dict[tuple[object, ...], list[_Place]] = {}
+    for place in places:
+        alike.setdefault(place.shape, []).append(place)
+    for group in alike.values():
+        most = max(1, cells // group[0].latent[0, 0].numel())
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
 
 
 def _grid(height: int, width: int, tile: int | None) -> list[Tile]:
@@ -329,7 +413,7 @@ def _check_memory(picture: Picture, options: Options, scale: int) -> None:
     need = BYTES_PER_PIXEL * max(computed, final)
     free = psutil.virtual_memory().available
     if need > free:
-        raise InputError(
+        raise TooLarge(
             f"a {width}x{height} picture needs about {need / 2**30:.1f} GiB of memory and "
             f"{free / 2**30:.1f} GiB are free; shrink or split it"
         )

@@ -21,7 +21,7 @@ FLAGS: dict[str, str] = {
     "scale": "how many times smaller LR is",
     "crop": "side of square HR crops, 0 for whole pictures",
     "crops-per-picture": "at most",
-    "min-size": "shorter side a picture must have",
+    "min-size": "shorter side a picture must have, if more than the crop's",
     "min-sharpness": "that a crop must have, 0 for any",
     "duplicate-distance": "near-duplicates' hashes differ by so many bits of 64; -1 keeps them",
     "max-pixels": "larger pictures are refused",

@@ -83,9 +83,12 @@ def run(job: Callable[[], int | None]) -> int:
 
     # A report waits for the controller's next look; its default of 2 s would be felt.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    ray.init(log_to_driver=True, logging_level="WARNING")
     try:
+        ray.init(log_to_driver=True, logging_level="WARNING")
         return job() or 0
+    except ConnectionError as error:
+        print(f"error: no cluster to be reached: {error}; see RAY_ADDRESS", file=sys.stderr)
+        return 1
     except LinearSRError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (OptionError, WeightsError)) else 1

@@ -72,7 +72,7 @@ class ShardConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
     crop: int = Field(default=512, ge=0)
     crops_per_picture: int = Field(default=4, ge=1)
-    min_size: int = Field(default=512, ge=1)
+    min_size: int = Field(default=0, ge=0)
     min_sharpness: float = Field(default=20.0, ge=0)
     duplicate_distance: int = Field(default=4, ge=-1, le=MOST_DISTANCE)
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1)
@@ -291,7 +291,8 @@ def _judge(
     height, width = pixels.shape[1:]
     least = max(config.min_size, config.crop, config.scale)
     if min(height, width) < least:
-        return "too small", f"{width}x{height}, shorter side below {least}", []
+        detail = f"{width}x{height}, shorter side below {least}; see --crop and --min-size"
+        return "too small", detail, []
     found, best = [], 0.0
     for box in boxes(height, width, config.crop, config.scale, config.rng(source)):
         value = sharpness(box.cut(pixels))

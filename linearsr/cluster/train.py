@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,8 @@ def train(stage: StageConfig) -> Outcome:
 
 def check(stage: StageConfig) -> None:
     """Refuse what cannot work, before any worker or GPU is taken."""
+    if find_spec("deepspeed") is None:
+        raise LinearSRError("training on a cluster needs DeepSpeed: pip install 'linearsr[train]'")
     cluster, recipe = stage.cluster, stage.recipe
     if recipe.data.batch % cluster.workers:
         raise OptionError(

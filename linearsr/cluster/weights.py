@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from torch import Tensor
 
 from linearsr import weights
 from linearsr.cluster.config import StageConfig
 from linearsr.cluster.storage import locate
+from linearsr.config import ModelConfig
 from linearsr.errors import OptionError, WeightsError
 from linearsr.upscaler import Upscaler
 
@@ -21,12 +23,20 @@ def load_bundle(path: str) -> weights.Bundle:
         return weights.load(folder)
 
 
-def load_upscaler(model: str, device: str) -> Upscaler:
+def load_upscaler(model: str, device: str, only: Collection[int] | None = None) -> Upscaler:
     """`Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
     if not model.startswith("s3://"):
-        return Upscaler.load(model, device)
+        return Upscaler.load(model, device, only)
     with locate(model).local(".safetensors") as folder:
-        return Upscaler.load(folder, device)
+        return Upscaler.load(folder, device, only)
+
+
+def read_config(model: str) -> ModelConfig:
+    """A model's config, without its tensors where it lies on a disk. Raises WeightsError."""
+    if not model.startswith("s3://"):
+        return weights.read_config(model)
+    with locate(model).local(".safetensors") as folder:
+        return weights.read_config(folder)
 
 
 def absolute(model: str) -> str:

@@ -25,7 +25,7 @@ import PIL.Image
 import pyvips  # type: ignore[import-untyped]
 import torch
 
-from linearsr.errors import InputError, OptionError, OutputError
+from linearsr.errors import InputError, NoPicture, OptionError, OutputError, TooLarge
 from linearsr.imaging.exif import (
     descriptive_exif,
     find_provenance,
@@ -131,7 +131,7 @@ def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
             path.stat()
             raise InputError(f"{name}: not a regular file; give the path of a picture.")
         if path.stat().st_size > max_pixels * _MAX_BYTES_PER_PIXEL + _ROOM_FOR_METADATA:
-            raise InputError(
+            raise TooLarge(
                 f"{name}: too large a file for {max_pixels} pixels; raise --max-pixels to allow it."
             )
         return path.read_bytes()
@@ -143,7 +143,7 @@ def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
 def _sniff(data: bytes, name: str) -> str:
     """The format by the first bytes. The name of the file is no evidence."""
     if not data:
-        raise InputError(f"{name}: the file is empty; get it again.")
+        raise NoPicture(f"{name}: the file is empty; get it again.")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -156,7 +156,7 @@ def _sniff(data: bytes, name: str) -> str:
         return "avif"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    raise InputError(
+    raise NoPicture(
         f"{name}: not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
     )
 
@@ -174,7 +174,7 @@ _LOADERS: Final[dict[str, Callable[..., Any]]] = {
 def _check_size(image: pyvips.Image, name: str, max_pixels: int) -> None:
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise InputError(
+        raise TooLarge(
             f"{name}: {image.width}x{image.height} is {pixels} pixels, more than the limit of "
             f"{max_pixels}; raise --max-pixels to allow it."
         )

@@ -80,6 +80,14 @@ def plan(timesteps: Sequence[float], bounds: Sequence[float]) -> list[Segment]:
     return segments
 
 
+def shares(segments: Sequence[Segment], experts: int) -> list[int]:
+    """How many steps each of the experts takes: the load that a plan puts on them."""
+    steps = [0] * experts
+    for segment in segments:
+        steps[segment.expert] += segment.stop - segment.start
+    return steps
+
+
 def ranges(bounds: Sequence[float]) -> list[tuple[float, float]]:
     """The (low, high] timesteps of each expert, highest noise first: what each is trained on."""
     edges = [0.0, *bounds, 1.0]

@@ -30,17 +30,19 @@ def schedule(steps: int, flow_shift: float) -> list[float]:
 def euler(
     denoise: Denoise,
     latent: Tensor,
-    timesteps: Sequence[float],
+    timesteps: Sequence[float] | Tensor,
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
     """Take steps `start` to `stop` of `timesteps` from `latent` (B, C, h, w).
 
+    `timesteps`: (steps + 1,) for all, or (steps + 1, B) with those of each sample.
     `denoise(latent, t)` returns the velocity at t (B,). One step from t = 1 lands on the
     conditional mean (fidelity); more steps move towards one plausible picture (perception).
     """
     stop = len(timesteps) - 1 if stop is None else stop
-    t = torch.tensor(timesteps, device=latent.device)[:, None].expand(-1, latent.shape[0])
+    t = torch.as_tensor(timesteps, device=latent.device)
+    t = t if t.ndim == 2 else t[:, None].expand(-1, latent.shape[0])
     for i in range(start, stop):
         latent = euler_step(latent, denoise(latent, t[i]), t[i], t[i + 1])
     return latent

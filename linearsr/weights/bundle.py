@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,14 +90,26 @@ def load(
     name_or_folder: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    only: Collection[int] | None = None,
 ) -> Bundle:
-    """Load a bundle.
+    """Load a bundle; of the experts `only` some, where others take the rest of the steps.
 
+    Those that are not loaded keep their place, on the "meta" device: without memory, of no use.
     Raises WeightsError naming the file: missing, damaged, of a wrong shape, not finite.
     """
     config, provenance, files = _look(find(name_or_folder))
-    experts = [_load_expert(path, config).to(device, dtype) for path in files]
+    experts = [
+        _load_expert(path, config).to(device, dtype)
+        if only is None or number in only
+        else _absent(config)
+        for number, path in enumerate(files)
+    ]
     return Bundle(config, experts, provenance)
+
+
+def _absent(config: ModelConfig) -> LinearSR:
+    with torch.device("meta"):
+        return LinearSR(config.denoiser).requires_grad_(False).eval()
 
 
 def read_config(name_or_folder: str | Path) -> ModelConfig:

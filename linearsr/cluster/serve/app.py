@@ -1,0 +1,134 @@
+"""The application: deployments bound to each other. They hold no policy; the config does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from linearsr.cluster.serve.config import ServeConfig
+from linearsr.cluster.serve.experts import Experts
+from linearsr.cluster.serve.finisher import Finisher
+from linearsr.cluster.serve.router import Router, cause
+from linearsr.cluster.weights import absolute, read_config
+from linearsr.config import ModelConfig
+from linearsr.web.api import create_app
+from linearsr.web.service import Events, Full, ModelInfo, Request, model_info
+from linearsr.weights import expert_names
+
+# Pages, refusals and health are answered while uploads wait.
+INGRESS_REQUESTS = 1000
+RETRY_AFTER_SECONDS = 2
+TOKEN = "LINEARSR_TOKEN"
+
+
+def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
+    """Ingress, router, experts, and a finisher where the latent is learned.
+
+    Takes the `args` of a Serve config file as well. Raises OptionError or WeightsError.
+    """
+    if not isinstance(config, ServeConfig):
+        config = ServeConfig.parse(**config)
+    config = config.model_copy(update={"model": absolute(config.model)})
+    model = read_config(config.model)
+    groups = config.groups(model)
+    experts = [_experts(config, model, which, count) for which, count in groups]
+    learned = model.latent.kind != "space-to-depth"
+    finisher = _finisher(config) if learned else None
+    room = {"max_ongoing_requests": config.places, "max_queued_requests": config.waiting}
+    router = serve.deployment(Router).options(
+        **{**_common(config, config.router_cpus), **room}, num_replicas=config.routers
+    )
+    bound = router.bind(config, [which for which, _ in groups], experts, finisher)
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+        **{**_common(config, 0.1), "max_ongoing_requests": INGRESS_REQUESTS}
+    )
+    return ingress.bind(config, model_info(model), bound)
+
+
+def _experts(
+    config: ServeConfig, model: ModelConfig, which: tuple[int, ...], replicas: int
+) -> Application:
+    names = expert_names(model)
+    options = _common(config, config.expert_cpus, config.expert_gpus)
+    if config.most_replicas is None:
+        options["num_replicas"] = replicas
+    else:
+        options["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=replicas,
+            max_replicas=max(replicas, config.most_replicas),
+            target_ongoing_requests=config.batch,
+        )
+    deployment = serve.deployment(Experts).options(
+        name=names[which[0]] if len(which) == 1 else "experts", **options
+    )
+    return deployment.bind(config, which)
+
+
+def _finisher(config: ServeConfig) -> Application:
+    options = _common(config, config.expert_cpus, config.expert_gpus)
+    return serve.deployment(Finisher).options(**options).bind(config)
+
+
+def _common(config: ServeConfig, cpus: float, gpus: float = 0.0) -> dict[str, Any]:
+    """Health is looked at often, so that the dead are replaced soon; requests under way may end."""
+    return {
+        "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
+        # What waits for an earlier expert has its place here already.
+        "max_ongoing_requests": 2 * config.places * config.routers,
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": config.drain_seconds,
+        "logging_config": LoggingConfig(encoding="JSON"),
+    }
+
+
+class Ingress:
+    """HTTP in, HTTP out."""
+
+    def __init__(self, config: ServeConfig, info: ModelInfo, router: DeploymentHandle) -> None:
+        self.limits = config.limits
+        self.fleet = Fleet(info, router)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """What Serve puts behind its proxy."""
+        return create_app(self.fleet, self.limits, os.environ.get(TOKEN) or None)
+
+
+class Fleet:
+    """A `linearsr.web.service.Service` by a router's handle."""
+
+    def __init__(self, info: ModelInfo, router: DeploymentHandle) -> None:
+        self.info = info
+        self.router = router
+
+    def models(self) -> list[ModelInfo]:
+        """The one that is served."""
+        return [self.info]
+
+    async def ready(self) -> None:
+        """Raise NotReady unless every part answers."""
+        try:
+            await self.router.ready.remote()
+        except ray.exceptions.RayTaskError as error:
+            raise cause(error) from error
+
+    async def upscale(self, request: Request) -> Events:
+        """Progress, then the result."""
+        events = self.router.upscale.options(stream=True).remote(request)
+        try:
+            async for event in events:
+                yield event
+        except BackPressureError:
+            raise Full(RETRY_AFTER_SECONDS) from None
+        except ray.exceptions.RayTaskError as error:
+            raise cause(error) from error
+        finally:
+            events.cancel()

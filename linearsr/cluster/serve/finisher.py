@@ -1,0 +1,45 @@
+"""The last stage of a request: from latents to the bytes of a file."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+from linearsr.cluster.serve.config import ServeConfig
+from linearsr.cluster.serve.experts import Passed
+from linearsr.cluster.weights import load_upscaler
+from linearsr.config import FileOptions
+from linearsr.imaging.files import WRITE_SUFFIXES, encode
+from linearsr.upscaler import Job
+from linearsr.web.service import Result
+
+
+class Finisher:
+    """Decodes, joins tiles and encodes. A replica of its own where the latent is learned."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.upscaler = load_upscaler(config.model, config.device, only=())
+
+    async def finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
+        """The picture of the latents that the last expert passed on."""
+        return await asyncio.to_thread(self._finish, job, passed, files)
+
+    async def ready(self) -> bool:
+        """An answer says that the decoder is loaded."""
+        return True
+
+    def _finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
+        began = time.perf_counter()
+        picture = self.upscaler.finish(replace(job, latents=passed.work.latents))
+        decoded = time.perf_counter()
+        suffix = files.format or job.picture.format
+        format = WRITE_SUFFIXES.get(f".{suffix}", "png")
+        told = self.upscaler.describe(job.options)
+        image = encode(picture, format, quality=files.quality, provenance=told)
+        height, width = picture.pixels.shape[-2:]
+        ended = time.perf_counter()
+        timing = {"queue": passed.queue, **passed.denoise}
+        timing |= {"decode": 1000 * (decoded - began), "encode": 1000 * (ended - decoded)}
+        model, seed = self.upscaler.config.name, job.options.seed
+        return Result(image, format, width, height, model, seed, job.steps, timing)

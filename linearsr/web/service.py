@@ -1,0 +1,119 @@
+"""What the HTTP interface asks of who does the work; plain data both ways."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pydantic import Field
+
+from linearsr.config import Config, FileOptions, ModelConfig, Options
+from linearsr.errors import LinearSRError
+
+
+class Limits(Config):
+    """What one request may ask for; more is refused before any work."""
+
+    bytes: int = Field(default=20_000_000, ge=1, description="of an upload")
+    pixels: int = Field(default=4_000_000, ge=1, description="of the picture uploaded")
+    output_pixels: int = Field(default=64_000_000, ge=1, description="of the result")
+    steps: int = Field(default=50, ge=1, le=50)
+    seconds: float = Field(default=300.0, gt=0, description="from the upload to the result")
+
+
+class ModelInfo(Config):
+    """What a client needs to know of a model."""
+
+    name: str
+    scale: int
+    experts: tuple[str, ...] = Field(description="from highest noise to lowest")
+    steps: int = Field(description="taken by default")
+    tags: bool = Field(description="whether tags guide it")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to upscale."""
+
+    data: bytes
+    options: Options
+    files: FileOptions
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An expert has taken its run of steps."""
+
+    expert: str
+    step: int
+    steps: int
+
+    @property
+    def percent(self) -> int:
+        """Of all steps."""
+        return 100 * self.step // self.steps
+
+
+@dataclass(frozen=True)
+class Result:
+    """An encoded picture and how it came about."""
+
+    image: bytes
+    # Of `linearsr.imaging.files.encode`: png, jpeg, webp or tiff.
+    format: str
+    width: int
+    height: int
+    model: str
+    seed: int
+    steps: int
+    # Milliseconds of each part, in order: queue, decode, experts by name, encode.
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+Events = AsyncGenerator[Progress | Result, None]
+
+
+class Full(LinearSRError):
+    """No room for another request now."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"all places are taken; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class NotReady(LinearSRError):
+    """A part of the service has not loaded, or has gone."""
+
+
+class Service(Protocol):
+    """A model behind the interface."""
+
+    def models(self) -> list[ModelInfo]:
+        """Those that are served."""
+        ...
+
+    async def ready(self) -> None:
+        """Raise NotReady unless every part answers."""
+        ...
+
+    def upscale(self, request: Request) -> Events:
+        """Progress after each expert, then the result.
+
+        Raises InputError, OptionError, Full or another LinearSRError. Closing the generator gives
+        the work up.
+        """
+        ...
+
+
+def model_info(config: ModelConfig) -> ModelInfo:
+    """What clients are told of a model."""
+    from linearsr.weights import expert_names
+
+    return ModelInfo(
+        name=config.name,
+        scale=config.scale,
+        experts=tuple(expert_names(config)),
+        steps=config.sampling.steps,
+        tags=config.tags is not None,
+    )
