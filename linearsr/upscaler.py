@@ -28,7 +28,7 @@ from torch import Tensor
 
 from linearsr import __version__, weights
 from linearsr.config import Options
-from linearsr.errors import LinearSRError, OptionError, TooLarge
+from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
@@ -258,9 +258,12 @@ class Upscaler:
 
         Tiles of one shape with as many steps go through the model together, one of each work and
         no more than `cells` latent cells (or one tile), so memory does not grow with the batch, and
-        a work alone gets the same bits as from `denoise`.
+        a work alone gets the same bits as from `denoise`. Raises ValueError for several experts.
         """
-        (expert,) = {segment.expert for _, segment in batch}
+        experts = {segment.expert for _, segment in batch}
+        if len(experts) != 1:
+            raise ValueError(f"a batch is for one expert, not for {sorted(experts)}")
+        (expert,) = experts
         finished: list[list[Tensor]] = [[] for _ in batch]
         with self._turn:
             for number in range(max(len(work.tiles) for work, _ in batch)):
@@ -276,6 +279,8 @@ class Upscaler:
     def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Tensor]:
         """The group's latents after their steps, each (1, C, th, tw), on the CPU."""
         model = self.experts[expert]
+        if model.embed.weight.is_meta:
+            raise WeightsError(f"the expert {self.expert_name(expert)} is not loaded here")
         dtype = model.embed.weight.dtype
         lr_pictures = torch.cat([self._upsampled(p.work.lr, p.tile) for p in group])
         joined = self.autoencoder.condition(lr_pictures) if model.config.condition_latent else None
@@ -386,7 +391,7 @@ def _span(first: int, last: int, factor: int, scale: int, length: int) -> _Span:
 
 def _with_pixels(job: Job, restored: Tensor) -> Picture:
     """The finished picture: final size, [0, 1], alpha and metadata of the original."""
-    height, width = output_size(job.picture, job.options)
+    height, width = output_size(*job.picture.pixels.shape[-2:], job.options)
     pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1)
     alpha = job.picture.alpha
     if alpha is not None:
@@ -394,9 +399,8 @@ def _with_pixels(job: Job, restored: Tensor) -> Picture:
     return dataclasses.replace(job.picture, pixels=pixels, alpha=alpha)
 
 
-def output_size(picture: Picture, options: Options) -> tuple[int, int]:
-    """Height and width of the result that `options` ask for."""
-    height, width = picture.pixels.shape[-2:]
+def output_size(height: int, width: int, options: Options) -> tuple[int, int]:
+    """Height and width of the result that `options` ask for, of a picture of this size."""
     if options.width and options.height:
         return options.height, options.width
     if options.width:
@@ -409,7 +413,7 @@ def output_size(picture: Picture, options: Options) -> tuple[int, int]:
 def _check_memory(picture: Picture, options: Options, scale: int) -> None:
     """Refuse what cannot fit: past this point Linux would kill the process without a word."""
     height, width = picture.pixels.shape[-2:]
-    computed, final = scale**2 * height * width, math.prod(output_size(picture, options))
+    computed, final = scale**2 * height * width, math.prod(output_size(height, width, options))
     need = BYTES_PER_PIXEL * max(computed, final)
     free = psutil.virtual_memory().available
     if need > free:

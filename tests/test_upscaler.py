@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from PIL import Image
 
 from linearsr import Options, Upscaler, upscaler
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
-from linearsr.errors import OptionError
+from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
+from linearsr.noise.experts import Segment
 from linearsr.tags.tagger import Tag, TaggerConfig
+from linearsr.upscaler import Job
 from tests.conftest import random_experts
 
 
@@ -86,6 +89,80 @@ def test_stages_by_hand_equal_one_call(small: Upscaler, picture: Picture, steps:
         experts.append(segment.expert)
     assert experts == sorted(set(experts))
     assert torch.equal(small.finish(job).pixels, small.upscale(picture, options).pixels)
+
+
+def _segments(jobs: Sequence[Job], expert: int) -> list[tuple[Job, Segment]]:
+    """Each job with its segment of one expert."""
+    return [(job, next(s for s in job.segments if s.expert == expert)) for job in jobs]
+
+
+def test_side_by_side_every_work_gets_what_it_gets_alone(
+    tagged: Upscaler, picture: Picture
+) -> None:
+    """Other seeds, steps, shapes, tags and numbers of tiles, at timesteps of their own."""
+    corner = dataclasses.replace(picture, pixels=picture.pixels[:, :16, :24])
+    asked: list[tuple[Picture, int | None, Options]] = [
+        (picture, 20, Options(seed=1, steps=4)),
+        (picture, 20, Options(seed=2, steps=5)),
+        (picture, None, Options(seed=3, steps=4)),
+        (corner, None, Options(seed=4, steps=4, tags=("cat",))),
+        (corner, None, Options(seed=5, steps=4, tags=("dog",))),
+        (corner, None, Options(seed=6, steps=4)),
+        (corner, None, Options(seed=7, steps=6)),
+    ]
+    jobs = [tagged.prepare(of, options, tile) for of, tile, options in asked]
+    for expert in (0, 2):
+        batch = _segments(jobs, expert)
+        together = tagged.denoise_batch(batch)
+        for (job, segment), result in zip(batch, together, strict=True):
+            alone = tagged.denoise(job, segment)
+            assert len(result.latents) == len(job.tiles)
+            for ours, theirs in zip(result.latents, alone.latents, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=0)
+                assert ours.untyped_storage().nbytes() == ours.nbytes  # no neighbours along
+
+
+def test_a_work_among_others_that_do_not_fit_gets_the_same_bits(
+    small: Upscaler, picture: Picture
+) -> None:
+    """One cell at a time: everyone goes through the model alone."""
+    jobs = [small.prepare(picture, Options(seed=seed), tile=20) for seed in (1, 2)]
+    batch = _segments(jobs, 0)
+    for (job, segment), result in zip(batch, small.denoise_batch(batch, cells=1), strict=True):
+        alone = small.denoise(job, segment)
+        assert all(map(torch.equal, result.latents, alone.latents))
+
+
+def test_a_batch_is_one_experts(small: Upscaler, picture: Picture) -> None:
+    job = small.prepare(picture, Options(steps=4))
+    with pytest.raises(ValueError, match="one expert"):
+        small.denoise_batch([(job, segment) for segment in job.segments[:2]])
+
+
+def test_work_is_what_experts_need_and_no_picture(small: Upscaler, picture: Picture) -> None:
+    job = small.prepare(picture, Options(steps=2))
+    work = job.work()
+    assert not hasattr(work, "picture") and not hasattr(work, "options")
+    segment = job.segments[0]
+    alone = small.denoise(work, segment)
+    assert all(map(torch.equal, alone.latents, small.denoise(job, segment).latents))
+
+
+def test_only_the_experts_that_are_needed_are_loaded(
+    small: Upscaler, small_bundle: Path, picture: Picture
+) -> None:
+    part = Upscaler.load(small_bundle, "cpu", only=(1,))
+    assert [model.out.weight.device.type for model in part.experts] == [
+        "meta",
+        "cpu",
+        "meta",
+        "meta",
+    ]
+    ((job, segment),) = _segments([small.prepare(picture, Options(steps=4))], 1)
+    ours, theirs = (of.denoise(job, segment).latents for of in (part, small))
+    assert all(map(torch.equal, ours, theirs))
+    with pytest.raises(WeightsError, match="structure is not loaded here"):
+        part.denoise(job, job.segments[0])
 
 
 def test_each_segment_is_taken_by_its_own_expert(small: Upscaler, picture: Picture) -> None:

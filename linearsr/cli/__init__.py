@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from linearsr import __version__
-from linearsr.cli import evaluate, models, tag, upscale
+from linearsr.cli import evaluate, models, serve, tag, upscale
 from linearsr.cli.report import SOME_FAILED, USAGE, complain
 from linearsr.errors import LinearSRError, OptionError, WeightsError
 
-COMMANDS = (upscale, tag, evaluate, models)
+COMMANDS = (upscale, serve, tag, evaluate, models)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="linearsr", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="linearsr", description="Photographs made larger and sharper, by linear attention."
+    )
     parser.add_argument("--version", action="version", version=f"linearsr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from linearsr.weights import expert_names
 
 # Pages, refusals and health are answered while uploads wait.
 INGRESS_REQUESTS = 1000
+INGRESS_CPUS = 0.1
 RETRY_AFTER_SECONDS = 2
 TOKEN = "LINEARSR_TOKEN"
 
@@ -49,7 +51,7 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     )
     bound = router.bind(config, [which for which, _ in groups], experts, finisher)
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        **{**_common(config, 0.1), "max_ongoing_requests": INGRESS_REQUESTS}
+        **{**_common(config, INGRESS_CPUS), "max_ongoing_requests": INGRESS_REQUESTS}
     )
     return ingress.bind(config, model_info(model), bound)
 
@@ -130,5 +132,6 @@ class Fleet:
             raise Full(RETRY_AFTER_SECONDS) from None
         except ray.exceptions.RayTaskError as error:
             raise cause(error) from error
-        finally:
+        except (GeneratorExit, asyncio.CancelledError):
             events.cancel()
+            raise

@@ -1,0 +1,58 @@
+"""`linearsr serve`: the HTTP endpoint and its page on this machine, or on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from linearsr.cli.report import OK
+from linearsr.errors import LinearSRError
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "serve",
+        help="answer HTTP requests, with a page to drop a photograph on",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. With "
+        "LINEARSR_TOKEN set, uploads need it as bearer token. A fleet is better described by a "
+        "file: see ray_jobs/serve.yaml and docs/serving.md.",
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "--model", default="linearsr-tiny", help="a bundled model's name or a folder"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=8000, help="a free one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument(
+        "--layout",
+        choices=("together", "split"),
+        default="together",
+        help="all experts in each replica, or replicas of their own for each",
+    )
+    parser.add_argument(
+        "--replicas", type=int, help="in all; one, or one for each expert, by default"
+    )
+    parser.add_argument("--replica-cpus", type=float, help="threads of each; by default all cores")
+    parser.add_argument("--replica-gpus", type=float, default=0, help="0.25: four share one GPU")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        from linearsr.cluster.serve import ServeConfig
+        from linearsr.cluster.serve.run import run
+    except ImportError as error:
+        raise LinearSRError("serving needs Ray Serve: pip install 'linearsr[serve]'") from error
+    split = arguments.layout == "split"
+    config = ServeConfig.parse(
+        model=arguments.model,
+        device=arguments.device,
+        layout=arguments.layout,
+        replicas=arguments.replicas or (4 if split else 1),
+        expert_cpus=arguments.replica_cpus or (1 if split else os.cpu_count() or 1),
+        expert_gpus=arguments.replica_gpus,
+    )
+    run(config, arguments.host, arguments.port)
+    return OK
