@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import io
 import os
+import socket
 import statistics
 import sys
 import time
@@ -36,6 +37,9 @@ from linearsr.imaging.files import encode, read
 from linearsr.upscaler import Upscaler
 
 PORT = 8765
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    PORT = probe.getsockname()[1]
 URL = f"http://127.0.0.1:{PORT}/v1/upscale"
 CORES = os.cpu_count() or 1
 AT_ONCE = 16

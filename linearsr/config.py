@@ -24,7 +24,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def parse(cls, **fields: object) -> Self:
+    def parse(cls, /, **fields: object) -> Self:
         """A config from untyped fields. Raises OptionError naming the field and what it may be."""
         try:
             return cls.model_validate(fields)

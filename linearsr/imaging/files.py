@@ -124,6 +124,20 @@ def read(
         return _decode(image, exif, format, name)
 
 
+def measure(data: bytes) -> tuple[str, int, int]:
+    """Format, width and height of a picture, upright, by its header: nothing is decoded yet.
+
+    Raises InputError for bytes that are none.
+    """
+    name = "the picture"
+    format = _sniff(data, name)
+    with _as_input_error(name):
+        image = _LOADERS[format](data, access="sequential", fail_on="error")
+        if "orientation" in image.get_fields() and image.get("orientation") >= 5:
+            return format, image.height, image.width
+        return format, image.width, image.height
+
+
 def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
     try:
         if not path.is_file():
@@ -288,7 +302,8 @@ def encode(
         raise OptionError(f"Format {format!r} is unknown; choose from {', '.join(_SAVERS)}.")
     if not 1 <= quality <= 100:
         raise OptionError(f"Quality {quality} is out of range; give 1 to 100.")
-    _check_fits(picture, format)
+    height, width = picture.pixels.shape[-2:]
+    check_fits(width, height, format)
     exif = with_provenance(picture.exif, provenance) if provenance else picture.exif
     image = _vips_image(_quantised(picture, format))
     per_mm = pixels_per_mm(exif)
@@ -353,8 +368,8 @@ def _is_grey(picture: Picture, format: str) -> bool:
     return picture.grey and format != "webp"
 
 
-def _check_fits(picture: Picture, format: str) -> None:
-    height, width = picture.pixels.shape[-2:]
+def check_fits(width: int, height: int, format: str) -> None:
+    """Raise OutputError for more pixels a side than files of this format can have."""
     limit = _LONGEST_SIDE.get(format, max(height, width))
     if max(height, width) > limit:
         raise OutputError(
@@ -446,6 +461,14 @@ def result_name(source: Name, format: str | None) -> Name:
     if format:
         return source.with_suffix(f".{format}")
     return source if source.suffix.lower() in WRITE_SUFFIXES else source.with_suffix(".png")
+
+
+def result_format(source: str, format: str | None) -> str:
+    """The format of a result, for `encode`: that of its source where that can be written.
+
+    `format` as of `result_name`.
+    """
+    return WRITE_SUFFIXES.get(f".{format or source}", "png")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

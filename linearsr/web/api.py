@@ -14,33 +14,37 @@ import asyncio
 import base64
 import json
 import secrets
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response, UploadFile
+import anyio
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from linearsr import __version__
-from linearsr.config import FileOptions, Options
-from linearsr.errors import OptionError, TooLarge
 from linearsr.imaging.files import WRITE_SUFFIXES
 from linearsr.web.problems import MEDIA_TYPE, Problem, handle_problems, problem
-from linearsr.web.service import Events, Limits, ModelInfo, Progress, Result, Service
-from linearsr.web.service import Request as Work
+from linearsr.web.service import Events, Limits, ModelInfo, Progress, Result, Service, TookTooLong
+from linearsr.web.upload import Upload, receive
 
 PAGE = Path(__file__).parent / "page"
 EVENTS = "text/event-stream"
-# Form fields and boundaries beside the picture.
-ROOM_FOR_FIELDS = 65_536
+ABOUT = """Super-resolution: a picture in, the same picture larger out.
+
+Errors are problems (RFC 9457). With `Accept: text/event-stream` an upload is answered by events:
+`progress` (expert, step, steps, percent) as the work goes on, then `result` (image in base64,
+media_type, filename, width, height, model, seed, steps, timing in milliseconds) or `error`
+(a problem). Who closes the connection gives the work up."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -49,53 +53,48 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 SUFFIXES = {format: suffix for suffix, format in reversed(WRITE_SUFFIXES.items())}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": told}
-    for status, told in {
-        400: "the upload cannot be decoded",
-        401: "the bearer token is missing or wrong",
-        413: "too many bytes or pixels",
-        415: "not a picture",
-        422: "a field is out of its range",
-        429: "no room now; see Retry-After",
-        503: "not ready",
-        504: "it took too long",
-    }.items()
+
+Value = TypeVar("Value")
+
+
+def _told_of(status: int, description: str, *headers: str) -> dict[int | str, dict[str, Any]]:
+    """A problem, for the OpenAPI document."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    told = {name: {"schema": {"type": "string"}, "required": True} for name in headers}
+    return {status: {"description": description, "content": content, "headers": told}}
+
+
+NOT_READY = _told_of(503, "not ready, or out of memory")
+REFUSED = _told_of(401, "the bearer token is missing or wrong", "WWW-Authenticate")
+PROBLEMS = {
+    **_told_of(400, "the form or the picture cannot be decoded"),
+    **_told_of(413, "too many bytes, or pixels of the picture or of the result"),
+    **_told_of(415, "not a form, or not a picture"),
+    **_told_of(422, "a field is out of its range"),
+    **_told_of(429, "no room now", "Retry-After"),
+    **NOT_READY,
+    **_told_of(504, "it took too long"),
 }
-
-
-class Upload(BaseModel):
-    """The form: a picture and the options of the command line."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image: UploadFile = Field(description="PNG, JPEG, WebP, TIFF, AVIF or GIF")
-    scale: int = Field(default=4, ge=2, le=4)
-    width: int | None = Field(default=None, ge=1, le=65535, description="instead of scale")
-    height: int | None = Field(default=None, ge=1, le=65535, description="instead of scale")
-    steps: int | None = Field(default=None, ge=1, le=50, description="1 is closest to the truth")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    tags: str = Field(default="", max_length=1000, description='"cat, grass", or auto')
-    tile: str = Field(default="auto", description="auto, off, or input pixels", max_length=10)
-    colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
-    format: Literal["png", "jpg", "webp", "tif"] | None = Field(
-        default=None, description="that of the upload where it can be written"
-    )
-    quality: int = Field(default=95, ge=1, le=100, description="of JPEG and WebP")
-
-    def work(self, data: bytes, limits: Limits) -> Work:
-        """The request. Raises OptionError."""
-        fields = self.model_dump(exclude={"image"})
-        if self.tile.isdecimal():
-            fields["tile"] = int(self.tile)
-        if (self.steps or 1) > limits.steps:
-            raise OptionError(f"steps: at most {limits.steps} here (got {self.steps})")
-        files = {name: fields.pop(name) for name in ("format", "quality")}
-        return Work(
-            data,
-            Options.parse(**fields),
-            FileOptions.parse(**files, max_pixels=limits.pixels),
-        )
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the picture, or events",
+        "content": {**{f"image/{format}": {} for format in SUFFIXES}, EVENTS: {}},
+        "headers": {
+            name: {"schema": {"type": "string"}, "description": f"{told}; not of events"}
+            for name, told in {
+                "Server-Timing": "milliseconds of each part",
+                "X-LinearSR-Model": "its name",
+                "X-LinearSR-Seed": "the same gives the same pixels",
+                "X-LinearSR-Steps": "as taken",
+                "Content-Disposition": "a name for the file",
+            }.items()
+        },
+    }
+}
+FORM = {
+    "required": True,
+    "content": {"multipart/form-data": {"schema": Upload.model_json_schema()}},
+}
 
 
 class Served(BaseModel):
@@ -104,26 +103,6 @@ class Served(BaseModel):
     models: list[ModelInfo]
     limits: Limits
     token: bool = Field(description="whether a bearer token is wanted")
-
-
-class _LimitBody:
-    """ASGI middleware: no more bytes are taken in than an upload may have, whatever it claims."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Any, receive: Callable[[], Any], send: Any) -> None:
-        taken = 0
-
-        async def limited() -> Any:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self.most:
-                raise HTTPException(413, f"the upload is larger than {self.most} bytes")
-            return message
-
-        await self.app(scope, limited, send)
 
 
 @dataclass(frozen=True)
@@ -141,65 +120,52 @@ def _state(request: Request) -> _State:
 
 
 State = Annotated[_State, Depends(_state)]
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
 def create_app(service: Service, limits: Limits, token: str | None = None) -> FastAPI:
     """The application. With `token`, uploads ask for it as bearer."""
-    app = FastAPI(title="LinearSR", version=__version__, description=__doc__)
+    app = FastAPI(title="LinearSR", version=__version__, description=ABOUT)
     app.state.linearsr = _State(service, limits, token)
-    app.add_middleware(_LimitBody, most=limits.bytes + ROOM_FOR_FIELDS)
     handle_problems(app)
+    if token:
+        app.include_router(uploads, dependencies=[Depends(_authorised)], responses=REFUSED)
+    else:
+        app.include_router(uploads)
     app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
 
 
+uploads = APIRouter()
 router = APIRouter()
 
 
-async def _authorised(request: Request, state: State) -> None:
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    if state.token and not secrets.compare_digest(given.encode(), state.token.encode()):
+async def _authorised(bearer: Bearer, state: State) -> None:
+    given = bearer.credentials if bearer else ""
+    # Starlette reads the bytes of headers as Latin-1.
+    if state.token and not secrets.compare_digest(given.encode("latin-1"), state.token.encode()):
         challenge = {"WWW-Authenticate": "Bearer"}
-        raise HTTPException(401, "a bearer token is needed", headers=challenge)
+        raise HTTPException(401, "give the right bearer token", headers=challenge)
 
 
-async def _claim(request: Request, state: State) -> None:
-    """Refuse by what the upload says of itself, before it is read."""
-    claimed = request.headers.get("Content-Length", "0")
-    if claimed.isdecimal() and int(claimed) > state.limits.bytes + ROOM_FOR_FIELDS:
-        raise TooLarge(f"the upload has {claimed} bytes; the limit is {state.limits.bytes}")
-
-
-@router.post(
+@uploads.post(
     "/v1/upscale",
-    dependencies=[Depends(_authorised), Depends(_claim)],
     response_class=Response,
-    responses={
-        200: {
-            "description": "the picture, or with `Accept: text/event-stream` the events "
-            "progress, then result or error",
-            "content": {"image/*": {}, EVENTS: {}},
-        },
-        **_PROBLEMS,
-    },
+    responses={**PICTURE, **PROBLEMS},
+    openapi_extra={"requestBody": FORM},
 )
-async def upscale(request: Request, form: Annotated[Upload, Form()], state: State) -> Response:
+async def upscale(request: Request, state: State) -> Response:
     """Upscale one picture. The same picture, options and seed give the same pixels."""
-    data, limits = await form.image.read(), state.limits
-    if len(data) > limits.bytes:
-        raise TooLarge(f"the picture has {len(data)} bytes; the limit is {limits.bytes}")
-    events = _in_time(state.service.upscale(form.work(data, limits)), limits.seconds)
-    name = form.image.filename or "picture"
+    deadline = anyio.current_time() + state.limits.seconds
+    # The form is read here and not by FastAPI, which would take all of it in before the token.
+    taken = receive(request, state.limits, state.service.models()[0])
+    work, name = await _before(deadline, taken)
+    events = _in_time(state.service.upscale(work), deadline)
     if EVENTS in request.headers.get("Accept", ""):
         # What is wrong with a request is known by its first event: that has a status still.
-        first = await anext(events)
-        return EventSourceResponse(_told(first, events, name))
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Result):
-                return _response(event, name)
-    raise RuntimeError("the service ended without a result")
+        return _Stream(await _unless_gone(request, anext(events)), events, name)
+    return _response(await _unless_gone(request, _result(events)), name)
 
 
 @router.get("/v1/models")
@@ -209,7 +175,7 @@ async def models(state: State) -> Served:
     return Served(models=state.service.models(), limits=state.limits, token=token)
 
 
-@router.get("/healthz", responses={503: _PROBLEMS[503]})
+@router.get("/healthz", responses=NOT_READY)
 async def healthz(state: State) -> dict[str, str]:
     """Whether every expert has loaded and answers."""
     await state.service.ready()
@@ -222,28 +188,69 @@ async def page() -> FileResponse:
     return FileResponse(PAGE / "index.html", headers=HEADERS)
 
 
-async def _in_time(events: Events, seconds: float) -> Events:
-    """The events, until the time is up. Raises TimeoutError."""
-    end = time.monotonic() + seconds
+async def _before(deadline: float, work: Awaitable[Value]) -> Value:
+    """What `work` gives. Raises TookTooLong."""
+    with anyio.CancelScope(deadline=deadline):
+        return await work
+    raise TookTooLong("it took too long; send a smaller picture or ask for fewer steps")
+
+
+async def _in_time(events: Events, deadline: float) -> Events:
+    """The events up to the result. Raises TookTooLong.
+
+    The work has ended when the result is given: who takes it slowly holds no place.
+    """
     async with aclosing(events):
-        while True:
-            try:
-                yield await asyncio.wait_for(anext(events), end - time.monotonic())
-            except StopAsyncIteration:
-                return
-            except asyncio.TimeoutError:
-                raise TimeoutError(f"it took more than {seconds:g} s; use fewer steps") from None
+        while not isinstance(event := await _before(deadline, anext(events)), Result):
+            yield event
+    yield event
+
+
+async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
+    """What `work` gives; it is given up when the client goes. Raises ClientDisconnect."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if watching.done():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watching.cancel()
+
+
+async def _result(events: Events) -> Result:
+    *_, last = [event async for event in events]
+    assert isinstance(last, Result)
+    return last
+
+
+class _Stream(EventSourceResponse):
+    """Server-sent events; an error is the last one. The work ends with the connection."""
+
+    def __init__(self, first: Progress | Result, rest: Events, name: str) -> None:
+        super().__init__(_told(first, rest, name))
+        self.rest = rest
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self.rest):
+            await super().__call__(scope, receive, send)
 
 
 async def _told(first: Progress | Result, rest: Events, name: str) -> AsyncIterator[dict[str, str]]:
-    """Server-sent events; an error is the last one."""
+    yield _event(first, name)
     try:
-        yield _event(first, name)
-        async with aclosing(rest):
-            async for event in rest:
-                yield _event(event, name)
+        async for event in rest:
+            yield _event(event, name)
     except Exception as error:
-        yield {"event": "error", "data": problem(error).model_dump_json()}
+        yield {"event": "error", "data": problem(error).text()}
 
 
 def _event(event: Progress | Result, name: str) -> dict[str, str]:
@@ -260,17 +267,21 @@ def _event(event: Progress | Result, name: str) -> dict[str, str]:
 
 
 def _file_name(uploaded: str, result: Result) -> str:
-    stem = PurePosixPath(uploaded.replace("\\", "/")).stem or "picture"
-    return f"{stem[:100]}-{result.width}x{result.height}{SUFFIXES[result.format]}"
+    stem = PurePosixPath(uploaded.replace("\\", "/")).stem
+    # Neither control characters, nor halves of characters, nor those that turn the writing around.
+    stem = "".join(filter(str.isprintable, stem))[:100] or "picture"
+    return f"{stem}-{result.width}x{result.height}{SUFFIXES[result.format]}"
 
 
 def _response(result: Result, name: str) -> Response:
     timing = ", ".join(f"{part};dur={ms:.1f}" for part, ms in result.timing.items())
+    file_name = quote(_file_name(name, result), safe="")
     headers = {
-        "X-LinearSR-Model": result.model,
+        "X-LinearSR-Model": quote(result.model),
         "X-LinearSR-Seed": str(result.seed),
         "X-LinearSR-Steps": str(result.steps),
+        "X-Content-Type-Options": "nosniff",
         "Server-Timing": timing,
-        "Content-Disposition": f"inline; filename*=UTF-8''{quote(_file_name(name, result))}",
+        "Content-Disposition": f"inline; filename*=UTF-8''{file_name}",
     }
     return Response(result.image, media_type=f"image/{result.format}", headers=headers)

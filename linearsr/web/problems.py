@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from linearsr.errors import InputError, LinearSRError, NoPicture, OptionError, TooLarge
+from linearsr.errors import InputError, LinearSRError, NoPicture, OptionError, TooLarge, one_line
 from linearsr.upscaler import OutOfMemory
-from linearsr.web.service import Full, NotReady
+from linearsr.web.service import Full, NotReady, TookTooLong
 
 MEDIA_TYPE = "application/problem+json"
-# The first kind that fits; what is not ours is the server's fault.
-STATUS: tuple[tuple[type[Exception], int], ...] = (
-    (NoPicture, 415),
-    (TooLarge, 413),
-    (InputError, 400),
-    (OptionError, 422),
-    (Full, 429),
-    (NotReady, 503),
-    (OutOfMemory, 503),
-    (TimeoutError, 504),
+# The first kind that fits; anything else is the server's fault.
+STATUS: tuple[tuple[type[LinearSRError], HTTPStatus], ...] = (
+    (NoPicture, HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
+    (TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (InputError, HTTPStatus.BAD_REQUEST),
+    (OptionError, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (Full, HTTPStatus.TOO_MANY_REQUESTS),
+    (NotReady, HTTPStatus.SERVICE_UNAVAILABLE),
+    (OutOfMemory, HTTPStatus.SERVICE_UNAVAILABLE),
+    (TookTooLong, HTTPStatus.GATEWAY_TIMEOUT),
 )
+# What others' servers say as well of a client that has gone; nobody reads it.
+GONE = 499
 
 
 class Problem(BaseModel):
@@ -37,41 +40,42 @@ class Problem(BaseModel):
     status: int
     detail: str
 
+    def text(self) -> str:
+        """JSON of ASCII alone: it can be sent whatever characters the detail quotes."""
+        return json.dumps(self.model_dump())
+
 
 def problem(error: Exception) -> Problem:
-    """What is told of an error; nothing of the inside of one that is not ours."""
-    status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
-    known = isinstance(error, LinearSRError) or status != 500
-    return _problem(status, str(error) if known else "the server failed; its log says more")
+    """What is told of an error; nothing of the inside of one that is not the client's to mend."""
+    for kind, status in STATUS:
+        if isinstance(error, kind):
+            return _problem(status, one_line(error))
+    logging.getLogger(__name__).error("a request failed", exc_info=error)
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    return _problem(status, "the server failed; its log says more")
 
 
 def _problem(status: int, detail: str) -> Problem:
     return Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
 
 
-def _response(told: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(told.model_dump(), told.status, headers, MEDIA_TYPE)
+def _response(told: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(told.text(), told.status, headers, MEDIA_TYPE)
 
 
 def handle_problems(app: FastAPI) -> None:
     """Answer every error of `app` with a problem."""
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
-        headers = dict(error.headers) if error.headers else None
-        return _response(_problem(error.status_code, str(error.detail)), headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def of_fields(_: Request, error: RequestValidationError) -> JSONResponse:
-        told = (f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors())
-        return _response(_problem(422, "; ".join(told)))
+    async def of_http(_: Request, error: HTTPException) -> Response:
+        return _response(_problem(error.status_code, error.detail), error.headers)
 
     @app.exception_handler(LinearSRError)
-    @app.exception_handler(TimeoutError)
     @app.exception_handler(Exception)
-    async def of_work(_: Request, error: Exception) -> JSONResponse:
-        told = problem(error)
-        if told.status == 500:
-            logging.getLogger(__name__).error("request failed", exc_info=error)
+    async def of_work(_: Request, error: Exception) -> Response:
         headers = {"Retry-After": str(error.seconds)} if isinstance(error, Full) else None
-        return _response(told, headers)
+        return _response(problem(error), headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def of_nobody(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=GONE)

@@ -86,6 +86,10 @@ class NotReady(LinearSRError):
     """A part of the service has not loaded, or has gone."""
 
 
+class TookTooLong(LinearSRError):
+    """No result within the time that a request may take."""
+
+
 class Service(Protocol):
     """A model behind the interface."""
 
