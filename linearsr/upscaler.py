@@ -44,7 +44,7 @@ from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 AUTO_TILE = 192
 OVERLAP = 16
 SMALLEST_TILE = 32
-# Latent cells of several works that go through a model at once. On a CPU more would leave its caches:
+# Latent cells of several works that go through a model at once. More would leave a CPU's caches:
 # 8 works of 64 x 64 cells together took 1.5 times as long as in turn, of 16 x 16 half as long.
 CPU_BATCH = 2048
 # Memory for each pixel of the output: the pictures, latents and noise alive at the peak.

@@ -166,9 +166,9 @@ def replicas(name: str) -> list[int]:
 
 
 def test_nobody_notices_that_replicas_die(endpoint: Endpoint, cases: list[Case]) -> None:
-    """One of each expert is killed in turn while others ask."""
+    """One of each expert, and the router, are killed in turn while others ask."""
     split = endpoint.config.layout == "split"
-    deployments = expert_names_of(endpoint) if split else ["experts"]
+    deployments = [*(expert_names_of(endpoint) if split else ["experts"]), "Router"]
 
     async def kill(done: asyncio.Event) -> None:
         for name in deployments:

@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.serve.experts import Experts
 from linearsr.cluster.serve.finisher import Finisher
-from linearsr.cluster.serve.router import Router, cause
+from linearsr.cluster.serve.router import Router, cause, resends
 from linearsr.cluster.weights import absolute, read_config
 from linearsr.config import ModelConfig
 from linearsr.web.api import create_app
@@ -97,7 +97,7 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, info: ModelInfo, router: DeploymentHandle) -> None:
         self.limits = config.limits
-        self.fleet = Fleet(info, router)
+        self.fleet = Fleet(info, router, config.attempts)
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Serve puts behind its proxy."""
@@ -107,9 +107,10 @@ class Ingress:
 class Fleet:
     """A `linearsr.web.service.Service` by a router's handle."""
 
-    def __init__(self, info: ModelInfo, router: DeploymentHandle) -> None:
+    def __init__(self, info: ModelInfo, router: DeploymentHandle, attempts: int) -> None:
         self.info = info
         self.router = router
+        self.attempts = attempts
 
     def models(self) -> list[ModelInfo]:
         """The one that is served."""
@@ -123,7 +124,13 @@ class Fleet:
             raise cause(error) from error
 
     async def upscale(self, request: Request) -> Events:
-        """Progress, then the result."""
+        """Progress, then the result; from the start again when the router died."""
+        async for attempt in resends(self.attempts):
+            with attempt:
+                async for event in self._events(request):
+                    yield event
+
+    async def _events(self, request: Request) -> Events:
         events = self.router.upscale.options(stream=True).remote(request)
         try:
             async for event in events:

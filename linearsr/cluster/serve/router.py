@@ -17,7 +17,12 @@ from typing import Any, TypeVar
 
 import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.serve.experts import Passed
@@ -92,13 +97,7 @@ class Router:
 
         While there is no replica at all, Serve keeps what is sent until there is one.
         """
-        attempts = AsyncRetrying(
-            retry=retry_if_exception(died),
-            stop=stop_after_attempt(self.config.attempts),
-            wait=wait_random_exponential(0.1, max=2),
-            reraise=True,
-        )
-        async for attempt in attempts:
+        async for attempt in resends(self.config.attempts):
             responses = self._send(job)
             async for progress in self._progress(job, responses):
                 yield progress
@@ -151,6 +150,11 @@ def cause(error: ray.exceptions.RayTaskError) -> Exception:
     return inner if isinstance(inner, (LinearSRError, *DIED)) else error
 
 
-def died(error: BaseException) -> bool:
-    """Whether it says that a process or machine died, not that the work cannot be done."""
-    return isinstance(error, DIED)
+def resends(attempts: int) -> AsyncRetrying:
+    """Attempts at what fails because a process or machine died, and for no other reason."""
+    return AsyncRetrying(
+        retry=retry_if_exception_type(DIED),
+        stop=stop_after_attempt(attempts),
+        wait=wait_random_exponential(0.1, max=2),
+        reraise=True,
+    )
