@@ -1,0 +1,155 @@
+"""From an HTTP form to a request; what can be refused before any work is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from linearsr.config import FileOptions, Options
+from linearsr.errors import OptionError, OutputError, TooLarge
+from linearsr.imaging.files import check_fits, measure, result_format
+from linearsr.upscaler import output_size
+from linearsr.web.service import Limits, ModelInfo
+from linearsr.web.service import Request as Work
+
+# Form fields and boundaries beside the picture.
+ROOM_FOR_FIELDS = 65_536
+LONGEST_FIELD = 8_192
+
+
+def _no_text(value: object) -> object:
+    if isinstance(value, str):
+        raise PydanticCustomError("file", "Send the picture as a file, with a file name")
+    return value
+
+
+class Upload(BaseModel):
+    """The form: a picture and the options of the command line."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: Annotated[UploadFile, BeforeValidator(_no_text)] = Field(
+        description="PNG, JPEG, WebP, TIFF, AVIF or GIF"
+    )
+    scale: int = Field(default=4, ge=2, le=4)
+    width: int | None = Field(default=None, ge=1, le=65535, description="instead of scale")
+    height: int | None = Field(default=None, ge=1, le=65535, description="instead of scale")
+    steps: int | None = Field(default=None, ge=1, le=50, description="1 is closest to the truth")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    tags: str = Field(default="", max_length=1000, description='"cat, grass", or auto')
+    tile: str = Field(
+        default="auto",
+        pattern="^(auto|off|1[6-9]|[2-9][0-9]|[1-9][0-9]{2,4})$",
+        description="auto, off, or input pixels, 16 or more",
+    )
+    colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
+    format: Literal["png", "jpg", "webp", "tif"] | None = Field(
+        default=None, description="that of the upload where it can be written"
+    )
+    quality: int = Field(default=95, ge=1, le=100, description="of JPEG and WebP")
+
+    @classmethod
+    def of(cls, form: FormData) -> Upload:
+        """A form's fields; those left empty count as not given. Raises OptionError."""
+        names = [name for name, _ in form.multi_items()]
+        if twice := [name for name in form if names.count(name) > 1]:
+            raise OptionError(f"{twice[0]}: given more than once")
+        try:
+            return cls.model_validate({name: value for name, value in form.items() if value != ""})
+        except ValidationError as error:
+            # A name that is no Unicode is nowhere.
+            wrong = (f"{(*e['loc'], 'a field')[0]}: {e['msg']}" for e in error.errors())
+            raise OptionError("; ".join(wrong)) from None
+
+    def work(self, data: bytes, max_pixels: int) -> Work:
+        """The request. Raises OptionError."""
+        fields = self.model_dump(exclude={"image"})
+        if self.tile.isdecimal():
+            fields["tile"] = int(self.tile)
+        files = {name: fields.pop(name) for name in ("format", "quality")}
+        return Work(
+            data, Options.parse(**fields), FileOptions.parse(**files, max_pixels=max_pixels)
+        )
+
+
+async def receive(request: Request, limits: Limits, model: ModelInfo) -> tuple[Work, str]:
+    """The request that an upload asks for, checked, and the name of its picture.
+
+    Raises InputError, OptionError, HTTPException, or ClientDisconnect.
+    """
+    form = await _form(request, limits.bytes)
+    try:
+        upload = Upload.of(form)
+        size = upload.image.size or 0
+        if size > limits.bytes:
+            raise TooLarge(f"the picture has {size} bytes, more than the {limits.bytes} allowed")
+        work = upload.work(await upload.image.read(), limits.pixels)
+    finally:
+        await form.close()
+    await run_in_threadpool(_check, work, limits, model)
+    return work, upload.image.filename or ""
+
+
+async def _form(request: Request, most: int) -> FormData:
+    """The form, of which no more is taken in than an upload may have, whatever it says of itself.
+
+    A large claim, or another kind of body, is refused before anything is read.
+    """
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise HTTPException(415, "send the picture and its options as multipart/form-data")
+    claimed = request.headers.get("Content-Length", "")
+    if claimed.isdecimal() and float(claimed) > most + ROOM_FOR_FIELDS:
+        raise TooLarge(f"the upload has {claimed} bytes, more than the {most} allowed")
+    limited = Request(request.scope, _limited(request.receive, most))
+    fields = {"max_files": 1, "max_fields": len(Upload.model_fields)}
+    try:
+        return await limited.form(**fields, max_part_size=LONGEST_FIELD)
+    except ValueError as error:
+        # Of a character set that is named and then not kept to.
+        raise HTTPException(400, "the form cannot be decoded; send it as UTF-8") from error
+
+
+def _limited(receive: Callable[[], Awaitable[Any]], most: int) -> Callable[[], Awaitable[Any]]:
+    """An ASGI `receive` that raises TooLarge when an upload goes on for longer than it may."""
+    left = most + ROOM_FOR_FIELDS
+
+    async def limited() -> Any:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise TooLarge(f"the upload has more than the {most} bytes allowed")
+        return message
+
+    return limited
+
+
+def _check(work: Work, limits: Limits, model: ModelInfo) -> None:
+    """Refuse what the limits or the model do not allow, by the header of the picture alone."""
+    steps = work.options.steps or model.steps
+    if steps > limits.steps:
+        raise OptionError(f"steps: at most {limits.steps} here, not {steps}")
+    if work.options.tags and not model.tags:
+        raise OptionError(f"tags: {model.name} was trained without; leave them out")
+    format, width, height = measure(work.data)
+    _check_pixels("the picture", width, height, limits.pixels)
+    height, width = output_size(height, width, work.options)
+    _check_pixels("the result", width, height, limits.output_pixels)
+    try:
+        check_fits(width, height, result_format(format, work.files.format))
+    except OutputError as error:
+        raise OptionError(f"format: {error}") from None
+
+
+def _check_pixels(what: str, width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise TooLarge(f"{what} has {width}x{height} pixels, more than the {most} allowed")

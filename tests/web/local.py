@@ -1,0 +1,154 @@
+"""The HTTP interface without a fleet: a service in this process, a real server on a free port.
+
+Both together: `with served(Local(upscaler)) as url: ...`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from linearsr.imaging.files import encode, read, result_format
+from linearsr.noise.experts import Segment
+from linearsr.upscaler import Job, Upscaler
+from linearsr.web.api import create_app
+from linearsr.web.service import (
+    Events,
+    Full,
+    Limits,
+    ModelInfo,
+    NotReady,
+    Progress,
+    Request,
+    Result,
+    Service,
+    model_info,
+)
+
+# A test that waits longer than this for something to happen fails.
+PATIENCE = 60
+
+
+class Local:
+    """A `linearsr.web.service.Service`: the upscaler's stages in threads, so many at once.
+
+    places: requests at once; more are Full. `works` False: nothing is ready.
+    """
+
+    def __init__(self, upscaler: Upscaler, places: int = 4) -> None:
+        self.upscaler = upscaler
+        self.places = self.free = places
+        self._gate = threading.Event()
+        self._gate.set()
+        self.works = True
+        self.asked = 0
+        self.segments = 0
+        self._changed = threading.Condition()
+
+    def models(self) -> list[ModelInfo]:
+        return [model_info(self.upscaler.config)]
+
+    async def ready(self) -> None:
+        if not self.works:
+            raise NotReady("not every expert has loaded; try again soon")
+
+    async def upscale(self, request: Request) -> Events:
+        if self.free == 0:
+            raise Full(2)
+        self.asked += 1
+        self._take(1)
+        try:
+            job, prepared = await _timed(self._prepare, request)
+            timing = {"prepare": prepared, "queue": 0.0}
+            yield Progress(self._name(job.segments[0]), 0, job.steps)
+            for segment in job.segments:
+                job, timing[self._name(segment)] = await _timed(self._denoise, job, segment)
+                yield Progress(self._name(segment), segment.stop, job.steps)
+            picture, timing["decode"] = await _timed(self.upscaler.finish, job)
+            format = result_format(job.picture.format, request.files.format)
+            told = self.upscaler.describe(job.options)
+            image, timing["encode"] = await _timed(
+                lambda: encode(picture, format, quality=request.files.quality, provenance=told)
+            )
+            height, width = picture.pixels.shape[-2:]
+            model, seed = self.upscaler.config.name, job.options.seed
+            yield Result(image, format, width, height, model, seed, job.steps, timing)
+        finally:
+            self._take(-1)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Requests wait before their next expert."""
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
+
+    def wait_for(self, free: int) -> None:
+        """Return when so many places are free."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.free == free, PATIENCE), self.free
+
+    def _take(self, places: int) -> None:
+        with self._changed:
+            self.free -= places
+            self._changed.notify_all()
+
+    def _name(self, segment: Segment) -> str:
+        return self.upscaler.expert_name(segment.expert)
+
+    def _prepare(self, request: Request) -> Job:
+        picture = read(request.data, max_pixels=request.files.max_pixels)
+        options = self.upscaler.with_tags(picture, request.options)
+        return self.upscaler.prepare(picture, options, next(self.upscaler.tile_sizes(options)))
+
+    def _denoise(self, job: Job, segment: Segment) -> Job:
+        assert self._gate.wait(PATIENCE)
+        self.segments += 1
+        return self.upscaler.denoise(job, segment)
+
+
+async def _timed(work: Callable[..., object], *given: object) -> tuple:  # type: ignore[type-arg]
+    """What `work` returns from a thread, and its milliseconds."""
+    began = time.perf_counter()
+    result = await asyncio.to_thread(work, *given)
+    return result, 1000 * (time.perf_counter() - began)
+
+
+class _Server(uvicorn.Server):
+    """One that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
+
+
+@contextlib.contextmanager
+def served(
+    service: Service, limits: Limits | None = None, token: str | None = None
+) -> Iterator[str]:
+    """The address of a server in a thread, without a slash at its end."""
+    app = create_app(service, limits or Limits(), token)
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
+    server = _Server(config)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            assert server.listens.wait(PATIENCE)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)

@@ -1,0 +1,830 @@
+"""What clients see: the command's own pixels, progress, limits, refusals, and nothing leaked."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import logging
+import re
+import select
+import socket
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from PIL.ExifTags import Base
+from starlette.datastructures import UploadFile
+from starlette.testclient import TestClient
+
+from linearsr import Upscaler, cli, weights
+from linearsr.config import FileOptions, ModelConfig, Options
+from linearsr.errors import InputError, OptionError, OutputError, TooLarge, WeightsError
+from linearsr.imaging.files import Picture, encode, read, read_provenance
+from linearsr.upscaler import OutOfMemory
+from linearsr.web.api import create_app
+from linearsr.web.service import (
+    Events,
+    Full,
+    Limits,
+    ModelInfo,
+    NotReady,
+    Progress,
+    Request,
+    Result,
+    model_info,
+)
+from linearsr.web.upload import LONGEST_FIELD, ROOM_FOR_FIELDS, Upload
+from tests.conftest import random_experts
+from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.web.local import PATIENCE, Local, served
+
+EVENTS = {"Accept": "text/event-stream"}
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def upload(
+    client: TestClient | httpx2.Client,
+    image: bytes,
+    name: str = "photo.png",
+    headers: dict[str, str] | None = None,
+    **fields: object,
+) -> Any:
+    """The answer to one picture; one step, unless another number is asked for."""
+    data = {key: str(value) for key, value in {"steps": 1, **fields}.items()}
+    return client.post("/v1/upscale", files={"image": (name, image)}, data=data, headers=headers)
+
+
+def events(text: str) -> list[tuple[str, Any]]:
+    """Names and data of server-sent events."""
+    found = re.findall(r"^event: (\w+)\r\ndata: (.*)\r\n\r\n", text, re.MULTILINE)
+    return [(name, json.loads(data)) for name, data in found]
+
+
+# Pixels
+
+
+def sixteen_bits(image: Image.Image) -> bytes:
+    """More levels than 8 bits hold, and alpha."""
+    pixels = torch.linspace(0, 1, 3 * 9 * 12).reshape(3, 9, 12)
+    alpha = torch.linspace(1, 0, 9 * 12).reshape(1, 9, 12)
+    return encode(Picture(pixels, alpha, 16, False, None, None, "png"), "png")
+
+
+def described(image: Image.Image, format: str) -> bytes:
+    """On its side, with a profile and a camera's name."""
+    exif = Image.Exif()
+    exif[Base.Orientation], exif[Base.Make] = 6, "Camera"
+    return saved(image, format, exif=exif.tobytes(), icc_profile=SRGB)
+
+
+@pytest.mark.parametrize(
+    ("source", "made", "options"),
+    [
+        ("png", lambda i: saved(i, "png"), {}),
+        ("png", lambda i: saved(i, "png"), {"steps": 4, "seed": 7, "scale": 2, "tile": 16}),
+        ("png", lambda i: saved(i, "png"), {"width": 31, "colour_fix": "adain", "tile": "off"}),
+        ("png", lambda i: saved(i.convert("LA"), "png"), {"width": 20, "height": 30}),
+        ("png", lambda i: saved(i.convert("P"), "png"), {"format": "webp", "quality": 100}),
+        ("png", sixteen_bits, {}),
+        ("png", sixteen_bits, {"format": "tif", "colour_fix": "none"}),
+        ("png", sixteen_bits, {"format": "jpg", "quality": 40}),
+        ("jpg", lambda i: described(i, "jpeg"), {"steps": 2}),
+        ("webp", lambda i: described(i, "webp"), {}),
+        ("tif", lambda i: described(i, "tiff"), {}),
+        ("avif", lambda i: saved(i, "avif"), {"format": "png"}),
+        ("gif", lambda i: saved(i, "gif"), {"format": "png"}),
+    ],
+)
+def test_the_same_bytes_as_the_command(
+    client: TestClient,
+    small_bundle: Path,
+    tmp_path: Path,
+    image: Image.Image,
+    source: str,
+    made: Callable[[Image.Image], bytes],
+    options: dict[str, Any],
+) -> None:
+    """File for file: pixels, depth, alpha, profile, EXIF and provenance."""
+    options = {"steps": 1, **options}
+    given, result = tmp_path / f"in.{source}", tmp_path / f"out.{options.get('format', source)}"
+    given.write_bytes(made(image))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = ["upscale", str(given), "-o", str(result), "--model", str(small_bundle)]
+    assert cli.main([*command, "--device=cpu", *flags]) == 0
+    answer = upload(client, given.read_bytes(), given.name, **options)
+    assert answer.status_code == 200, answer.text
+    assert answer.content == result.read_bytes()
+    assert result.suffix[1:] in answer.headers["Content-Disposition"]
+
+
+def test_what_the_file_knew_comes_along(client: TestClient, image: Image.Image) -> None:
+    deep = read(upload(client, sixteen_bits(image)).content)
+    assert deep.bits == 16 and deep.alpha is not None and deep.pixels.shape == (3, 36, 48)
+    answer = upload(client, described(image, "jpeg"), "photo.jpg", scale=2, seed=5)
+    assert answer.headers["Content-Type"] == "image/jpeg"
+    picture = read(answer.content)
+    # It lay on its side: 12 x 9 upright is 9 x 12.
+    assert picture.pixels.shape == (3, 24, 18)
+    assert picture.icc == SRGB and picture.exif is not None and b"Camera" in picture.exif
+    provenance = read_provenance(answer.content)
+    assert provenance is not None
+    assert (provenance["model"], provenance["seed"], provenance["scale"]) == ("small", "5", "2")
+
+
+def test_what_cannot_be_written_becomes_png(client: TestClient, image: Image.Image) -> None:
+    for format in ("gif", "avif"):
+        answer = upload(client, saved(image, format), f"photo.{format}")
+        assert answer.headers["Content-Type"] == "image/png"
+        assert answer.headers["Content-Disposition"].endswith("photo-48x36.png")
+
+
+def test_headers_tell_how_it_came_about(client: TestClient, png: bytes) -> None:
+    answer = upload(client, png, steps=20, seed=3)
+    told = {name: answer.headers[f"X-LinearSR-{name}"] for name in ("Model", "Seed", "Steps")}
+    assert told == {"Model": "small", "Seed": "3", "Steps": "20"}
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    parts = re.findall(r"([\w-]+);dur=([\d.]+)", answer.headers["Server-Timing"])
+    experts = ["structure", "refinement", "texture", "polish"]
+    assert [name for name, _ in parts] == ["prepare", "queue", *experts, "decode", "encode"]
+    assert all(float(ms) >= 0 for _, ms in parts)
+
+
+def test_requests_at_once_never_mix(small: Upscaler, png: bytes) -> None:
+    with served(Local(small, places=6)) as url, httpx2.Client(base_url=url) as client:
+        alone = [upload(client, png, steps=4, seed=seed).content for seed in range(6)]
+        together: dict[int, bytes] = {}
+
+        def ask(seed: int) -> None:
+            together[seed] = upload(client, png, steps=4, seed=seed).content
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert [together[seed] for seed in range(6)] == alone and len(set(alone)) == 6
+
+
+# Progress
+
+
+def test_events_are_progress_and_then_the_result(client: TestClient, png: bytes) -> None:
+    plain = upload(client, png, "a cat.png", steps=20)
+    answer = upload(client, png, "a cat.png", EVENTS, steps=20)
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    *progress, (name, result) = events(answer.text)
+    assert [(e["expert"], e["step"], e["steps"], e["percent"]) for _, e in progress] == [
+        ("structure", 0, 20, 0),
+        ("structure", 4, 20, 20),
+        ("refinement", 6, 20, 30),
+        ("texture", 19, 20, 95),
+        ("polish", 20, 20, 100),
+    ]
+    assert {told for told, _ in progress} == {"progress"} and name == "result"
+    assert base64.b64decode(result.pop("image")) == plain.content
+    assert list(result.pop("timing"))[:3] == ["prepare", "queue", "structure"]
+    assert result == {
+        "format": "png",
+        "media_type": "image/png",
+        "filename": "a cat-48x36.png",
+        "width": 48,
+        "height": 36,
+        "model": "small",
+        "seed": 0,
+        "steps": 20,
+    }
+
+
+def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
+    client: TestClient, png: bytes
+) -> None:
+    assert "damaged" in detail(upload(client, png[:-20], headers=EVENTS), 400)
+    detail(upload(client, b"no picture", headers=EVENTS), 415)
+    detail(upload(client, png, headers=EVENTS, steps=0), 422)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"scale": 5}, "scale: .*less than or equal to 4"),
+        ({"scale": 1}, "scale"),
+        ({"scale": "four"}, "scale: .*integer"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 51}, "steps"),
+        ({"steps": "NaN"}, "steps"),
+        ({"steps": "1e400"}, "steps"),
+        ({"steps": "9" * 5000}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"width": 0}, "width"),
+        ({"height": 65536}, "height"),
+        ({"tile": 15}, "tile"),
+        ({"tile": "big"}, "tile"),
+        ({"tile": "٣٢"}, "tile"),
+        ({"tile": "32\n"}, "tile"),
+        ({"colour_fix": "magic"}, "colour_fix: .*'wavelet'"),
+        ({"format": "gif"}, "format: .*'png'"),
+        ({"quality": 101}, "quality"),
+        ({"tags": "x" * 1001}, "tags: .*1000"),
+        ({"tags": "cat"}, "tags: small was trained without; leave them out"),
+        ({"tags": "auto"}, "tags: small was trained without"),
+        ({"unknown": 1}, "unknown: "),
+        ({"cls": 1}, "cls: "),
+        ({"data": 1}, "data: "),
+        ({"max_pixels": 10**9}, "max_pixels: "),
+        ({"options[steps]": 1}, r"options\[steps\]: "),
+        ({"steps": 0, "scale": 9}, "scale.*; steps.*"),
+    ],
+)
+def test_bad_fields_are_named(
+    client: TestClient, service: Local, png: bytes, fields: dict[str, Any], told: str
+) -> None:
+    answer = detail(upload(client, png, **fields), 422)
+    assert re.match(told, answer, re.DOTALL), answer
+    assert len(answer) <= 300 and not service.asked
+
+
+def test_fields_left_empty_count_as_not_given(client: TestClient, png: bytes) -> None:
+    names = ("scale", "width", "height", "tags", "tile", "format", "quality", "seed")
+    empty = upload(client, png, **dict.fromkeys(names, ""))
+    assert empty.content == upload(client, png).content
+
+
+def test_the_form_has_the_fields_of_the_command() -> None:
+    fields = {*Options.model_fields, *FileOptions.model_fields} - {"max_pixels"}
+    assert set(Upload.model_fields) == fields | {"image"}
+    work = Upload(image=UploadFile(io.BytesIO())).work(b"", max_pixels=5)
+    assert (work.options, work.files) == (Options(), FileOptions(max_pixels=5))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (END, 422, "image: .*required"),
+        (part("image", b"", "empty.png") + END, 415, "empty"),
+        (part("image", b"some text") + END, 422, "image: Send the picture as a file"),
+        (part("image", b"some text", "text.png") + END, 415, "give PNG, JPEG"),
+        (part("image", b"<svg/>", "x.svg") + END, 415, "give PNG, JPEG"),
+        (part("Image", b"", "x.png") + END, 422, "image: .*required; Image: "),
+        (part("steps", b"1") * 2 + END, 422, "steps: given more than once"),
+        (part("image", b"", "a.png") * 2 + END, 400, "Too many files"),
+        (b"".join(part(f"f{i}", b"") for i in range(1000)) + END, 400, "Too many fields"),
+        (part("tags", b"x" * (LONGEST_FIELD + 1)) + END, 400, "Part exceeded"),
+        (part("steps", b"1", "steps.txt") + END, 422, "steps: "),
+        (b"", 422, "image"),
+        (b"no form at all", 400, "multipart"),
+        (END[:-4], 422, "image"),
+        (part("image", b"cut off", "x.png")[:-4], 422, "image"),
+        (f"--{BOUNDARY}\r\nno header\r\n\r\n".encode() + END, 400, "multipart"),
+        (f"--{BOUNDARY}\r\n\r\nnameless\r\n".encode() + END, 400, "Content-Disposition"),
+        (f"--{BOUNDARY}\r\nContent-Disposition: form-data\r\n\r\n\r\n".encode() + END, 400, "name"),
+        (f"--{BOUNDARY}\r\nX: {'x' * 60_000}".encode(), 400, "multipart"),
+    ],
+)
+def test_bad_forms(client: TestClient, body: bytes, status: int, told: str) -> None:
+    answer = detail(client.post("/v1/upscale", content=body, headers=FORM), status)
+    assert re.match(f"(?is).*{told}", answer), answer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        "application/json",
+        "application/x-www-form-urlencoded",
+        "image/png",
+        "multipart/mixed; boundary=a-boundary",
+        "text/plain, multipart/form-data",
+        "\xff",
+    ],
+)
+def test_other_bodies_are_refused(client: TestClient, png: bytes, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind.encode("latin-1")}
+    answer = client.post("/v1/upscale", content=png, headers=headers)
+    assert "multipart/form-data" in detail(answer, 415)
+
+
+@pytest.mark.parametrize("charset", ["undefined", "idna", "punycode", "rot13", "utf-7", "x" * 99])
+def test_odd_character_sets(client: TestClient, png: bytes, charset: str) -> None:
+    """Some are no text encodings, some fail in their own ways, some give halves of characters."""
+    body = part("image", png, "+2AA-..png") + part("steps", b"1") + part("+2AA-", b"+2AA-") + END
+    headers = {"Content-Type": f"{FORM['Content-Type']}; charset={charset}"}
+    answer = client.post("/v1/upscale", content=body, headers=headers)
+    assert answer.status_code in (400, 422), answer.text
+    detail(answer, answer.status_code)
+
+
+def test_damaged_pictures(client: TestClient, png: bytes) -> None:
+    assert "damaged" in detail(upload(client, png[:-20]), 400)
+    assert "damaged" in detail(upload(client, png[:16]), 400)
+
+
+def test_nowhere_and_other_methods(client: TestClient) -> None:
+    detail(client.get("/v1/nothing"), 404)
+    detail(client.get("/page/../../service.py"), 404)
+    answer = client.get("/v1/upscale")
+    detail(answer, 405)
+    assert answer.headers["Allow"] == "POST"
+
+
+# Limits
+
+
+def limited(service: Local, **limits: Any) -> TestClient:
+    return TestClient(create_app(service, Limits(**limits)), raise_server_exceptions=False)
+
+
+def test_limits_are_kept(service: Local, png: bytes) -> None:
+    client = limited(service, bytes=len(png), pixels=12 * 9, output_pixels=48 * 36, steps=4)
+    assert upload(client, png, steps=4).status_code == 200
+    more = png + b"\0"
+    assert f"{len(png)} allowed" in detail(upload(client, more), 413)
+    assert "steps: at most 4" in detail(upload(client, png, steps=5), 422)
+    asked = service.asked
+    client = limited(service, pixels=12 * 9 - 1)
+    assert "the picture has 12x9 pixels" in detail(upload(client, png), 413)
+    client = limited(service, output_pixels=48 * 36 - 1)
+    assert "the result has 48x36 pixels" in detail(upload(client, png), 413)
+    assert upload(client, png, scale=3).status_code == 200
+    # The model takes four by default.
+    client = limited(service, steps=3)
+    assert "steps: at most 3 here, not 4" in detail(upload(client, png, steps=""), 422)
+    assert service.asked == asked + 1
+
+
+@pytest.mark.parametrize(
+    "size", [{"width": 65535}, {"height": 65535}, {"width": 65535, "height": 65535}]
+)
+def test_a_dot_made_huge_is_refused_before_any_work(
+    client: TestClient, service: Local, size: dict[str, int]
+) -> None:
+    dot = saved(Image.new("RGB", (1, 1)), "png")
+    assert "65535x65535" in detail(upload(client, dot, **size), 413)
+    assert not service.asked
+
+
+def test_the_size_of_the_result_is_that_of_the_picture_upright(
+    service: Local, image: Image.Image
+) -> None:
+    """12 x 9 on its side is 9 x 12; 90 wide makes 120 rows of it, not 68."""
+    client = limited(service, output_pixels=90 * 100)
+    sideways = described(image, "jpeg")
+    assert "90x120" in detail(upload(client, sideways, width=90), 413)
+
+
+def test_a_format_that_ends_before_the_result_is_refused_before_any_work(
+    client: TestClient, service: Local
+) -> None:
+    long = saved(Image.new("RGB", (5000, 1)), "webp")
+    told = detail(upload(client, long, "long.webp"), 422)
+    assert told.startswith("format: 20000x4 is too large for webp")
+    assert not service.asked
+
+
+def test_a_bomb_is_refused_by_its_header(client: TestClient, service: Local) -> None:
+    """60,000 x 60,000 pixels of nothing, in two megabytes."""
+    bomb = png_of(60_000, 60_000, zlib.compress(bytes(60_000 * (60_000 // 8 + 1)), 1))
+    assert len(bomb) < Limits().bytes
+    assert "60000x60000" in detail(upload(client, bomb), 413)
+    assert not service.asked
+
+
+# The connection
+
+
+@contextlib.contextmanager
+def raw(url: str, *lines: str) -> Iterator[socket.socket]:
+    """A connection on which the head of an upload has been sent."""
+    _, _, address = url.rpartition("/")
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as connection:
+        head = ["POST /v1/upscale HTTP/1.1", f"Host: {host}", *lines, "", ""]
+        connection.sendall("\r\n".join(head).encode())
+        yield connection
+
+
+def status_of(connection: socket.socket) -> int:
+    return int(connection.makefile("rb").readline().split()[1])
+
+
+KIND = f"Content-Type: {FORM['Content-Type']}"
+
+
+def test_a_large_claim_is_refused_before_anything_is_sent(small: Upscaler) -> None:
+    with served(Local(small), Limits(bytes=1000)) as url:
+        for claimed in (1001 + ROOM_FOR_FIELDS, 10**18):
+            with raw(url, KIND, f"Content-Length: {claimed}") as connection:
+                assert status_of(connection) == 413
+
+
+def test_an_upload_without_end_is_cut(small: Upscaler, png: bytes) -> None:
+    """In chunks, so that nothing says how large it will be."""
+    service = Local(small)
+    with served(service, Limits(bytes=100_000)) as url:
+        with raw(url, KIND, "Transfer-Encoding: chunked") as connection:
+            start = part("image", b"", "x.png")[:-2]
+            connection.sendall(b"%x\r\n%s\r\n" % (len(start), start))
+            chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
+            # What the buffers between the two ends hold is sent before the answer comes.
+            for _ in range(2000):
+                _, ready, _ = select.select([], [connection], [], PATIENCE)
+                if select.select([connection], [], [], 0)[0]:
+                    break
+                assert ready
+                connection.sendall(chunk)
+            assert status_of(connection) == 413
+        assert not service.asked
+        # One that ends but is too large by a byte of the picture, and one that fits.
+        with httpx2.Client(base_url=url) as client:
+            for size, status in ((100_001, 413), (100_000, 415)):
+                body = part("image", bytes(size), "x.png") + END
+                answer = client.post("/v1/upscale", content=iter([body]), headers=FORM)
+                detail(answer, status)
+
+
+def test_a_small_claim_cuts_the_upload_short(small: Upscaler, png: bytes) -> None:
+    with served(Local(small)) as url, raw(url, KIND, "Content-Length: 60") as connection:
+        connection.sendall(part("image", png, "x.png") + END)
+        assert status_of(connection) in (400, 422)
+
+
+def test_an_upload_that_never_ends_takes_no_more_than_its_time(small: Upscaler) -> None:
+    service = Local(small)
+    limits = Limits(seconds=0.1)
+    with served(service, limits) as url, raw(url, KIND, "Content-Length: 1000") as connection:
+        connection.sendall(part("steps", b"1"))
+        assert status_of(connection) == 504
+    assert not service.asked
+
+
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_who_goes_gives_the_place_back(small: Upscaler, png: bytes, accept: str) -> None:
+    service = Local(small, places=1)
+    body = part("image", png, "x.png") + part("steps", b"20") + END
+    with served(service) as url:
+        with service.held():
+            head = (KIND, f"Accept: {accept}", f"Content-Length: {len(body)}")
+            with raw(url, *head) as connection:
+                connection.sendall(body)
+                service.wait_for(free=0)
+            service.wait_for(free=1)
+        with httpx2.Client(base_url=url) as client:
+            assert upload(client, png, steps=20).status_code == 200
+    # Four experts for the second request, and of the first at most the one that was at work.
+    assert service.segments <= 5
+
+
+def test_who_goes_in_the_middle_of_an_upload_leaves_nothing(small: Upscaler, png: bytes) -> None:
+    service = Local(small)
+    with served(service) as url:
+        for _ in range(3):
+            with raw(url, KIND, "Content-Length: 1000") as connection:
+                connection.sendall(part("steps", b"1"))
+        with httpx2.Client(base_url=url) as client:
+            assert upload(client, png).status_code == 200
+    assert service.asked == 1
+
+
+# Room
+
+
+def test_no_room_is_told_with_when_to_try_again(small: Upscaler, png: bytes) -> None:
+    service = Local(small, places=1)
+    with served(service) as url, httpx2.Client(base_url=url, timeout=PATIENCE) as client:
+        form: Any = {"files": {"image": ("x.png", png)}, "headers": EVENTS}
+        with contextlib.ExitStack() as held:
+            held.enter_context(service.held())
+            with client.stream("POST", "/v1/upscale", **form) as first:
+                lines = first.iter_lines()
+                assert next(lines) == "event: progress"
+                for headers in ({}, EVENTS):
+                    answer = upload(client, png, headers=headers)
+                    assert "try again in 2 s" in detail(answer, 429)
+                    assert answer.headers["Retry-After"] == "2"
+                # All that is no work is answered meanwhile.
+                assert client.get("/healthz").status_code == 200
+                assert client.get("/v1/models").status_code == 200
+                held.close()
+                assert "event: result" in list(lines)
+        assert upload(client, png).status_code == 200
+
+
+def test_health(client: TestClient, service: Local) -> None:
+    assert client.get("/healthz").json() == {"status": "ready"}
+    service.works = False
+    assert "try again soon" in detail(client.get("/healthz"), 503)
+
+
+def test_what_is_served(client: TestClient) -> None:
+    assert client.get("/v1/models").json() == {
+        "models": [
+            {
+                "name": "small",
+                "scale": 4,
+                "experts": ["structure", "refinement", "texture", "polish"],
+                "steps": 4,
+                "tags": False,
+            }
+        ],
+        "limits": Limits().model_dump(),
+        "token": False,
+    }
+
+
+# The token
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        ("Bearer wrong", 401),
+        ("Bearer gehëim!", 401),
+        ("Basic gehëim", 401),
+        ("gehëim", 401),
+        ("Bearer gehëim", 200),
+        ("bearer gehëim", 200),
+    ],
+)
+def test_the_token(service: Local, png: bytes, given: str | None, status: int) -> None:
+    client = TestClient(create_app(service, Limits(), "gehëim"), raise_server_exceptions=False)
+    headers: Any = {} if given is None else {"Authorization": given.encode()}
+    answer = upload(client, png, headers=headers)
+    assert answer.status_code == status
+    if status == 401:
+        assert "bearer token" in detail(answer, 401)
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert service.asked == (status == 200)
+
+
+def test_all_but_uploads_is_open_with_a_token(service: Local) -> None:
+    client = TestClient(create_app(service, Limits(), "secret"))
+    for path in ("/", "/docs", "/openapi.json", "/healthz", "/v1/models"):
+        assert client.get(path).status_code == 200, path
+    assert client.get("/v1/models").json()["token"] is True
+
+
+def test_without_the_token_nothing_is_taken_in(small: Upscaler) -> None:
+    """The answer comes although not a byte of the body has been sent."""
+    with served(Local(small), token="secret") as url:
+        for kind in (KIND, "Content-Type: text/plain"):
+            with raw(url, kind, "Content-Length: 1000") as connection:
+                assert status_of(connection) == 401
+
+
+# File names
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("café ☕.png", "café ☕"),
+        ("it's.a;b,c=d.png", "it's.a;b,c=d"),
+        (r"say \"hi\".png", 'say "hi"'),
+        ("../../etc/passwd.png", "passwd"),
+        (r"C:\photos\cat.jpg", "cat"),
+        (r"..\..\cat", "cat"),
+        ("a%0d%0aSet-Cookie: b=c.png", "a%0d%0aSet-Cookie: b=c"),
+        ("a\x00b\x1b[2J\x7f.png", "ab[2J"),
+        ("a\tb\u2028c.png", "abc"),
+        ("gnp\u202e.exe", "gnp"),
+        ("x" * 3000 + ".png", "x" * 100),
+        ("", "picture"),
+        (".", "picture"),
+        ("/", "picture"),
+        ("\u200b.png", "picture"),
+        (".png", ".png"),
+    ],
+)
+def test_odd_file_names(client: TestClient, png: bytes, name: str, stem: str) -> None:
+    body = part("image", png, name) + part("steps", b"1") + END
+    answer = client.post("/v1/upscale", content=body, headers=FORM)
+    assert answer.status_code == 200, answer.text
+    disposition = answer.headers["Content-Disposition"]
+    found = re.fullmatch(r"inline; filename\*=UTF-8''([\w%.~-]+)", disposition, re.ASCII)
+    assert found and unquote(found[1]) == f"{stem}-48x36.png"
+    assert "Set-Cookie" not in answer.headers
+    streamed = client.post("/v1/upscale", content=body, headers={**FORM, **EVENTS})
+    assert events(streamed.text)[-1][1]["filename"] == f"{stem}-48x36.png"
+
+
+# The service behind it
+
+
+class Scripted:
+    """A service whose events are written by the test."""
+
+    def __init__(self, upscaler: Upscaler, script: Callable[[], Events]) -> None:
+        self.info = model_info(upscaler.config)
+        self.script = script
+        self.begun, self.closed = threading.Event(), threading.Event()
+
+    def models(self) -> list[ModelInfo]:
+        return [self.info]
+
+    async def ready(self) -> None:
+        raise RuntimeError("/secret/path")
+
+    async def upscale(self, request: Request) -> Events:
+        self.begun.set()
+        try:
+            async with contextlib.aclosing(self.script()) as script:
+                async for event in script:
+                    yield event
+        finally:
+            self.closed.set()
+
+
+PROGRESS = Progress("structure", 0, 4)
+
+
+def result(size: int = 3) -> Result:
+    return Result(bytes(size), "png", 48, 36, "modèle 模型", 0, 4, {"queue": 1.0})
+
+
+def raising(error: Exception, *before: Progress) -> Callable[[], Events]:
+    async def script() -> Events:
+        for event in before:
+            yield event
+        raise error
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Full(3), 429),
+        (NotReady("wait a little"), 503),
+        (OutOfMemory("give a smaller tile"), 503),
+        (TooLarge("much too large"), 413),
+        (InputError("broken"), 400),
+        (OptionError("seed: not that one"), 422),
+    ],
+)
+def test_errors_of_the_service_are_told(
+    small: Upscaler, png: bytes, error: Exception, status: int
+) -> None:
+    client = TestClient(create_app(Scripted(small, raising(error)), Limits()))
+    for headers in ({}, EVENTS):
+        assert detail(upload(client, png, headers=headers), status) == str(error)
+    client = TestClient(create_app(Scripted(small, raising(error, PROGRESS)), Limits()))
+    (first, _), (name, told) = events(upload(client, png, headers=EVENTS).text)
+    assert (first, name) == ("progress", "error")
+    assert (told["status"], told["detail"]) == (status, str(error))
+    assert detail(upload(client, png), status) == str(error)
+
+
+SECRETS = [
+    RuntimeError("/secret/path"),
+    TimeoutError("/secret/path"),
+    OSError(28, "No space left on device", "/secret/path"),
+    KeyError("/secret/path"),
+    WeightsError("/secret/path lacks a tensor"),
+    OutputError("/secret/path cannot be written"),
+    UnicodeDecodeError("utf-8", b"/secret/path", 0, 1, "secret"),
+]
+
+
+@pytest.mark.parametrize("error", SECRETS, ids=lambda error: type(error).__name__)
+def test_nothing_of_the_inside_is_told_but_logged(
+    small: Upscaler, png: bytes, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    app = create_app(Scripted(small, raising(error)), Limits())
+    client = TestClient(app, raise_server_exceptions=False)
+    for headers in ({}, EVENTS):
+        answer = upload(client, png, headers=headers)
+        assert detail(answer, 500) == "the server failed; its log says more"
+        assert "secret" not in answer.text + str(answer.headers)
+    app = create_app(Scripted(small, raising(error, PROGRESS)), Limits())
+    text = upload(TestClient(app), png, headers=EVENTS).text
+    assert events(text)[-1][1]["status"] == 500 and "secret" not in text
+    logged = [r for r in caplog.records if r.name == "linearsr.web.problems"]
+    assert len(logged) == 3 and all(r.exc_info and r.exc_info[1] is error for r in logged)
+    assert {r.levelno for r in logged} == {logging.ERROR}
+
+
+def test_health_that_fails_tells_nothing_either(small: Upscaler) -> None:
+    app = create_app(Scripted(small, raising(ValueError())), Limits())
+    answer = TestClient(app, raise_server_exceptions=False).get("/healthz")
+    assert "secret" not in detail(answer, 500)
+
+
+def test_a_service_that_ends_without_a_result_failed(small: Upscaler, png: bytes) -> None:
+    for before in ((), (PROGRESS,)):
+
+        async def script(before: tuple[Progress, ...] = before) -> Events:
+            for event in before:
+                yield event
+
+        app = create_app(Scripted(small, script), Limits())
+        client = TestClient(app, raise_server_exceptions=False)
+        detail(upload(client, png), 500)
+        streamed = upload(client, png, headers=EVENTS)
+        if before:
+            assert events(streamed.text)[-1][1]["status"] == 500
+        else:
+            detail(streamed, 500)
+
+
+async def endless() -> Events:
+    yield PROGRESS
+    await asyncio.Event().wait()
+
+
+async def silent() -> Events:
+    await asyncio.Event().wait()
+    yield PROGRESS
+
+
+def test_what_takes_too_long_is_given_up(small: Upscaler, png: bytes) -> None:
+    for script in (endless, silent):
+        service = Scripted(small, script)
+        client = TestClient(create_app(service, Limits(seconds=0.2)))
+        assert "took too long" in detail(upload(client, png), 504)
+        assert service.closed.is_set()
+    detail(upload(client, png, headers=EVENTS), 504)
+    service = Scripted(small, endless)
+    client = TestClient(create_app(service, Limits(seconds=1)))
+    (first, _), (name, told) = events(upload(client, png, headers=EVENTS).text)
+    assert (first, name, told["status"]) == ("progress", "error", 504)
+    assert service.closed.is_set()
+
+
+@pytest.mark.parametrize("script", [endless, silent])
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_the_work_ends_with_the_connection(
+    small: Upscaler, png: bytes, script: Callable[[], Events], accept: str
+) -> None:
+    service = Scripted(small, script)
+    body = part("image", png, "x.png") + END
+    with served(service) as url:
+        head = (KIND, f"Accept: {accept}", f"Content-Length: {len(body)}")
+        with raw(url, *head) as connection:
+            connection.sendall(body)
+            assert service.begun.wait(PATIENCE)
+            assert not service.closed.is_set()
+        assert service.closed.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_who_reads_slowly_holds_no_place(small: Upscaler, png: bytes, accept: str) -> None:
+    """Far more than the buffers between the two ends hold, and nothing is read."""
+
+    async def script() -> Events:
+        yield result(50_000_000)
+        await asyncio.Event().wait()
+
+    service = Scripted(small, script)
+    body = part("image", png, "x.png") + END
+    with served(service) as url:
+        head = (KIND, f"Accept: {accept}", f"Content-Length: {len(body)}")
+        with raw(url, *head) as connection:
+            connection.sendall(body)
+            assert service.closed.wait(PATIENCE)
+            assert status_of(connection) == 200
+
+
+def test_names_of_models_in_any_writing(small: Upscaler, png: bytes) -> None:
+    async def script() -> Events:
+        yield result()
+
+    answer = upload(TestClient(create_app(Scripted(small, script), Limits())), png)
+    assert unquote(answer.headers["X-LinearSR-Model"]) == "modèle 模型"
+
+
+def test_tags_reach_the_model(tagged_config: ModelConfig, tmp_path: Path, png: bytes) -> None:
+    experts = [model.state_dict() for model in random_experts(tagged_config, 4)]
+    weights.save(tmp_path / "tagged", tagged_config, experts, {}, dtype=torch.float32)
+    tagged = Upscaler.load(tmp_path / "tagged", "cpu")
+    client = TestClient(create_app(Local(tagged), Limits()))
+    cat, dog, none = (upload(client, png, tags=tags) for tags in ("cat, grass", "dog", ""))
+    assert len({answer.content for answer in (cat, dog, none)}) == 3
+    provenance = read_provenance(cat.content)
+    assert provenance is not None and provenance["tags"] == "cat, grass"
+    odd = upload(client, png, tags="猫\0,\u202e\x1b[2J")
+    assert odd.status_code == 200 and np.isfinite(read(odd.content).pixels.numpy()).all()
+    assert client.get("/v1/models").json()["models"][0]["tags"] is True
+
+
+def test_the_page(client: TestClient) -> None:
+    answer = client.get("/")
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

@@ -1,0 +1,272 @@
+"""A thousand uploads that no client should send: refused or done, and nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import random
+import re
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+from PIL import Image
+
+from linearsr import Upscaler
+from linearsr.web.service import Limits
+from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.web.local import PATIENCE, Local, served
+
+# pytest shows what the package hides: PIL's complaints about broken tags.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+
+UPLOADS = 1000
+PADDING = bytes(100_000)
+# Small, so that what grows with pictures (torch keeps a plan of each new shape) does not hide
+# what grows with uploads.
+LIMITS = Limits(bytes=200_000, pixels=2_000, output_pixels=40_000)
+MANGLED = ("png", "deep png", "jpeg", "webp", "tiff", "avif", "gif")
+FIELDS = (
+    *("image", "scale", "width", "height", "steps", "seed", "tags", "tile", "colour_fix"),
+    *("format", "quality", "cls", "self", "data", "model_fields", "__class__", "max_pixels"),
+    *("", " ", "steps ", "STEPS", "steps[]", "steps[0][a]", "options.steps", "naïve", "\u202e"),
+    *("x" * 3000, "%s%n", "{0}", "../..", "\x00"),
+)
+VALUES = (
+    *("", " ", "0", "1", "2", "4", "-1", "-0", "+1", "1.0", "1.5", "1e3", "1e999", "NaN", "inf"),
+    *("9" * 30, "9" * 5000, "9223372036854775807", "9223372036854775808", "65535", "65536"),
+    *("0x10", "1_0", "٣", "²", "½", "1\x00", "1\n2", "null", "None", "true", "[]", "{}"),
+    *(
+        "auto",
+        "off",
+        "png",
+        "jpg",
+        "gif",
+        "PNG",
+        "wavelet",
+        "cat, grass",
+        ",,,",
+        "\ud7ff",
+        "😀" * 500,
+    ),
+    *("x" * 8192, "x" * 9000, "'; DROP TABLE", "<script>", "${jndi:x}", "../../etc/passwd", "%00"),
+)
+
+
+def pictures() -> dict[str, bytes]:
+    """Real files of every format that is read, 40 x 30 pixels of a fractal."""
+    image = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
+    turned = image.rotate(180)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Camera"
+    deep = Image.frombytes("I;16", (40, 30), random.Random(0).randbytes(2400))
+    return {
+        "png": saved(image, "png", exif=exif),
+        "deep png": saved(deep, "png"),
+        "jpeg": saved(image, "jpeg", exif=exif, progressive=True),
+        "webp": saved(image, "webp", save_all=True, append_images=[turned]),
+        "tiff": saved(image, "tiff", compression="tiff_lzw", save_all=True, append_images=[turned]),
+        "avif": saved(image, "avif"),
+        "gif": saved(image, "gif", save_all=True, append_images=[turned]),
+    }
+
+
+def others() -> dict[str, bytes]:
+    """What is no picture, or none that is read here."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("photo.png", bytes(10_000))
+    image = Image.new("RGB", (40, 30))
+    return {
+        "empty": b"",
+        "text": b"not a picture, but words " * 100,
+        "zip": archive.getvalue(),
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="99999" height="99999"/>',
+        "pdf": saved(image, "pdf"),
+        "bmp": saved(image, "bmp"),
+        "pickle": b"\x80\x04c__builtin__\neval\n(S'1'\ntR.",
+        "signature": b"\x89PNG\r\n\x1a\n",
+        "zeros": bytes(50_000),
+        "noise": random.Random(0).randbytes(50_000),
+    }
+
+
+# Mangling
+
+
+def mangled(chance: random.Random, data: bytes) -> bytes:
+    """Cut, flipped, or with pieces lost, doubled or overwritten by the largest numbers."""
+    where, length = sorted(chance.sample(range(len(data)), 2)), chance.choice([1, 2, 4, 8])
+    first, last = where
+    flipped = bytearray(data)
+    for _ in range(chance.choice([1, 1, 3, 20])):
+        flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    head = chance.randrange(min(len(data), 100))
+    return chance.choice(
+        [
+            data[:last],
+            bytes(flipped),
+            data[:first] + data[last:],
+            data[:last] + data[first:],
+            data[:first] + chance.randbytes(last - first) + data[last:],
+            data[:head] + b"\xff" * length + data[head + length :],
+            data[:head] + bytes(length) + data[head + length :],
+        ]
+    )
+
+
+def claiming(chance: random.Random) -> bytes:
+    """A header of more pixels than anyone has memory for, with or without a little data."""
+    wide, high = (chance.choice([1, 16383, 40_000, 65535]) for _ in range(2))
+    rows = chance.choice([b"", b"x\x9c\x03\x00\x00\x00\x00\x01", chance.randbytes(100)])
+    start = b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+    frame = struct.pack(">BBHBHHB", 255, 0xC0, 17, 8, high, wide, 3) + bytes.fromhex(
+        "011100021101031101"
+    )
+    extended = b"VP8X" + struct.pack("<IB3x", 10, 0)
+    extended += (wide - 1).to_bytes(3, "little") + (high - 1).to_bytes(3, "little")
+    return chance.choice(
+        [
+            png_of(wide, high, rows),
+            png_of(2**31 - 1, 2**31 - 1, rows),
+            start + frame + rows,
+            b"RIFF" + struct.pack("<I", 4 + len(extended) + len(rows)) + b"WEBP" + extended + rows,
+            b"GIF89a" + struct.pack("<HHBBB", wide, high, 0xF0, 0, 0) + bytes(6) + b"," + rows,
+            tiff_of(wide, high, chance.choice([1, 2**32 - 1]), rows),
+        ]
+    )
+
+
+def tiff_of(wide: int, high: int, count: int, rows: bytes) -> bytes:
+    """Eight bits, one channel, one strip of `count` bytes."""
+    tags = {256: wide, 257: high, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: high, 279: count}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + rows
+
+
+# Uploads
+
+
+class Uploads:
+    """One kind of upload after another; every seed gives the same ones."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.pictures, self.others = pictures(), others()
+        self.kinds: dict[str, Callable[[], bytes]] = {
+            "valid": self.valid,
+            "mangled": self.mangled,
+            "claim": lambda: self.form(claiming(self.chance)),
+            "other": lambda: self.form(self.chance.choice([*self.others.values()])),
+            "fields": self.fields,
+            "several": self.several,
+            "broken form": self.broken,
+        }
+
+    def next(self) -> tuple[str, bytes, dict[str, str]]:
+        """Its kind, body and headers."""
+        kind = self.chance.choice([*self.kinds, "mangled", "mangled", "fields"])
+        body = self.kinds[kind]()
+        accept = self.chance.choice(["*/*", "*/*", "text/event-stream", "\xff;q=x"])
+        return kind, body, {**FORM, "Accept": accept}
+
+    def form(self, image: bytes, *more: bytes) -> bytes:
+        name = self.chance.choice(["x.png", "", "a/b\\c", "\u202e😀.jpg", "x" * 500])
+        # Bytes after a picture's end are nobody's business, and would show if they were kept.
+        image = image and image + PADDING
+        parts = [part("image", image, name), part("steps", b"1"), *more]
+        self.chance.shuffle(parts)
+        return b"".join(parts) + END
+
+    def valid(self) -> bytes:
+        return self.form(self.chance.choice([*self.pictures.values()]))
+
+    def mangled(self) -> bytes:
+        return self.form(mangled(self.chance, self.pictures[self.chance.choice(MANGLED)]))
+
+    def fields(self) -> bytes:
+        image = self.chance.choice([*self.pictures.values()])
+        odd = [self.field() for _ in range(self.chance.choice([1, 1, 2, 5, 50]))]
+        return self.form(image, *odd)
+
+    def field(self) -> bytes:
+        name, value = self.chance.choice(FIELDS), self.chance.choice(VALUES).encode()
+        return part(name, value, self.chance.choice([None, None, None, "a file.txt"]))
+
+    def several(self) -> bytes:
+        names = [self.chance.choice(["image", "image", "image2"]) for _ in range(3)]
+        images = self.chance.choices([*self.pictures.values(), *self.others.values()], k=3)
+        return b"".join(part(n, i, "x.png") for n, i in zip(names, images, strict=True)) + END
+
+    def broken(self) -> bytes:
+        whole = self.form(self.pictures["png"])
+        mark = f"--{BOUNDARY}".encode()
+        return self.chance.choice(
+            [
+                mangled(self.chance, whole),
+                whole[: self.chance.randrange(len(whole))],
+                whole.replace(mark, mark[:-1]),
+                whole.replace(b"\r\n", b"\n"),
+                whole.replace(b"form-data", b"attachment"),
+                whole.replace(b"name=", b"nam="),
+                whole.replace(b'"image"', b'"image'),
+                mark + b"\r\n" + b"X: y\r\n" * 5000 + whole,
+                mark * 1000,
+                self.chance.randbytes(1000),
+            ]
+        )
+
+
+def status_of(response: Any) -> int:
+    """The status; of events, that of the error which ended them."""
+    if not response.headers["Content-Type"].startswith("text/event-stream"):
+        if response.status_code >= 400:
+            detail(response, response.status_code)
+        return int(response.status_code)
+    name, data = re.findall(r"^event: (\w+)\r\ndata: (.*)\r\n", response.text, re.MULTILINE)[-1]
+    return 200 if name == "result" else json.loads(data)["status"]
+
+
+def settled() -> tuple[float, int]:
+    """Megabytes and open files of this process."""
+    gc.collect()
+    process = psutil.Process()
+    return process.memory_info().rss / 1e6, process.num_fds()
+
+
+def test_nothing_breaks_the_service_and_nothing_stays(
+    small: Upscaler, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Local(small)
+    with served(service, LIMITS) as url, httpx2.Client(base_url=url, timeout=PATIENCE) as client:
+
+        def send(uploads: Uploads) -> tuple[str, int]:
+            kind, body, headers = uploads.next()
+            raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+            answer = client.post("/v1/upscale", content=body, headers=raw)
+            status = status_of(answer)
+            assert 200 <= status < 300 or 400 <= status < 500, (kind, status, body[:300])
+            return kind, status
+
+        good = Uploads(0).form(pictures()["png"])
+        before = client.post("/v1/upscale", content=good, headers=FORM).content
+        warm = Uploads(1)
+        for _ in range(UPLOADS // 2):
+            send(warm)
+        megabytes, files = settled()
+        fuzz = Uploads(2)
+        found = Counter(send(fuzz) for _ in range(UPLOADS))
+        more, left = settled()
+        print(megabytes, more, files, left, found)
+        assert client.post("/v1/upscale", content=good, headers=FORM).content == before
+    statuses = {status for _, status in found}
+    assert statuses >= {200, 400, 413, 415, 422}
+    assert service.free == service.places
+    assert left <= files
+    assert not [record for record in caplog.records if record.name.startswith("linearsr")]

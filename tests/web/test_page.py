@@ -1,0 +1,800 @@
+"""The page in a real browser, over a real server and model, used by every means."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from linearsr import Upscaler, weights
+from linearsr.config import ModelConfig, Options
+from linearsr.imaging.files import encode, read, to_pil
+from linearsr.web.service import Events, Limits, NotReady, Progress, Request
+from tests.conftest import random_experts
+from tests.web.local import PATIENCE, Local, served
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium on the path", allow_module_level=True)
+
+expect = playwright.expect
+expect.set_options(timeout=1000 * PATIENCE)
+Page = playwright.Page
+Browser = playwright.Browser
+
+# Text below this contrast fails WCAG 2.2 AA.
+AA = 4.5
+TIMES = "\N{MULTIPLICATION SIGN}"
+# Addresses of pictures that were made and not given back.
+COUNT_ADDRESSES = """
+window.addresses = new Set();
+const { createObjectURL, revokeObjectURL } = URL;
+URL.createObjectURL = (blob) => {
+  const url = createObjectURL(blob);
+  addresses.add(url);
+  return url;
+};
+URL.revokeObjectURL = (url) => { addresses.delete(url); revokeObjectURL(url); };
+"""
+# The least contrast of any text that is seen, and that text.
+LEAST_CONTRAST = """
+() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => rgb.slice(0, 3)
+    .map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parts(getComputedStyle(e).backgroundColor);
+      if (colour.length === 3) return colour;
+    }
+  };
+  const texts = [...document.querySelectorAll("body *")].filter((e) =>
+    e.checkVisibility({ opacityProperty: true }) && !e.closest(":disabled, [aria-hidden]") &&
+    ([...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.matches("input")));
+  const found = texts.map((e) => {
+    const [a, b] = [light(parts(getComputedStyle(e).color)), light(behind(e))];
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.outerHTML.slice(0, 80)];
+  });
+  return found.sort(([a], [b]) => a - b)[0];
+}
+"""
+# All that the page has said of its work, also what was there for a moment only.
+COLLECT_STATUS = """
+() => {
+  window.said = [];
+  const note = (records) => {
+    for (const { addedNodes } of records) for (const node of addedNodes) said.push(node.data);
+  };
+  new MutationObserver(note).observe(document.getElementById("status"), { childList: true });
+}
+"""
+READ_EVENTS = """
+async ([bytes, size]) => {
+  const { events } = await import("/page/stream.js");
+  const body = new ReadableStream({
+    start(controller) {
+      for (let i = 0; i < bytes.length; i += size) {
+        controller.enqueue(new Uint8Array(bytes.slice(i, i + size)));
+      }
+      controller.close();
+    },
+  });
+  const found = [];
+  for await (const event of events(body)) found.push(event);
+  return found;
+}
+"""
+DECODE = """
+async (base64) => {
+  const { decoded } = await import("/page/stream.js");
+  const bytes = await new Blob(decoded(base64)).arrayBuffer();
+  const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return [...hash].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+"""
+# Pixels of a picture that lie above the frame.
+HIDDEN_ABOVE = """
+(picture) => picture.closest("figure").getBoundingClientRect().top -
+  picture.getBoundingClientRect().top
+"""
+HAND_OVER = """
+([how, files]) => {
+  const transfer = new DataTransfer();
+  for (const [name, base64] of files) {
+    const data = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+    transfer.items.add(new File([data], name));
+  }
+  const event = how === "paste"
+    ? new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true })
+    : new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+  document.body.dispatchEvent(event);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # Not for the session: while it runs, this thread has an event loop, and asyncio no room.
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that was opened, and all it complained of and asked for."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.url = page, url
+        self.complaints: list[str] = []
+        self.hosts: set[str] = set()
+        page.set_default_timeout(1000 * PATIENCE)
+        page.add_init_script(COUNT_ADDRESSES)
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        # The browser is told of the first who listens, and not at once: so before any key.
+        page.on("filechooser", lambda _: None)
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.goto(url)
+        expect(page.locator("#model")).not_to_be_empty()
+
+    def _console(self, message: playwright.ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def visits() -> list[Visit]:
+    return []
+
+
+@pytest.fixture
+def open_page(browser: Browser, visits: list[Visit]) -> Iterator[Open]:
+    """Open a page. Afterwards its console must be empty, but for the refusals that are named."""
+    refused: list[int] = []
+    contexts = []
+
+    def opened(url: str, refusals: tuple[int, ...] = (), **options: object) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        refused.extend(refusals)
+        visits.append(Visit(context.new_page(), url))
+        return visits[-1].page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    told = [text for visit in visits for text in visit.complaints]
+    expected = [f"the server responded with a status of {status} " for status in refused]
+    assert len(told) == len(expected), told
+    assert all(words in text for words, text in zip(expected, told, strict=True)), told
+    for visit in visits:
+        # Addresses of blobs have no host.
+        assert visit.hosts <= {urlsplit(visit.url).netloc, ""}
+
+
+@pytest.fixture
+def url(service: Local) -> Iterator[str]:
+    with served(service) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def photo(photograph: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "Eileen Collins.png"
+    photograph.save(path)
+    return path
+
+
+def choose(page: Page, path: Path) -> None:
+    """By the mouse."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_text("Choose a photo").click()
+    chooser.value.set_files(path)
+    expect(page.get_by_text(path.name, exact=True)).to_be_visible()
+
+
+def start(page: Page) -> None:
+    page.get_by_role("button", name="Upscale").click()
+
+
+def download(page: Page) -> tuple[str, bytes]:
+    """The suggested name and the bytes of the result, by the mouse."""
+    link = page.get_by_role("link", name="Download")
+    expect(link).to_be_visible()
+    with page.expect_download() as saving:
+        link.click()
+    return saving.value.suggested_filename, Path(saving.value.path()).read_bytes()
+
+
+def assert_same_picture(data: bytes, upscaler: Upscaler, photo: Path, **options: object) -> None:
+    """As `upscaler` makes it: pixel by pixel."""
+    expected = to_pil(upscaler.upscale(read(photo.read_bytes()), Options.parse(**options)))
+    with Image.open(io.BytesIO(data)) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def expert(page: Page, name: str) -> playwright.Locator:
+    return page.get_by_role("list", name="Experts").get_by_role("listitem").filter(has_text=name)
+
+
+def alert(page: Page) -> playwright.Locator:
+    """The problems that are told, wherever."""
+    return page.get_by_role("alert").filter(has_text=".")
+
+
+def drawn_width(page: Page, name: str) -> int:
+    """Pixels of what the browser made of a picture; 0 where it could not."""
+    return int(page.get_by_alt_text(name).evaluate("image => image.naturalWidth"))
+
+
+def test_photo_to_file_by_mouse(open_page: Open, url: str, small: Upscaler, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    page.get_by_text(f"2{TIMES}", exact=True).click()
+    page.get_by_label("Steps").fill("3")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Colour fix").select_option("AdaIN")
+    expect(page.get_by_text(f"64 {TIMES} 48 → 128 {TIMES} 96")).to_be_visible()
+    start(page)
+    name, data = download(page)
+    assert name == "Eileen Collins-128x96.png"
+    assert_same_picture(data, small, photo, scale=2, steps=3, seed=7, colour_fix="adain")
+    assert drawn_width(page, "Before") == 64 and drawn_width(page, "After") == 128
+    expect(page.get_by_role("status").filter(has_text="Done")).to_contain_text("3 steps and seed 7")
+    for took_part in ("structure", "texture"):
+        expect(expert(page, took_part)).to_contain_text(re.compile(r"\d m?s"))
+    # At three steps nothing is left for them.
+    for idle in ("refinement", "polish"):
+        expect(expert(page, idle)).to_contain_text("no steps")
+
+
+def test_photo_to_file_by_keyboard(
+    open_page: Open, url: str, small: Upscaler, photo: Path, tmp_path: Path
+) -> None:
+    page = open_page(url)
+
+    def tab_to(control: playwright.Locator) -> None:
+        for _ in range(15):
+            page.keyboard.press("Tab")
+            if control.evaluate("element => element === document.activeElement"):
+                return
+        raise AssertionError(f"{control} cannot be reached")
+
+    tab_to(page.get_by_label("Choose a photo"))
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(photo)
+    # Where the focus was is gone; it goes on to what comes next.
+    expect(page.get_by_role("button", name="Upscale")).to_be_focused()
+    tab_to(page.get_by_label(f"4{TIMES}"))
+    page.keyboard.press("ArrowLeft")
+    tab_to(page.get_by_label("Steps"))
+    page.keyboard.press("ArrowDown")
+    tab_to(page.get_by_label("Seed"))
+    page.keyboard.press("Control+A")
+    page.keyboard.type("11")
+    page.keyboard.press("Enter")
+    slider = page.get_by_role("slider", name="Before and after")
+    expect(slider).to_be_visible()
+    tab_to(slider)
+    page.keyboard.press("ArrowRight")
+    expect(slider).to_have_value("51")
+    tab_to(page.get_by_role("link", name="Download"))
+    with page.expect_download() as saving:
+        page.keyboard.press("Enter")
+    data = Path(saving.value.path()).read_bytes()
+    assert_same_picture(data, small, photo, scale=3, steps=3, seed=11)
+
+
+def test_focus_follows_the_work(open_page: Open, url: str, service: Local, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    with service.held():
+        page.get_by_role("button", name="Upscale").press("Enter")
+        expect(page.get_by_role("button", name="Cancel")).to_be_focused()
+    expect(page.get_by_role("slider", name="Before and after")).to_be_focused()
+
+
+def test_slider_by_arrows_mouse_and_touch(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url, has_touch=True)
+    choose(page, photo)
+    start(page)
+    slider = page.get_by_role("slider", name="Before and after")
+    expect(slider).to_have_value("50")
+    slider.focus()
+    for key, value in [("ArrowLeft", 49), ("PageUp", 59), ("Home", 0), ("End", 100)]:
+        page.keyboard.press(key)
+        expect(slider).to_have_value(str(value))
+        told = f"{value}% before, {100 - value}% after"
+        assert slider.get_attribute("aria-valuetext") == told
+        # What is right of the line is clipped from the photo that lies above.
+        shown = page.get_by_alt_text("Before").locator("..")
+        expect(shown).to_have_css("clip-path", f"inset(0px {100 - value}% 0px 0px)")
+    box = page.locator("figure").bounding_box()
+    assert box is not None
+
+    def at(share: float) -> tuple[float, float]:
+        return box["x"] + share * box["width"], box["y"] + box["height"] / 2
+
+    page.touchscreen.tap(*at(0.25))
+    expect(slider).to_have_value("25")
+    page.mouse.move(*at(0.25))
+    page.mouse.down()
+    page.mouse.move(*at(0.75))
+    page.mouse.up()
+    expect(slider).to_have_value("75")
+
+
+def test_actual_size_shows_both_photos_at_one_place(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url, viewport={"width": 360, "height": 300})
+    choose(page, photo)
+    start(page)
+    zoom = page.get_by_role("button", name="Actual size")
+    expect(zoom).to_be_visible()
+    zoom.click()
+    assert zoom.get_attribute("aria-pressed") == "true"
+    before, after = page.get_by_alt_text("Before"), page.get_by_alt_text("After")
+    pan = page.get_by_role("group", name="Photo at actual size")
+
+    def hidden_above(picture: playwright.Locator) -> float:
+        return float(picture.evaluate(HIDDEN_ABOVE))
+
+    assert after.bounding_box()["width"] == 256
+    assert hidden_above(before) == hidden_above(after) == (192 - pan.bounding_box()["height"]) / 2
+    pan.press("End")
+    page.wait_for_function("() => pan.scrollTop === pan.scrollHeight - pan.clientHeight")
+    page.wait_for_function(f"() => ({HIDDEN_ABOVE})(after) === pan.scrollTop")
+    assert hidden_above(before) == hidden_above(after) > 0
+    zoom.click()
+    assert after.bounding_box()["width"] < 256
+    expect(pan).to_be_hidden()
+
+
+def test_progress_names_the_expert(open_page: Open, url: str, service: Local, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    with service.held():
+        start(page)
+        status = page.get_by_role("status").filter(has_text="%")
+        expect(status).to_have_text("0%, 0 of 4 steps: structure is at work.")
+        expect(page.get_by_role("list", name="Experts").get_by_role("listitem")).to_have_text(
+            ["structureat work", "refinementwaiting", "texturewaiting", "polishwaiting"]
+        )
+        expect(page.get_by_role("progressbar", name="Progress")).to_have_attribute("value", "0")
+    expect(page.get_by_role("link", name="Download")).to_be_visible()
+
+
+def test_progress_step_by_step(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    page.evaluate(COLLECT_STATUS)
+    start(page)
+    expect(page.get_by_text("Done in")).to_be_visible()
+    *said, done = page.evaluate("said")
+    assert said == [
+        "Sent; waiting for its turn.",
+        "0%, 0 of 4 steps: structure is at work.",
+        "25%, 1 of 4 steps: refinement is at work.",
+        "50%, 2 of 4 steps: texture is at work.",
+        "100%, 4 of 4 steps: writing the file.",
+    ]
+    assert done.endswith("with 4 steps and seed 0.")
+
+
+class Scripted(Local):
+    """Sends these events and no result."""
+
+    events: tuple[Progress, ...] = ()
+
+    async def upscale(self, request: Request) -> Events:
+        for event in self.events:
+            yield event
+        raise NotReady("an expert was lost")
+
+
+def test_progress_that_skips_and_starts_over(open_page: Open, small: Upscaler, photo: Path) -> None:
+    service = Scripted(small)
+    service.events = (
+        Progress("structure", 0, 2),
+        Progress("structure", 1, 2),
+        Progress("texture", 1, 2),
+        Progress("structure", 0, 2),
+        Progress("structure", 1, 2),
+        Progress("texture", 2, 2),
+    )
+    with served(service) as url:
+        page = open_page(url)
+        choose(page, photo)
+        page.evaluate(COLLECT_STATUS)
+        start(page)
+        expect(alert(page)).to_have_text("An expert was lost.")
+        assert page.evaluate("said")[1:] == [
+            "0%, 0 of 2 steps: structure is at work.",
+            "50%, 1 of 2 steps: refinement is at work.",
+            "50%, 1 of 2 steps: texture is at work.",
+            "0%, 0 of 2 steps: structure is at work.",
+            "50%, 1 of 2 steps: refinement is at work.",
+            "100%, 2 of 2 steps: writing the file.",
+        ]
+        # The work is no longer shown.
+        assert page.get_by_role("listitem", include_hidden=True).all_text_contents() == [
+            "structuredone",
+            "refinementno steps",
+            "texturedone",
+            "polishno steps",
+        ]
+
+
+def test_events_cut_anywhere(open_page: Open, url: str) -> None:
+    """Networks cut where they like: inside of characters, of line ends, of fields."""
+    sent = b': ping\r\n\r\nevent: a\r\ndata: {"b":\r\ndata: "\xc3\xa9"}\r\n\r\ndata: 1\n\nid: 7\n\n'
+    page = open_page(url)
+    for size in (1, 2, 3, len(sent)):
+        assert page.evaluate(READ_EVENTS, [list(sent), size]) == [["a", {"b": "é"}], ["message", 1]]
+
+
+def test_bytes_of_a_long_result(open_page: Open, url: str) -> None:
+    data = bytes(range(256)) * 12_345
+    page = open_page(url)
+    assert (
+        page.evaluate(DECODE, base64.b64encode(data).decode()) == hashlib.sha256(data).hexdigest()
+    )
+
+
+def test_cancelling_gives_the_work_up(
+    open_page: Open, url: str, service: Local, small: Upscaler, photo: Path
+) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    with service.held():
+        start(page)
+        expect(page.get_by_text("structure is at work")).to_be_visible()
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.get_by_role("status").filter(has_text="Cancelled")).to_be_visible()
+        expect(page.get_by_role("list", name="Experts")).to_be_hidden()
+    service.wait_for(service.places)
+    start(page)
+    assert_same_picture(download(page)[1], small, photo)
+
+
+def test_another_photo_while_one_is_at_work(
+    open_page: Open, url: str, service: Local, small: Upscaler, photo: Path, tmp_path: Path
+) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    with service.held():
+        start(page)
+        expect(page.get_by_text("structure is at work")).to_be_visible()
+        other = tmp_path / "other.png"
+        with Image.open(photo) as image:
+            image.crop((0, 0, 20, 30)).save(other)
+        hand_over(page, "drop", other)
+        expect(page.get_by_text("other.png", exact=True)).to_be_visible()
+    service.wait_for(service.places)
+    start(page)
+    name, data = download(page)
+    assert name == "other-80x120.png"
+    assert_same_picture(data, small, other)
+
+
+def hand_over(page: Page, how: str, *paths: Path) -> None:
+    """Drop or paste files."""
+    files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in paths]
+    page.evaluate(HAND_OVER, [how, files])
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_photo_dropped_or_pasted(open_page: Open, url: str, photo: Path, how: str) -> None:
+    page = open_page(url)
+    hand_over(page, how, photo, photo)
+    expect(page.get_by_text(f"64 {TIMES} 48 → 256 {TIMES} 192")).to_be_visible()
+    expect(page.get_by_role("status").filter(has_text="One photo at a time")).to_be_visible()
+    start(page)
+    assert Image.open(io.BytesIO(download(page)[1])).size == (256, 192)
+
+
+def test_addresses_of_pictures_are_given_back(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    for _ in range(2):
+        start(page)
+        expect(page.get_by_role("button", name="Upscale again")).to_be_visible()
+        # The photo's and the result's.
+        assert page.evaluate("addresses.size") == 2
+    hand_over(page, "drop", photo)
+    expect(page.get_by_role("link", name="Download")).to_be_hidden()
+    assert page.evaluate("addresses.size") == 1
+
+
+def test_tiff_without_preview(
+    open_page: Open, url: str, small: Upscaler, photo: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "scan.tif"
+    with Image.open(photo) as image:
+        image.save(path)
+    page = open_page(url)
+    choose(page, path)
+    expect(page.get_by_text("This browser cannot show scan.tif.")).to_be_visible()
+    start(page)
+    name, data = download(page)
+    assert name == "scan-256x192.tif"
+    assert_same_picture(data, small, path)
+    expect(page.get_by_text("cannot show the result; download it")).to_be_visible()
+    page.get_by_label("File format").select_option("PNG")
+    start(page)
+    expect(page.get_by_alt_text("After")).to_be_visible()
+    assert drawn_width(page, "After") == 256
+    expect(page.get_by_role("slider", name="Before and after")).to_be_hidden()
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_format_asked_for(
+    open_page: Open, url: str, small: Upscaler, photo: Path, format: str
+) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    page.get_by_label("File format").select_option(format)
+    start(page)
+    name, data = download(page)
+    assert name == f"Eileen Collins-256x192.{format}"
+    made = small.upscale(read(photo.read_bytes()))
+    expected = encode(made, {"jpg": "jpeg", "webp": "webp"}[format])
+    with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(expected)) as same:
+        assert np.array_equal(np.asarray(image), np.asarray(same))
+
+
+# Problems
+
+
+def test_not_a_picture(open_page: Open, url: str, photo: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not a photo")
+    page = open_page(url, refusals=(415,))
+    choose(page, notes)
+    start(page)
+    expect(alert(page)).to_have_text(
+        "Not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
+    )
+    # And on with a better one.
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Another photo").click()
+    chooser.value.set_files(photo)
+    expect(alert(page)).to_have_count(0)
+    start(page)
+    expect(page.get_by_role("link", name="Download")).to_be_visible()
+
+
+def test_damaged_picture(open_page: Open, url: str, photo: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.png"
+    half.write_bytes(photo.read_bytes()[:2000])
+    page = open_page(url, refusals=(400,))
+    hand_over(page, "drop", half)
+    start(page)
+    expect(alert(page)).to_contain_text("Damaged or truncated")
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (
+            Limits(pixels=3000),
+            f"This photo has 64 {TIMES} 48 pixels, more than the limit of 0.003 mega",
+        ),
+        (Limits(bytes=1000), "more than the limit of 1 kB"),
+    ],
+)
+def test_photo_over_a_limit(
+    open_page: Open, service: Local, photo: Path, limits: Limits, words: str
+) -> None:
+    with served(service, limits) as url:
+        page = open_page(url, refusals=(413,))
+        choose(page, photo)
+        expect(alert(page)).to_contain_text(words)
+        start(page)
+        # The server's own words, in the same place.
+        expect(alert(page)).to_contain_text("allowed")
+
+
+def test_result_over_a_limit(open_page: Open, service: Local, photo: Path) -> None:
+    with served(service, Limits(output_pixels=20_000)) as url:
+        page = open_page(url, refusals=(413,))
+        choose(page, photo)
+        start(page)
+        expect(alert(page)).to_contain_text("The result has 256x192 pixels")
+        page.get_by_text(f"2{TIMES}", exact=True).click()
+        start(page)
+        assert download(page)[0] == "Eileen Collins-128x96.png"
+
+
+def test_wrong_fields_are_told_beside_them(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    page.get_by_label("Steps").fill("99")
+    page.get_by_label("Seed").fill("-1")
+    start(page)
+    steps, seed = page.get_by_label("Steps"), page.get_by_label("Seed")
+    expect(steps).to_be_focused()
+    expect(steps).to_have_accessible_description(
+        "Give a whole number from 1 to 50. "
+        "1 is closest to the truth; more is sharper but invents texture."
+    )
+    expect(seed).to_have_attribute("aria-invalid", "true")
+    steps.fill("1")
+    seed.fill("0")
+    steps.press("Enter")
+    expect(page.get_by_text("Done in")).to_be_visible()
+    expect(seed).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_field_that_the_server_refuses(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url, refusals=(422,))
+    choose(page, photo)
+    page.get_by_label("Seed").fill("9" * 19)
+    start(page)
+    expect(page.get_by_label("Seed")).to_be_focused()
+    expect(page.get_by_label("Seed")).to_have_accessible_description(
+        "Input should be less than 9223372036854775808. The same seed gives the same result."
+    )
+
+
+def test_busy(open_page: Open, small: Upscaler, photo: Path) -> None:
+    with served(Local(small, places=0)) as url:
+        page = open_page(url, refusals=(429,))
+        choose(page, photo)
+        start(page)
+        expect(alert(page)).to_have_text("The server is busy; try again in 2 s.")
+        expect(page.get_by_role("button", name="Upscale")).to_be_enabled()
+
+
+def test_server_that_goes_away(
+    open_page: Open, service: Local, photo: Path, visits: list[Visit]
+) -> None:
+    with served(service) as url:
+        page = open_page(url)
+        choose(page, photo)
+        expect(page.get_by_text("small", exact=True)).to_be_visible()
+    start(page)
+    expect(alert(page)).to_have_text(
+        "The server does not answer; check the connection and try again."
+    )
+    # The browser's own words, not the page's.
+    assert visits[0].complaints.pop() == "Failed to load resource: net::ERR_CONNECTION_REFUSED"
+
+
+def test_failure_in_the_middle(
+    open_page: Open, url: str, service: Local, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("no part of this is for clients")
+
+    page = open_page(url)
+    choose(page, photo)
+    monkeypatch.setattr(service.upscaler, "finish", fails)
+    start(page)
+    expect(alert(page)).to_contain_text("The server failed")
+    monkeypatch.undo()
+    start(page)
+    expect(page.get_by_role("link", name="Download")).to_be_visible()
+
+
+def test_token(open_page: Open, service: Local, photo: Path) -> None:
+    with served(service, token="open sesame") as url:
+        page = open_page(url, refusals=(401,))
+        choose(page, photo)
+        token = page.get_by_label("Access token")
+        start(page)
+        expect(alert(page)).to_have_text("This server asks for an access token.")
+        expect(token).to_be_focused()
+        token.fill("wrong")
+        token.press("Enter")
+        expect(alert(page)).to_have_text("The access token is missing or wrong.")
+        expect(token).to_be_focused()
+        token.fill("open sesame")
+        token.press("Enter")
+        expect(page.get_by_role("link", name="Download")).to_be_visible()
+
+
+# What is offered
+
+
+def test_tags_are_for_models_that_take_them(
+    open_page: Open, url: str, tagged_config: ModelConfig, photo: Path, tmp_path: Path
+) -> None:
+    tags = open_page(url).get_by_label("Tags")
+    expect(tags).to_be_disabled()
+    expect(tags).to_have_accessible_description("small takes none: it was trained without tags.")
+    experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
+    weights.save(tmp_path, tagged_config, experts, {"licence": "test"})
+    upscaler = Upscaler.load(tmp_path, "cpu")
+    with served(Local(upscaler)) as url:
+        page = open_page(url)
+        choose(page, photo)
+        page.get_by_label("Tags").fill("woman, space suit")
+        start(page)
+        data = download(page)[1]
+    assert_same_picture(data, upscaler, photo, tags="woman, space suit")
+    with pytest.raises(AssertionError):
+        assert_same_picture(data, upscaler, photo)
+
+
+def test_no_more_steps_than_the_server_allows(open_page: Open, service: Local, photo: Path) -> None:
+    with served(service, Limits(steps=8)) as url:
+        page = open_page(url)
+        choose(page, photo)
+        expect(page.get_by_label("Steps")).to_have_value("4")
+        page.get_by_label("Steps").fill("9")
+        start(page)
+        expect(alert(page)).to_have_text("Give a whole number from 1 to 8.")
+
+
+@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_state_fits_and_can_be_read(
+    open_page: Open, url: str, service: Local, photo: Path, width: int, scheme: str
+) -> None:
+    page = open_page(
+        url,
+        refusals=(422,),
+        viewport={"width": width, "height": 800},
+        color_scheme=scheme,
+        reduced_motion="reduce",
+    )
+
+    def assert_fits_and_reads() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        photo_box, stage = page.locator("figure").bounding_box(), page.get_by_label("Photo").first
+        assert photo_box is None or photo_box["width"] <= stage.bounding_box()["width"]
+        contrast, text = page.evaluate(LEAST_CONTRAST)
+        assert contrast >= AA, text
+
+    assert_fits_and_reads()
+    choose(page, photo)
+    assert_fits_and_reads()
+    with service.held():
+        start(page)
+        expect(page.get_by_text("structure is at work")).to_be_visible()
+        assert_fits_and_reads()
+    expect(page.get_by_role("link", name="Download")).to_be_visible()
+    assert_fits_and_reads()
+    page.get_by_label("Seed").fill("9" * 19)
+    start(page)
+    expect(alert(page)).to_be_visible()
+    assert_fits_and_reads()
+
+
+def test_everything_has_a_name(open_page: Open, url: str, photo: Path) -> None:
+    """What can be used or looked at, to who hears the page."""
+    page = open_page(url)
+    expect(page.get_by_label("Choose a photo")).to_have_accessible_description(
+        "PNG, JPEG, WebP, TIFF, AVIF or GIF, up to 20 MB and 4 megapixels"
+    )
+    choose(page, photo)
+    start(page)
+    expect(page.get_by_role("link", name="Download")).to_be_visible()
+    controls = page.locator("a, button, input, select, figure img, progress, ol, section")
+    seen = [e for e in controls.all() if e.is_visible() and not e.get_attribute("aria-hidden")]
+    assert len(seen) > 15
+    for control in seen:
+        expect(control).to_have_accessible_name(re.compile("."))
+    assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 3
+
+
+def test_nothing_inline(url: str, open_page: Open) -> None:
+    """What the page's own policy forbids, none of it would run."""
+    page = open_page(url)
+    assert page.locator("[style], style, script:not([src]), [onclick]").count() == 0
