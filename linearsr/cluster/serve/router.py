@@ -116,8 +116,8 @@ class Router:
     async def _progress(
         self, job: Job, responses: Sequence[DeploymentResponse]
     ) -> AsyncIterator[Progress]:
-        yield Progress(self._name(job.segments[0].expert), 0, job.steps)
         for segment, response in zip(job.segments, responses, strict=True):
+            yield Progress(self._name(segment.expert), segment.start, job.steps)
             # What it failed with, the last one of them will raise.
             with contextlib.suppress(Exception):
                 promise = await response._to_object_ref()

@@ -78,7 +78,6 @@ function forget() {
   running?.abort();
   for (const shown of [photo, result]) if (shown) URL.revokeObjectURL(shown.url);
   photo = result = running = null;
-  actualSize(false);
   clear();
 }
 
@@ -239,7 +238,7 @@ const CAUSES = { 400: "file", 401: "token", 413: "file", 415: "file" };
 async function refusal(response) {
   const { status, statusText, headers } = response;
   const told = await response.json().catch(() => ({}));
-  const detail = told.detail ?? `the server answered ${status} ${statusText}`;
+  const detail = told.detail || `the server answered ${status} ${statusText}`;
   return new Problem(status, detail, headers.get("Retry-After"));
 }
 
@@ -300,6 +299,7 @@ function show() {
   };
   for (const [id, is] of Object.entries(visible)) $(id).hidden = !is;
   $("compare").classList.toggle("compared", compared);
+  if (!result?.drawn) actualSize(false);
   measure();
   label();
   if (!held.hidden) return;
