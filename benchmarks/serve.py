@@ -4,8 +4,9 @@
     python -m benchmarks.serve throughput    16 at once against one after another in-process
     python -m benchmarks.serve batching      8 equal works through one expert at once and in turn
 
-Pixels are compared before anything is timed. Requests to the endpoint and in-process calls take
-turns, so that what else the machine does is shared by both.
+One thread for each replica. In-process, `overhead` takes one as well, `throughput` and `batching`
+all cores. Pixels are compared before anything is timed. Requests to the endpoint and in-process
+calls take turns, so that what else the machine does is shared by both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.pop("OMP_NUM_THREADS", None)  # replicas have as many as CPUs are reserved for them
 
 import aiohttp
 import numpy as np
@@ -56,7 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     asked = Options(steps=options.steps)
     picture = _photo(options.size)
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(1 if options.what == "overhead" else CORES)
     upscaler = Upscaler.load()
     if options.what == "batching":
         print(_batching(upscaler, picture, asked))
@@ -72,14 +74,9 @@ def main() -> int:
 
 @contextmanager
 def _endpoint(layout: str) -> Iterator[None]:
-    """As many threads in all as there are cores; `together` has all of them in one replica."""
+    """One replica for each expert, or one with all of them for each core."""
     together = layout == "together"
-    config = ServeConfig(
-        layout="together" if together else "split",
-        replicas=1 if together else 4,
-        expert_cpus=CORES if together else 1,
-        places=2 * AT_ONCE,
-    )
+    config = ServeConfig.parse(layout=layout, replicas=CORES if together else 4, places=2 * AT_ONCE)
     serve.run(build_app(config))
     yield
     serve.delete("default")

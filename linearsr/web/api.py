@@ -16,7 +16,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
@@ -52,6 +52,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+READ = ("png", "jpeg", "webp", "tiff", "avif", "gif")
 SUFFIXES = {format: suffix for suffix, format in reversed(WRITE_SUFFIXES.items())}
 
 Value = TypeVar("Value")
@@ -59,7 +60,7 @@ Value = TypeVar("Value")
 
 def _told_of(status: int, description: str, *headers: str) -> dict[int | str, dict[str, Any]]:
     """A problem, for the OpenAPI document."""
-    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     told = {name: {"schema": {"type": "string"}, "required": True} for name in headers}
     return {status: {"description": description, "content": content, "headers": told}}
 
@@ -93,7 +94,12 @@ PICTURE: dict[int | str, dict[str, Any]] = {
 }
 FORM = {
     "required": True,
-    "content": {"multipart/form-data": {"schema": Upload.model_json_schema()}},
+    "content": {
+        "multipart/form-data": {
+            "schema": {"$ref": "#/components/schemas/Upload"},
+            "encoding": {"image": {"contentType": ", ".join(f"image/{kind}" for kind in READ)}},
+        }
+    },
 }
 
 
@@ -123,9 +129,19 @@ State = Annotated[_State, Depends(_state)]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
+class _App(FastAPI):
+    """An application whose document has the schemas that are not FastAPI's to find."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        for model in (Problem, Upload):
+            document["components"]["schemas"][model.__name__] = model.model_json_schema()
+        return document
+
+
 def create_app(service: Service, limits: Limits, token: str | None = None) -> FastAPI:
     """The application. With `token`, uploads ask for it as bearer."""
-    app = FastAPI(title="LinearSR", version=__version__, description=ABOUT)
+    app = _App(title="LinearSR", version=__version__, description=ABOUT)
     app.state.linearsr = _State(service, limits, token)
     handle_problems(app)
     if token:
@@ -161,8 +177,9 @@ async def upscale(request: Request, state: State) -> Response:
     # The form is read here and not by FastAPI, which would take all of it in before the token.
     taken = receive(request, state.limits, state.service.models()[0])
     work, name = await _before(deadline, taken)
-    events = _in_time(state.service.upscale(work), deadline)
-    if EVENTS in request.headers.get("Accept", ""):
+    listens = EVENTS in request.headers.get("Accept", "")
+    events = _in_time(state.service.upscale(replace(work, progress=listens)), deadline)
+    if listens:
         # What is wrong with a request is known by its first event: that has a status still.
         return _Stream(await _unless_gone(request, anext(events)), events, name)
     return _response(await _unless_gone(request, _result(events)), name)

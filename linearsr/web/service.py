@@ -39,11 +39,13 @@ class Request:
     data: bytes
     options: Options
     files: FileOptions
+    # Whether anyone listens: telling costs a little at each step of the way.
+    progress: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An expert has taken its run of steps."""
+    """An expert begins its run of steps, or has taken it."""
 
     expert: str
     step: int
@@ -102,7 +104,7 @@ class Service(Protocol):
         ...
 
     def upscale(self, request: Request) -> Events:
-        """Progress after each expert, then the result.
+        """Progress of each expert where it is asked for, then the result.
 
         Raises InputError, OptionError, Full or another LinearSRError. Closing the generator gives
         the work up.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
@@ -23,6 +24,10 @@ from linearsr.web.service import Request as Work
 # Form fields and boundaries beside the picture.
 ROOM_FOR_FIELDS = 65_536
 LONGEST_FIELD = 8_192
+# Forms have no null: what is not given is left out.
+Absent: TypeAlias = SkipJsonSchema[None]
+Side: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
+Steps: TypeAlias = Annotated[int, Field(ge=1, le=50)]
 
 
 def _no_text(value: object) -> object:
@@ -37,21 +42,19 @@ class Upload(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     image: Annotated[UploadFile, BeforeValidator(_no_text)] = Field(
-        description="PNG, JPEG, WebP, TIFF, AVIF or GIF"
+        description="PNG, JPEG, WebP, TIFF, AVIF or GIF", json_schema_extra={"minLength": 1}
     )
     scale: int = Field(default=4, ge=2, le=4)
-    width: int | None = Field(default=None, ge=1, le=65535, description="instead of scale")
-    height: int | None = Field(default=None, ge=1, le=65535, description="instead of scale")
-    steps: int | None = Field(default=None, ge=1, le=50, description="1 is closest to the truth")
+    width: Side | Absent = Field(default=None, description="instead of scale")
+    height: Side | Absent = Field(default=None, description="instead of scale")
+    steps: Steps | Absent = Field(default=None, description="1 is closest to the truth")
     seed: int = Field(default=0, ge=0, lt=2**63)
     tags: str = Field(default="", max_length=1000, description='"cat, grass", or auto')
-    tile: str = Field(
-        default="auto",
-        pattern="^(auto|off|1[6-9]|[2-9][0-9]|[1-9][0-9]{2,4})$",
-        description="auto, off, or input pixels, 16 or more",
+    tile: Literal["auto", "off"] | Annotated[int, Field(ge=16, le=65535)] = Field(
+        default="auto", description="auto, off, or input pixels"
     )
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
-    format: Literal["png", "jpg", "webp", "tif"] | None = Field(
+    format: Literal["png", "jpg", "webp", "tif"] | Absent = Field(
         default=None, description="that of the upload where it can be written"
     )
     quality: int = Field(default=95, ge=1, le=100, description="of JPEG and WebP")
@@ -72,8 +75,6 @@ class Upload(BaseModel):
     def work(self, data: bytes, max_pixels: int) -> Work:
         """The request. Raises OptionError."""
         fields = self.model_dump(exclude={"image"})
-        if self.tile.isdecimal():
-            fields["tile"] = int(self.tile)
         files = {name: fields.pop(name) for name in ("format", "quality")}
         return Work(
             data, Options.parse(**fields), FileOptions.parse(**files, max_pixels=max_pixels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,8 @@ class Experts:
         self.upscaler = load_upscaler(config.model, config.device, only=which)
         for expert in which:
             self_check(self.upscaler, expert)
+        # Always the same one: each thread that computes would start a team of OpenMP's of its own.
+        self.thread = ThreadPoolExecutor(1)
         # One queue for each expert and replica: as a decorator there would be one for the class.
         queue = serve.batch(max_batch_size=config.batch, batch_wait_timeout_s=config.batch_wait)
         self.queues = {expert: queue(self._denoise) for expert in which}
@@ -71,7 +74,8 @@ class Experts:
     async def _denoise(self, items: list[_Item]) -> list[Passed | Exception]:
         """All of one expert. A batch that fails is tried one by one: one's fault is one's own."""
         try:
-            return await asyncio.to_thread(self._together, items)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.thread, self._together, items)
         except Exception as error:
             if len(items) == 1:
                 return [error]

@@ -85,25 +85,28 @@ class Router:
             with contextlib.suppress(OutOfMemory):
                 job = await self._threaded(self.upscaler.prepare, picture, options, tile)
                 prepared = 1000 * (time.perf_counter() - began)
-                async for event in self._attempts(job, request.files):
+                async for event in self._attempts(job, request):
                     if isinstance(event, Result):
                         event = replace(event, timing={"prepare": prepared, **event.timing})
                     yield event
                 return
         raise OutOfMemory("the experts' memory did not suffice; try a smaller picture or tile")
 
-    async def _attempts(self, job: Job, files: FileOptions) -> Events:
+    async def _attempts(self, job: Job, request: Request) -> Events:
         """Sent again from the start when someone died on the way: the same seed, the same result.
 
         While there is no replica at all, Serve keeps what is sent until there is one.
         """
         async for attempt in resends(self.config.attempts):
+            sent = time.perf_counter()
             responses = self._send(job)
-            async for progress in self._progress(job, responses):
-                yield progress
+            if request.progress:
+                async for progress in self._progress(job, responses):
+                    yield progress
             with attempt:
-                result = await self._finished(job, responses[-1], files)
-        yield result
+                result = await self._finished(job, responses[-1], request.files)
+        spent = 1000 * (time.perf_counter() - sent) - sum(result.timing.values())
+        yield replace(result, timing={**result.timing, "travel": spent})
 
     def _send(self, job: Job) -> list[DeploymentResponse]:
         """One call for each segment, all at once: each waits for the one before it by itself."""
