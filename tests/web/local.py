@@ -66,10 +66,13 @@ class Local:
         try:
             job, prepared = await _timed(self._prepare, request)
             timing = {"prepare": prepared, "queue": 0.0}
-            yield Progress(self._name(job.segments[0]), 0, job.steps)
             for segment in job.segments:
-                job, timing[self._name(segment)] = await _timed(self._denoise, job, segment)
-                yield Progress(self._name(segment), segment.stop, job.steps)
+                expert = self.upscaler.expert_name(segment.expert)
+                if request.progress:
+                    yield Progress(expert, segment.start, job.steps)
+                job, timing[expert] = await _timed(self._denoise, job, segment)
+                if request.progress:
+                    yield Progress(expert, segment.stop, job.steps)
             picture, timing["decode"] = await _timed(self.upscaler.finish, job)
             format = result_format(job.picture.format, request.files.format)
             told = self.upscaler.describe(job.options)
@@ -100,9 +103,6 @@ class Local:
         with self._changed:
             self.free -= places
             self._changed.notify_all()
-
-    def _name(self, segment: Segment) -> str:
-        return self.upscaler.expert_name(segment.expert)
 
     def _prepare(self, request: Request) -> Job:
         picture = read(request.data, max_pixels=request.files.max_pixels)

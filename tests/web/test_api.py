@@ -187,8 +187,11 @@ def test_events_are_progress_and_then_the_result(client: TestClient, png: bytes)
     assert [(e["expert"], e["step"], e["steps"], e["percent"]) for _, e in progress] == [
         ("structure", 0, 20, 0),
         ("structure", 4, 20, 20),
+        ("refinement", 4, 20, 20),
         ("refinement", 6, 20, 30),
+        ("texture", 6, 20, 30),
         ("texture", 19, 20, 95),
+        ("polish", 19, 20, 95),
         ("polish", 20, 20, 100),
     ]
     assert {told for told, _ in progress} == {"progress"} and name == "result"
@@ -235,7 +238,8 @@ def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
         ({"tile": 15}, "tile"),
         ({"tile": "big"}, "tile"),
         ({"tile": "٣٢"}, "tile"),
-        ({"tile": "32\n"}, "tile"),
+        ({"tile": 65536}, "tile: .*65535"),
+        ({"tile": "16.5"}, "tile"),
         ({"colour_fix": "magic"}, "colour_fix: .*'wavelet'"),
         ({"format": "gif"}, "format: .*'png'"),
         ({"quality": 101}, "quality"),

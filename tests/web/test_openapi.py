@@ -1,0 +1,89 @@
+"""What the OpenAPI document says is what happens: Schemathesis sends what fits it, and what not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from linearsr import Upscaler, weights
+from linearsr.config import ModelConfig
+from linearsr.web.api import create_app
+from linearsr.web.service import Limits
+from tests.conftest import random_experts
+from tests.web.local import Local, served
+
+# A result can be too large although each field is in its range: no schema says so.
+CONFIG = """
+[checks]
+positive_data_acceptance.expected-statuses = ["2xx", "413"]
+negative_data_rejection.expected-statuses = ["400", "413", "415", "422"]
+"""
+
+
+@pytest.fixture(scope="module")
+def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
+    """A model that takes tags, so that every field may be given."""
+    folder = tmp_path_factory.mktemp("tagged")
+    experts = [model.state_dict() for model in random_experts(tagged_config, 4)]
+    weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
+    return Upscaler.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("token", [None, "a-token"], ids=["open", "token"])
+def test_what_happens_is_what_is_written(
+    tagged: Upscaler, tmp_path: Path, token: str | None
+) -> None:
+    """Statuses, types, headers, schemas; valid data is taken and other data refused; the token."""
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(CONFIG)
+    run = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
+    asked = ["--checks=all", "--max-examples=50", "--seed=1", "--generation-database=none"]
+    header = ["--header", f"Authorization: Bearer {token}"] if token else []
+    hooks = {"SCHEMATHESIS_HOOKS": "tests.web.hooks", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with served(Local(tagged), Limits(output_pixels=10_000), token) as url:
+        done = subprocess.run(
+            [*run, f"{url}/openapi.json", *asked, *header],
+            env={**os.environ, **hooks},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Operations:       3 selected / 3 total" in done.stdout
+
+
+def document(upscaler: Upscaler, token: str | None = None) -> dict[str, Any]:
+    client = TestClient(create_app(Local(upscaler), Limits(), token))
+    return client.get("/openapi.json").json()
+
+
+def test_the_document_names_what_clients_must_handle(small: Upscaler) -> None:
+    told = document(small)["paths"]["/v1/upscale"]["post"]
+    problems = {"400", "413", "415", "422", "429", "503", "504"}
+    assert told["responses"].keys() == {"200", *problems}
+    for status in problems:
+        (kind, content), *others = told["responses"][status]["content"].items()
+        assert kind == "application/problem+json" and not others
+        assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+    assert told["responses"]["429"]["headers"]["Retry-After"]["required"]
+    assert "text/event-stream" in told["responses"]["200"]["content"]
+    assert "security" not in told
+    guarded = document(small, "a-token")
+    told = guarded["paths"]["/v1/upscale"]["post"]
+    assert told["responses"].keys() == {"200", "401", *problems}
+    assert told["security"] == [{"HTTPBearer": []}]
+    assert guarded["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert "security" not in guarded["paths"]["/v1/models"]["get"]
+
+
+def test_docs(small: Upscaler) -> None:
+    answer = TestClient(create_app(Local(small), Limits())).get("/docs")
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "/openapi.json" in answer.text and "LinearSR" in answer.text
