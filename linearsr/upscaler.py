@@ -60,6 +60,21 @@ class OutOfMemory(LinearSRError):
 DEFAULTS = Options()
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Every allocator's way of saying no, as one error."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(str(error)) from error
+    except RuntimeError as error:
+        if any(
+            words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")
+        ):
+            raise OutOfMemory(str(error)) from error
+        raise
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What who denoises needs of a request: tensors and plain values, no models.
@@ -204,6 +219,7 @@ class Upscaler:
             chosen["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
         return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in chosen.items()}}
 
+    @_memory_errors()
     @torch.inference_mode()
     def prepare(self, picture: Picture, options: Options, tile: int | None = AUTO_TILE) -> Job:
         """Everything before the first step. `tile` in latent cells; None for no tiles."""
@@ -253,6 +269,7 @@ class Upscaler:
         """One expert takes its steps on every tile."""
         return self.denoise_batch([(work, segment)])[0]
 
+    @_memory_errors()
     @torch.inference_mode()
     def denoise_batch(
         self, batch: Sequence[tuple[AnyWork, Segment]], cells: int | None = None
@@ -310,6 +327,7 @@ class Upscaler:
         inside = Tile(rows.offset, columns.offset, tile.height * factor, tile.width * factor)
         return inside.crop(whole)
 
+    @_memory_errors()
     @torch.inference_mode()
     def finish(self, job: Job) -> Picture:
         """Decode, join tiles, fix colour, crop or resample to the size asked for."""
@@ -402,7 +420,8 @@ def _with_pixels(job: Job, restored: Tensor) -> Picture:
     pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1)
     alpha = job.picture.alpha
     if alpha is not None:
-        alpha = resize(alpha[None], height, width)[0].clamp_(0, 1)
+        # Not in place: of an equal size it is the picture's own.
+        alpha = resize(alpha[None], height, width)[0].clamp(0, 1)
     return dataclasses.replace(job.picture, pixels=pixels, alpha=alpha)
 
 
@@ -448,18 +467,3 @@ def _best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Every allocator's way of saying no, as one error."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(str(error)) from error
-    except RuntimeError as error:
-        if any(
-            words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")
-        ):
-            raise OutOfMemory(str(error)) from error
-        raise

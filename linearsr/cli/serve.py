@@ -50,9 +50,13 @@ def _run(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         device=arguments.device,
         layout=arguments.layout,
-        replicas=arguments.replicas or (4 if split else 1),
-        expert_cpus=arguments.replica_cpus or (1 if split else os.cpu_count() or 1),
+        replicas=_given(arguments.replicas, 4 if split else 1),
+        expert_cpus=_given(arguments.replica_cpus, 1 if split else os.cpu_count() or 1),
         expert_gpus=arguments.replica_gpus,
     )
     run(config, arguments.host, arguments.port)
     return OK
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

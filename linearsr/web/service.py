@@ -80,8 +80,11 @@ class Full(LinearSRError):
     """No room for another request now."""
 
     def __init__(self, seconds: int) -> None:
-        super().__init__(f"all places are taken; try again in {seconds} s")
+        super().__init__(seconds)  # as it is made again from its arguments elsewhere
         self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"all places are taken; try again in {self.seconds} s"
 
 
 class NotReady(LinearSRError):

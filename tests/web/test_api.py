@@ -323,9 +323,10 @@ def test_other_bodies_are_refused(client: TestClient, png: bytes, kind: str | No
 
 
 @pytest.mark.parametrize("charset", ["undefined", "idna", "punycode", "rot13", "utf-7", "x" * 99])
-def test_odd_character_sets(client: TestClient, png: bytes, charset: str) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_odd_character_sets(client: TestClient, png: bytes, charset: str, times: int) -> None:
     """Some are no text encodings, some fail in their own ways, some give halves of characters."""
-    body = part("image", png, "+2AA-..png") + part("steps", b"1") + part("+2AA-", b"+2AA-") + END
+    body = part("image", png, "+2AA-.png") + part("+2AA-", b"+2AA-") * times + END
     headers = {"Content-Type": f"{FORM['Content-Type']}; charset={charset}"}
     answer = client.post("/v1/upscale", content=body, headers=headers)
     assert answer.status_code in (400, 422), answer.text
@@ -659,8 +660,8 @@ class Scripted:
 PROGRESS = Progress("structure", 0, 4)
 
 
-def result(size: int = 3) -> Result:
-    return Result(bytes(size), "png", 48, 36, "modèle 模型", 0, 4, {"queue": 1.0})
+def result() -> Result:
+    return Result(b"...", "png", 48, 36, "modèle 模型", 0, 4, {"queue": 1.0})
 
 
 def raising(error: Exception, *before: Progress) -> Callable[[], Events]:
@@ -788,22 +789,93 @@ def test_the_work_ends_with_the_connection(
         assert service.closed.wait(PATIENCE)
 
 
+class Client:
+    """The other end of an application without a server between: it decides what happens when."""
+
+    def __init__(self, service: Scripted, png: bytes, accept: str) -> None:
+        self.app = create_app(service, Limits())
+        self.body = part("image", png, "x.png") + END
+        self.accept = accept
+        self.gone = asyncio.Event()
+        self.sent: list[Any] = []
+
+    async def upload(self) -> None:
+        head = [(b"content-type", FORM["Content-Type"].encode()), (b"accept", self.accept.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/upscale", "headers": head}
+        await self.app({**scope, "query_string": b""}, self.receive, self.send)
+
+    async def receive(self) -> Any:
+        if self.body:
+            body, self.body = self.body, b""
+            return {"type": "http.request", "body": body}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
 def test_who_reads_slowly_holds_no_place(small: Upscaler, png: bytes, accept: str) -> None:
-    """Far more than the buffers between the two ends hold, and nothing is read."""
+    """The work has ended when the result begins to be sent, though that takes for ever."""
 
     async def script() -> Events:
-        yield result(50_000_000)
+        yield result()
         await asyncio.Event().wait()
 
-    service = Scripted(small, script)
-    body = part("image", png, "x.png") + END
-    with served(service) as url:
-        head = (KIND, f"Accept: {accept}", f"Content-Length: {len(body)}")
-        with raw(url, *head) as connection:
-            connection.sendall(body)
-            assert service.closed.wait(PATIENCE)
-            assert status_of(connection) == 200
+    async def converse() -> None:
+        service = Scripted(small, script)
+        client, full = Client(service, png, accept), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                full.set()
+                await asyncio.Event().wait()
+
+        client.send = send  # type: ignore[method-assign]
+        uploading = asyncio.create_task(client.upload())
+        await asyncio.wait_for(full.wait(), PATIENCE)
+        assert service.closed.is_set()
+        uploading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await uploading
+
+    asyncio.run(converse())
+
+
+@pytest.mark.parametrize("script", [endless, silent])
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_who_has_gone_is_no_error(
+    small: Upscaler, png: bytes, script: Callable[[], Events], accept: str
+) -> None:
+    """Nor is the work left to the garbage collector, whatever it was at."""
+
+    async def converse() -> None:
+        service = Scripted(small, script)
+        client = Client(service, png, accept)
+        client.gone.set()
+        await asyncio.wait_for(client.upload(), PATIENCE)
+        assert service.closed.is_set()
+        streams = script is endless and accept == "text/event-stream"
+        assert client.sent[0]["status"] == (200 if streams else 499)
+
+    asyncio.run(converse())
+
+
+def test_a_stream_that_cannot_begin_gives_the_work_up(small: Upscaler, png: bytes) -> None:
+    async def converse() -> None:
+        service = Scripted(small, endless)
+        client = Client(service, png, "text/event-stream")
+
+        async def send(message: Any) -> None:
+            raise OSError("gone")
+
+        client.send = send  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="gone"):
+            await client.upload()
+        assert service.closed.is_set()
+
+    asyncio.run(converse())
 
 
 def test_names_of_models_in_any_writing(small: Upscaler, png: bytes) -> None:

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from linearsr.cluster.serve.config import ServeConfig
+from linearsr.cluster.serve.config import INGRESS_CPUS, ServeConfig, learned
 from linearsr.cluster.serve.experts import Experts
 from linearsr.cluster.serve.finisher import Finisher
 from linearsr.cluster.serve.router import Router, cause, resends
 from linearsr.cluster.weights import absolute, read_config
 from linearsr.config import ModelConfig
 from linearsr.web.api import create_app
-from linearsr.web.service import Events, Full, ModelInfo, Request, model_info
+from linearsr.web.service import Events, Full, ModelInfo, NotReady, Request, model_info
 from linearsr.weights import expert_names
 
 # Pages, refusals and health are answered while uploads wait.
 INGRESS_REQUESTS = 1000
-INGRESS_CPUS = 0.1
 RETRY_AFTER_SECONDS = 2
 TOKEN = "LINEARSR_TOKEN"
+# A part that does not answer by then counts as gone.
+READY_SECONDS = 5
 
 
 def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
@@ -43,17 +45,20 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     model = read_config(config.model)
     groups = config.groups(model)
     experts = [_experts(config, model, which, count) for which, count in groups]
-    learned = model.latent.kind != "space-to-depth"
-    finisher = _finisher(config) if learned else None
+    finisher = _finisher(config) if learned(model) else None
     room = {"max_ongoing_requests": config.places, "max_queued_requests": config.waiting}
     router = serve.deployment(Router).options(
         **{**_common(config, config.router_cpus), **room}, num_replicas=config.routers
     )
     bound = router.bind(config, [which for which, _ in groups], experts, finisher)
+    common = _common(config, INGRESS_CPUS)
+    if token := os.environ.get(TOKEN):  # set where this is called, needed where the ingress runs
+        common["ray_actor_options"]["runtime_env"]["env_vars"][TOKEN] = token
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        **{**_common(config, INGRESS_CPUS), "max_ongoing_requests": INGRESS_REQUESTS}
+        **{**common, "max_ongoing_requests": INGRESS_REQUESTS}
     )
-    return ingress.bind(config, model_info(model), bound)
+    parts = [*experts, *([finisher] if finisher else [])]
+    return ingress.bind(config, model_info(model), bound, parts)
 
 
 def _experts(
@@ -77,7 +82,7 @@ def _experts(
 
 def _finisher(config: ServeConfig) -> Application:
     options = _common(config, config.expert_cpus, config.expert_gpus)
-    return serve.deployment(Finisher).options(**options).bind(config)
+    return serve.deployment(Finisher).options(**options).bind(config, config.device)
 
 
 def _common(config: ServeConfig, cpus: float, gpus: float = 0.0) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def _common(config: ServeConfig, cpus: float, gpus: float = 0.0) -> dict[str, An
     environment = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
     return {
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": environment},
-        # What waits for an earlier expert has its place here already.
+        # All that the routers have at work may be at one expert.
         "max_ongoing_requests": 2 * config.places * config.routers,
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": config.drain_seconds,
@@ -98,9 +103,15 @@ def _common(config: ServeConfig, cpus: float, gpus: float = 0.0) -> dict[str, An
 class Ingress:
     """HTTP in, HTTP out."""
 
-    def __init__(self, config: ServeConfig, info: ModelInfo, router: DeploymentHandle) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        info: ModelInfo,
+        router: DeploymentHandle,
+        parts: Sequence[DeploymentHandle],
+    ) -> None:
         self.limits = config.limits
-        self.fleet = Fleet(info, router, config.attempts)
+        self.fleet = Fleet(info, router, parts, config.attempts)
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Serve puts behind its proxy."""
@@ -110,9 +121,16 @@ class Ingress:
 class Fleet:
     """A `linearsr.web.service.Service` by a router's handle."""
 
-    def __init__(self, info: ModelInfo, router: DeploymentHandle, attempts: int) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        router: DeploymentHandle,
+        parts: Sequence[DeploymentHandle],
+        attempts: int,
+    ) -> None:
         self.info = info
         self.router = router
+        self.parts = parts
         self.attempts = attempts
 
     def models(self) -> list[ModelInfo]:
@@ -120,18 +138,23 @@ class Fleet:
         return [self.info]
 
     async def ready(self) -> None:
-        """Raise NotReady unless every part answers."""
+        """Raise NotReady unless every expert answers, and the finisher.
+
+        They are asked directly: with the router the question would wait for a place.
+        """
+        calls = (part.ready.remote() for part in self.parts)
         try:
-            await self.router.ready.remote()
-        except ray.exceptions.RayTaskError as error:
-            raise cause(error) from error
+            await asyncio.wait_for(asyncio.gather(*calls), READY_SECONDS)
+        except Exception as error:
+            raise NotReady("not every expert has loaded; try again soon") from error
 
     async def upscale(self, request: Request) -> Events:
         """Progress, then the result; from the start again when the router died."""
         async for attempt in resends(self.attempts):
             with attempt:
-                async for event in self._events(request):
-                    yield event
+                async with aclosing(self._events(request)) as events:
+                    async for event in events:
+                        yield event
 
     async def _events(self, request: Request) -> Events:
         events = self.router.upscale.options(stream=True).remote(request)
@@ -140,7 +163,7 @@ class Fleet:
                 yield event
         except BackPressureError:
             raise Full(RETRY_AFTER_SECONDS) from None
-        except ray.exceptions.RayTaskError as error:
+        except (ray.exceptions.RayError, RayServeException) as error:
             raise cause(error) from error
         except (GeneratorExit, asyncio.CancelledError):
             events.cancel()

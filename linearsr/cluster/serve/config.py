@@ -13,6 +13,8 @@ from linearsr.noise.experts import plan, shares
 from linearsr.noise.sampler import schedule
 from linearsr.web.service import Limits
 
+INGRESS_CPUS = 0.1
+
 
 class ServeConfig(Config):
     """One model behind one endpoint.
@@ -23,8 +25,8 @@ class ServeConfig(Config):
     by its own load from its share up to this many. CPUs are Ray's logical ones; one GPU may be
     shared by several replicas (expert_gpus=0.25).
 
-    places: requests that are worked on at once, by each router; as many again may wait, and more
-    are refused with 429. batch: works of one shape that an expert takes together.
+    places: requests that are worked on at once, by each router; `waiting` more may wait in all, and
+    the rest is refused with 429. batch: works of one shape that an expert takes together.
     """
 
     model: str = "linearsr-tiny"
@@ -57,6 +59,12 @@ class ServeConfig(Config):
             raise ValueError('replicas of the layout "together" are one number')
         return self
 
+    def reserved(self, model: ModelConfig) -> tuple[float, float]:
+        """Logical CPUs and GPUs that it all takes to start."""
+        replicas = sum(count for _, count in self.groups(model)) + learned(model)
+        cpus = replicas * self.expert_cpus + self.routers * self.router_cpus + INGRESS_CPUS
+        return cpus, replicas * self.expert_gpus
+
     def groups(self, model: ModelConfig) -> list[tuple[tuple[int, ...], int]]:
         """Which experts share a deployment, and how many replicas it starts with.
 
@@ -74,6 +82,11 @@ class ServeConfig(Config):
                 f"replicas: {model.name} has {len(experts)} experts, got {len(counts)} counts"
             )
         return [((expert,), count) for expert, count in zip(experts, counts, strict=True)]
+
+
+def learned(model: ModelConfig) -> bool:
+    """Whether its latent takes a model to decode, which then has a deployment of its own."""
+    return model.latent.kind != "space-to-depth"
 
 
 def steps_of(model: ModelConfig) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from ray import serve
@@ -16,7 +16,7 @@ from linearsr.cluster.weights import load_upscaler
 from linearsr.config import Options
 from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
-from linearsr.noise.experts import Segment
+from linearsr.noise.experts import Segment, ranges
 from linearsr.upscaler import Upscaler, Work
 
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
@@ -73,13 +73,15 @@ class Experts:
 
     async def _denoise(self, items: list[_Item]) -> list[Passed | Exception]:
         """All of one expert. A batch that fails is tried one by one: one's fault is one's own."""
+        loop = asyncio.get_running_loop()
         try:
-            loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.thread, self._together, items)
         except Exception as error:
-            if len(items) == 1:
-                return [error]
-            return [(await self._denoise([item]))[0] for item in items]
+            # With its frames it would keep the tensors of the batch alive.
+            failed = error.with_traceback(None)
+        if len(items) == 1:
+            return [failed]
+        return [(await self._denoise([item]))[0] for item in items]
 
     def _together(self, items: list[_Item]) -> list[Passed | Exception]:
         began = time.perf_counter()
@@ -87,7 +89,8 @@ class Experts:
         works = self.upscaler.denoise_batch(batch)
         took = 1000 * (time.perf_counter() - began)
         name = self.upscaler.expert_name(items[0].segment.expert)
-        steps = max(segment.stop - segment.start for _, segment in batch)
+        counts = {(work.latents[0].shape, s.stop - s.start) for work, s in batch}
+        steps = sum(count for _, count in counts)  # of works that go through apart
         tags = {"expert": name}
         self.sizes.observe(len(items), tags)
         self.stepped.observe(took / steps, tags)
@@ -101,9 +104,10 @@ class Experts:
 
 
 def self_check(upscaler: Upscaler, expert: int) -> None:
-    """One step on a tiny picture. Raises WeightsError for a result that is not finite."""
+    """One step of its range on a tiny picture. Raises WeightsError for one that is not finite."""
     picture = Picture(torch.full((3, 8, 8), 0.5), None, 8, False, None, None, "png")
-    job = upscaler.prepare(picture, Options(steps=1))
+    low, high = ranges(upscaler.config.sampling.boundaries)[expert]
+    job = replace(upscaler.prepare(picture, Options(steps=1)), timesteps=(high, low))
     (latent,) = upscaler.denoise(job, Segment(expert, 0, 1)).latents
     if not torch.isfinite(latent).all():
         name = upscaler.expert_name(expert)

@@ -18,8 +18,8 @@ from linearsr.web.service import Result
 class Finisher:
     """Decodes, joins tiles and encodes. A replica of its own where the latent is learned."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self.upscaler = load_upscaler(config.model, config.device, only=())
+    def __init__(self, config: ServeConfig, device: str) -> None:
+        self.upscaler = load_upscaler(config.model, device, only=())
 
     async def finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
         """The picture of the latents that the last expert passed on."""

@@ -12,10 +12,12 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from tenacity import (
     AsyncRetrying,
@@ -33,8 +35,6 @@ from linearsr.imaging.files import read
 from linearsr.upscaler import Job, OutOfMemory
 from linearsr.web.service import Events, NotReady, Progress, Request, Result
 
-# A part that does not answer by then counts as gone.
-READY_SECONDS = 5
 # What a process or a machine that died looks like from here.
 DIED = (
     ray.exceptions.RayActorError,
@@ -44,6 +44,10 @@ DIED = (
 )
 
 Value = TypeVar("Value")
+
+
+class Died(LinearSRError):
+    """A process or machine died with a request in hand: it may be sent again."""
 
 
 class Router:
@@ -60,24 +64,22 @@ class Router:
         finisher: DeploymentHandle | None,
     ) -> None:
         self.config = config
-        self.local = Finisher(config)
+        self.local = Finisher(config, "cpu")  # no GPU is reserved here
         self.upscaler = self.local.upscaler
-        self.handles = [*experts, *([finisher] if finisher else [])]
         self.experts = {e: handle for of, handle in zip(groups, experts, strict=True) for e in of}
         self.finisher = finisher
-        # Who waits for a segment holds a thread while it does.
-        self.threads = ThreadPoolExecutor(2 * config.places)
-
-    async def ready(self) -> None:
-        """Raise NotReady unless every part answers."""
-        calls = [handle.ready.remote() for handle in self.handles]
-        try:
-            await asyncio.wait_for(asyncio.gather(*calls), READY_SECONDS)
-        except Exception as error:
-            raise NotReady("not every expert has loaded; try again soon") from error
+        self.threads = ThreadPoolExecutor(config.places)
 
     async def upscale(self, request: Request) -> Events:
         """See `linearsr.web.service.Service`."""
+        try:
+            async with aclosing(self._upscale(request)) as events:
+                async for event in events:
+                    yield event
+        except Died as error:
+            raise NotReady("experts died with it, again and again; try again later") from error
+
+    async def _upscale(self, request: Request) -> Events:
         began = time.perf_counter()
         picture = await self._threaded(read, request.data, max_pixels=request.files.max_pixels)
         options = await self._threaded(self.upscaler.with_tags, picture, request.options)
@@ -85,10 +87,11 @@ class Router:
             with contextlib.suppress(OutOfMemory):
                 job = await self._threaded(self.upscaler.prepare, picture, options, tile)
                 prepared = 1000 * (time.perf_counter() - began)
-                async for event in self._attempts(job, request):
-                    if isinstance(event, Result):
-                        event = replace(event, timing={"prepare": prepared, **event.timing})
-                    yield event
+                async with aclosing(self._attempts(job, request)) as events:
+                    async for event in events:
+                        if isinstance(event, Result):
+                            event = replace(event, timing={"prepare": prepared, **event.timing})
+                        yield event
                 return
         raise OutOfMemory("the experts' memory did not suffice; try a smaller picture or tile")
 
@@ -123,8 +126,8 @@ class Router:
             yield Progress(self._name(segment.expert), segment.start, job.steps)
             # What it failed with, the last one of them will raise.
             with contextlib.suppress(Exception):
-                promise = await response._to_object_ref()
-                await self._threaded(ray.wait, [promise], fetch_local=False)
+                # As Serve itself waits for an argument: until it is there, without fetching it.
+                await (await response._to_object_ref())._ready()
             yield Progress(self._name(segment.expert), segment.stop, job.steps)
 
     def _name(self, expert: int) -> str:
@@ -136,7 +139,7 @@ class Router:
                 return await self.local.finish(job, await last, files)
             result: Result = await self.finisher.finish.remote(job, last, files)
             return result
-        except ray.exceptions.RayTaskError as error:
+        except (ray.exceptions.RayError, RayServeException) as error:
             raise cause(error) from error
 
     async def _threaded(self, work: Callable[..., Value], *given: Any, **named: Any) -> Value:
@@ -145,18 +148,25 @@ class Router:
         return await loop.run_in_executor(self.threads, lambda: work(*given, **named))
 
 
-def cause(error: ray.exceptions.RayTaskError) -> Exception:
-    """What was raised in the other process, without Ray's wrapping."""
-    inner = error.cause
-    while isinstance(inner, ray.exceptions.RayTaskError):
-        inner = inner.cause
-    return inner if isinstance(inner, (LinearSRError, *DIED)) else error
+def cause(error: BaseException) -> Exception:
+    """What was raised in another process, or Died: without Ray's wrappings, some of which cannot
+    be sent on.
+    """
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, DIED):
+            return Died("a machine died with the request in hand")
+        wrapped = inner.cause if isinstance(inner, ray.exceptions.RayTaskError) else None
+        if wrapped is None and isinstance(inner, LinearSRError):
+            return inner
+        inner = wrapped or inner.__cause__
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 def resends(attempts: int) -> AsyncRetrying:
     """Attempts at what fails because a process or machine died, and for no other reason."""
     return AsyncRetrying(
-        retry=retry_if_exception_type(DIED),
+        retry=retry_if_exception_type(Died),
         stop=stop_after_attempt(attempts),
         wait=wait_random_exponential(0.1, max=2),
         reraise=True,

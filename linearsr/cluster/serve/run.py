@@ -13,28 +13,27 @@ import ray
 from ray import serve
 
 from linearsr.cluster.room import check_room
-from linearsr.cluster.serve.app import INGRESS_CPUS, build_app
+from linearsr.cluster.serve.app import build_app
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.weights import read_config
 from linearsr.errors import LinearSRError, OptionError, one_line
 
 
 def run(config: ServeConfig, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM; requests under way are finished first.
+    """Serve until SIGINT or SIGTERM.
 
     Raises OptionError for what the cluster has no room for or a port that is taken, and
     LinearSRError when a deployment does not come up.
     """
     app = build_app(config)
     model = read_config(config.model)
-    replicas = sum(count for _, count in config.groups(model))
-    cpus = replicas * config.expert_cpus + config.routers * config.router_cpus + INGRESS_CPUS
+    cpus, gpus = config.reserved(model)
     _check_port(host, port)
     # Replicas here are threads of the same cores: what they reserve is what Ray is told there is.
     here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": math.ceil(cpus)}
     ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **here)
     advice = "use fewer --replicas, or lower --replica-cpus and --replica-gpus"
-    check_room("the endpoint", cpus, replicas * config.expert_gpus, advice)
+    check_room("the endpoint", cpus, gpus, advice)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -46,7 +45,7 @@ def run(config: ServeConfig, host: str, port: int) -> None:
         raise LinearSRError(f"the endpoint did not come up: {one_line(error)}") from error
     print(f"LinearSR serves {model.name} at http://{host}:{port}/  (Ctrl-C ends it)", flush=True)
     stop.wait()
-    print("ending; requests under way are finished first", flush=True)
+    print("ending", flush=True)
     serve.shutdown()
     ray.shutdown()
 
