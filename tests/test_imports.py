@@ -25,6 +25,7 @@ LAYERS = [
     ["upscaler"],
     ["evaluation"],
     ["training"],
+    ["web"],
     ["cluster"],
     ["cli", "demo"],
 ]
@@ -40,6 +41,9 @@ HEAVY = {
     "pyiqa": ["quality"],
     "pyvips": ["imaging"],
     "imagehash": ["imaging.filters"],
+    "fastapi": ["web"],
+    "starlette": ["web"],
+    "tenacity": ["cluster.serve"],
 }
 
 

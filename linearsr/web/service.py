@@ -19,6 +19,10 @@ class Limits(Config):
     pixels: int = Field(default=4_000_000, ge=1, description="of the picture uploaded")
     output_pixels: int = Field(default=64_000_000, ge=1, description="of the result")
     steps: int = Field(default=50, ge=1, le=50)
+    # In one tile linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
+    tile: int = Field(
+        default=512, ge=16, description="side in input pixels; tile=off counts as the longer side"
+    )
     seconds: float = Field(default=300.0, gt=0, description="from the upload to the result")
 
 

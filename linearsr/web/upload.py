@@ -143,12 +143,22 @@ def _check(work: Work, limits: Limits, model: ModelInfo) -> None:
         raise OptionError(f"tags: {model.name} was trained without; leave them out")
     format, width, height = measure(work.data)
     _check_pixels("the picture", width, height, limits.pixels)
+    tile = _tile(work.options, max(width, height))
+    if tile > limits.tile:
+        raise OptionError(f"tile: at most {limits.tile} here, not {tile}; auto suits any picture")
     height, width = output_size(height, width, work.options)
     _check_pixels("the result", width, height, limits.output_pixels)
     try:
         check_fits(width, height, result_format(format, work.files.format))
     except OutputError as error:
         raise OptionError(f"format: {error}") from None
+
+
+def _tile(options: Options, longest: int) -> int:
+    """The side of the tiles that are asked for, 0 where the model may choose."""
+    if options.tile == "auto":
+        return 0
+    return longest if options.tile == "off" else min(longest, options.tile)
 
 
 def _check_pixels(what: str, width: int, height: int, most: int) -> None:

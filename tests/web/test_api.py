@@ -371,6 +371,20 @@ def test_limits_are_kept(service: Local, png: bytes) -> None:
     assert service.asked == asked + 1
 
 
+@pytest.mark.parametrize(("tile", "status"), [("off", 422), (18, 422), (17, 200), ("auto", 200)])
+def test_tiles_that_would_take_too_much_memory(
+    service: Local, tile: int | str, status: int
+) -> None:
+    client = limited(service, tile=17)
+    answer = upload(client, saved(Image.new("RGB", (3, 18)), "png"), tile=tile)
+    assert answer.status_code == status
+    if status == 422:
+        assert detail(answer, 422) == "tile: at most 17 here, not 18; auto suits any picture"
+    # A tile is never larger than the picture.
+    small = saved(Image.new("RGB", (17, 17)), "png")
+    assert upload(client, small, tile=tile).status_code == 200
+
+
 @pytest.mark.parametrize(
     "size", [{"width": 65535}, {"height": 65535}, {"width": 65535, "height": 65535}]
 )

@@ -384,7 +384,8 @@ function drag(event) {
 }
 
 function say(words) {
-  $("status").textContent = words;
+  // The same words again would be read aloud again.
+  if ($("status").textContent !== words) $("status").textContent = words;
 }
 
 // Quantities
