@@ -38,7 +38,6 @@ from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.upscaler import Upscaler
 
-
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     PORT = probe.getsockname()[1]
