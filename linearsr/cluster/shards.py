@@ -129,13 +129,12 @@ def _claim(folder: Location, config: ShardConfig, sources: list[str]) -> None:
         "inputs": list(config.roots()),
         "pictures": sha256("\n".join(sources).encode()).hexdigest(),
     }
-    note, there = folder / "plan.json", {file.name for file in folder.files()}
-    if note.name not in there and there:
-        raise OptionError(f"{folder.path}: not empty, and not of this job; give another --output")
-    # Settings by which no picture passed hold nothing: they may be mended.
-    if any(name.endswith(".parquet") for name in there):
+    note = folder / "plan.json"
+    if note.exists():
         _check_same(folder, json.loads(note.read()), fingerprint)
         return
+    if folder.files():
+        raise OptionError(f"{folder.path}: not empty, and not of this job; give another --output")
     check_writable(folder)
     note.write(_json(fingerprint))
 

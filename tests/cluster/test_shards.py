@@ -250,16 +250,6 @@ def test_other_settings_or_pictures_in_the_same_output_are_refused(
     assert _everything(output) == before
 
 
-def test_settings_by_which_nothing_passed_can_be_mended(
-    cluster: Cluster, pictures: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    with pytest.raises(InputError, match="no picture passes"):
-        build_shards(_config(pictures, output, min_size=10_000))
-    assert "--min-size" in (output / "rejects.csv").read_text()
-    assert build_shards(_config(pictures, output)).manifest["rows"] > 0
-
-
 def test_a_picture_that_changed_since_it_was_planned_costs_its_shard_alone(
     built: Built, output: Path, pictures: Path, tmp_path: Path
 ) -> None:
