@@ -73,7 +73,7 @@ class Result:
     model: str
     seed: int
     steps: int
-    # Milliseconds of each part, in order: queue, decode, experts by name, encode.
+    # Milliseconds of each part: prepare, queue, experts by name, decode, encode, travel.
     timing: dict[str, float] = field(default_factory=dict)
 
 

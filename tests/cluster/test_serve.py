@@ -27,7 +27,7 @@ from linearsr.errors import OptionError
 from linearsr.imaging.files import encode
 from linearsr.imaging.files import read as read_picture
 from linearsr.upscaler import Upscaler
-from linearsr.weights import expert_names
+from linearsr.weights import expert_names, read_config
 from tests.cluster.conftest import _free_port, until
 
 # As it was done by hand: 300 and 100.
@@ -192,7 +192,7 @@ def test_nobody_notices_that_replicas_die(endpoint: Endpoint, cases: list[Case])
 
 
 def expert_names_of(endpoint: Endpoint) -> list[str]:
-    return expert_names(Upscaler.load(endpoint.config.model, "cpu", only=()).config)
+    return expert_names(read_config(endpoint.config.model))
 
 
 def test_more_than_there_is_room_for_are_asked_to_come_again(

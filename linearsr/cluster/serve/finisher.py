@@ -10,7 +10,7 @@ from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.serve.experts import Passed
 from linearsr.cluster.weights import load_upscaler
 from linearsr.config import FileOptions
-from linearsr.imaging.files import WRITE_SUFFIXES, encode
+from linearsr.imaging.files import encode, result_format
 from linearsr.upscaler import Job
 from linearsr.web.service import Result
 
@@ -33,8 +33,7 @@ class Finisher:
         began = time.perf_counter()
         picture = self.upscaler.finish(replace(job, latents=passed.work.latents))
         decoded = time.perf_counter()
-        suffix = files.format or job.picture.format
-        format = WRITE_SUFFIXES.get(f".{suffix}", "png")
+        format = result_format(job.picture.format, files.format)
         told = self.upscaler.describe(job.options)
         image = encode(picture, format, quality=files.quality, provenance=told)
         height, width = picture.pixels.shape[-2:]
