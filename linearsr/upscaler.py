@@ -27,13 +27,14 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr import __version__, weights
-from linearsr.config import Options
+from linearsr.config import ModelConfig, Options
+from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
 from linearsr.imaging.tiles import Canvas, Tile, tile_grid
-from linearsr.latent import load_autoencoder
+from linearsr.latent import Autoencoder, load_autoencoder
 from linearsr.noise.experts import Segment, plan
 from linearsr.noise.sampler import euler, schedule
 from linearsr.tags.encoder import tag_encoder
@@ -47,8 +48,11 @@ SMALLEST_TILE = 32
 # Latent cells of several works that go through a model at once. More would leave a CPU's caches:
 # 8 works of 64 x 64 cells together took 1.5 times as long as in turn, of 16 x 16 half as long.
 CPU_BATCH = 2048
-# Memory for each pixel of the output: the pictures, latents and noise alive at the peak.
-BYTES_PER_PIXEL = 100
+# Memory for each pixel of the output, of the pictures, latents and noise alive at the peak; and for
+# each that goes through the model at once. Measured with linearsr-tiny: 109 to 142 together with
+# tiles, 283 to 382 without.
+BYTES_PER_PIXEL = 110
+BYTES_PER_TILE_PIXEL = 270
 
 Progress = Callable[[str, int, int], None]
 
@@ -117,7 +121,6 @@ class Upscaler:
         self.device = torch.device(device)
         self.experts = bundle.experts
         self.provenance = bundle.provenance
-        self.autoencoder = load_autoencoder(self.config.latent, self.device)
         self.encoder = tag_encoder(self.config, self.device)
         # Threads may share an upscaler: one picture is denoised while others are read and written.
         self._turn = threading.Lock()
@@ -136,7 +139,15 @@ class Upscaler:
         Raises WeightsError or OptionError.
         """
         chosen = _pick_device(device)
-        return cls(weights.load(name_or_folder, chosen, _best_dtype(chosen), only), chosen)
+        loaded = cls(weights.load(name_or_folder, chosen, _best_dtype(chosen), only), chosen)
+        if only is None:
+            _ = loaded.autoencoder  # what is wrong with it is known before any work
+        return loaded
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """Loaded where it is first needed: who only plans, or takes steps, may do without."""
+        return load_autoencoder(self.config.latent, self.device)
 
     def __call__(self, image: Image.Image, scale: int = 4, **options: object) -> Image.Image:
         """Upscale a PIL image: `upscaler(image, scale=4, steps=..., seed=..., tags=...)`.
@@ -166,7 +177,7 @@ class Upscaler:
         elif options.tile != "auto":
             yield max(
                 SMALLEST_TILE // 4,
-                round(options.tile * self.config.scale / self.autoencoder.factor),
+                round(options.tile * self.config.scale / self.config.latent.factor),
             )
         else:
             size = AUTO_TILE
@@ -177,13 +188,12 @@ class Upscaler:
     def _attempt(
         self, picture: Picture, options: Options, tile: int | None, progress: Progress | None
     ) -> Picture:
-        with _memory_errors():
-            job = self.prepare(picture, options, tile)
-            for segment in job.segments:
-                job = self.denoise(job, segment)
-                if progress:
-                    progress(self.expert_name(segment.expert), segment.stop, job.steps)
-            return self.finish(job)
+        job = self.prepare(picture, options, tile)
+        for segment in job.segments:
+            job = self.denoise(job, segment)
+            if progress:
+                progress(self.expert_name(segment.expert), segment.stop, job.steps)
+        return self.finish(job)
 
     def expert_name(self, expert: int) -> str:
         """The paper's name of an expert, or its number for models with other than four."""
@@ -226,9 +236,9 @@ class Upscaler:
         options = self.with_tags(picture, options)
         sampling = self.config.sampling
         timesteps = schedule(options.steps or sampling.steps, sampling.flow_shift)
-        _check_memory(picture, options, self.config.scale)
+        _check_memory(picture, options, self.config, tile)
         lr = self._padded(picture.pixels[None] * 2 - 1)
-        height, width = (n * self.config.scale // self.autoencoder.factor for n in lr.shape[-2:])
+        height, width = (n * self.config.scale // self.config.latent.factor for n in lr.shape[-2:])
         tiles = tuple(_grid(height, width, tile))
         noise = self._noise(height, width, options.seed)
         return Job(
@@ -256,7 +266,7 @@ class Upscaler:
 
         Two: oneDNN's bfloat16 convolution with stride 2 is wrong where its result is one wide.
         """
-        cell = math.lcm(self.config.scale, self.autoencoder.factor) // self.config.scale
+        cell = math.lcm(self.config.scale, self.config.latent.factor) // self.config.scale
         bottom, right = (max(-n % cell, 2 * cell - n) for n in lr.shape[-2:])
         return F.pad(lr, (0, right, 0, bottom), mode="replicate") if bottom or right else lr
 
@@ -272,14 +282,18 @@ class Upscaler:
     @_memory_errors()
     @torch.inference_mode()
     def denoise_batch(
-        self, batch: Sequence[tuple[AnyWork, Segment]], cells: int | None = None
+        self,
+        batch: Sequence[tuple[AnyWork, Segment]],
+        cells: int | None = None,
+        wanted: Callable[[int], bool] = lambda _: True,
     ) -> list[AnyWork]:
         """One expert takes its steps on several works, each with timesteps of its own.
 
         Tiles of one shape with as many steps go through the model together, one of each work and
         no more than `cells` latent cells (or one tile; by default what suits the device), so memory
-        does not grow with the batch, and a work alone gets the same bits as from `denoise`. Raises
-        ValueError for several experts.
+        does not grow with the batch, and a work alone gets the same bits as from `denoise`. Before
+        each tile `wanted` is asked of the work's place in the batch: one that nobody wants any more
+        comes back as it was. Raises ValueError for several experts.
         """
         experts = {segment.expert for _, segment in batch}
         if len(experts) != 1:
@@ -289,27 +303,40 @@ class Upscaler:
             cells = CPU_BATCH if self.device.type == "cpu" else AUTO_TILE**2
         finished: list[list[Tensor]] = [[] for _ in batch]
         with self._turn:
+            tags = [self._tag_keys(expert, work) for work, _ in batch]
             for number in range(max(len(work.tiles) for work, _ in batch)):
-                places = [_Place(i, *of, number) for i, of in enumerate(batch)]
-                for group in _side_by_side((p for p in places if p.is_there), cells):
+                places = (_Place(i, *of, number, tags[i]) for i, of in enumerate(batch))
+                here = (p for p in places if p.is_there and wanted(p.owner))
+                for group in _side_by_side(here, cells):
                     for place, latent in zip(group, self._denoised(expert, group), strict=True):
                         finished[place.owner].append(latent)
         return [
             dataclasses.replace(work, latents=tuple(latents))
+            if len(latents) == len(work.tiles)
+            else work
             for (work, _), latents in zip(batch, finished, strict=True)
         ]
 
-    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Tensor]:
-        """The group's latents after their steps, each (1, C, th, tw), on the CPU."""
+    def _tag_keys(self, expert: int, work: Work) -> TagKeys | None:
+        """Keys and values of the tags: the same for all tiles and steps."""
+        if work.tags is None:
+            return None
+        model = self._expert(expert)
+        return model.tag_keys(work.tags.to(self.device, model.embed.weight.dtype))
+
+    def _expert(self, expert: int) -> LinearSR:
         model = self.experts[expert]
         if model.embed.weight.is_meta:
             raise WeightsError(f"the expert {self.expert_name(expert)} is not loaded here")
-        dtype = model.embed.weight.dtype
+        return model
+
+    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Tensor]:
+        """The group's latents after their steps, each (1, C, th, tw), on the CPU."""
+        model = self._expert(expert)
         lr_pictures = torch.cat([self._upsampled(p.work.lr, p.tile) for p in group])
         joined = self.autoencoder.condition(lr_pictures) if model.config.condition_latent else None
-        tags = [p.work.tags for p in group if p.work.tags is not None]
-        known = torch.cat(tags).to(self.device, dtype) if tags else None
-        condition = model.condition(lr_pictures.to(dtype), joined, known)
+        condition = model.condition(lr_pictures.to(model.embed.weight.dtype), joined)
+        condition = condition._replace(tags=_joined([p.tags for p in group]))
         latents = torch.cat([p.latent for p in group]).to(self.device)
         latents = latents.contiguous(memory_format=torch.channels_last)
         timesteps = torch.tensor([p.timesteps for p in group]).T
@@ -319,7 +346,7 @@ class Upscaler:
 
     def _upsampled(self, lr: Tensor, tile: Tile) -> Tensor:
         """The bicubic picture under one tile, equal to that part of the whole bicubic picture."""
-        factor, scale = self.autoencoder.factor, self.config.scale
+        factor, scale = self.config.latent.factor, self.config.scale
         rows = _span(tile.top, tile.bottom, factor, scale, lr.shape[-2])
         columns = _span(tile.left, tile.right, factor, scale, lr.shape[-1])
         part = lr[..., rows.start : rows.stop, columns.start : columns.stop].to(self.device)
@@ -331,7 +358,7 @@ class Upscaler:
     @torch.inference_mode()
     def finish(self, job: Job) -> Picture:
         """Decode, join tiles, fix colour, crop or resample to the size asked for."""
-        factor = self.autoencoder.factor
+        factor = self.config.latent.factor
         canvas = Canvas((t.scaled(factor) for t in job.tiles), 3)
         for tile, latent in zip(job.tiles, job.latents, strict=True):
             lr_picture = self._upsampled(job.lr, tile)
@@ -352,6 +379,7 @@ class _Place(NamedTuple):
     work: Work
     segment: Segment
     number: int
+    tags: TagKeys | None
 
     @property
     def is_there(self) -> bool:
@@ -378,6 +406,15 @@ class _Place(NamedTuple):
         """What those must share that go through the model together."""
         tags = None if self.work.tags is None else self.work.tags.shape
         return self.latent.shape, tags, len(self.timesteps)
+
+
+def _joined(tags: Sequence[TagKeys | None]) -> TagKeys | None:
+    """Several works' keys and values along the batch; all have as many tags, or none has any."""
+    known = [keys for keys in tags if keys is not None]
+    if not known:
+        return None
+    blocks = zip(*known, strict=True)
+    return [(torch.cat([k for k, _ in of]), torch.cat([v for _, v in of])) for of in blocks]
 
 
 def _side_by_side(places: Iterable[_Place], cells: int) -> Iterator[Sequence[_Place]]:
@@ -436,11 +473,15 @@ def output_size(height: int, width: int, options: Options) -> tuple[int, int]:
     return height * options.scale, width * options.scale
 
 
-def _check_memory(picture: Picture, options: Options, scale: int) -> None:
+def _check_memory(
+    picture: Picture, options: Options, config: ModelConfig, tile: int | None
+) -> None:
     """Refuse what cannot fit: past this point Linux would kill the process without a word."""
     height, width = picture.pixels.shape[-2:]
-    computed, final = scale**2 * height * width, math.prod(output_size(height, width, options))
-    need = BYTES_PER_PIXEL * max(computed, final)
+    computed = config.scale**2 * height * width
+    final = math.prod(output_size(height, width, options))
+    at_once = computed if tile is None else min(computed, (tile * config.latent.factor) ** 2)
+    need = BYTES_PER_PIXEL * max(computed, final) + BYTES_PER_TILE_PIXEL * at_once
     free = psutil.virtual_memory().available
     if need > free:
         raise TooLarge(

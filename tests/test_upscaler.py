@@ -139,6 +139,52 @@ def test_a_batch_is_one_experts(small: Upscaler, picture: Picture) -> None:
         small.denoise_batch([(job, segment) for segment in job.segments[:2]])
 
 
+def test_what_nobody_wants_any_more_is_given_up_between_tiles(
+    small: Upscaler, picture: Picture
+) -> None:
+    jobs = [small.prepare(picture, Options(seed=seed), tile=20) for seed in (1, 2)]
+    batch = _segments(jobs, 0)
+    forwards: list[int] = []
+    hook = small.experts[0].register_forward_hook(lambda *_: forwards.append(1))
+    asked: list[int] = []
+
+    def wanted(place: int) -> bool:
+        asked.append(place)
+        return place == 0 or asked.count(1) == 1
+
+    kept, left = small.denoise_batch(batch, cells=1, wanted=wanted)
+    hook.remove()
+    tiles = len(jobs[0].tiles)
+    assert tiles > 2 and asked == [0, 1] * tiles
+    assert len(forwards) == tiles + 1
+    assert left is jobs[1]
+    alone = small.denoise(*batch[0])
+    assert all(map(torch.equal, kept.latents, alone.latents))
+
+
+def test_tags_are_taken_in_once_for_all_tiles_and_steps(
+    tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tagged.prepare(picture, Options(steps=8, tags=("cat",)), tile=20)
+    model, calls = tagged.experts[0], []
+    tag_keys = model.tag_keys
+    monkeypatch.setattr(model, "tag_keys", lambda tags: (calls.append(1), tag_keys(tags))[1])
+    segment = job.segments[0]
+    tagged.denoise(job, segment)
+    assert segment.stop - segment.start > 1 and len(job.tiles) > 1
+    assert len(calls) == 1
+
+
+def test_who_plans_loads_no_decoder(learned: Upscaler, picture: Picture) -> None:
+    """Nor does who takes steps without the encoded picture; a whole upscaler has it at once."""
+    folder = Path(str(learned.config.latent.source)).parent / "weights"
+    assert "autoencoder" in vars(learned)
+    part = Upscaler.load(folder, "cpu", only=[0])
+    job = part.prepare(picture, Options(steps=2))
+    part.denoise(job, job.segments[0])
+    assert "autoencoder" not in vars(part)
+
+
 def test_work_is_what_experts_need_and_no_picture(small: Upscaler, picture: Picture) -> None:
     job = small.prepare(picture, Options(steps=2))
     work = job.work()
@@ -259,6 +305,7 @@ def _limit_memory(
     tried: list[int | None] = []
     prepare = small.prepare
 
+    @upscaler._memory_errors()
     def limited(picture: Picture, options: Options, tile: int | None) -> upscaler.Job:
         tried.append(tile)
         if tile is None or tile > largest:

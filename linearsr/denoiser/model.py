@@ -84,8 +84,6 @@ class LinearSR(nn.Module):
         tags: (B, T, tag_dim) embeddings; tag_mask: (B, T), True where real.
         Raises OptionError for tags on a model trained without, and for a missing latent.
         """
-        if tags is not None and self.tags is None:
-            raise OptionError("this model was trained without tags; leave them out (--tags)")
         if tag_mask is not None and tag_mask.dtype != torch.bool:
             raise ValueError(f"tag_mask must be bool, True where a tag is real: {tag_mask.dtype}")
         features = self.stem(lr_picture)
@@ -95,10 +93,15 @@ class LinearSR(nn.Module):
             features = torch.cat([features, lr_latent.to(features.dtype)], dim=1)
         if tags is None:
             return Condition(features)
-        return Condition(features, self._tag_keys(tags), tag_mask)
+        return Condition(features, self.tag_keys(tags), tag_mask)
 
-    def _tag_keys(self, tags: Tensor) -> TagKeys:
-        assert self.tags is not None
+    def tag_keys(self, tags: Tensor) -> TagKeys:
+        """Of embeddings (B, T, tag_dim): a key and a value for each block.
+
+        Raises OptionError on a model trained without tags.
+        """
+        if self.tags is None:
+            raise OptionError("this model was trained without tags; leave them out (--tags)")
         projected = self.tags(tags)
         return [attention.keys_values(projected) for attention in self._tag_attentions()]
 

@@ -14,9 +14,10 @@ import asyncio
 import base64
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
@@ -26,6 +27,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -129,19 +131,11 @@ State = Annotated[_State, Depends(_state)]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-class _App(FastAPI):
-    """An application whose document has the schemas that are not FastAPI's to find."""
-
-    def openapi(self) -> dict[str, Any]:
-        document = super().openapi()
-        for model in (Problem, Upload):
-            document["components"]["schemas"][model.__name__] = model.model_json_schema()
-        return document
-
-
 def create_app(service: Service, limits: Limits, token: str | None = None) -> FastAPI:
     """The application. With `token`, uploads ask for it as bearer."""
-    app = _App(title="LinearSR", version=__version__, description=ABOUT)
+    # Its /docs come from here too, and not from a host of their scripts.
+    app = FastAPIOffline(title="LinearSR", version=__version__, description=ABOUT, redoc_url=None)
+    app.openapi = partial(_document, app.openapi)  # type: ignore[method-assign]
     app.state.linearsr = _State(service, limits, token)
     handle_problems(app)
     if token:
@@ -151,6 +145,14 @@ def create_app(service: Service, limits: Limits, token: str | None = None) -> Fa
     app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
+
+
+def _document(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """With the schemas that are not FastAPI's to find."""
+    document = found()
+    for model in (Problem, Upload):
+        document["components"]["schemas"][model.__name__] = model.model_json_schema()
+    return document
 
 
 uploads = APIRouter()

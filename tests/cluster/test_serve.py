@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
+import json
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +16,7 @@ import aiohttp
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from ray import serve
@@ -27,8 +30,9 @@ from linearsr.errors import OptionError
 from linearsr.imaging.files import encode
 from linearsr.imaging.files import read as read_picture
 from linearsr.upscaler import Upscaler
-from linearsr.weights import expert_names, read_config
+from linearsr.weights import expert_names, read_config, save
 from tests.cluster.conftest import _free_port, until
+from tests.conftest import random_experts
 
 # As it was done by hand: 300 and 100.
 REQUESTS = int(os.environ.get("LINEARSR_TEST_REQUESTS", "60"))
@@ -36,6 +40,8 @@ CANCELLED = int(os.environ.get("LINEARSR_TEST_CANCELLED", "20"))
 AT_ONCE = 16
 SIZES = ((32, 24), (24, 40), (40, 40))
 PLACES, WAITING = 16, 16
+# A line of events that holds a picture.
+LINE = 2**22
 
 
 class Endpoint(NamedTuple):
@@ -47,23 +53,30 @@ class Endpoint(NamedTuple):
 
 @pytest.fixture(scope="module", params=["split", "together"])
 def endpoint(
-    request: pytest.FixtureRequest, cluster: Cluster, small_bundle: Path
+    request: pytest.FixtureRequest,
+    cluster: Cluster,
+    small_bundle: Path,
 ) -> Iterator[Endpoint]:
     port = _free_port()
-    config = ServeConfig(
-        model=str(small_bundle),
-        device="cpu",
-        layout=request.param,
-        replicas=4 if request.param == "split" else 2,
-        expert_cpus=0.5,
-        router_cpus=0.5,
-        places=PLACES,
-        waiting=WAITING,
-    )
+    config = config_of(small_bundle, request.param)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(config))
     yield Endpoint(f"http://127.0.0.1:{port}", config)
     serve.shutdown()
+
+
+def config_of(model: Path, layout: str) -> ServeConfig:
+    return ServeConfig.parse(
+        model=str(model),
+        device="cpu",
+        layout=layout,
+        replicas=4 if layout == "split" else 2,
+        expert_cpus=0.25,
+        router_cpus=0.25,
+        places=PLACES,
+        waiting=WAITING,
+        surge=100 if layout == "split" else 0,
+    )
 
 
 class Case(NamedTuple):
@@ -76,8 +89,12 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def cases(small_bundle: Path) -> list[Case]:
+    return answered_by(small_bundle)
+
+
+def answered_by(model: Path) -> list[Case]:
     """Three sizes, with seeds and steps of their own, answered in this process."""
-    upscaler = Upscaler.load(small_bundle, "cpu")
+    upscaler = Upscaler.load(model, "cpu")
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     found = []
     for number in range(12):
@@ -102,18 +119,30 @@ class Answer(NamedTuple):
 
 
 async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, case: Case) -> Answer:
-    form = aiohttp.FormData({name: str(value) for name, value in case.options.items()})
-    form.add_field("image", case.picture, filename="photo.png")
+    form = form_of(case.picture, **case.options)
     async with session.post(f"{endpoint.url}/v1/upscale", data=form) as response:
         headers = {name.lower(): value for name, value in response.headers.items()}
         return Answer(response.status, await response.read(), headers)
+
+
+def form_of(picture: bytes, **options: int) -> aiohttp.FormData:
+    form = aiohttp.FormData({name: str(value) for name, value in options.items()})
+    form.add_field("image", picture, filename="photo.png")
+    return form
+
+
+def image_of(event: bytes) -> bytes:
+    """Of the line that tells a result."""
+    return base64.b64decode(json.loads(event.removeprefix(b"data: "))["image"])
 
 
 def in_session(work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]) -> list[Answer]:
     async def run() -> list[Answer]:
         timeout = aiohttp.ClientTimeout(total=300)
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        async with aiohttp.ClientSession(
+            timeout=timeout, connector=connector, read_bufsize=LINE
+        ) as session:
             return await work(session)
 
     return asyncio.run(run())
@@ -195,13 +224,46 @@ def expert_names_of(endpoint: Endpoint) -> list[str]:
     return expert_names(read_config(endpoint.config.model))
 
 
+def test_whoever_dies_in_the_middle_of_its_steps_is_replaced(
+    endpoint: Endpoint, cases: list[Case], small_bundle: Path
+) -> None:
+    """Every replica of each expert in turn, as soon as it has begun."""
+    options = Options(steps=50, seed=3)
+    upscaler = Upscaler.load(small_bundle, "cpu")
+    expected = pixels_of(encode(upscaler.upscale(read_picture(cases[0].picture), options), "png"))
+    split = endpoint.config.layout == "split"
+
+    async def without(session: aiohttp.ClientSession, expert: str) -> Answer:
+        form = form_of(cases[0].picture, steps=50, seed=3)
+        url, headers = f"{endpoint.url}/v1/upscale", {"Accept": "text/event-stream"}
+        victims = await asyncio.to_thread(replicas, expert if split else "experts")
+        killed = False
+        async with session.post(url, data=form, headers=headers) as response:
+            async for line in response.content:
+                if b'"image"' in line:
+                    assert killed
+                    return Answer(response.status, image_of(line), {})
+                if expert.encode() in line and not killed:
+                    killed = True
+                    for victim in victims:
+                        os.kill(victim, signal.SIGKILL)
+        raise AssertionError("the answer ended without a result")
+
+    async def in_turn(session: aiohttp.ClientSession) -> list[Answer]:
+        return [await without(session, expert) for expert in expert_names_of(endpoint)]
+
+    for answer in in_session(in_turn):
+        assert answer.status == 200
+        assert np.array_equal(pixels_of(answer.body), expected)
+
+
 def test_more_than_there_is_room_for_are_asked_to_come_again(
     endpoint: Endpoint, cases: list[Case]
 ) -> None:
     long = [case._replace(options={**case.options, "steps": 40}) for case in cases]
 
     async def at_once(session: aiohttp.ClientSession) -> list[Answer]:
-        return await asyncio.gather(*(ask(session, endpoint, long[n % 12]) for n in range(100)))
+        return await asyncio.gather(*(ask(session, endpoint, long[n % 12]) for n in range(200)))
 
     answers = in_session(at_once)
     refused = [answer for answer in answers if answer.status == 429]
@@ -218,8 +280,7 @@ def test_who_leaves_takes_no_place_along(endpoint: Endpoint, cases: list[Case]) 
     long = cases[0]._replace(options={"steps": 50, "seed": 1})
 
     async def leave(session: aiohttp.ClientSession) -> list[Answer]:
-        form = aiohttp.FormData({"steps": "50"})
-        form.add_field("image", long.picture, filename="photo.png")
+        form = form_of(long.picture, steps=50)
         headers = {"Accept": "text/event-stream"}
         url = f"{endpoint.url}/v1/upscale"
         async with session.post(url, data=form, headers=headers) as response:
@@ -243,6 +304,55 @@ def test_healthy_once_all_experts_are(endpoint: Endpoint) -> None:
 
     (answer,) = in_session(health)
     assert (answer.status, answer.body) == (200, b'{"status":"ready"}')
+    name = "polish" if endpoint.config.layout == "split" else "experts"
+    stopped = replicas(name)
+    for replica in stopped:
+        os.kill(replica, signal.SIGSTOP)
+    try:
+        (answer,) = in_session(health)
+        assert answer.status == 503
+    finally:
+        for replica in stopped:
+            os.kill(replica, signal.SIGCONT)
+    until(lambda: in_session(health)[0].status == 200, "healthy again")
+
+
+def test_other_weights_replace_the_old_without_a_failed_request(
+    endpoint: Endpoint, small_config: ModelConfig, cases: list[Case], tmp_path: Path
+) -> None:
+    """In place and under load, and back: each answer is of one model or the other."""
+    experts = [model.state_dict() for model in random_experts(small_config, 8)[4:]]
+    save(tmp_path, small_config, experts, {}, torch.float32)
+    old, new = cases, answered_by(tmp_path)
+
+    async def rollout(session: aiohttp.ClientSession, config: ServeConfig) -> list[Answer]:
+        answers = await crowd(session, endpoint, cases, len(cases))
+        deploying = asyncio.create_task(asyncio.to_thread(serve.run, build_app(config)))
+        while not deploying.done():
+            answers += await crowd(session, endpoint, cases, len(cases))
+        await deploying
+        return answers
+
+    for config, before, after in (
+        (config_of(tmp_path, endpoint.config.layout), old, new),
+        (endpoint.config, new, old),
+    ):
+        answers = in_session(lambda session, config=config: rollout(session, config))
+        told = [of_which(answer, before[n % 12], after[n % 12]) for n, answer in enumerate(answers)]
+        assert told[:12] == ["before"] * 12
+        check(
+            in_session(lambda session, after=after: crowd(session, endpoint, after, 12)),
+            after,
+        )
+
+
+def of_which(answer: Answer, before: Case, after: Case) -> str:
+    assert answer.status == 200, answer.body
+    pixels = pixels_of(answer.body)
+    for name, case in {"before": before, "after": after}.items():
+        if np.abs(pixels - case.pixels).max() <= 1:
+            return name
+    raise AssertionError("a picture of neither model")
 
 
 def test_replicas_follow_the_steps() -> None:
@@ -261,4 +371,6 @@ def test_counts_of_replicas_must_fit(small_config: ModelConfig) -> None:
         ServeConfig.parse(replicas=0)
     with pytest.raises(OptionError, match="one number"):
         ServeConfig.parse(layout="together", replicas=(1, 1, 1, 1))
+    with pytest.raises(OptionError, match="texture starts with 2"):
+        build_app(ServeConfig(replicas=(1, 1, 2, 1), most_replicas=1))
     assert ServeConfig(layout="together", replicas=3).groups(small_config) == [((0, 1, 2, 3), 3)]

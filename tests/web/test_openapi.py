@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,12 @@ def test_the_document_names_what_clients_must_handle(small: Upscaler) -> None:
 
 
 def test_docs(small: Upscaler) -> None:
-    answer = TestClient(create_app(Local(small), Limits())).get("/docs")
+    """They need nothing from outside."""
+    client = TestClient(create_app(Local(small), Limits()))
+    answer = client.get("/docs")
     assert answer.headers["Content-Type"].startswith("text/html")
     assert "/openapi.json" in answer.text and "LinearSR" in answer.text
+    assert "https:" not in answer.text
+    scripts = re.findall(r"(?:src|href)=\"([^\"]+)\"", answer.text)
+    assert len(scripts) >= 2
+    assert {client.get(script).status_code for script in scripts} == {200}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from statistics import median
 from typing import Any
 
 import ray
@@ -16,18 +20,21 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from linearsr.cluster.serve.again import cause, resends
 from linearsr.cluster.serve.config import INGRESS_CPUS, ServeConfig, learned
 from linearsr.cluster.serve.experts import Experts
 from linearsr.cluster.serve.finisher import Finisher
-from linearsr.cluster.serve.router import Router, cause, resends
+from linearsr.cluster.serve.router import Router
 from linearsr.cluster.weights import absolute, read_config
 from linearsr.config import ModelConfig
+from linearsr.errors import OptionError
 from linearsr.web.api import create_app
 from linearsr.web.service import Events, Full, ModelInfo, NotReady, Request, model_info
 from linearsr.weights import expert_names
 
 # Pages, refusals and health are answered while uploads wait.
 INGRESS_REQUESTS = 1000
+# Who finds no room is told what requests took of late: this long until there was one.
 RETRY_AFTER_SECONDS = 2
 TOKEN = "LINEARSR_TOKEN"
 # A part that does not answer by then counts as gone.
@@ -55,7 +62,7 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     if token := os.environ.get(TOKEN):  # set where this is called, needed where the ingress runs
         common["ray_actor_options"]["runtime_env"]["env_vars"][TOKEN] = token
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        **{**common, "max_ongoing_requests": INGRESS_REQUESTS}
+        **{**common, "max_ongoing_requests": INGRESS_REQUESTS}, num_replicas=config.ingresses
     )
     parts = [*experts, *([finisher] if finisher else [])]
     return ingress.bind(config, model_info(model), bound, parts)
@@ -65,19 +72,22 @@ def _experts(
     config: ServeConfig, model: ModelConfig, which: tuple[int, ...], replicas: int
 ) -> Application:
     names = expert_names(model)
+    name = names[which[0]] if len(which) == 1 else "experts"
     options = _common(config, config.expert_cpus, config.expert_gpus)
     if config.most_replicas is None:
         options["num_replicas"] = replicas
     else:
+        if config.most_replicas < replicas:
+            raise OptionError(
+                f"most_replicas is {config.most_replicas}, but {name} starts with {replicas}; "
+                "raise it, or lower replicas"
+            )
         options["autoscaling_config"] = AutoscalingConfig(
             min_replicas=replicas,
-            max_replicas=max(replicas, config.most_replicas),
+            max_replicas=config.most_replicas,
             target_ongoing_requests=config.batch,
         )
-    deployment = serve.deployment(Experts).options(
-        name=names[which[0]] if len(which) == 1 else "experts", **options
-    )
-    return deployment.bind(config, which)
+    return serve.deployment(Experts).options(name=name, **options).bind(config, which)
 
 
 def _finisher(config: ServeConfig) -> Application:
@@ -94,6 +104,7 @@ def _common(config: ServeConfig, cpus: float, gpus: float = 0.0) -> dict[str, An
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": environment},
         # All that the routers have at work may be at one expert.
         "max_ongoing_requests": 2 * config.places * config.routers,
+        "max_surge_percent": config.surge,
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": config.drain_seconds,
         "logging_config": LoggingConfig(encoding="JSON"),
@@ -117,6 +128,10 @@ class Ingress:
         """What Serve puts behind its proxy."""
         return create_app(self.fleet, self.limits, os.environ.get(TOKEN) or None)
 
+    async def drain(self) -> None:
+        """Take in no more, and return when what is under way has ended."""
+        await self.fleet.drain()
+
 
 class Fleet:
     """A `linearsr.web.service.Service` by a router's handle."""
@@ -132,6 +147,10 @@ class Fleet:
         self.router = router
         self.parts = parts
         self.attempts = attempts
+        self.under_way = 0
+        self.ending = False
+        self.all_ended = asyncio.Condition()
+        self.took: deque[float] = deque(maxlen=32)
 
     def models(self) -> list[ModelInfo]:
         """The one that is served."""
@@ -142,6 +161,7 @@ class Fleet:
 
         They are asked directly: with the router the question would wait for a place.
         """
+        self._check_open()
         calls = (part.ready.remote() for part in self.parts)
         try:
             await asyncio.wait_for(asyncio.gather(*calls), READY_SECONDS)
@@ -150,11 +170,30 @@ class Fleet:
 
     async def upscale(self, request: Request) -> Events:
         """Progress, then the result; from the start again when the router died."""
-        async for attempt in resends(self.attempts):
-            with attempt:
-                async with aclosing(self._events(request)) as events:
-                    async for event in events:
-                        yield event
+        self._check_open()
+        began = time.perf_counter()
+        self.under_way += 1
+        try:
+            async for attempt in resends(self.attempts):
+                with attempt:
+                    async with aclosing(self._events(request)) as events:
+                        async for event in events:
+                            yield event
+            self.took.append(time.perf_counter() - began)
+        finally:
+            self.under_way -= 1
+            async with self.all_ended:
+                self.all_ended.notify_all()
+
+    async def drain(self) -> None:
+        """Take in no more, and return when what is under way has ended."""
+        self.ending = True
+        async with self.all_ended:
+            await self.all_ended.wait_for(lambda: not self.under_way)
+
+    def _check_open(self) -> None:
+        if self.ending:
+            raise NotReady("the endpoint is ending; ask another one, or later")
 
     async def _events(self, request: Request) -> Events:
         events = self.router.upscale.options(stream=True).remote(request)
@@ -162,7 +201,8 @@ class Fleet:
             async for event in events:
                 yield event
         except BackPressureError:
-            raise Full(RETRY_AFTER_SECONDS) from None
+            took = median(self.took) if self.took else RETRY_AFTER_SECONDS
+            raise Full(math.ceil(took)) from None
         except (ray.exceptions.RayError, RayServeException) as error:
             raise cause(error) from error
         except (GeneratorExit, asyncio.CancelledError):

@@ -40,12 +40,16 @@ class ServeConfig(Config):
     # How long a work waits for others to join it. Those that come while the expert is busy wait
     # for it anyway.
     batch_wait: float = Field(default=0.0, ge=0)
+    ingresses: int = Field(default=1, ge=1)
     routers: int = Field(default=1, ge=1)
     router_cpus: float = Field(default=1.0, gt=0)
     places: int = Field(default=16, ge=1)
     waiting: int = Field(default=16, ge=0)
     # How often a request whose replica died is sent again.
     attempts: int = Field(default=5, ge=1)
+    # Replicas that may start beside those they replace, in percent: it takes as much room, without
+    # which the old ones go on. With 0 the old ones end first, a fifth at a time.
+    surge: int = Field(default=0, ge=0, le=100)
     # What requests under way are given to end when a replica is replaced.
     drain_seconds: float = Field(default=60.0, gt=0)
     limits: Limits = Limits()
@@ -62,7 +66,8 @@ class ServeConfig(Config):
     def reserved(self, model: ModelConfig) -> tuple[float, float]:
         """Logical CPUs and GPUs that it all takes to start."""
         replicas = sum(count for _, count in self.groups(model)) + learned(model)
-        cpus = replicas * self.expert_cpus + self.routers * self.router_cpus + INGRESS_CPUS
+        cpus = replicas * self.expert_cpus + self.routers * self.router_cpus
+        cpus += self.ingresses * INGRESS_CPUS
         return cpus, replicas * self.expert_gpus
 
     def groups(self, model: ModelConfig) -> list[tuple[tuple[int, ...], int]]:

@@ -11,9 +11,10 @@ import torch
 from ray import serve
 from ray.serve import metrics
 
+from linearsr.cluster.serve.again import Replaced
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.weights import load_upscaler
-from linearsr.config import Options
+from linearsr.config import ModelConfig, Options
 from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
 from linearsr.noise.experts import Segment, ranges
@@ -27,25 +28,32 @@ class Passed:
     """A work on its way from expert to expert, and the milliseconds it has spent."""
 
     work: Work
+    # What the router planned for, and the weights that the first expert had.
+    config: ModelConfig
+    weights: str | None = None
     queue: float = 0.0
     # By the experts' names.
     denoise: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Item:
     passed: Passed
     segment: Segment
     came: float
+    wanted: bool = True
 
 
 class Experts:
     """A replica with some experts of a model; it knows the steps it is told, not the plan."""
 
     def __init__(self, config: ServeConfig, which: tuple[int, ...]) -> None:
+        self.weights = config.model
         self.upscaler = load_upscaler(config.model, config.device, only=which)
+        self.forwards = 0
         for expert in which:
             self_check(self.upscaler, expert)
+            self.upscaler.experts[expert].register_forward_hook(self._count)
         # Always the same one: each thread that computes would start a team of OpenMP's of its own.
         self.thread = ThreadPoolExecutor(1)
         # One queue for each expert and replica: as a decorator there would be one for the class.
@@ -53,16 +61,27 @@ class Experts:
         self.queues = {expert: queue(self._denoise) for expert in which}
         keys = ("expert",)
         about = {"boundaries": MILLISECONDS, "tag_keys": keys}
-        self.waited = metrics.Histogram("linearsr_queue_ms", "before a batch", **about)
-        self.stepped = metrics.Histogram("linearsr_step_ms", "one step of a batch", **about)
+        self.waited = metrics.Histogram("linearsr_queue_ms", "waited for a batch", **about)
+        self.stepped = metrics.Histogram(
+            "linearsr_step_ms", "a forward of a batch, on average", **about
+        )
         self.sizes = metrics.Histogram(
             "linearsr_batch_size", "works", boundaries=[1, 2, 4, 8, 16, 32, 64], tag_keys=keys
         )
 
     async def denoise(self, passed: Passed, segment: Segment) -> Passed:
-        """The work after the steps of one of this replica's experts."""
+        """The work after the steps of one of this replica's experts.
+
+        Raises Replaced for a work that was begun with other weights.
+        """
+        if passed.config != self.upscaler.config or passed.weights not in (None, self.weights):
+            raise Replaced("its replicas are being replaced by another model's")
         item = _Item(passed, segment, time.perf_counter())
-        result: Passed | Exception = await self.queues[segment.expert](item)
+        try:
+            result: Passed | Exception = await self.queues[segment.expert](item)
+        except asyncio.CancelledError:
+            item.wanted = False
+            raise
         if isinstance(result, Exception):
             raise result
         return result
@@ -84,23 +103,26 @@ class Experts:
         return [(await self._denoise([item]))[0] for item in items]
 
     def _together(self, items: list[_Item]) -> list[Passed | Exception]:
-        began = time.perf_counter()
+        began, self.forwards = time.perf_counter(), 0
         batch = [(item.passed.work, item.segment) for item in items]
-        works = self.upscaler.denoise_batch(batch)
+        works = self.upscaler.denoise_batch(batch, wanted=lambda i: items[i].wanted)
         took = 1000 * (time.perf_counter() - began)
         name = self.upscaler.expert_name(items[0].segment.expert)
-        counts = {(work.latents[0].shape, s.stop - s.start) for work, s in batch}
-        steps = sum(count for _, count in counts)  # of works that go through apart
         tags = {"expert": name}
         self.sizes.observe(len(items), tags)
-        self.stepped.observe(took / steps, tags)
+        if self.forwards:
+            self.stepped.observe(took / self.forwards, tags)
         told: list[Passed | Exception] = []
         for item, work in zip(items, works, strict=True):
             waited = 1000 * (began - item.came)
             self.waited.observe(waited, tags)
             spent = {**item.passed.denoise, name: took}
-            told.append(Passed(work, item.passed.queue + waited, spent))
+            queue = item.passed.queue + waited
+            told.append(Passed(work, item.passed.config, self.weights, queue, spent))
         return told
+
+    def _count(self, *_: object) -> None:
+        self.forwards += 1
 
 
 def self_check(upscaler: Upscaler, expert: int) -> None:

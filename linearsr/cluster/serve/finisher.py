@@ -20,6 +20,7 @@ class Finisher:
 
     def __init__(self, config: ServeConfig, device: str) -> None:
         self.upscaler = load_upscaler(config.model, device, only=())
+        _ = self.upscaler.autoencoder  # loaded before this is ready
 
     async def finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
         """The picture of the latents that the last expert passed on."""

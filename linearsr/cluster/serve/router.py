@@ -19,35 +19,18 @@ from typing import Any, TypeVar
 import ray
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_random_exponential,
-)
 
+from linearsr.cluster.serve.again import Again, cause, resends
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.serve.experts import Passed
 from linearsr.cluster.serve.finisher import Finisher
+from linearsr.cluster.weights import load_upscaler
 from linearsr.config import FileOptions
-from linearsr.errors import LinearSRError
 from linearsr.imaging.files import read
 from linearsr.upscaler import Job, OutOfMemory
 from linearsr.web.service import Events, NotReady, Progress, Request, Result
 
-# What a process or a machine that died looks like from here.
-DIED = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.NodeDiedError,
-)
-
 Value = TypeVar("Value")
-
-
-class Died(LinearSRError):
-    """A process or machine died with a request in hand: it may be sent again."""
 
 
 class Router:
@@ -64,8 +47,9 @@ class Router:
         finisher: DeploymentHandle | None,
     ) -> None:
         self.config = config
-        self.local = Finisher(config, "cpu")  # no GPU is reserved here
-        self.upscaler = self.local.upscaler
+        # No GPU is reserved here.
+        self.upscaler = load_upscaler(config.model, "cpu", only=())
+        self.local = Finisher(config, "cpu") if finisher is None else None
         self.experts = {e: handle for of, handle in zip(groups, experts, strict=True) for e in of}
         self.finisher = finisher
         self.threads = ThreadPoolExecutor(config.places)
@@ -76,8 +60,8 @@ class Router:
             async with aclosing(self._upscale(request)) as events:
                 async for event in events:
                     yield event
-        except Died as error:
-            raise NotReady("experts died with it, again and again; try again later") from error
+        except Again as error:
+            raise NotReady(f"{error}, again and again; try again later") from error
 
     async def _upscale(self, request: Request) -> Events:
         began = time.perf_counter()
@@ -96,7 +80,7 @@ class Router:
         raise OutOfMemory("the experts' memory did not suffice; try a smaller picture or tile")
 
     async def _attempts(self, job: Job, request: Request) -> Events:
-        """Sent again from the start when someone died on the way: the same seed, the same result.
+        """Sent again from the start when it failed on the way by no fault of its own.
 
         While there is no replica at all, Serve keeps what is sent until there is one.
         """
@@ -115,7 +99,7 @@ class Router:
         """One call for each segment, all at once: each waits for the one before it by itself."""
         responses: list[DeploymentResponse] = []
         for segment in job.segments:
-            passed = responses[-1] if responses else Passed(job.work())
+            passed = responses[-1] if responses else Passed(job.work(), self.upscaler.config)
             responses.append(self.experts[segment.expert].denoise.remote(passed, segment))
         return responses
 
@@ -135,8 +119,9 @@ class Router:
 
     async def _finished(self, job: Job, last: DeploymentResponse, files: FileOptions) -> Result:
         try:
-            if self.finisher is None:
+            if self.local is not None:
                 return await self.local.finish(job, await last, files)
+            assert self.finisher is not None
             result: Result = await self.finisher.finish.remote(job, last, files)
             return result
         except (ray.exceptions.RayError, RayServeException) as error:
@@ -146,28 +131,3 @@ class Router:
         """`work` in a thread: others' requests are answered meanwhile."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, lambda: work(*given, **named))
-
-
-def cause(error: BaseException) -> Exception:
-    """What was raised in another process, or Died: without Ray's wrappings, some of which cannot
-    be sent on.
-    """
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, DIED):
-            return Died("a machine died with the request in hand")
-        wrapped = inner.cause if isinstance(inner, ray.exceptions.RayTaskError) else None
-        if wrapped is None and isinstance(inner, LinearSRError):
-            return inner
-        inner = wrapped or inner.__cause__
-    return error if isinstance(error, Exception) else RuntimeError(repr(error))
-
-
-def resends(attempts: int) -> AsyncRetrying:
-    """Attempts at what fails because a process or machine died, and for no other reason."""
-    return AsyncRetrying(
-        retry=retry_if_exception_type(Died),
-        stop=stop_after_attempt(attempts),
-        wait=wait_random_exponential(0.1, max=2),
-        reraise=True,
-    )

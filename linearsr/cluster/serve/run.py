@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -11,12 +12,15 @@ import threading
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from linearsr.cluster.room import check_room
 from linearsr.cluster.serve.app import build_app
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.weights import read_config
 from linearsr.errors import LinearSRError, OptionError, one_line
+
+APPLICATION = "linearsr"
 
 
 def run(config: ServeConfig, host: str, port: int) -> None:
@@ -40,14 +44,24 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(app)
+        serve.run(app, name=APPLICATION)
     except RuntimeError as error:
         raise LinearSRError(f"the endpoint did not come up: {one_line(error)}") from error
     print(f"LinearSR serves {model.name} at http://{host}:{port}/  (Ctrl-C ends it)", flush=True)
     stop.wait()
-    print("ending", flush=True)
-    serve.shutdown()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    print("ending when requests under way have; again Ctrl-C ends them", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        _drain(config.drain_seconds)
     ray.shutdown()
+
+
+def _drain(seconds: float) -> None:
+    """Wait for requests under way, then take the endpoint down; other applications stay."""
+    with contextlib.suppress(TimeoutError, RayServeException, ray.exceptions.RayError):
+        serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=seconds)
+    serve.delete(APPLICATION)  # which waits until the last bytes are with the proxy
 
 
 def _check_port(host: str, port: int) -> None:
