@@ -106,7 +106,8 @@ def _common(config: ServeConfig, cpus: float, gpus: float = 0.0) -> dict[str, An
         "max_ongoing_requests": 2 * config.places * config.routers,
         "max_surge_percent": config.surge,
         "health_check_period_s": 2,
-        "graceful_shutdown_timeout_s": config.drain_seconds,
+        # No request takes longer: one may wait in a replica that ends for others that begin.
+        "graceful_shutdown_timeout_s": config.limits.seconds,
         "logging_config": LoggingConfig(encoding="JSON"),
     }
 

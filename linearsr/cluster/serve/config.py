@@ -50,8 +50,6 @@ class ServeConfig(Config):
     # Replicas that may start beside those they replace, in percent: it takes as much room, without
     # which the old ones go on. With 0 the old ones end first, a fifth at a time.
     surge: int = Field(default=0, ge=0, le=100)
-    # What requests under way are given to end when a replica is replaced.
-    drain_seconds: float = Field(default=60.0, gt=0)
     limits: Limits = Limits()
 
     @model_validator(mode="after")

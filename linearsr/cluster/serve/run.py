@@ -53,7 +53,7 @@ def run(config: ServeConfig, host: str, port: int) -> None:
         signal.signal(number, signal.default_int_handler)
     print("ending when requests under way have; again Ctrl-C ends them", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        _drain(config.drain_seconds)
+        _drain(config.limits.seconds)
     ray.shutdown()
 
 
