@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr import __version__, weights
-from linearsr.config import Options
+from linearsr.config import Options, Solver
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
@@ -35,7 +35,7 @@ from linearsr.imaging.resample import resize
 from linearsr.imaging.tiles import Canvas, Tile, tile_grid
 from linearsr.latent import load_autoencoder
 from linearsr.noise.experts import Segment, plan
-from linearsr.noise.sampler import euler, schedule
+from linearsr.noise.sampler import Walk, looks_back, sample, schedule
 from linearsr.tags.encoder import tag_encoder
 from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 
@@ -83,6 +83,8 @@ class Work:
     latents: one (1, C, th, tw) per tile, at `timesteps[start of the next segment]`.
     timesteps: steps + 1 of them, from 1 to 0.
     tags: (1, T, tag_dim) embeddings, so that who denoises needs no encoder; None without tags.
+    previous: as `latents`, what a solver of second order saw at the step before; empty where the
+        next step does not look back.
     """
 
     lr: Tensor
@@ -90,6 +92,8 @@ class Work:
     latents: tuple[Tensor, ...]
     timesteps: tuple[float, ...]
     tags: Tensor | None = None
+    solver: Solver = "euler"
+    previous: tuple[Tensor, ...] = ()
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -213,8 +217,10 @@ class Upscaler:
         """
         asked = options.model_dump(exclude_defaults=True, exclude={"tags"})
         size = {} if options.width or options.height else {"scale": options.scale}
-        steps = options.steps or self.config.sampling.steps
-        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "seed": options.seed}
+        sampling = self.config.sampling
+        steps, solver = options.steps or sampling.steps, options.solver or sampling.solver
+        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "solver": solver}
+        chosen["seed"] = options.seed
         if options.tags:
             chosen["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
         return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in chosen.items()}}
@@ -242,6 +248,7 @@ class Upscaler:
             timesteps=tuple(timesteps),
             segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
             tags=self._encoded(options),
+            solver=options.solver or sampling.solver,
         )
 
     def _encoded(self, options: Options) -> Tensor | None:
@@ -287,20 +294,17 @@ class Upscaler:
         (expert,) = experts
         if cells is None:
             cells = CPU_BATCH if self.device.type == "cpu" else AUTO_TILE**2
-        finished: list[list[Tensor]] = [[] for _ in batch]
+        finished: list[list[Walk]] = [[] for _ in batch]
         with self._turn:
             for number in range(max(len(work.tiles) for work, _ in batch)):
                 places = [_Place(i, *of, number) for i, of in enumerate(batch)]
                 for group in _side_by_side((p for p in places if p.is_there), cells):
-                    for place, latent in zip(group, self._denoised(expert, group), strict=True):
-                        finished[place.owner].append(latent)
-        return [
-            dataclasses.replace(work, latents=tuple(latents))
-            for (work, _), latents in zip(batch, finished, strict=True)
-        ]
+                    for place, walk in zip(group, self._denoised(expert, group), strict=True):
+                        finished[place.owner].append(walk)
+        return [_moved(*of, walks) for of, walks in zip(batch, finished, strict=True)]
 
-    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Tensor]:
-        """The group's latents after their steps, each (1, C, th, tw), on the CPU."""
+    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Walk]:
+        """Where each of the group is after its steps, tensors (1, C, th, tw) on the CPU."""
         model = self.experts[expert]
         if model.embed.weight.is_meta:
             raise WeightsError(f"the expert {self.expert_name(expert)} is not loaded here")
@@ -310,12 +314,20 @@ class Upscaler:
         tags = [p.work.tags for p in group if p.work.tags is not None]
         known = torch.cat(tags).to(self.device, dtype) if tags else None
         condition = model.condition(lr_pictures.to(dtype), joined, known)
-        latents = torch.cat([p.latent for p in group]).to(self.device)
-        latents = latents.contiguous(memory_format=torch.channels_last)
         timesteps = torch.tensor([p.timesteps for p in group]).T
-        done = euler(lambda z, t: model(z, t, condition), latents, timesteps).cpu()
-        # Copies, so that one that is sent elsewhere does not take its neighbours along.
-        return [latent.clone() for latent in done.split(1)]
+        walk = self._joined([p.walk for p in group])
+        solver, start = group[0].work.solver, group[0].behind
+        return _split(sample(solver, lambda z, t: model(z, t, condition), walk, timesteps, start))
+
+    def _joined(self, walks: Sequence[Walk]) -> Walk:
+        """Several as one, on the device; all of them look back, or none."""
+        latent = self._together([walk.latent for walk in walks])
+        previous = [walk.previous for walk in walks if walk.previous is not None]
+        return Walk(latent, self._together(previous) if previous else None)
+
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(parts)).to(self.device)
+        return joined.contiguous(memory_format=torch.channels_last)
 
     def _upsampled(self, lr: Tensor, tile: Tile) -> Tensor:
         """The bicubic picture under one tile, equal to that part of the whole bicubic picture."""
@@ -369,15 +381,43 @@ class _Place(NamedTuple):
         return self.work.latents[self.number]
 
     @property
+    def walk(self) -> Walk:
+        """Where it has come to."""
+        previous = self.work.previous[self.number] if self.work.previous else None
+        return Walk(self.latent, previous)
+
+    @property
+    def behind(self) -> int:
+        """How many steps before the segment its solver looks back on."""
+        return 1 if self.work.previous else 0
+
+    @property
     def timesteps(self) -> tuple[float, ...]:
-        """Of the segment alone: where each step starts, and where the last one ends."""
-        return self.work.timesteps[self.segment.start : self.segment.stop + 1]
+        """Where each step starts, those `behind` first, and where the last one ends."""
+        return self.work.timesteps[self.segment.start - self.behind : self.segment.stop + 1]
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What those must share that go through the model together."""
         tags = None if self.work.tags is None else self.work.tags.shape
-        return self.latent.shape, tags, len(self.timesteps)
+        return self.latent.shape, tags, len(self.timesteps), self.work.solver, self.behind
+
+
+def _split(walk: Walk) -> list[Walk]:
+    """Of each work alone, on the CPU: copies, so that none that is sent takes others along."""
+    latents = [latent.clone() for latent in walk.latent.cpu().split(1)]
+    if walk.previous is None:
+        return [Walk(latent) for latent in latents]
+    previous = (seen.clone() for seen in walk.previous.cpu().split(1))
+    return list(map(Walk, latents, previous))
+
+
+def _moved(work: AnyWork, segment: Segment, walks: Sequence[Walk]) -> AnyWork:
+    """The work after its segment; what was seen last goes along only if it is needed."""
+    needed = looks_back(work.solver, work.timesteps, segment.stop)
+    previous = (walk.previous for walk in walks if needed and walk.previous is not None)
+    latents = tuple(walk.latent for walk in walks)
+    return dataclasses.replace(work, latents=latents, previous=tuple(previous))
 
 
 def _side_by_side(places: Iterable[_Place], cells: int) -> Iterator[Sequence[_Place]]:

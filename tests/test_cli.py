@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +49,16 @@ def test_one_file(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no
     assert provenance is not None
     assert provenance["model"] == "small" and provenance["seed"] == "0"
     assert provenance["steps"] == "1" and provenance["scale"] == "4"
+
+
+def test_the_solver_is_used_and_told(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for solver in ("euler", "dpm", "adams"):
+        asked = ("--steps", 4, "--solver", solver)
+        assert run(photos / "a.png", "-o", tmp_path / f"{solver}.png", *asked)[0] == 0
+        provenance = read_provenance(tmp_path / f"{solver}.png")
+        assert provenance is not None and provenance["solver"] == solver
+    made = [np.asarray(Image.open(tmp_path / f"{s}.png")) for s in ("euler", "dpm", "adams")]
+    assert not any(np.array_equal(a, b) for a, b in combinations(made, 2))
 
 
 def test_a_folder_keeps_its_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -89,8 +89,8 @@ class Experts:
         works = self.upscaler.denoise_batch(batch)
         took = 1000 * (time.perf_counter() - began)
         name = self.upscaler.expert_name(items[0].segment.expert)
-        counts = {(work.latents[0].shape, s.stop - s.start) for work, s in batch}
-        steps = sum(count for _, count in counts)  # of works that go through apart
+        apart = {(w.latents[0].shape, w.solver, not w.previous, s.stop - s.start) for w, s in batch}
+        steps = sum(count for *_, count in apart)
         tags = {"expert": name}
         self.sizes.observe(len(items), tags)
         self.stepped.observe(took / steps, tags)
