@@ -89,7 +89,7 @@ def sample(
     latent, previous = walk
     t = torch.as_tensor(timesteps)
     t = t if t.ndim == 2 else t[:, None].expand(-1, latent.shape[0])
-    weights = _weights(solver, t).to(latent)
+    weights = _weights(solver, t).to(latent.dtype).to(latent.device)
     t = t.to(latent.device)
     for i in range(start, stop):
         v = denoise(latent, t[i])
