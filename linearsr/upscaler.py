@@ -301,7 +301,7 @@ class Upscaler:
                 for group in _side_by_side((p for p in places if p.is_there), cells):
                     for place, walk in zip(group, self._denoised(expert, group), strict=True):
                         finished[place.owner].append(walk)
-        return [_moved(*of, walks) for of, walks in zip(batch, finished, strict=True)]
+        return [_moved(work, walks) for (work, _), walks in zip(batch, finished, strict=True)]
 
     def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Walk]:
         """Where each of the group is after its steps, tensors (1, C, th, tw) on the CPU."""
@@ -317,7 +317,8 @@ class Upscaler:
         timesteps = torch.tensor([p.timesteps for p in group]).T
         walk = self._joined([p.walk for p in group])
         solver, start = group[0].work.solver, group[0].behind
-        return _split(sample(solver, lambda z, t: model(z, t, condition), walk, timesteps, start))
+        done = sample(solver, lambda z, t: model(z, t, condition), walk, timesteps, start)
+        return _split(done, group)
 
     def _joined(self, walks: Sequence[Walk]) -> Walk:
         """Several as one, on the device; all of them look back, or none."""
@@ -392,6 +393,11 @@ class _Place(NamedTuple):
         return 1 if self.work.previous else 0
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the step after the segment looks back on its last one."""
+        return looks_back(self.work.solver, self.work.timesteps, self.segment.stop)
+
+    @property
     def timesteps(self) -> tuple[float, ...]:
         """Where each step starts, those `behind` first, and where the last one ends."""
         return self.work.timesteps[self.segment.start - self.behind : self.segment.stop + 1]
@@ -403,21 +409,25 @@ class _Place(NamedTuple):
         return self.latent.shape, tags, len(self.timesteps), self.work.solver, self.behind
 
 
-def _split(walk: Walk) -> list[Walk]:
-    """Of each work alone, on the CPU: copies, so that none that is sent takes others along."""
+def _split(walk: Walk, group: Sequence[_Place]) -> list[Walk]:
+    """Of each work alone, on the CPU, with what was seen last only where it is needed again.
+
+    Copies, so that one that is sent elsewhere does not take its neighbours along.
+    """
     latents = [latent.clone() for latent in walk.latent.cpu().split(1)]
     if walk.previous is None:
         return [Walk(latent) for latent in latents]
-    previous = (seen.clone() for seen in walk.previous.cpu().split(1))
-    return list(map(Walk, latents, previous))
+    previous = walk.previous.cpu().split(1)
+    return [
+        Walk(latent, seen.clone() if place.goes_on else None)
+        for latent, seen, place in zip(latents, previous, group, strict=True)
+    ]
 
 
-def _moved(work: AnyWork, segment: Segment, walks: Sequence[Walk]) -> AnyWork:
-    """The work after its segment; what was seen last goes along only if it is needed."""
-    needed = looks_back(work.solver, work.timesteps, segment.stop)
-    previous = (walk.previous for walk in walks if needed and walk.previous is not None)
-    latents = tuple(walk.latent for walk in walks)
-    return dataclasses.replace(work, latents=latents, previous=tuple(previous))
+def _moved(work: AnyWork, walks: Sequence[Walk]) -> AnyWork:
+    """The work after its segment."""
+    previous = tuple(walk.previous for walk in walks if walk.previous is not None)
+    return dataclasses.replace(work, latents=tuple(w.latent for w in walks), previous=previous)
 
 
 def _side_by_side(places: Iterable[_Place], cells: int) -> Iterator[Sequence[_Place]]:
