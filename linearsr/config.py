@@ -16,6 +16,8 @@ from typing_extensions import Self
 from linearsr.errors import OptionError
 
 Positive = Annotated[int, Field(gt=0)]
+# Ways from noise to picture: see `linearsr.noise.sampler`.
+Solver = Literal["euler", "dpm", "adams"]
 
 
 class Config(BaseModel):
@@ -104,9 +106,10 @@ class TagEncoderConfig(Config):
 
 
 class SamplingConfig(Config):
-    """How noise turns into a picture by default; a request may override `steps`."""
+    """How noise turns into a picture by default; a request may override `steps` and `solver`."""
 
     steps: int = Field(default=4, ge=1, le=50)
+    solver: Solver = "euler"
     flow_shift: float = Field(default=3.0, gt=0)
     # Timesteps between experts, ascending; the first expert (most noise) lies above the last.
     boundaries: tuple[float, ...] = (0.223, 0.875, 0.939)
@@ -155,6 +158,8 @@ class Options(Config):
     height: int | None = Field(default=None, ge=1, le=65535)
     # 1: closest to the truth (conditional mean). More: sharper, one plausible picture.
     steps: int | None = Field(default=None, ge=1, le=50)
+    # None: the model's own. "dpm" and "adams" come further in as many steps (docs/sampling.md).
+    solver: Solver | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
     # Objects in the picture, best first; text is split at commas. "auto" asks the default tagger.
     tags: Literal["auto"] | tuple[str, ...] = ()

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr import __version__, weights
-from linearsr.config import ModelConfig, Options
+from linearsr.config import ModelConfig, Options, Solver
 from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
@@ -36,7 +36,7 @@ from linearsr.imaging.resample import resize
 from linearsr.imaging.tiles import Canvas, Tile, tile_grid
 from linearsr.latent import Autoencoder, load_autoencoder
 from linearsr.noise.experts import Segment, plan
-from linearsr.noise.sampler import euler, schedule
+from linearsr.noise.sampler import Walk, looks_back, sample, schedule
 from linearsr.tags.encoder import tag_encoder
 from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 
@@ -87,6 +87,8 @@ class Work:
     latents: one (1, C, th, tw) per tile, at `timesteps[start of the next segment]`.
     timesteps: steps + 1 of them, from 1 to 0.
     tags: (1, T, tag_dim) embeddings, so that who denoises needs no encoder; None without tags.
+    previous: as `latents`, what a solver of second order saw at the step before; empty where the
+        next step does not look back.
     """
 
     lr: Tensor
@@ -94,6 +96,8 @@ class Work:
     latents: tuple[Tensor, ...]
     timesteps: tuple[float, ...]
     tags: Tensor | None = None
+    solver: Solver = "euler"
+    previous: tuple[Tensor, ...] = ()
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -223,8 +227,10 @@ class Upscaler:
         """
         asked = options.model_dump(exclude_defaults=True, exclude={"tags"})
         size = {} if options.width or options.height else {"scale": options.scale}
-        steps = options.steps or self.config.sampling.steps
-        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "seed": options.seed}
+        sampling = self.config.sampling
+        steps, solver = options.steps or sampling.steps, options.solver or sampling.solver
+        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "solver": solver}
+        chosen["seed"] = options.seed
         if options.tags:
             chosen["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
         return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in chosen.items()}}
@@ -252,6 +258,7 @@ class Upscaler:
             timesteps=tuple(timesteps),
             segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
             tags=self._encoded(options),
+            solver=options.solver or sampling.solver,
         )
 
     def _encoded(self, options: Options) -> Tensor | None:
@@ -301,20 +308,18 @@ class Upscaler:
         (expert,) = experts
         if cells is None:
             cells = CPU_BATCH if self.device.type == "cpu" else AUTO_TILE**2
-        finished: list[list[Tensor]] = [[] for _ in batch]
+        finished: list[list[Walk]] = [[] for _ in batch]
         with self._turn:
             tags = [self._tag_keys(expert, work) for work, _ in batch]
             for number in range(max(len(work.tiles) for work, _ in batch)):
                 places = (_Place(i, *of, number, tags[i]) for i, of in enumerate(batch))
                 here = (p for p in places if p.is_there and wanted(p.owner))
                 for group in _side_by_side(here, cells):
-                    for place, latent in zip(group, self._denoised(expert, group), strict=True):
-                        finished[place.owner].append(latent)
+                    for place, walk in zip(group, self._denoised(expert, group), strict=True):
+                        finished[place.owner].append(walk)
         return [
-            dataclasses.replace(work, latents=tuple(latents))
-            if len(latents) == len(work.tiles)
-            else work
-            for (work, _), latents in zip(batch, finished, strict=True)
+            _moved(work, walks) if len(walks) == len(work.tiles) else work
+            for (work, _), walks in zip(batch, finished, strict=True)
         ]
 
     def _tag_keys(self, expert: int, work: Work) -> TagKeys | None:
@@ -330,19 +335,28 @@ class Upscaler:
             raise WeightsError(f"the expert {self.expert_name(expert)} is not loaded here")
         return model
 
-    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Tensor]:
-        """The group's latents after their steps, each (1, C, th, tw), on the CPU."""
+    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Walk]:
+        """Where each of the group is after its steps, tensors (1, C, th, tw) on the CPU."""
         model = self._expert(expert)
         lr_pictures = torch.cat([self._upsampled(p.work.lr, p.tile) for p in group])
         joined = self.autoencoder.condition(lr_pictures) if model.config.condition_latent else None
         condition = model.condition(lr_pictures.to(model.embed.weight.dtype), joined)
-        condition = condition._replace(tags=_joined([p.tags for p in group]))
-        latents = torch.cat([p.latent for p in group]).to(self.device)
-        latents = latents.contiguous(memory_format=torch.channels_last)
+        condition = condition._replace(tags=_joined_tags([p.tags for p in group]))
         timesteps = torch.tensor([p.timesteps for p in group]).T
-        done = euler(lambda z, t: model(z, t, condition), latents, timesteps).cpu()
-        # Copies, so that one that is sent elsewhere does not take its neighbours along.
-        return [latent.clone() for latent in done.split(1)]
+        walk = self._joined([p.walk for p in group])
+        solver, start = group[0].work.solver, group[0].behind
+        done = sample(solver, lambda z, t: model(z, t, condition), walk, timesteps, start)
+        return _split(done, group)
+
+    def _joined(self, walks: Sequence[Walk]) -> Walk:
+        """Several as one, on the device; all of them look back, or none."""
+        latent = self._together([walk.latent for walk in walks])
+        previous = [walk.previous for walk in walks if walk.previous is not None]
+        return Walk(latent, self._together(previous) if previous else None)
+
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(parts)).to(self.device)
+        return joined.contiguous(memory_format=torch.channels_last)
 
     def _upsampled(self, lr: Tensor, tile: Tile) -> Tensor:
         """The bicubic picture under one tile, equal to that part of the whole bicubic picture."""
@@ -397,18 +411,55 @@ class _Place(NamedTuple):
         return self.work.latents[self.number]
 
     @property
+    def walk(self) -> Walk:
+        """Where it has come to."""
+        previous = self.work.previous[self.number] if self.work.previous else None
+        return Walk(self.latent, previous)
+
+    @property
+    def behind(self) -> int:
+        """How many steps before the segment its solver looks back on."""
+        return 1 if self.work.previous else 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the step after the segment looks back on its last one."""
+        return looks_back(self.work.solver, self.work.timesteps, self.segment.stop)
+
+    @property
     def timesteps(self) -> tuple[float, ...]:
-        """Of the segment alone: where each step starts, and where the last one ends."""
-        return self.work.timesteps[self.segment.start : self.segment.stop + 1]
+        """Where each step starts, those `behind` first, and where the last one ends."""
+        return self.work.timesteps[self.segment.start - self.behind : self.segment.stop + 1]
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What those must share that go through the model together."""
         tags = None if self.work.tags is None else self.work.tags.shape
-        return self.latent.shape, tags, len(self.timesteps)
+        return self.latent.shape, tags, len(self.timesteps), self.work.solver, self.behind
 
 
-def _joined(tags: Sequence[TagKeys | None]) -> TagKeys | None:
+def _split(walk: Walk, group: Sequence[_Place]) -> list[Walk]:
+    """Of each work alone, on the CPU, with what was seen last only where it is needed again.
+
+    Copies, so that one that is sent elsewhere does not take its neighbours along.
+    """
+    latents = [latent.clone() for latent in walk.latent.cpu().split(1)]
+    if walk.previous is None:
+        return [Walk(latent) for latent in latents]
+    previous = walk.previous.cpu().split(1)
+    return [
+        Walk(latent, seen.clone() if place.goes_on else None)
+        for latent, seen, place in zip(latents, previous, group, strict=True)
+    ]
+
+
+def _moved(work: AnyWork, walks: Sequence[Walk]) -> AnyWork:
+    """The work after its segment."""
+    previous = tuple(walk.previous for walk in walks if walk.previous is not None)
+    return dataclasses.replace(work, latents=tuple(w.latent for w in walks), previous=previous)
+
+
+def _joined_tags(tags: Sequence[TagKeys | None]) -> TagKeys | None:
     """Several works' keys and values along the batch; all have as many tags, or none has any."""
     known = [keys for keys in tags if keys is not None]
     if not known:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +49,16 @@ def test_one_file(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no
     assert provenance is not None
     assert provenance["model"] == "small" and provenance["seed"] == "0"
     assert provenance["steps"] == "1" and provenance["scale"] == "4"
+
+
+def test_the_solver_is_used_and_told(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for solver in ("euler", "dpm", "adams"):
+        asked = ("--steps", 4, "--solver", solver)
+        assert run(photos / "a.png", "-o", tmp_path / f"{solver}.png", *asked)[0] == 0
+        provenance = read_provenance(tmp_path / f"{solver}.png")
+        assert provenance is not None and provenance["solver"] == solver
+    made = [np.asarray(Image.open(tmp_path / f"{s}.png")) for s in ("euler", "dpm", "adams")]
+    assert not any(np.array_equal(a, b) for a, b in combinations(made, 2))
 
 
 def test_a_folder_keeps_its_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +120,7 @@ def test_running_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypa
     def exhausted(self: object, *_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.upscaler.Upscaler.prepare", exhausted)
+    monkeypatch.setattr("linearsr.upscaler.Upscaler._padded", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err

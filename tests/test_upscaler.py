@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from diffusers import AutoencoderDC
 from PIL import Image
 
-from linearsr import Options, Upscaler, upscaler
-from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
+from linearsr import Options, Upscaler, upscaler, weights
+from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, Solver
 from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
@@ -22,6 +23,8 @@ from linearsr.noise.experts import Segment
 from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.upscaler import Job
 from tests.conftest import random_experts
+
+SOLVERS: tuple[Solver | None, ...] = (None, "euler", "dpm", "adams")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +82,12 @@ def test_one_step_does_not_depend_on_the_seed(small: Upscaler, picture: Picture)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("solver", [None, "dpm", "adams"])
 @pytest.mark.parametrize("steps", [1, 4, 20])
-def test_stages_by_hand_equal_one_call(small: Upscaler, picture: Picture, steps: int) -> None:
-    options = Options(steps=steps)
+def test_stages_by_hand_equal_one_call(
+    small: Upscaler, picture: Picture, steps: int, solver: Solver | None
+) -> None:
+    options = Options(steps=steps, solver=solver)
     job = small.prepare(picture, options)
     experts = []
     for segment in job.segments:
@@ -131,6 +137,64 @@ def test_a_work_among_others_that_do_not_fit_gets_the_same_bits(
     for (job, segment), result in zip(batch, small.denoise_batch(batch, cells=1), strict=True):
         alone = small.denoise(job, segment)
         assert all(map(torch.equal, result.latents, alone.latents))
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm", "adams"])
+def test_by_any_solver_segments_give_the_bits_of_one_run(
+    small: Upscaler, picture: Picture, solver: Solver
+) -> None:
+    """The same expert each time; what it saw last travels with the work."""
+    job = small.prepare(picture, Options(steps=6, solver=solver), tile=20)
+    whole = small.denoise(job, Segment(1, 0, 6))
+    for first, last in pairwise((0, 1, 2, 4, 5, 6)):
+        job = small.denoise(job, Segment(1, first, last))
+    assert all(map(torch.equal, job.latents, whole.latents))
+
+
+def test_only_what_the_next_step_needs_travels(small: Upscaler, picture: Picture) -> None:
+    kept = {}
+    for solver in ("euler", "dpm", "adams"):
+        job = small.prepare(picture, Options(steps=5, solver=solver), tile=20)
+        kept[solver] = []
+        for step in range(5):
+            job = small.denoise(job, Segment(0, step, step + 1))
+            assert len(job.previous) in (0, len(job.tiles))
+            assert all(p.untyped_storage().nbytes() == p.nbytes for p in job.previous)
+            kept[solver].append(bool(job.previous))
+    assert kept == {
+        "euler": [False] * 5,
+        "dpm": [False, True, True, False, False],
+        "adams": [True, True, True, True, False],
+    }
+
+
+def test_side_by_side_solvers_do_not_mix(small_bundle: Path, picture: Picture) -> None:
+    """Works of every solver, some with a step behind them and some without, in one batch."""
+    small = Upscaler(weights.load(small_bundle, dtype=torch.float32))
+    jobs = [
+        small.prepare(picture, Options(seed=seed, steps=steps, solver=solver), tile=20)
+        for seed, (steps, solver) in enumerate(
+            [(6, "euler"), (6, "dpm"), (6, "adams"), (6, "adams"), (7, "dpm"), (6, "dpm")]
+        )
+    ]
+    begun = [small.denoise(job, Segment(0, 0, 2)) for job in jobs[:5]] + [jobs[5]]
+    batch = [(job, Segment(1, 2, 5)) for job in begun[:5]] + [(begun[5], Segment(1, 0, 4))]
+    assert [bool(job.previous) for job in begun] == [False, True, True, True, True, False]
+    for (job, segment), result in zip(batch, small.denoise_batch(batch), strict=True):
+        alone = small.denoise(job, segment)
+        assert len(result.previous) == len(alone.previous)
+        ours, theirs = (of.latents + of.previous for of in (result, alone))
+        for tensor, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=0)
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_the_solver_is_the_models_own_unless_asked_for(small: Upscaler, picture: Picture) -> None:
+    by = {s: small.upscale(picture, Options(steps=5, solver=s)).pixels for s in SOLVERS}
+    assert torch.equal(by[None], by["euler"])
+    assert not torch.equal(by["dpm"], by["euler"]) and not torch.equal(by["adams"], by["dpm"])
+    assert small.describe(Options())["solver"] == "euler"
+    assert small.describe(Options(solver="dpm"))["solver"] == "dpm"
 
 
 def test_a_batch_is_one_experts(small: Upscaler, picture: Picture) -> None:
@@ -326,6 +390,7 @@ def _limit_memory(
         {"tile": "big"},
         {"tile": 0},
         {"colour_fix": "magic"},
+        {"solver": "magic"},
         {"width": 0},
         {"unknown": 1},
     ],

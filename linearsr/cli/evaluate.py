@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     List = Callable[..., Mapping[str, Source]]
     Read = Callable[[Source], bytes]
 
-FIELDS = ("hr", "lr", "steps", "metrics", "scale", "seed", "every", "rank", "examples")
+FIELDS = ("hr", "lr", "steps", "solvers", "metrics", "scale", "seed", "every", "rank", "examples")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +56,13 @@ def add_options(add: argparse.ArgumentParser) -> None:
         help="bundled models or folders of weights; default linearsr-tiny, none with results",
     )
     add.add_argument("--steps", nargs="+", type=int, default=[1, 4], help="of each model")
+    add.add_argument(
+        "--solvers",
+        nargs="+",
+        choices=("euler", "dpm", "adams"),
+        default=[],
+        help="by which each takes its steps; default: each model's own",
+    )
     add.add_argument(
         "--results",
         nargs="+",

@@ -40,6 +40,11 @@ def add_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--height", type=int, help="final height in pixels instead of --scale")
     add.add_argument("--model", default="linearsr-tiny", help="a bundled model's name or a folder")
     add.add_argument("--steps", type=int, help="1 (fidelity) to 50; default: the model's own")
+    add.add_argument(
+        "--solver",
+        choices=("euler", "dpm", "adams"),
+        help="dpm and adams come further in as many steps; default: the model's own",
+    )
     add.add_argument("--seed", type=int, default=0, help="same seed, same pixels")
     add.add_argument("--tags", default="", help='objects in the picture: "cat, grass", or auto')
     add.add_argument(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from linearsr.config import Config
+from linearsr.config import Config, Solver
 
 Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(min_length=1)]
 TRUTH, BICUBIC = "HR", "bicubic"
@@ -40,7 +40,8 @@ class Item(Config):
 class Settings(Config):
     """What decides the numbers, besides the pictures.
 
-    models: weights by the names they get in tables. degradation: how LR is made, a name of
+    models: weights by the names they get in tables. solvers: by which each takes its steps; none is
+    the model's own. degradation: how LR is made, a name of
     `linearsr.evaluation.judge.DEGRADATIONS`; None where it is given, or needed for nothing.
     """
 
@@ -48,6 +49,7 @@ class Settings(Config):
     degradation: str | None = None
     models: dict[str, str] = Field(default_factory=dict)
     steps: Steps = (1, 4)
+    solvers: tuple[Solver, ...] = ()
     seed: int = Field(default=0, ge=0, lt=2**63)
     metrics: tuple[str, ...]
 
@@ -71,6 +73,6 @@ class Score(NamedTuple):
         return not self.metric
 
 
-def result_label(model: str, steps: int) -> str:
-    """A model's name in tables."""
-    return f"{model}, {steps} step{'s' if steps > 1 else ''}"
+def result_label(model: str, steps: int, solver: Solver | None = None) -> str:
+    """A model's name in tables; with the solver's where one was asked for."""
+    return f"{model}, {steps} {f'{solver} ' if solver else ''}step{'s' if steps > 1 else ''}"

@@ -9,6 +9,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -131,10 +132,12 @@ class Judge:
         return hr, methods
 
     def _models(self, lr: Tensor) -> Iterator[tuple[str, Method]]:
+        scale, seed = self.settings.scale, self.settings.seed
+        asked = dict.fromkeys(product(self.settings.solvers or (None,), self.settings.steps))
         for name, upscaler in self.upscalers.items():
-            for steps in dict.fromkeys(self.settings.steps):
-                options = Options(scale=self.settings.scale, steps=steps, seed=self.settings.seed)
-                yield result_label(name, steps), partial(upscaled, upscaler, lr, options)
+            for solver, steps in asked:
+                options = Options(scale=scale, steps=steps, solver=solver, seed=seed)
+                yield result_label(name, steps, solver), partial(upscaled, upscaler, lr, options)
 
     def _pair(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
         """HR cut to whole LR pixels, and LR. Raises InputError where they do not fit."""

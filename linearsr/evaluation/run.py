@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from linearsr.config import Config
+from linearsr.config import Config, Solver
 from linearsr.errors import OptionError
 from linearsr.evaluation import report as reports
 from linearsr.evaluation.config import Item, Score, Settings, Steps
@@ -34,6 +34,7 @@ class Request(Config):
     results: dict[str, str] = Field(default_factory=dict)
     models: dict[str, str] = Field(default_factory=dict)
     steps: Steps = (1, 4)
+    solvers: tuple[Solver, ...] = ()
     metrics: tuple[str, ...] | None = None
     scale: Literal[2, 3, 4] = 4
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -87,6 +88,7 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Plan:
         degradation=degradation,
         models=request.models,
         steps=request.steps,
+        solvers=request.solvers,
         seed=request.seed,
         metrics=tuple(name for name in wanted if name not in skipped),
     )

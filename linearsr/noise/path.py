@@ -34,6 +34,11 @@ def euler_step(latent: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return latent + _like(t_next - t, latent) * v
 
 
+def clean_guess(latent: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """z_0 from z at `t` (B,) and its velocity: exact when v is the path's own."""
+    return latent - _like(t, latent) * v
+
+
 class Preconditioning(NamedTuple):
     """EDM's preconditioning (Karras et al. 2022, eq. 7) rewritten for the straight path.
 

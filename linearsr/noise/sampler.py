@@ -1,4 +1,4 @@
-"""Noise -> clean latent: the timestep schedule and Euler's method over one segment of it.
+"""Noise -> clean latent: the timestep schedule, and ways over one segment of it.
 
 Knows nothing of experts or pictures: it is told which steps to take, and with which denoiser.
 """
@@ -6,12 +6,14 @@ Knows nothing of experts or pictures: it is told which steps to take, and with w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from linearsr.config import Solver
 from linearsr.errors import OptionError
-from linearsr.noise.path import euler_step
+from linearsr.noise.path import clean_guess, euler_step
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,3 +48,76 @@ def euler(
     for i in range(start, stop):
         latent = euler_step(latent, denoise(latent, t[i]), t[i], t[i + 1])
     return latent
+
+
+class Walk(NamedTuple):
+    """Where a sampler has come to, and what it must know to go on.
+
+    latent: (B, C, h, w). previous: of the same shape, what a solver of second order saw at the step
+    before (the velocity, or the guess of the clean latent); None where there was no step, or the
+    next one has no use for it (`looks_back`).
+    """
+
+    latent: Tensor
+    previous: Tensor | None = None
+
+
+def sample(
+    solver: Solver,
+    denoise: Denoise,
+    walk: Walk,
+    timesteps: Sequence[float] | Tensor,
+    start: int = 0,
+    stop: int | None = None,
+) -> Walk:
+    """Take steps `start` to `stop` of `timesteps` by the solver of that name.
+
+    The arguments are those of `euler`. `timesteps` must reach one step further back than `start`
+    where `walk` has something from that step. Segments in turn give the bits of one run if each
+    goes on from the walk of the one before.
+
+    Both solvers of second order take Euler's step and correct it by how what they look at has
+    changed since the step before, so they ask `denoise` no more often:
+
+    "adams": Adams-Bashforth for the velocity, which is taken as a straight line in t.
+    "dpm": DPM-Solver++ 2M (Lu et al. 2022, 2211.01095, algorithm 2) for the clean latent, in
+    half-log-SNR. That is infinite at both ends, so the first two steps and the last are Euler's.
+    """
+    if solver == "euler":
+        return Walk(euler(denoise, walk.latent, timesteps, start, stop))
+    stop = len(timesteps) - 1 if stop is None else stop
+    latent, previous = walk
+    t = torch.as_tensor(timesteps)
+    t = t if t.ndim == 2 else t[:, None].expand(-1, latent.shape[0])
+    weights = _weights(solver, t).to(latent.dtype).to(latent.device)
+    t = t.to(latent.device)
+    for i in range(start, stop):
+        v = denoise(latent, t[i])
+        seen = clean_guess(latent, v, t[i]) if solver == "dpm" else v
+        latent = euler_step(latent, v, t[i], t[i + 1])
+        if previous is not None:
+            latent = latent + weights[i].view(-1, 1, 1, 1) * (seen - previous)
+        previous = seen
+    return Walk(latent, previous)
+
+
+def looks_back(solver: Solver, timesteps: Sequence[float], step: int) -> bool:
+    """Whether that step of `timesteps` (steps + 1,) uses what was seen at the step before."""
+    if solver == "euler" or step >= len(timesteps) - 1:
+        return False
+    return bool(_weights(solver, torch.tensor(timesteps)[:, None])[step])
+
+
+def _weights(solver: Solver, t: Tensor) -> Tensor:
+    """How much of the change since the step before is added, (steps, B), in float64.
+
+    t: (steps + 1, B). A line through both is followed for another step of the solver's clock, and
+    half of that is its mean.
+    """
+    t = t.double().contiguous()
+    clock = torch.log((1 - t) / t) if solver == "dpm" else t
+    ahead = clock.diff(dim=0)
+    before = torch.cat([torch.full_like(ahead[:1], torch.inf), ahead[:-1]])
+    euler = 1 - t[1:] / t[:-1] if solver == "dpm" else ahead
+    # An infinite step onto t = 0 is of first order, as in diffusers.
+    return torch.where(ahead.isfinite(), euler * ahead / (2 * before), 0)

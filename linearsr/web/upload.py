@@ -14,7 +14,7 @@ from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from linearsr.config import FileOptions, Options
+from linearsr.config import FileOptions, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
 from linearsr.imaging.files import check_fits, measure, result_format
 from linearsr.upscaler import output_size
@@ -48,6 +48,9 @@ class Upload(BaseModel):
     width: Side | Absent = Field(default=None, description="instead of scale")
     height: Side | Absent = Field(default=None, description="instead of scale")
     steps: Steps | Absent = Field(default=None, description="1 is closest to the truth")
+    solver: Solver | Absent = Field(
+        default=None, description="dpm and adams come further in as many steps"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     tags: str = Field(default="", max_length=1000, description='"cat, grass", or auto')
     tile: Literal["auto", "off"] | Annotated[int, Field(ge=16, le=65535)] = Field(

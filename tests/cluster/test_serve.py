@@ -83,7 +83,7 @@ class Case(NamedTuple):
     """A request and the pixels it must get."""
 
     picture: bytes
-    options: dict[str, int]
+    options: dict[str, int | str]
     pixels: NDArray[np.int16]
 
 
@@ -93,7 +93,7 @@ def cases(small_bundle: Path) -> list[Case]:
 
 
 def answered_by(model: Path) -> list[Case]:
-    """Three sizes, with seeds and steps of their own, answered in this process."""
+    """Three sizes, with seeds, steps and solvers of their own, answered in this process."""
     upscaler = Upscaler.load(model, "cpu")
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     found = []
@@ -102,7 +102,8 @@ def answered_by(model: Path) -> list[Case]:
         left, top = 200 + 10 * number, 40 + 5 * number
         file = io.BytesIO()
         photo.crop((left, top, left + width, top + height)).save(file, "PNG")
-        options = {"seed": number, "steps": 4 + number % 2}
+        solver = ("euler", "dpm", "adams")[number // 4]
+        options = {"seed": number, "steps": 4 + number % 2, "solver": solver}
         result = upscaler.upscale(read_picture(file.getvalue()), Options.parse(**options))
         found.append(Case(file.getvalue(), options, pixels_of(encode(result, "png"))))
     return found

@@ -174,6 +174,20 @@ def test_a_metric_that_needs_more_pixels_is_told_and_is_no_failure(
     assert "ms_ssim: cannot measure 96x72" in text and "(3 in all)" in text
 
 
+def test_solvers_are_compared_where_they_are_asked_for(
+    photos: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = f"evaluate --hr {photos} --models small={small_bundle} --steps 3 --every 3"
+    asked = ["--solvers", "euler", "adams", "--metrics", "psnr", "--device=cpu"]
+    assert main([*words.split(), *asked, "-o", str(output)]) == 0
+    euler, adams = (
+        _values(output)["astronaut.png", f"small, 3 {solver} steps", "psnr"]
+        for solver in ("euler", "adams")
+    )
+    assert euler != adams
+
+
 @pytest.mark.parametrize(
     "words",
     [

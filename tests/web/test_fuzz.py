@@ -33,7 +33,7 @@ PADDING = bytes(100_000)
 LIMITS = Limits(bytes=200_000, pixels=2_000, output_pixels=40_000)
 MANGLED = ("png", "deep png", "jpeg", "webp", "tiff", "avif", "gif")
 FIELDS = (
-    *("image", "scale", "width", "height", "steps", "seed", "tags", "tile", "colour_fix"),
+    *("image", "scale", "width", "height", "steps", "solver", "seed", "tags", "tile", "colour_fix"),
     *("format", "quality", "cls", "self", "data", "model_fields", "__class__", "max_pixels"),
     *("", " ", "steps ", "STEPS", "steps[]", "steps[0][a]", "options.steps", "naïve", "\u202e"),
     *("x" * 3000, "%s%n", "{0}", "../..", "\x00"),

@@ -1,0 +1,110 @@
+"""What each solver gives in how many steps: metrics, and distance from where the way leads.
+
+    python -m benchmarks.sampling --data Set5 BSD100 --every 8
+
+For each picture, all start from the same noise. "error" is the PSNR (whole RGB, not rounded)
+between a result and that of a hundred Euler steps: how well the solver did its own work, whatever
+the model is worth. The other columns are `linearsr evaluate`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from linearsr import Options, Upscaler
+from linearsr.config import Solver
+from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
+from linearsr.imaging.files import Picture, find_images, read
+from linearsr.noise.experts import plan
+from linearsr.quality.metrics import has_reference, measure
+
+METRICS = ("psnr", "ssim", "niqe", "piqe")
+REFERENCE = 100
+ASKED: dict[Solver, tuple[int, ...]] = {
+    "euler": (1, 2, 3, 4, 10, 20),
+    "dpm": (4, 6, 8, 10, 20),
+    "adams": (2, 3, 4, 6, 8, 10),
+}
+Values = dict[str, dict[str, float]]
+
+
+def main() -> None:
+    """Measure, tell each picture's values on a line, and print a table for each folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of HR")
+    parser.add_argument("--every", type=int, default=1, help="n-th picture, of folders over ten")
+    parser.add_argument("--model", default="linearsr-tiny")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    upscaler = Upscaler.load(options.model, options.device)
+    print(f"{upscaler.experts[0].embed.weight.dtype} on {options.device}", flush=True)
+    for folder in options.data:
+        paths = sorted(find_images(folder))
+        paths = paths[:: options.every] if len(paths) > 10 else paths
+        measured = []
+        for path in paths:
+            measured.append(_measured(upscaler, path))
+            print(json.dumps({path.name: measured[-1]}), flush=True)
+        print(f"\n{folder.name}, {len(paths)} pictures\n{_table(measured)}\n", flush=True)
+
+
+def _measured(upscaler: Upscaler, path: Path) -> Values:
+    hr = read(path).pixels
+    hr = hr[:, : hr.shape[1] // 4 * 4, : hr.shape[2] // 4 * 4]
+    lr = seeded_lr(hr, path.name, 4, DEGRADATIONS["clean"])
+    there = _reference(upscaler, lr)
+    values: Values = defaultdict(dict)
+    for name, picture in {"HR": hr, **dict(_results(upscaler, lr))}.items():
+        for metric in METRICS:
+            if name != "HR" or not has_reference(metric):
+                values[name][metric] = measure(metric, picture[None], hr[None], 4)
+        if name != "HR":
+            values[name]["error"] = -10 * float((picture - there).square().mean().log10())
+    return dict(values)
+
+
+def _results(upscaler: Upscaler, lr: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for solver, counts in ASKED.items():
+        for steps in counts:
+            yield f"{solver} {steps}", upscaled(upscaler, lr, Options(steps=steps, solver=solver))
+
+
+@torch.inference_mode()
+def _reference(upscaler: Upscaler, lr: Tensor) -> Tensor:
+    """Of more steps than a request may ask for."""
+    job = upscaler.prepare(Picture(lr, None, 8, False, None, None, "png"), Options())
+    sampling = upscaler.config.sampling
+    uniform = [1 - i / REFERENCE for i in range(REFERENCE + 1)]
+    shift = sampling.flow_shift
+    timesteps = tuple(shift * t / (1 + (shift - 1) * t) for t in uniform)
+    segments = tuple(plan(timesteps[:-1], sampling.boundaries))
+    job = dataclasses.replace(job, timesteps=timesteps, segments=segments, solver="euler")
+    for segment in segments:
+        job = upscaler.denoise(job, segment)
+    return upscaler.finish(job).pixels
+
+
+def _table(measured: list[Values]) -> str:
+    columns = (*METRICS, "error")
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in measured[0]:
+        means = []
+        for column in columns:
+            found = [values[name][column] for values in measured if column in values[name]]
+            means.append(f"{sum(found) / len(found):.3f}" if found else "")
+        lines.append(f"| {name} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
