@@ -34,8 +34,10 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     cpus, gpus = config.reserved(model)
     _check_port(host, port)
     # Replicas here are threads of the same cores: what they reserve is what Ray is told there is.
-    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": math.ceil(cpus)}
-    ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **here)
+    # "local": whatever other Ray runs on this machine is left alone.
+    here = {"address": "local", "num_cpus": math.ceil(cpus), "include_dashboard": False}
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    ray.init(log_to_driver=False, logging_level="ERROR", **({} if joined else here))
     advice = "use fewer --replicas, or lower --replica-cpus and --replica-gpus"
     check_room("the endpoint", cpus, gpus, advice)
     stop = threading.Event()
