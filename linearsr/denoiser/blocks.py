@@ -6,11 +6,14 @@ than matrix products. Knows nothing of latents, noise levels or pictures.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.kernels import relu_linear_attention
+from linearsr.kernels import key_value_state, read_state, relu_linear_attention
 
 # Tokens whose Mix-FFN activations fit a CPU core's cache.
 CACHED_TOKENS = 2048
@@ -53,6 +56,21 @@ class LinearAttention(nn.Module):
             q, k = (q * self.norm_q.weight).to(v.dtype), self.norm_k(k).to(v.dtype)
         o = relu_linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
         return self.out(o.reshape(b, h, w, c))
+
+    def state(self, x: Tensor) -> Tensor:
+        """What keys and values of some tokens (B, H, W, C) add to the state of all."""
+        k, v = F.linear(x.flatten(1, 2), self.qkv.weight[x.shape[-1] :]).chunk(2, dim=-1)
+        return key_value_state(self._heads(self.norm_k(k)), self._heads(v))
+
+    def read(self, x: Tensor, state: Tensor) -> Tensor:
+        """`forward` of some tokens, when the state of all is known."""
+        q = F.linear(x.flatten(1, 2), self.qkv.weight[: x.shape[-1]])
+        if isinstance(self.norm_q, nn.RMSNorm):
+            q = q * self.norm_q.weight
+        return self.out(read_state(self._heads(q), state).reshape(x.shape))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class TagAttention(nn.Module):
@@ -104,19 +122,13 @@ class MixFFN(nn.Module):
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.project = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        if x.device.type != "cpu" or torch.is_grad_enabled():
-            return self._rows(x, 0, x.shape[1])
-        # The hidden tensor is five times as wide as x: in strips of rows it stays in cache.
-        strip = max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2]))
-        tops = range(0, x.shape[1], strip)
-        return torch.cat([self._rows(x, top, min(top + strip, x.shape[1])) for top in tops], dim=1)
+    def forward(self, x: Tensor, above: int = 0, below: int = 0) -> Tensor:
+        """(B, H, W, C) -> (B, H - above - below, W, C).
 
-    def _rows(self, x: Tensor, top: int, bottom: int) -> Tensor:
-        """Rows `top` to `bottom` of the result; the convolution looks one row further each way."""
-        above, below = min(top, 1), min(x.shape[1] - bottom, 1)
-        hidden = silu(self.expand(x[:, top - above : bottom + below]))
+        above, below: 0 where the picture ends; 1 where the first or the last row belongs to what
+        lies beyond, and is only there for the convolution to look at.
+        """
+        hidden = silu(self.expand(x))
         # A view: NHWC memory seen as channels_last NCHW.
         hidden = hidden.permute(0, 3, 1, 2)
         if above or below:
@@ -157,7 +169,36 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + modulation)[
             :, :, None, None
         ].unbind(1)
-        x = torch.addcmul(x, gate, self.attention(modulate(x, shift, scale)))
-        if tags is not None and self.tag_attention is not None:
-            x = x + self.tag_attention(x, tags, tag_mask)
-        return torch.addcmul(x, ffn_gate, self.ffn(modulate(x, ffn_shift, ffn_scale)))
+        strips = x.split(_rows_at_once(x), dim=1)
+        if len(strips) == 1:
+            attend: Callable[[Tensor], Tensor] = self.attention
+        else:
+            states = [self.attention.state(modulate(s, shift, scale)) for s in strips]
+            attend = partial(self.attention.read, state=torch.stack(states).sum(0))
+        attended = []
+        for strip in strips:
+            y = torch.addcmul(strip, gate, attend(modulate(strip, shift, scale)))
+            if tags is not None and self.tag_attention is not None:
+                y = y + self.tag_attention(y, tags, tag_mask)
+            attended.append(y)
+        x, top, fed = _joined(attended), 0, []
+        for strip in attended:
+            bottom = top + strip.shape[1]
+            above, below = min(top, 1), min(x.shape[1] - bottom, 1)
+            seen = modulate(x[:, top - above : bottom + below], ffn_shift, ffn_scale)
+            fed.append(torch.addcmul(strip, ffn_gate, self.ffn(seen, above, below)))
+            top = bottom
+        return _joined(fed)
+
+
+def _rows_at_once(x: Tensor) -> int:
+    """How many rows of (B, H, W, C) go through a block's layers together: on a CPU as many as stay
+    in its cache, while no gradient is asked for.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return x.shape[1]
+    return max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2]))
+
+
+def _joined(strips: Sequence[Tensor]) -> Tensor:
+    return strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from linearsr.errors import OptionError
-from linearsr.kernels.reference import reference_attention
+from linearsr.kernels.reference import key_value_state, read_state, reference_attention
 
-__all__ = ["relu_linear_attention"]
+__all__ = ["key_value_state", "read_state", "relu_linear_attention"]
 
 _BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)

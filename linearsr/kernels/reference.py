@@ -10,17 +10,34 @@ from torch import Tensor
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     """relu_linear_attention for checked q, k, v of shape (B, N, H, D); any device and dtype."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    # Gradients stay finite where keys are tiny, if these are scaled before anything else is.
+    largest = k.detach().amax(dim=(1, 3)).clamp(min=0)[:, :, None, None]
+    scale = _inverse_power_of_two(largest.to(torch.promote_types(k.dtype, torch.float32)))
+    return read_state(q, key_value_state(k, v, scale), eps)
+
+
+def key_value_state(k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(B, H, D, D + 1) in fp32 or wider: the sums S and, as the last column, z; times `scale`.
+
+    Those of some of the tokens add up to those of all.
+    """
+    wide = torch.promote_types(k.dtype, torch.float32)
     # Autocast would run the products in half precision; their sums must stay wide.
+    with torch.autocast(k.device.type, enabled=False):
+        key = k.transpose(1, 2).relu().to(wide)  # (B, H, N, D)
+        key = key if scale is None else key * scale
+        return torch.cat([key.mT @ v.transpose(1, 2).to(wide), key.sum(-2).unsqueeze(-1)], dim=-1)
+
+
+def read_state(q: Tensor, state: Tensor, eps: float = 1e-15) -> Tensor:
+    """What queries (B, N, H, D) get out of the state of all tokens: (B, N, H, D)."""
+    wide = state.dtype
     with torch.autocast(q.device.type, enabled=False):
-        query, key = (x.transpose(1, 2).relu().to(wide) for x in (q, k))  # (B, H, N, D)
+        query = q.transpose(1, 2).relu().to(wide)
         query = query * _inverse_power_of_two(query.detach().amax(dim=-1, keepdim=True))
-        key = key * _inverse_power_of_two(key.detach().amax(dim=(-2, -1), keepdim=True))
-        state = key.mT @ v.transpose(1, 2).to(wide)
-        total = key.sum(dim=-2).unsqueeze(-1)
-        scale = _inverse_power_of_two(total.detach().amax(dim=-2, keepdim=True))
-        # The total rides as one more column, so that one product reads the queries once.
-        state = torch.cat([state * scale, total * scale + eps], dim=-1)
+        state = state * _inverse_power_of_two(state[..., -1:].detach().amax(dim=-2, keepdim=True))
+        # z rides as one more column, so that one product reads the queries once.
+        state = torch.cat([state[..., :-1], state[..., -1:] + eps], dim=-1)
         numerator, denominator = (query @ state).split([q.shape[-1], 1], dim=-1)
         # Zero where no feature of the query is above zero: the numerator is 0 there as well.
         denominator = denominator + (denominator == 0).to(wide)
