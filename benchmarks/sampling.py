@@ -24,6 +24,7 @@ from linearsr.config import Solver
 from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.noise.experts import plan
+from linearsr.noise.sampler import shifted
 from linearsr.quality.metrics import has_reference, measure
 
 METRICS = ("psnr", "ssim", "niqe", "piqe")
@@ -84,9 +85,7 @@ def _reference(upscaler: Upscaler, lr: Tensor) -> Tensor:
     """Of more steps than a request may ask for."""
     job = upscaler.prepare(Picture(lr, None, 8, False, None, None, "png"), Options())
     sampling = upscaler.config.sampling
-    uniform = [1 - i / REFERENCE for i in range(REFERENCE + 1)]
-    shift = sampling.flow_shift
-    timesteps = tuple(shift * t / (1 + (shift - 1) * t) for t in uniform)
+    timesteps = tuple(shifted(REFERENCE, sampling.flow_shift))
     segments = tuple(plan(timesteps[:-1], sampling.boundaries))
     job = dataclasses.replace(job, timesteps=timesteps, segments=segments, solver="euler")
     for segment in segments:

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr import __version__, weights
-from linearsr.config import ModelConfig, Options, Solver
+from linearsr.config import Options, Solver
 from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
@@ -48,11 +48,10 @@ SMALLEST_TILE = 32
 # Latent cells of several works that go through a model at once. More would leave a CPU's caches:
 # 8 works of 64 x 64 cells together took 1.5 times as long as in turn, of 16 x 16 half as long.
 CPU_BATCH = 2048
-# Memory for each pixel of the output, of the pictures, latents and noise alive at the peak; and for
-# each that goes through the model at once. Measured with linearsr-tiny: 109 to 142 together with
-# tiles, 283 to 382 without.
-BYTES_PER_PIXEL = 110
-BYTES_PER_TILE_PIXEL = 270
+# Memory for each pixel of the output, at the peak: as measured with linearsr-tiny, 109 to 142 bytes
+# in tiles, and 283 to 382 when all of them go through the model at once.
+BYTES_PER_PIXEL = 150
+BYTES_PER_PIXEL_UNTILED = 400
 
 Progress = Callable[[str, int, int], None]
 
@@ -242,7 +241,7 @@ class Upscaler:
         options = self.with_tags(picture, options)
         sampling = self.config.sampling
         timesteps = schedule(options.steps or sampling.steps, sampling.flow_shift)
-        _check_memory(picture, options, self.config, tile)
+        _check_memory(picture, options, self.config.scale, tile)
         lr = self._padded(picture.pixels[None] * 2 - 1)
         height, width = (n * self.config.scale // self.config.latent.factor for n in lr.shape[-2:])
         tiles = tuple(_grid(height, width, tile))
@@ -297,10 +296,10 @@ class Upscaler:
         """One expert takes its steps on several works, each with timesteps of its own.
 
         Tiles of one shape with as many steps go through the model together, one of each work and
-        no more than `cells` latent cells (or one tile; by default what suits the device), so memory
-        does not grow with the batch, and a work alone gets the same bits as from `denoise`. Before
-        each tile `wanted` is asked of the work's place in the batch: one that nobody wants any more
-        comes back as it was. Raises ValueError for several experts.
+        no more than `cells` latent cells (or one tile; by default what suits the device), so what
+        they take does not grow with the batch, and a work alone gets the same bits as from
+        `denoise`. Before each tile `wanted` is asked of the work's place in the batch: one that
+        nobody wants any more comes back as it was. Raises ValueError for several experts.
         """
         experts = {segment.expert for _, segment in batch}
         if len(experts) != 1:
@@ -524,15 +523,11 @@ def output_size(height: int, width: int, options: Options) -> tuple[int, int]:
     return height * options.scale, width * options.scale
 
 
-def _check_memory(
-    picture: Picture, options: Options, config: ModelConfig, tile: int | None
-) -> None:
+def _check_memory(picture: Picture, options: Options, scale: int, tile: int | None) -> None:
     """Refuse what cannot fit: past this point Linux would kill the process without a word."""
     height, width = picture.pixels.shape[-2:]
-    computed = config.scale**2 * height * width
-    final = math.prod(output_size(height, width, options))
-    at_once = computed if tile is None else min(computed, (tile * config.latent.factor) ** 2)
-    need = BYTES_PER_PIXEL * max(computed, final) + BYTES_PER_TILE_PIXEL * at_once
+    computed, final = scale**2 * height * width, math.prod(output_size(height, width, options))
+    need = (BYTES_PER_PIXEL if tile else BYTES_PER_PIXEL_UNTILED) * max(computed, final)
     free = psutil.virtual_memory().available
     if need > free:
         raise TooLarge(

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from linearsr.cli.report import OK, SOME_FAILED, complain
+from linearsr.config import Solver
 from linearsr.errors import LinearSRError, OptionError, OutputError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def add_options(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--solvers",
         nargs="+",
-        choices=("euler", "dpm", "adams"),
+        choices=get_args(Solver),
         default=[],
         help="by which each takes its steps; default: each model's own",
     )

@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from linearsr.cli.report import OK, SOME_FAILED, complain
-from linearsr.config import FileOptions, Options
+from linearsr.config import FileOptions, Options, Solver
 from linearsr.errors import InputError, LinearSRError, OptionError, OutputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--steps", type=int, help="1 (fidelity) to 50; default: the model's own")
     add.add_argument(
         "--solver",
-        choices=("euler", "dpm", "adams"),
+        choices=get_args(Solver),
         help="dpm and adams come further in as many steps; default: the model's own",
     )
     add.add_argument("--seed", type=int, default=0, help="same seed, same pixels")

@@ -19,12 +19,17 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def schedule(steps: int, flow_shift: float) -> list[float]:
+    """The timesteps of as many steps as may be asked for. Raises OptionError for others."""
+    if not 1 <= steps <= 50:
+        raise OptionError(f"steps must be 1 to 50, not {steps}")
+    return shifted(steps, flow_shift)
+
+
+def shifted(steps: int, flow_shift: float) -> list[float]:
     """steps + 1 timesteps from 1 to 0, uniform and then shifted: s t / (1 + (s - 1) t).
 
     A shift above one spends more steps where noise is high (Esser et al. 2024, eq. 23).
     """
-    if not 1 <= steps <= 50:
-        raise OptionError(f"steps must be 1 to 50, not {steps}")
     uniform = (1 - i / steps for i in range(steps + 1))
     return [flow_shift * t / (1 + (flow_shift - 1) * t) for t in uniform]
 

@@ -72,7 +72,9 @@ class Upload(BaseModel):
             return cls.model_validate({name: value for name, value in form.items() if value != ""})
         except ValidationError as error:
             # A name that is no Unicode is nowhere.
-            wrong = (f"{(*e['loc'], 'a field')[0]}: {e['msg']}" for e in error.errors())
+            # What may be left out "should be None" too, which a form cannot say.
+            told = [e for e in error.errors() if e["type"] != "none_required"]
+            wrong = (f"{(*e['loc'], 'a field')[0]}: {e['msg']}" for e in told)
             raise OptionError("; ".join(wrong)) from None
 
     def work(self, data: bytes, max_pixels: int) -> Work:

@@ -33,11 +33,12 @@ def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.stdout is not None
-    told = process.stdout.readline()
-    assert f"http://127.0.0.1:{port}/" in told
-    yield process, f"http://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    try:
+        assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_it_ends_when_requests_under_way_have(
@@ -58,9 +59,17 @@ def test_it_ends_when_requests_under_way_have(
         ):
             first = await response.content.readline()  # it is under way
             process.send_signal(signal.SIGTERM)
-            assert process.stdout is not None
-            await asyncio.to_thread(process.stdout.readline)  # and the end was heard of
-            return first + await response.content.read(), await later(session)
+            while await health(session) == 200:  # until the end was heard of
+                pass
+            refused = await later(session)
+            return first + await response.content.read(), refused
+
+    async def health(session: aiohttp.ClientSession) -> int:
+        try:
+            async with session.get(f"{url}/healthz") as response:
+                return response.status
+        except aiohttp.ClientConnectionError:
+            return 503
 
     async def later(session: aiohttp.ClientSession) -> int:
         try:

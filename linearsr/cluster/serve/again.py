@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ray
+from ray.serve.exceptions import DeploymentUnavailableError
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -30,7 +31,15 @@ class Died(Again):
 
 
 class Replaced(Again):
-    """It met replicas of two models, of which the older are on their way out."""
+    """It met experts with two models' weights, of which the older are on their way out."""
+
+
+class Outdated(Again):
+    """It was planned for a model that is served no more: a newer router must plan it anew."""
+
+
+class Crowded(Again):
+    """The places were taken while it was sent again: unlike a new one, it waits for one."""
 
 
 def cause(error: BaseException) -> Exception:
@@ -41,6 +50,8 @@ def cause(error: BaseException) -> Exception:
     while inner is not None:
         if isinstance(inner, DIED):
             return Died("a machine died with the request in hand")
+        if isinstance(inner, DeploymentUnavailableError):
+            return Outdated("the deployment it was sent to is gone")
         wrapped = inner.cause if isinstance(inner, ray.exceptions.RayTaskError) else None
         if wrapped is None and isinstance(inner, LinearSRError):
             return inner
@@ -48,18 +59,20 @@ def cause(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def resends(attempts: int) -> AsyncRetrying:
-    """Up to `attempts` for a request that is died with: it may be what kills.
+def resends(attempts: int, *, kinds: tuple[type[Again], ...] = (Again,)) -> AsyncRetrying:
+    """Attempts at what fails in one of these ways, until it has died `attempts` times.
 
-    One that met two models goes on until there is one, or its time is up.
+    It may be what kills; for other reasons it goes on until its time is up.
     """
+    deaths = 0
 
     def enough(state: RetryCallState) -> bool:
-        died = state.outcome is not None and isinstance(state.outcome.exception(), Died)
-        return died and state.attempt_number >= attempts
+        nonlocal deaths
+        deaths += state.outcome is not None and isinstance(state.outcome.exception(), Died)
+        return deaths >= attempts
 
     return AsyncRetrying(
-        retry=retry_if_exception_type(Again),
+        retry=retry_if_exception_type(kinds),
         stop=enough,
         wait=wait_random_exponential(0.1, max=2),
         reraise=True,

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from linearsr.cluster.serve.again import cause, resends
+from linearsr.cluster.serve.again import Crowded, cause, resends
 from linearsr.cluster.serve.config import INGRESS_CPUS, ServeConfig, learned
 from linearsr.cluster.serve.experts import Experts
 from linearsr.cluster.serve.finisher import Finisher
@@ -29,7 +29,7 @@ from linearsr.cluster.weights import absolute, read_config
 from linearsr.config import ModelConfig
 from linearsr.errors import OptionError
 from linearsr.web.api import create_app
-from linearsr.web.service import Events, Full, ModelInfo, NotReady, Request, model_info
+from linearsr.web.service import Events, Full, ModelInfo, NotReady, Request, Result, model_info
 from linearsr.weights import expert_names
 
 # Pages, refusals and health are answered while uploads wait.
@@ -148,9 +148,10 @@ class Fleet:
         self.router = router
         self.parts = parts
         self.attempts = attempts
-        self.under_way = 0
         self.ending = False
-        self.all_ended = asyncio.Condition()
+        self.under_way = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.took: deque[float] = deque(maxlen=32)
 
     def models(self) -> list[ModelInfo]:
@@ -172,36 +173,48 @@ class Fleet:
     async def upscale(self, request: Request) -> Events:
         """Progress, then the result; from the start again when the router died."""
         self._check_open()
-        began = time.perf_counter()
         self.under_way += 1
+        self.idle.clear()
         try:
-            async for attempt in resends(self.attempts):
-                with attempt:
-                    async with aclosing(self._events(request)) as events:
-                        async for event in events:
-                            yield event
-            self.took.append(time.perf_counter() - began)
+            async with aclosing(self._attempts(request)) as events:
+                async for event in events:
+                    yield event
         finally:
             self.under_way -= 1
-            async with self.all_ended:
-                self.all_ended.notify_all()
+            if not self.under_way:
+                self.idle.set()
 
     async def drain(self) -> None:
         """Take in no more, and return when what is under way has ended."""
         self.ending = True
-        async with self.all_ended:
-            await self.all_ended.wait_for(lambda: not self.under_way)
+        await self.idle.wait()
 
     def _check_open(self) -> None:
         if self.ending:
             raise NotReady("the endpoint is ending; ask another one, or later")
 
-    async def _events(self, request: Request) -> Events:
+    async def _attempts(self, request: Request) -> Events:
+        began = time.perf_counter()
+        async for attempt in resends(self.attempts):
+            with attempt:
+                again = attempt.retry_state.attempt_number > 1
+                async with aclosing(self._events(request, again)) as events:
+                    async for event in events:
+                        if isinstance(event, Result):
+                            result = event  # when the router has done all: then it is not given up
+                        else:
+                            yield event
+        self.took.append(time.perf_counter() - began)
+        yield result
+
+    async def _events(self, request: Request, again: bool) -> Events:
         events = self.router.upscale.options(stream=True).remote(request)
         try:
             async for event in events:
                 yield event
-        except BackPressureError:
+        except BackPressureError as error:
+            if again:
+                raise Crowded("no place to send it to again") from error
             took = median(self.took) if self.took else RETRY_AFTER_SECONDS
             raise Full(math.ceil(took)) from None
         except (ray.exceptions.RayError, RayServeException) as error:

@@ -25,8 +25,9 @@ class ServeConfig(Config):
     by its own load from its share up to this many. CPUs are Ray's logical ones; one GPU may be
     shared by several replicas (expert_gpus=0.25).
 
-    places: requests that are worked on at once, by each router; `waiting` more may wait in all, and
-    the rest is refused with 429. batch: works of one shape that an expert takes together.
+    places: requests that are worked on at once, by each router; `waiting` more may wait at each
+    ingress, and the rest is refused with 429. batch: works of one shape that an expert takes
+    together.
     """
 
     model: str = "linearsr-tiny"
@@ -45,7 +46,7 @@ class ServeConfig(Config):
     router_cpus: float = Field(default=1.0, gt=0)
     places: int = Field(default=16, ge=1)
     waiting: int = Field(default=16, ge=0)
-    # How often a request whose replica died is sent again.
+    # In all, of a request whose replicas die.
     attempts: int = Field(default=5, ge=1)
     # Replicas that may start beside those they replace, in percent: it takes as much room, without
     # which the old ones go on. With 0 the old ones end first, a fifth at a time.

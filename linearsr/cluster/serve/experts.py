@@ -11,7 +11,7 @@ import torch
 from ray import serve
 from ray.serve import metrics
 
-from linearsr.cluster.serve.again import Replaced
+from linearsr.cluster.serve.again import Outdated, Replaced
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.weights import load_upscaler
 from linearsr.config import ModelConfig, Options
@@ -72,10 +72,12 @@ class Experts:
     async def denoise(self, passed: Passed, segment: Segment) -> Passed:
         """The work after the steps of one of this replica's experts.
 
-        Raises Replaced for a work that was begun with other weights.
+        Raises Outdated for a work planned for another model, and Replaced for one that was begun
+        with other weights.
         """
-        if passed.config != self.upscaler.config or passed.weights not in (None, self.weights):
-            raise Replaced("its replicas are being replaced by another model's")
+        check_planned_for(self.upscaler, passed)
+        if passed.weights not in (None, self.weights):
+            raise Replaced("experts are being replaced by those of other weights")
         item = _Item(passed, segment, time.perf_counter())
         try:
             result: Passed | Exception = await self.queues[segment.expert](item)
@@ -109,7 +111,7 @@ class Experts:
         took = 1000 * (time.perf_counter() - began)
         name = self.upscaler.expert_name(items[0].segment.expert)
         tags = {"expert": name}
-        self.sizes.observe(len(items), tags)
+        self.sizes.observe(sum(item.wanted for item in items), tags)
         if self.forwards:
             self.stepped.observe(took / self.forwards, tags)
         told: list[Passed | Exception] = []
@@ -123,6 +125,12 @@ class Experts:
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
+
+
+def check_planned_for(upscaler: Upscaler, passed: Passed) -> None:
+    """Raise Outdated for a work of another model's router."""
+    if passed.config != upscaler.config:
+        raise Outdated("the model it was planned for is being replaced")
 
 
 def self_check(upscaler: Upscaler, expert: int) -> None:

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from linearsr.cluster.serve.config import ServeConfig
-from linearsr.cluster.serve.experts import Passed
+from linearsr.cluster.serve.experts import Passed, check_planned_for
 from linearsr.cluster.weights import load_upscaler
 from linearsr.config import FileOptions
 from linearsr.imaging.files import encode, result_format
@@ -23,7 +23,11 @@ class Finisher:
         _ = self.upscaler.autoencoder  # loaded before this is ready
 
     async def finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
-        """The picture of the latents that the last expert passed on."""
+        """The picture of the latents that the last expert passed on.
+
+        Raises Outdated for those of another model.
+        """
+        check_planned_for(self.upscaler, passed)
         return await asyncio.to_thread(self._finish, job, passed, files)
 
     async def ready(self) -> bool:

@@ -20,7 +20,7 @@ import ray
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from linearsr.cluster.serve.again import Again, cause, resends
+from linearsr.cluster.serve.again import Again, Died, Outdated, Replaced, cause, resends
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.serve.experts import Passed
 from linearsr.cluster.serve.finisher import Finisher
@@ -60,6 +60,8 @@ class Router:
             async with aclosing(self._upscale(request)) as events:
                 async for event in events:
                     yield event
+        except Outdated:
+            raise  # to the ingress, which knows the new routers
         except Again as error:
             raise NotReady(f"{error}, again and again; try again later") from error
 
@@ -84,7 +86,7 @@ class Router:
 
         While there is no replica at all, Serve keeps what is sent until there is one.
         """
-        async for attempt in resends(self.config.attempts):
+        async for attempt in resends(self.config.attempts, kinds=(Died, Replaced)):
             sent = time.perf_counter()
             responses = self._send(job)
             if request.progress:
@@ -108,10 +110,11 @@ class Router:
     ) -> AsyncIterator[Progress]:
         for segment, response in zip(job.segments, responses, strict=True):
             yield Progress(self._name(segment.expert), segment.start, job.steps)
-            # What it failed with, the last one of them will raise.
-            with contextlib.suppress(Exception):
+            try:
                 # As Serve itself waits for an argument: until it is there, without fetching it.
                 await (await response._to_object_ref())._ready()
+            except Exception:
+                return  # what it failed with, the last one of them will raise
             yield Progress(self._name(segment.expert), segment.stop, job.steps)
 
     def _name(self, expert: int) -> str:

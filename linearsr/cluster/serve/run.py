@@ -12,6 +12,7 @@ import threading
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from linearsr.cluster.room import check_room
@@ -26,9 +27,11 @@ APPLICATION = "linearsr"
 def run(config: ServeConfig, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    Raises OptionError for what the cluster has no room for or a port that is taken, and
-    LinearSRError when a deployment does not come up.
+    Raises OptionError for what the cluster has no room for, a port that is taken, or several
+    ingresses, and LinearSRError when a deployment does not come up.
     """
+    if config.ingresses != 1:
+        raise OptionError("one command has one ingress; deploy more by ray_jobs/serve.yaml")
     app = build_app(config)
     model = read_config(config.model)
     cpus, gpus = config.reserved(model)
@@ -54,16 +57,18 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     print("ending when requests under way have; again Ctrl-C ends them", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        _drain(config.limits.seconds)
+    _drain(config.limits.seconds)
     ray.shutdown()
 
 
 def _drain(seconds: float) -> None:
     """Wait for requests under way, then take the endpoint down; other applications stay."""
-    with contextlib.suppress(TimeoutError, RayServeException, ray.exceptions.RayError):
+    wait = False
+    with contextlib.suppress(KeyboardInterrupt, TimeoutError, RayServeException, RayError):
         serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=seconds)
-    serve.delete(APPLICATION)  # which waits until the last bytes are with the proxy
+        wait = True  # until the last bytes are with the proxy
+    with contextlib.suppress(KeyboardInterrupt, TimeoutError):
+        serve.delete(APPLICATION, _blocking=wait)
 
 
 def _check_port(host: str, port: int) -> None:
