@@ -1,5 +1,6 @@
 """ReLU linear attention: checks the arguments and picks the PyTorch or the Triton implementation.
 
+`key_value_state` and `read_state` are its two halves in PyTorch, for who takes tokens in parts.
 Knows nothing of projections, norms, positions or models; it sees queries, keys and values only.
 Importing this package does not import Triton: the first call that uses that backend does.
 """

@@ -30,7 +30,10 @@ def key_value_state(k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor
 
 
 def read_state(q: Tensor, state: Tensor, eps: float = 1e-15) -> Tensor:
-    """What queries (B, N, H, D) get out of the state of all tokens: (B, N, H, D)."""
+    """What queries (B, N, H, D) get out of the state of all tokens: (B, N, H, D).
+
+    See `relu_linear_attention` for eps.
+    """
     wide = state.dtype
     with torch.autocast(q.device.type, enabled=False):
         query = q.transpose(1, 2).relu().to(wide)
