@@ -6,17 +6,11 @@ than matrix products. Knows nothing of latents, noise levels or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.kernels import key_value_state, read_state, relu_linear_attention
-
-# Tokens whose activations, five times as wide in the Mix-FFN, fit a CPU core's cache.
-CACHED_TOKENS = 2048
+from linearsr.kernels import relu_linear_attention
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -24,11 +18,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if len(x) == 1:  # the norm's own weight and bias then do it in the same pass over memory
         return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-def silu(x: Tensor) -> Tensor:
-    """SiLU that overwrites `x` where no gradient will ask for it."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class LinearAttention(nn.Module):
@@ -50,26 +39,14 @@ class LinearAttention(nn.Module):
         """(B, H, W, C) -> (B, H, W, C); every token attends to every other."""
         b, h, w, c = x.shape
         q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
-        heads = (b, h * w, c // self.head_dim, self.head_dim)
         if isinstance(self.norm_q, nn.RMSNorm):
             # Under autocast the float32 weights of the norms would make q and k float32 as well.
             q, k = (q * self.norm_q.weight).to(v.dtype), self.norm_k(k).to(v.dtype)
-        o = relu_linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+        o = relu_linear_attention(self.heads(q), self.heads(k), self.heads(v))
         return self.out(o.reshape(b, h, w, c))
 
-    def state(self, x: Tensor) -> Tensor:
-        """What keys and values of some tokens (B, H, W, C) add to the state of all."""
-        k, v = F.linear(x.flatten(1, 2), self.qkv.weight[x.shape[-1] :]).chunk(2, dim=-1)
-        return key_value_state(self._heads(self.norm_k(k)), self._heads(v))
-
-    def read(self, x: Tensor, state: Tensor) -> Tensor:
-        """`forward` of some tokens, when the state of all is known."""
-        q = F.linear(x.flatten(1, 2), self.qkv.weight[: x.shape[-1]])
-        if isinstance(self.norm_q, nn.RMSNorm):
-            q = q * self.norm_q.weight
-        return self.out(read_state(self._heads(q), state).reshape(x.shape))
-
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, H, D)."""
         return x.unflatten(-1, (-1, self.head_dim))
 
 
@@ -122,23 +99,12 @@ class MixFFN(nn.Module):
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.project = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, above: int = 0, below: int = 0) -> Tensor:
-        """(B, H, W, C) -> (B, H - above - below, W, C).
-
-        above, below: 0 where the picture ends; 1 where the first or the last row belongs to what
-        lies beyond, and is only there for the convolution to look at.
-        """
-        hidden = silu(self.expand(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
         # A view: NHWC memory seen as channels_last NCHW.
-        hidden = hidden.permute(0, 3, 1, 2)
-        if above or below:
-            # Zeros where the picture ends, the neighbouring rows where it goes on.
-            hidden = F.pad(hidden, (0, 0, 1 - above, 1 - below))
-        weight, bias = self.depthwise.weight, self.depthwise.bias
-        padding = (0 if above or below else 1, 1)
-        hidden = F.conv2d(hidden, weight, bias, padding=padding, groups=len(weight))
+        hidden = self.depthwise(F.silu(self.expand(x)).permute(0, 3, 1, 2))
         value, gate = hidden.permute(0, 2, 3, 1).chunk(2, dim=-1)
-        return self.project(value * silu(gate))
+        return self.project(value * F.silu(gate))
 
 
 class Block(nn.Module):
@@ -166,41 +132,14 @@ class Block(nn.Module):
         tag_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, H, W, C), modulation (B, 6, C) shared by all blocks -> (B, H, W, C)."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + modulation)[
-            :, :, None, None
-        ].unbind(1)
-        # A strip of rows goes through all it can before the next: what lies in between is never
-        # written to memory, which on a CPU takes longer than the products.
-        strips = x.split(_rows_at_once(x), dim=1)
-        if len(strips) == 1:
-            attend: Callable[[Tensor], Tensor] = self.attention
-        else:
-            states = [self.attention.state(modulate(s, shift, scale)) for s in strips]
-            attend = partial(self.attention.read, state=torch.stack(states).sum(0))
-        attended = []
-        for strip in strips:
-            y = torch.addcmul(strip, gate, attend(modulate(strip, shift, scale)))
-            if tags is not None and self.tag_attention is not None:
-                y = y + self.tag_attention(y, tags, tag_mask)
-            attended.append(y)
-        x, top, fed = _joined(attended), 0, []
-        for strip in attended:
-            bottom = top + strip.shape[1]
-            above, below = min(top, 1), min(x.shape[1] - bottom, 1)
-            seen = modulate(x[:, top - above : bottom + below], ffn_shift, ffn_scale)
-            fed.append(torch.addcmul(strip, ffn_gate, self.ffn(seen, above, below)))
-            top = bottom
-        return _joined(fed)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulations(modulation)
+        x = torch.addcmul(x, gate, self.attention(modulate(x, shift, scale)))
+        if tags is not None and self.tag_attention is not None:
+            x = x + self.tag_attention(x, tags, tag_mask)
+        return torch.addcmul(x, ffn_gate, self.ffn(modulate(x, ffn_shift, ffn_scale)))
 
-
-def _rows_at_once(x: Tensor) -> int:
-    """How many rows of (B, H, W, C) go through a block's layers together: on a CPU as many as stay
-    in its cache, while no gradient is asked for.
-    """
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        return x.shape[1]
-    return max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2]))
-
-
-def _joined(strips: list[Tensor]) -> Tensor:
-    return strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
+    def modulations(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """From those shared by all blocks (B, 6, C): shift, scale and gate of the attention, then
+        of the Mix-FFN, each (B, 1, 1, C).
+        """
+        return (self.modulation + shared)[:, :, None, None].unbind(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
+from linearsr.denoiser import strips
 from linearsr.denoiser.blocks import Block, TagAttention, modulate
 from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
 from linearsr.errors import OptionError
@@ -123,8 +124,9 @@ class LinearSR(nn.Module):
         x = torch.cat([latent.to(dtype), condition.features], dim=1).permute(0, 2, 3, 1)
         x = self.embed(x)
         modulation, embedding = self.time(t)
+        run = strips.forward if strips.suit(x) else Block.__call__
         for i, block in enumerate(self.blocks):
             tags = None if condition.tags is None else condition.tags[i]
-            x = block(x, modulation, tags, condition.tag_mask)
+            x = run(block, x, modulation, tags, condition.tag_mask)
         shift, scale = (self.modulation + embedding[:, None])[:, :, None, None].unbind(1)
         return self.out(modulate(x, shift, scale)).permute(0, 3, 1, 2).to(latent.dtype)

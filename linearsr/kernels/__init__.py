@@ -1,6 +1,6 @@
 """ReLU linear attention: checks the arguments and picks the PyTorch or the Triton implementation.
 
-`key_value_state` and `read_state` are its two halves in PyTorch, for who takes tokens in parts.
+`key_value_state` and `scaled_state` are its two halves in PyTorch, for who takes tokens in parts.
 Knows nothing of projections, norms, positions or models; it sees queries, keys and values only.
 Importing this package does not import Triton: the first call that uses that backend does.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from linearsr.errors import OptionError
-from linearsr.kernels.reference import key_value_state, read_state, reference_attention
+from linearsr.kernels.reference import key_value_state, scaled_state, reference_attention
 
-__all__ = ["key_value_state", "read_state", "relu_linear_attention"]
+__all__ = ["key_value_state", "scaled_state", "relu_linear_attention"]
 
 _BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -38,13 +38,18 @@ def read_state(q: Tensor, state: Tensor, eps: float = 1e-15) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         query = q.transpose(1, 2).relu().to(wide)
         query = query * _inverse_power_of_two(query.detach().amax(dim=-1, keepdim=True))
-        state = state * _inverse_power_of_two(state[..., -1:].detach().amax(dim=-2, keepdim=True))
         # z rides as one more column, so that one product reads the queries once.
-        state = torch.cat([state[..., :-1], state[..., -1:] + eps], dim=-1)
-        numerator, denominator = (query @ state).split([q.shape[-1], 1], dim=-1)
+        product = query @ scaled_state(state, eps)
+        numerator, denominator = product.split([q.shape[-1], 1], dim=-1)
         # Zero where no feature of the query is above zero: the numerator is 0 there as well.
         denominator = denominator + (denominator == 0).to(wide)
         return (numerator / denominator).transpose(1, 2).to(q.dtype)
+
+
+def scaled_state(state: Tensor, eps: float = 1e-15) -> Tensor:
+    """The state of all tokens in units of its own z, to which eps is added."""
+    state = state * _inverse_power_of_two(state[..., -1:].detach().amax(dim=-2, keepdim=True))
+    return torch.cat([state[..., :-1], state[..., -1:] + eps], dim=-1)
 
 
 def _inverse_power_of_two(x: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""A block, strip by strip: what lies between its layers stays in a CPU core's cache.
+
+Elementwise passes cost a CPU more than matrix products, and far more where each of them goes
+through main memory. So a strip of rows goes through all it can before the next one does, the two
+halves of a gated layer are tensors of their own, and what can be folded into a matrix is. It is the
+function of `Block.forward`, which has the plain order; no gradients here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, modulate
+from linearsr.kernels import scaled_state
+
+# Tokens whose activations, five times as wide in the Mix-FFN, fit a CPU core's cache.
+CACHED_TOKENS = 4096
+
+
+def suit(x: Tensor) -> bool:
+    """Whether tokens (B, H, W, C) are better taken in strips: on a CPU, without gradients."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def forward(
+    block: Block,
+    x: Tensor,
+    modulation: Tensor,
+    tags: tuple[Tensor, Tensor] | None = None,
+    tag_mask: Tensor | None = None,
+) -> Tensor:
+    """`block(x, modulation, tags, tag_mask)`."""
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = block.modulations(modulation)
+    strips = x.split(max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2])), dim=1)
+    queries, read = _attention(block.attention, (modulate(s, shift, scale) for s in strips))
+    value, ffn_gated = _Branch(block.ffn, 0), _Branch(block.ffn, 1)
+    y, attended, fed = torch.empty_like(x), 0, 0
+    for strip, query in zip(strips, queries, strict=True):
+        rows = y[:, attended : attended + strip.shape[1]]
+        torch.addcmul(strip, gate, read(query).view(strip.shape), out=rows)
+        if tags is not None and block.tag_attention is not None:
+            rows += block.tag_attention(rows, tags, tag_mask)
+        attended += strip.shape[1]
+        seen, last = modulate(rows, ffn_shift, ffn_scale), attended == x.shape[1]
+        hidden = value(seen, last).mul_(F.silu(ffn_gated(seen, last), inplace=True))
+        # In place: who looks at these rows has done so.
+        y[:, fed : fed + hidden.shape[1]].addcmul_(ffn_gate, block.ffn.project(hidden))
+        fed += hidden.shape[1]
+    return y
+
+
+def _attention(
+    attention: LinearAttention, strips: Iterable[Tensor]
+) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """The queries of each strip (B, rows, W, C), and what turns them into `attention`'s output."""
+    query, key, value = attention.qkv.weight.chunk(3)
+    normed = isinstance(attention.norm_k, nn.RMSNorm)
+    if normed:
+        query = attention.norm_q.weight[:, None] * query
+        # relu(w k) = |w| relu(sign(w) k): the sizes of the weights wait for the sums.
+        key = attention.norm_k.weight.sign()[:, None] * key
+    queries, states = [], []
+    wide = torch.promote_types(key.dtype, torch.float32)
+    for strip in strips:
+        x = strip.flatten(1, 2)
+        queries.append(F.linear(x, query).relu_())
+        k = F.linear(x, key)
+        if normed:
+            k *= _inverse_rms(k, attention.norm_k.eps)
+        k, v = k.relu_(), F.linear(x, value)
+        sums = attention.heads(k).transpose(1, 2).mT @ attention.heads(v).transpose(1, 2)
+        z = attention.heads(k.sum(1))[..., None]
+        states.append(torch.cat([sums, z], dim=-1).to(wide))
+    state = torch.stack(states).sum(0)
+    if normed:
+        state *= attention.heads(attention.norm_k.weight.abs())[..., None]
+    return queries, _reader(state, attention.out)
+
+
+def _inverse_rms(x: Tensor, eps: float | None) -> Tensor:
+    """(B, N, C) -> (B, N, 1)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (length.square() / x.shape[-1]).add_(eps or 0).rsqrt_()
+
+
+def _reader(state: Tensor, out: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """What gives `out` of the attention of queries (B, N, C) that have been through ReLU.
+
+    state: (B, H, D, D + 1), of all tokens. Its sums and the output projection make one matrix
+    (B, C, C); a query meets that once each of its heads is divided by what it has with z.
+    """
+    sums, z = scaled_state(state).split([state.shape[-2], 1], dim=-1)
+    heads, dim = sums.shape[1:3]
+    project = out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
+    matrix = (sums @ project.to(sums.dtype)).flatten(1, 2).to(out.weight.dtype)
+    # (B, C, H): the z of a head in its own rows and column.
+    z = torch.diag_embed(z.squeeze(-1).mT).transpose(1, 2).flatten(1, 2).to(out.weight.dtype)
+
+    def read(query: Tensor) -> Tensor:
+        norm = query @ z
+        # Where no feature of the query is above zero, zero over one.
+        norm.masked_fill_(norm == 0, 1)
+        weights = query.unflatten(-1, (heads, dim)) / norm.unsqueeze(-1)
+        return torch.baddbmm(out.bias, weights.flatten(-2), matrix)
+
+    return read
+
+
+class _Branch:
+    """One half of a `MixFFN` up to its convolution: the values, or the gate.
+
+    It keeps the rows that the convolution looks at again with the next strip.
+    """
+
+    def __init__(self, ffn: MixFFN, half: int) -> None:
+        self.expand = ffn.expand.weight.chunk(2)[half], ffn.expand.bias.chunk(2)[half]
+        self.depthwise = ffn.depthwise.weight.chunk(2)[half], ffn.depthwise.bias.chunk(2)[half]
+        self.rows: Tensor | None = None
+
+    def __call__(self, strip: Tensor, last: bool) -> Tensor:
+        """(B, rows, W, C) -> (B, n, W, hidden), the rows whose neighbours are known by now: one
+        fewer of the first strip, one more of the `last`.
+        """
+        above = 1 if self.rows is None else 2
+        size = above + strip.shape[1] + last
+        window = strip.new_empty(len(strip), size, strip.shape[2], len(self.depthwise[0]))
+        window[:, :above] = 0 if self.rows is None else self.rows
+        hidden = F.linear(strip, *self.expand)
+        torch.ops.aten.silu.out(hidden, out=window[:, above : above + strip.shape[1]])
+        if last:
+            window[:, -1] = 0
+        self.rows = window[:, -2:]
+        if window.shape[1] < 3:
+            return hidden[:, :0]
+        # Views: NHWC memory seen as channels_last NCHW.
+        kernel, bias = self.depthwise
+        window = window.permute(0, 3, 1, 2)
+        hidden = F.conv2d(window, kernel, bias, padding=(0, 1), groups=len(kernel))
+        return hidden.permute(0, 2, 3, 1)

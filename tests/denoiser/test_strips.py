@@ -1,0 +1,81 @@
+"""Strips of rows: the function of the plain block, whatever the height, on rounding's terms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearsr.denoiser import strips
+from linearsr.denoiser.blocks import Block
+
+
+def block_of(batch: int, dtype: torch.dtype, qk_norm: bool = True) -> tuple[Block, list[Tensor]]:
+    """A block, and a picture of 7 rows of 9 with its modulation and two tags."""
+    torch.manual_seed(0)
+    block = Block(16, head_dim=8, ffn_ratio=2.5, qk_norm=qk_norm, tag_heads=2).eval()
+    if qk_norm:
+        torch.nn.init.uniform_(block.attention.norm_q.weight, 0.5, 1.5)
+    given = [torch.randn(batch, 7, 9, 16), torch.randn(batch, 6, 16), torch.randn(batch, 2, 16)]
+    return block.to(dtype), [x.to(dtype) for x in given]
+
+
+def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the block gives, and what it gives strip by strip."""
+    x, modulation, tags = given
+    assert block.tag_attention is not None
+    keys = block.tag_attention.keys_values(tags)
+    before = x.clone()
+    result = strips.forward(block, x, modulation, keys)
+    assert torch.equal(x, before)
+    return block(x, modulation, keys), result
+
+
+@pytest.mark.parametrize("cached", [1, 27, 36, 54, 10**9])  # 1, 3, 4 and 6 rows at once, and all
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@torch.inference_mode()
+def test_strips_of_rows_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, cached: int, batch: int, qk_norm: bool
+) -> None:
+    block, given = block_of(batch, torch.float64, qk_norm)
+    monkeypatch.setattr(strips, "CACHED_TOKENS", cached * batch)
+    whole, result = both(block, given)
+    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("height", [1, 2])
+@torch.inference_mode()
+def test_pictures_of_one_or_two_rows(monkeypatch: pytest.MonkeyPatch, height: int) -> None:
+    block, (x, *rest) = block_of(1, torch.float64)
+    monkeypatch.setattr(strips, "CACHED_TOKENS", 1)
+    whole, result = both(block, [x[:, :height], *rest])
+    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
+    block, (x, modulation, _) = block_of(1, torch.float64)
+    block.attention.qkv.weight[:16] = 0
+    result = strips.forward(block, x, modulation)
+    assert result.isfinite().all()
+    torch.testing.assert_close(result, block(x, modulation), atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_strips_round_no_worse_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, on weights and inputs that bfloat16 holds exactly."""
+    monkeypatch.setattr(strips, "CACHED_TOKENS", 18)
+    block, given = block_of(1, torch.bfloat16)
+    rounded = both(block, given)
+    exact, _ = both(block.double(), [x.double() for x in given])
+    plain, ours = ((x.double() - exact).norm() / exact.norm() for x in rounded)
+    assert 0 < plain < 0.02
+    assert ours < 2 * plain
+
+
+def test_who_asks_for_gradients_gets_the_plain_block() -> None:
+    x = torch.zeros(1, 2, 2, 4)
+    assert not strips.suit(x)
+    with torch.no_grad():
+        assert strips.suit(x)
