@@ -338,6 +338,7 @@ class Upscaler:
         """Where each of the group is after its steps, tensors (1, C, th, tw) on the CPU."""
         model = self._expert(expert)
         lr_pictures = torch.cat([self._upsampled(p.work.lr, p.tile) for p in group])
+        lr_pictures = lr_pictures.contiguous(memory_format=torch.channels_last)
         joined = self.autoencoder.condition(lr_pictures) if model.config.condition_latent else None
         condition = model.condition(lr_pictures.to(model.embed.weight.dtype), joined)
         condition = condition._replace(tags=_joined_tags([p.tags for p in group]))

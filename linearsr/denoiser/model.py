@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
@@ -23,12 +24,12 @@ TagKeys = list[tuple[Tensor, Tensor]]
 class Condition(NamedTuple):
     """What one expert derives from a request once and uses at every step.
 
-    features: (B, C, h, w) channels joined to the noisy latent.
+    embedded: (B, h, w, width), what the LR picture adds to the embedded noisy latent.
     tags: keys and values of the tags, a pair per block; None without tags.
     tag_mask: (B, T), True where a tag is real; None when all are.
     """
 
-    features: Tensor
+    embedded: Tensor
     tags: TagKeys | None = None
     tag_mask: Tensor | None = None
 
@@ -92,9 +93,12 @@ class LinearSR(nn.Module):
             if lr_latent is None:
                 raise OptionError("this model needs the encoded LR picture (lr_latent)")
             features = torch.cat([features, lr_latent.to(features.dtype)], dim=1)
+        # One matrix over latent and features is a sum over both: this part does not depend on t.
+        weight = self.embed.weight[:, self.config.latent_channels :]
+        embedded = F.linear(features.permute(0, 2, 3, 1), weight, self.embed.bias)
         if tags is None:
-            return Condition(features)
-        return Condition(features, self.tag_keys(tags), tag_mask)
+            return Condition(embedded)
+        return Condition(embedded, self.tag_keys(tags), tag_mask)
 
     def tag_keys(self, tags: Tensor) -> TagKeys:
         """Of embeddings (B, T, tag_dim): a key and a value for each block.
@@ -115,14 +119,13 @@ class LinearSR(nn.Module):
         if self.config.prediction == "velocity":
             return self._network(latent, t, condition)
         c = Preconditioning.at(t.to(latent.dtype))
-        return c.skip * latent + c.output_scale * self._network(
-            c.input_scale * latent, t, condition
-        )
+        completed = self._network(c.input_scale * latent, t, condition)
+        return torch.addcmul(c.skip * latent, c.output_scale, completed)
 
     def _network(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = self.embed.weight.dtype
-        x = torch.cat([latent.to(dtype), condition.features], dim=1).permute(0, 2, 3, 1)
-        x = self.embed(x)
+        weight = self.embed.weight[:, : self.config.latent_channels]
+        x = F.linear(latent.to(dtype).permute(0, 2, 3, 1), weight).add_(condition.embedded)
         modulation, embedding = self.time(t)
         run = strips.forward if strips.suit(x) else Block.__call__
         for i, block in enumerate(self.blocks):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, modulate
+from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, TagAttention, modulate
 from linearsr.kernels import scaled_state
 
 # Tokens whose activations, five times as wide in the Mix-FFN, fit a CPU core's cache.
@@ -37,13 +37,14 @@ def forward(
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = block.modulations(modulation)
     strips = x.split(max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2])), dim=1)
     queries, read = _attention(block.attention, (modulate(s, shift, scale) for s in strips))
+    tagged = None if tags is None else _tag_reader(block.tag_attention, tags, tag_mask)
     value, ffn_gated = _Branch(block.ffn, 0), _Branch(block.ffn, 1)
     y, attended, fed = torch.empty_like(x), 0, 0
     for strip, query in zip(strips, queries, strict=True):
         rows = y[:, attended : attended + strip.shape[1]]
         torch.addcmul(strip, gate, read(query).view(strip.shape), out=rows)
-        if tags is not None and block.tag_attention is not None:
-            rows += block.tag_attention(rows, tags, tag_mask)
+        if tagged is not None:
+            rows += tagged(rows)
         attended += strip.shape[1]
         seen, last = modulate(rows, ffn_shift, ffn_scale), attended == x.shape[1]
         hidden = value(seen, last).mul_(F.silu(ffn_gated(seen, last), inplace=True))
@@ -79,6 +80,40 @@ def _attention(
     if normed:
         state *= attention.heads(attention.norm_k.weight.abs())[..., None]
     return queries, _reader(state, attention.out)
+
+
+def _tag_reader(
+    attention: TagAttention | None, tags: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """What gives `attention` of tokens (B, H, W, C) to tags whose keys and values are known.
+
+    Few tags are two narrow matrices: the keys of all heads, each in its own rows and columns, and
+    the values with the output projection folded in.
+    """
+    if attention is None:
+        return None
+    keys, values = tags
+    heads, count, dim = keys.shape[1:]
+    if mask is not None or count > dim:  # then these matrices would be the wider way
+        return lambda x: attention(x, tags, mask)
+    normed = isinstance(attention.norm_q, nn.RMSNorm)
+    if normed:
+        keys = keys * attention.norm_q.weight.unflatten(0, (heads, 1, dim))
+    # (B, C, heads * T) and (B, heads * T, C)
+    keys = torch.diag_embed(keys.permute(0, 3, 2, 1)).permute(0, 3, 1, 4, 2) * dim**-0.5
+    keys = keys.flatten(3, 4).flatten(1, 2)
+    project = attention.out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
+    values = (values @ project).flatten(1, 2)
+
+    def read(x: Tensor) -> Tensor:
+        q = attention.q(x.flatten(1, 2))
+        logits = q @ keys
+        if normed:
+            logits *= _inverse_rms(q, attention.norm_q.eps)
+        weights = logits.unflatten(-1, (heads, count)).softmax(-1).flatten(-2)
+        return torch.baddbmm(attention.out.bias, weights, values).view(x.shape)
+
+    return read
 
 
 def _inverse_rms(x: Tensor, eps: float | None) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from linearsr.errors import OptionError
-from linearsr.kernels.reference import key_value_state, scaled_state, reference_attention
+from linearsr.kernels.reference import key_value_state, reference_attention, scaled_state
 
-__all__ = ["key_value_state", "scaled_state", "relu_linear_attention"]
+__all__ = ["key_value_state", "relu_linear_attention", "scaled_state"]
 
 _BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)

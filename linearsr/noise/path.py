@@ -31,7 +31,7 @@ def velocity(clean: Tensor, noise: Tensor) -> Tensor:
 
 def euler_step(latent: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     """z at `t_next` from z at `t`, both (B,): exact when v is the path's own velocity."""
-    return latent + _like(t_next - t, latent) * v
+    return torch.addcmul(latent, _like(t_next - t, latent), v)
 
 
 def clean_guess(latent: Tensor, v: Tensor, t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from linearsr.denoiser import blocks
 
+
 def test_modulation_of_one_sample_equals_its_part_of_a_batch() -> None:
     x, shift, scale = torch.randn(3, 4, 5, 8), torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8)
     batch = blocks.modulate(x, shift, scale)

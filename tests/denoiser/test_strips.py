@@ -15,7 +15,10 @@ def block_of(batch: int, dtype: torch.dtype, qk_norm: bool = True) -> tuple[Bloc
     torch.manual_seed(0)
     block = Block(16, head_dim=8, ffn_ratio=2.5, qk_norm=qk_norm, tag_heads=2).eval()
     if qk_norm:
-        torch.nn.init.uniform_(block.attention.norm_q.weight, 0.5, 1.5)
+        assert block.tag_attention is not None
+        for part in (block.attention, block.tag_attention):
+            for norm in (part.norm_q, part.norm_k):
+                torch.nn.init.uniform_(norm.weight, -0.5, 1.5)
     given = [torch.randn(batch, 7, 9, 16), torch.randn(batch, 6, 16), torch.randn(batch, 2, 16)]
     return block.to(dtype), [x.to(dtype) for x in given]
 
@@ -50,6 +53,29 @@ def test_pictures_of_one_or_two_rows(monkeypatch: pytest.MonkeyPatch, height: in
     block, (x, *rest) = block_of(1, torch.float64)
     monkeypatch.setattr(strips, "CACHED_TOKENS", 1)
     whole, result = both(block, [x[:, :height], *rest])
+    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tags", [1, 8, 9])  # up to as many as a head is wide, and more
+@pytest.mark.parametrize("qk_norm", [True, False])
+@torch.inference_mode()
+def test_any_number_of_tags(tags: int, qk_norm: bool) -> None:
+    block, (x, modulation, _) = block_of(2, torch.float64, qk_norm)
+    given = [x, modulation, torch.randn(2, tags, 16, dtype=torch.float64)]
+    whole, result = both(block, given)
+    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_tags_that_are_padding() -> None:
+    block, (x, modulation, tags) = block_of(2, torch.float64)
+    assert block.tag_attention is not None
+    keys, mask = (
+        block.tag_attention.keys_values(tags),
+        torch.tensor([[True, False], [False, False]]),
+    )
+    whole = block(x, modulation, keys, mask)
+    result = strips.forward(block, x, modulation, keys, mask)
     torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
 
 
