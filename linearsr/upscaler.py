@@ -42,7 +42,7 @@ from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 
 # Latent cells. Tiles bound memory; ones as large as this spend few cells on overlap, which is twice
 # what the convolutions of eight blocks can see.
-AUTO_TILE = 192
+AUTO_TILE = 320
 OVERLAP = 16
 SMALLEST_TILE = 32
 # Latent cells of several works that go through a model at once. More would leave a CPU's caches:
@@ -141,8 +141,8 @@ class Upscaler:
         only: the experts that are needed here; see `linearsr.weights.load`.
         Raises WeightsError or OptionError.
         """
-        chosen = _pick_device(device)
-        loaded = cls(weights.load(name_or_folder, chosen, _best_dtype(chosen), only), chosen)
+        chosen = pick_device(device)
+        loaded = cls(weights.load(name_or_folder, chosen, best_dtype(chosen), only), chosen)
         if only is None:
             _ = loaded.autoencoder  # what is wrong with it is known before any work
         return loaded
@@ -537,7 +537,7 @@ def _check_memory(picture: Picture, options: Options, scale: int, tile: int | No
         )
 
 
-def _pick_device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -550,7 +550,7 @@ def _pick_device(device: str) -> torch.device:
         raise OptionError(f"device {device!r} cannot be used: {reason}") from error
 
 
-def _best_dtype(device: torch.device) -> torch.dtype:
+def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where matrix units take it (CUDA, or a CPU with AMX), else float32."""
     if device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16

@@ -59,26 +59,27 @@ def _attention(
 ) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
     """The queries of each strip (B, rows, W, C), and what turns them into `attention`'s output."""
     query, key, value = attention.qkv.weight.chunk(3)
-    normed = isinstance(attention.norm_k, nn.RMSNorm)
-    if normed:
-        query = attention.norm_q.weight[:, None] * query
+    norm_q, norm_k = attention.norm_q, attention.norm_k
+    if isinstance(norm_q, nn.RMSNorm):
+        query = norm_q.weight[:, None] * query
+    if isinstance(norm_k, nn.RMSNorm):
         # relu(w k) = |w| relu(sign(w) k): the sizes of the weights wait for the sums.
-        key = attention.norm_k.weight.sign()[:, None] * key
+        key = norm_k.weight.sign()[:, None] * key
     queries, states = [], []
     wide = torch.promote_types(key.dtype, torch.float32)
     for strip in strips:
         x = strip.flatten(1, 2)
         queries.append(F.linear(x, query).relu_())
         k = F.linear(x, key)
-        if normed:
-            k *= _inverse_rms(k, attention.norm_k.eps)
+        if isinstance(norm_k, nn.RMSNorm):
+            k *= _inverse_rms(k, norm_k)
         k, v = k.relu_(), F.linear(x, value)
         sums = attention.heads(k).transpose(1, 2).mT @ attention.heads(v).transpose(1, 2)
         z = attention.heads(k.sum(1))[..., None]
         states.append(torch.cat([sums, z], dim=-1).to(wide))
     state = torch.stack(states).sum(0)
-    if normed:
-        state *= attention.heads(attention.norm_k.weight.abs())[..., None]
+    if isinstance(norm_k, nn.RMSNorm):
+        state *= attention.heads(norm_k.weight.abs())[..., None]
     return queries, _reader(state, attention.out)
 
 
@@ -96,9 +97,9 @@ def _tag_reader(
     heads, count, dim = keys.shape[1:]
     if mask is not None or count > dim:  # then these matrices would be the wider way
         return lambda x: attention(x, tags, mask)
-    normed = isinstance(attention.norm_q, nn.RMSNorm)
-    if normed:
-        keys = keys * attention.norm_q.weight.unflatten(0, (heads, 1, dim))
+    norm = attention.norm_q
+    if isinstance(norm, nn.RMSNorm):
+        keys = keys * norm.weight.unflatten(0, (heads, 1, dim))
     # (B, C, heads * T) and (B, heads * T, C)
     keys = torch.diag_embed(keys.permute(0, 3, 2, 1)).permute(0, 3, 1, 4, 2) * dim**-0.5
     keys = keys.flatten(3, 4).flatten(1, 2)
@@ -108,18 +109,18 @@ def _tag_reader(
     def read(x: Tensor) -> Tensor:
         q = attention.q(x.flatten(1, 2))
         logits = q @ keys
-        if normed:
-            logits *= _inverse_rms(q, attention.norm_q.eps)
+        if isinstance(norm, nn.RMSNorm):
+            logits *= _inverse_rms(q, norm)
         weights = logits.unflatten(-1, (heads, count)).softmax(-1).flatten(-2)
         return torch.baddbmm(attention.out.bias, weights, values).view(x.shape)
 
     return read
 
 
-def _inverse_rms(x: Tensor, eps: float | None) -> Tensor:
+def _inverse_rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """(B, N, C) -> (B, N, 1)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (length.square() / x.shape[-1]).add_(eps or 0).rsqrt_()
+    return (length.square() / x.shape[-1]).add_(norm.eps or 0).rsqrt_()
 
 
 def _reader(state: Tensor, out: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -152,8 +153,8 @@ class _Branch:
     """
 
     def __init__(self, ffn: MixFFN, half: int) -> None:
-        self.expand = ffn.expand.weight.chunk(2)[half], ffn.expand.bias.chunk(2)[half]
-        self.depthwise = ffn.depthwise.weight.chunk(2)[half], ffn.depthwise.bias.chunk(2)[half]
+        self.expand = _half(ffn.expand, half)
+        self.depthwise = _half(ffn.depthwise, half)
         self.rows: Tensor | None = None
 
     def __call__(self, strip: Tensor, last: bool) -> Tensor:
@@ -176,3 +177,8 @@ class _Branch:
         window = window.permute(0, 3, 1, 2)
         hidden = F.conv2d(window, kernel, bias, padding=(0, 1), groups=len(kernel))
         return hidden.permute(0, 2, 3, 1)
+
+
+def _half(layer: nn.Linear | nn.Conv2d, half: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the first or the second half of a layer's outputs."""
+    return layer.weight.chunk(2)[half], layer.get_parameter("bias").chunk(2)[half]

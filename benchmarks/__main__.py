@@ -1,0 +1,100 @@
+"""How fast LinearSR is on this machine, beside what people would pick instead.
+
+    python -m benchmarks                            # this machine's best device, a few minutes
+    python -m benchmarks --device cuda --models linearsr-1.6b linearsr-0.6b --sides 512 1024 2048
+    python -m benchmarks --only gains --sides 1024  # what each optimisation gives
+
+Models have random weights at their real configs; before anything is timed, every way to run them
+must be as close to float64 as the plain one. Writes a page, its plots and the bare numbers into
+benchmarks/results/MACHINE. Whatever would take longer than --limit seconds is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import attention, forward, gains, image
+from benchmarks.gate import GateError
+from benchmarks.machine import Machine
+from benchmarks.tables import Row
+from benchmarks.timing import Asked
+from linearsr.config import MODELS
+from linearsr.upscaler import best_dtype, pick_device
+
+SECTIONS = {m.__name__.split(".")[-1]: m for m in (attention, forward, image, gains)}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    """Measure, print and write."""
+    options = _parser().parse_args()
+    device = pick_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", module="torch")
+    machine = Machine.here(device, best_dtype(device))
+    asked = Asked(
+        models=tuple(MODELS[name] for name in options.models or _models(device)),
+        sides=tuple(options.sides),
+        rounds=options.rounds,
+        limit=options.limit,
+        compiled_up_to=options.compiled_up_to,
+        real_esrgan=options.real_esrgan,
+    )
+    folder = options.output / (options.name or machine.slug)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = machine.describe()
+    page = [f"# {machine.name}", "", *(f"- {k}: {v}" for k, v in described.items()), ""]
+    numbers: dict[str, object] = {"machine": described}
+    try:
+        with torch.inference_mode():
+            for name in options.only:
+                text, rows = SECTIONS[name].run(machine, asked, folder)
+                print(text, flush=True)
+                page += [text, ""]
+                numbers[name] = [row._asdict() for row in rows]
+    except GateError as error:
+        print(f"refusing to time it: {error}", file=sys.stderr)
+        return 1
+    page += [f"`python -m benchmarks {' '.join(sys.argv[1:])}`".replace(" `", "`"), ""]
+    (folder / "README.md").write_text("\n".join(page))
+    (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"written to {folder}")
+    return 0
+
+
+def _models(device: torch.device) -> Sequence[str]:
+    """The large ones are for GPUs."""
+    return list(MODELS) if device.type == "cuda" else ["linearsr-tiny"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="of a CPU; all by default")
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    sides = [512, 1024, 2048, 4096, 8192]
+    parser.add_argument("--sides", nargs="+", type=int, default=sides, help="of outputs, pixels")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds that one call may take")
+    parser.add_argument(
+        "--compiled-up-to", type=int, default=1024, help="side; each size is compiled anew"
+    )
+    parser.add_argument("--real-esrgan", type=Path, help="its weights; random ones otherwise")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="of the folder; the machine's by default")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The operator alone: linear attention against softmax attention over as many tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import tables
+from benchmarks.machine import Machine
+from benchmarks.tables import Row
+from benchmarks.timing import Asked, Expected, in_turn
+from linearsr.kernels import relu_linear_attention
+
+LINEAR, SOFTMAX = "linear attention", "softmax attention"
+
+
+def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
+    """At the heads and tokens of the first model, at each size of output."""
+    config = asked.models[0]
+    dim, width = config.denoiser.head_dim, config.denoiser.width
+    rows, expected = [], Expected(asked.limit)
+    for side in asked.sides:
+        tokens = (side // config.latent.factor) ** 2
+        shape = (1, tokens, width // dim, dim)
+        q, k, v = (torch.randn(shape, device=machine.device, dtype=machine.dtype) for _ in "qkv")
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        runs = {
+            LINEAR: lambda: relu_linear_attention(q, k, v),  # noqa: B023
+            SOFTMAX: lambda: F.scaled_dot_product_attention(*heads_first),  # noqa: B023
+        }
+        power = {LINEAR: 1, SOFTMAX: 2}
+        runs = {n: r for n, r in runs.items() if expected.within(n, side, power[n])}
+        timed = in_turn(runs, machine.device, asked.rounds)
+        for name in (LINEAR, SOFTMAX):
+            if name not in timed:
+                rows.append(Row(name, side))
+                continue
+            expected.saw(name, side, timed[name].seconds)
+            rows.append(Row(name, side, timed[name].seconds, timed[name].memory))
+    tables.plot(rows, f"Attention of {config.name} alone", folder / "attention.png")
+    lines = [
+        "## The attention operator",
+        f"{width // dim} heads of {dim} channels ({config.name}), {config.latent.factor}² pixels "
+        "to a token; softmax is PyTorch's `scaled_dot_product_attention`.",
+        tables.table(rows, SOFTMAX),
+        f"Log-log slope of linear attention over pixels: {slope(rows, LINEAR):.3f}.",
+        "![attention](attention.png)",
+    ]
+    return "\n\n".join(lines), rows
+
+
+def slope(rows: list[Row], what: str) -> float:
+    """Least squares through log seconds over log pixels; NaN for less than two sizes."""
+    points = [
+        (math.log(row.side**2), math.log(row.seconds))
+        for row in rows
+        if row.what == what and row.seconds
+    ]
+    if len(points) < 2:
+        return math.nan
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / x.square().sum())

@@ -1,0 +1,149 @@
+"""The models that are compared: one set of random weights at a real config, run in several ways."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from linearsr.config import DenoiserConfig, ModelConfig
+from linearsr.denoiser import LinearSR
+from linearsr.denoiser.blocks import LinearAttention
+from linearsr.weights.convert import from_diffusers
+
+TAGS = 4
+TAG_DIM = 32  # of a model that is shipped without: Sana always has cross-attention
+Forward = Callable[[], Tensor]
+
+
+class SoftmaxAttention(LinearAttention):
+    """The attention that linear attention replaces, with the same weights and norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
+        q, k, v = (self.heads(y).transpose(1, 2) for y in (self.norm_q(q), self.norm_k(k), v))
+        o = F.scaled_dot_product_attention(q, k, v)
+        return self.out(o.transpose(1, 2).reshape(b, h, w, c))
+
+
+class Inputs(NamedTuple):
+    """Of one forward for an output of a given side."""
+
+    latent: Tensor
+    t: Tensor
+    tags: Tensor
+    picture: Tensor
+
+
+class Contestants:
+    """diffusers' `SanaTransformer2DModel` of a config, and our model with its weights."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.config, self.device, self.dtype = config, device, dtype
+        sana = _sana(config.denoiser)
+        with tempfile.TemporaryDirectory() as folder:
+            sana.save_pretrained(folder)
+            converted = from_diffusers(Path(folder))
+        ours = LinearSR(converted.config)
+        ours.load_state_dict({**ours.state_dict(), **converted.tensors})
+        self.sana = sana.to(device, dtype).eval()
+        self.ours = ours.to(device, dtype).eval()
+        self.compiled_sana: Any = torch.compile(self.sana, dynamic=False)
+        self.compiled_ours: Any = torch.compile(_plain(self.ours), dynamic=False)
+
+    def inputs(self, side: int) -> Inputs:
+        """Random ones for a picture of side x side pixels, in the precision of the models."""
+        cells, channels = side // self.config.latent.factor, self.config.denoiser.latent_channels
+        stem = cells * math.prod(self.ours.config.stem_strides)
+        tag_dim = self.ours.config.tag_dim or 0
+        shapes = (1, channels, cells, cells), (1, TAGS, tag_dim), (1, 3, stem, stem)
+        latent, tags, picture = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes
+        )
+        given = (x.to(self.device, self.dtype) for x in (latent, tags, picture))
+        latent, tags, picture = given
+        return Inputs(latent, torch.tensor([0.5], device=self.device), tags, picture)
+
+    def theirs(self, given: Inputs, model: Any = None) -> Tensor:
+        """diffusers' forward."""
+        run = self.sana if model is None else model
+        # As a pipeline gives it: on [0, 1000], and channels first.
+        out: Tensor = run(given.latent, given.tags, given.t * 1000, return_dict=False)[0]
+        return out
+
+    def forwards(self, given: Inputs, compiled: bool) -> dict[str, Forward]:
+        """Every way to compute the same function (but for softmax), by name."""
+        condition = self.ours.condition(given.picture, tags=given.tags)
+        last = given.latent.contiguous(memory_format=torch.channels_last)
+        plain = _plain(self.ours)
+        ways: dict[str, Forward] = {
+            "diffusers": lambda: self.theirs(given),
+            "LinearSR": lambda: self.ours(last, given.t, condition),
+            "LinearSR, plain order": lambda: plain(last, given.t, condition),
+        }
+        if compiled:
+            ways["diffusers, compiled"] = lambda: self.theirs(given, self.compiled_sana)
+            ways["LinearSR, compiled"] = lambda: self.compiled_ours(last, given.t, condition)
+        softmax = _softmax(self.ours)
+        ways["softmax attention"] = lambda: softmax(last, given.t, condition)
+        return ways
+
+    def flops(self, side: int) -> int:
+        """Counted, of one forward; linear attention's few are in it."""
+        return _flops(self.ours, lambda: self.inputs(side))
+
+
+def _sana(config: DenoiserConfig) -> Any:
+    from diffusers import SanaTransformer2DModel
+
+    heads = config.tag_heads if config.tag_dim else config.width // config.head_dim
+    return SanaTransformer2DModel(
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        num_attention_heads=config.width // config.head_dim,
+        attention_head_dim=config.head_dim,
+        num_layers=config.depth,
+        num_cross_attention_heads=heads,
+        cross_attention_head_dim=config.width // heads,
+        cross_attention_dim=config.width,
+        caption_channels=config.tag_dim or TAG_DIM,
+        mlp_ratio=config.ffn_ratio,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
+def _plain(model: LinearSR) -> LinearSR:
+    """The same parameters in the plain order of layers."""
+    plain = copy.copy(model)
+    plain.in_strips = False
+    return plain
+
+
+def _softmax(model: LinearSR) -> LinearSR:
+    """The same parameters under the other attention."""
+    memo = {id(p): p for p in model.parameters()}
+    softmax = copy.deepcopy(model, memo)
+    softmax.in_strips = False
+    for block in softmax.blocks:
+        block.attention.__class__ = SoftmaxAttention
+    return softmax
+
+
+def _flops(model: LinearSR, inputs: Callable[[], Inputs]) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = inputs()
+        condition = model.condition(given.picture, tags=given.tags)
+        with FlopCounterMode(display=False) as counter:
+            _plain(model)(given.latent, given.t, condition)
+    return int(counter.get_total_flops())

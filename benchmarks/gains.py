@@ -1,0 +1,115 @@
+"""What each optimisation gives: the same picture with it and without, in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.image import photograph
+from benchmarks.machine import Machine
+from benchmarks.tables import Row, seconds
+from benchmarks.timing import Asked, in_turn
+from linearsr import upscaler as stages
+from linearsr.config import Options
+from linearsr.denoiser import LinearSR
+from linearsr.denoiser import strips as in_strips
+from linearsr.upscaler import Upscaler
+
+SMALLER_TILE = 192
+Ways = Callable[[], AbstractContextManager[object]]
+
+
+class Switch(NamedTuple):
+    """An optimisation: `off` and `on` set it while a picture is upscaled."""
+
+    name: str
+    off: Ways
+    on: Ways = contextlib.nullcontext
+
+
+def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
+    """With the bundled model and its own steps, at the first sizes."""
+    upscaler = Upscaler.load("linearsr-tiny", str(machine.device))
+    rows: list[Row] = []
+    lines = ["| output | | without | with | gain | PSNR between them |", "|---" * 6 + "|"]
+    for side in [side for side in asked.sides if side <= asked.compiled_up_to]:
+        picture = photograph(side // 4)
+        for switch in _switches(upscaler):
+            names = f"{switch.name}: without", f"{switch.name}: with"
+            ways = zip(names, (switch.off, switch.on), strict=True)
+            results: dict[str, Tensor] = {}
+
+            def upscale(name: str, way: Ways) -> None:
+                with way():
+                    results[name] = upscaler.upscale(picture, Options()).pixels  # noqa: B023
+
+            runs = {name: (lambda n=name, w=way: upscale(n, w)) for name, way in ways}
+            timed = in_turn(runs, machine.device, asked.rounds)
+            off, on = (timed[name].seconds for name in names)
+            error = (results[names[0]] - results[names[1]]).square().mean()
+            psnr = -10 * math.log10(error) if error else math.inf
+            lines.append(
+                f"| {side}² | {switch.name} | {seconds(off)} | {seconds(on)} | {off / on:.2f}x "
+                f"| {psnr:.1f} dB |"
+            )
+            rows += [Row(name, side, timed[name].seconds, timed[name].memory) for name in names]
+    return "## What each optimisation gives\n\n" + "\n".join(lines), rows
+
+
+def _switches(upscaler: Upscaler) -> list[Switch]:
+    compiled = Switch("blocks through torch.compile", contextlib.nullcontext, _compiled(upscaler))
+    if upscaler.device.type == "cuda":
+        kernels = Switch("Triton kernels", lambda: mock.patch.dict(os.environ, _TORCH_KERNELS))
+        return [kernels, compiled]
+    switches = [
+        Switch("strips of rows", lambda: mock.patch.object(LinearSR, "in_strips", False)),
+        Switch(
+            f"tiles of {stages.AUTO_TILE} cells, not {SMALLER_TILE}",
+            lambda: mock.patch.object(stages, "AUTO_TILE", SMALLER_TILE),
+        ),
+        Switch(
+            "a quarter of the rows in a strip",
+            contextlib.nullcontext,
+            lambda: mock.patch.object(in_strips, "CACHED_TOKENS", in_strips.CACHED_TOKENS // 4),
+        ),
+        Switch("int8 weights", contextlib.nullcontext, _experts(upscaler, _int8)),
+    ]
+    if upscaler.experts[0].embed.weight.dtype == torch.bfloat16:
+        switches.append(Switch("bfloat16", _experts(upscaler, LinearSR.float)))
+    return [*switches, compiled]
+
+
+_TORCH_KERNELS = {"LINEARSR_KERNELS": "torch"}
+
+
+def _experts(upscaler: Upscaler, convert: Callable[[LinearSR], LinearSR]) -> Ways:
+    """While it lasts, other experts made of the same weights."""
+    others = [convert(copy.deepcopy(expert)) for expert in upscaler.experts]
+    return lambda: mock.patch.object(upscaler, "experts", others)
+
+
+def _int8(model: LinearSR) -> LinearSR:
+    """Dynamic int8 products through PyTorch; they only go with the plain order, in float32."""
+    model.in_strips = False
+    blocks = torch.ao.quantization.quantize_dynamic(model.float().blocks, {torch.nn.Linear})
+    model.blocks = blocks
+    return model
+
+
+def _compiled(upscaler: Upscaler) -> Ways:
+    def compiled(model: LinearSR) -> LinearSR:
+        model.in_strips = False
+        model.compile_blocks()
+        return model
+
+    return _experts(upscaler, compiled)

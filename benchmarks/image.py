@@ -1,0 +1,178 @@
+"""A whole picture, stage by stage, beside bicubic and Real-ESRGAN."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import tables
+from benchmarks.machine import Machine
+from benchmarks.tables import Row
+from benchmarks.timing import Asked, Expected, Run, in_turn, seconds_of
+from linearsr import upscaler as stages
+from linearsr import weights
+from linearsr.config import ModelConfig, Options
+from linearsr.denoiser import LinearSR
+from linearsr.imaging.files import Picture
+from linearsr.imaging.resample import resize
+from linearsr.latent import autoencoder
+from linearsr.upscaler import Upscaler
+
+BICUBIC, REAL_ESRGAN = "bicubic", "Real-ESRGAN x4plus"
+PAPER_STEPS = 20
+
+
+def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
+    """From decoded LR to finished HR, each model at each size, in its own steps and in 20."""
+    rows, expected = [], Expected(asked.limit)
+    with tempfile.TemporaryDirectory() as scratch:
+        upscalers = [model(config, machine, Path(scratch)) for config in asked.models]
+    rival = real_esrgan(asked.real_esrgan, machine)
+    for side in asked.sides:
+        lr = photograph(side // 4)
+        runs: dict[str, Run] = {BICUBIC: lambda: resize(lr.pixels[None], side, side)}  # noqa: B023
+        if rival:
+            part = lr.pixels[None].to(machine.device, machine.dtype)
+            runs[REAL_ESRGAN] = lambda: rival(part)  # noqa: B023
+        for upscaler in upscalers:
+            for steps in sorted({upscaler.config.sampling.steps, PAPER_STEPS}):
+                name = f"{upscaler.config.name}, {steps} steps"
+                runs[name] = _picture(upscaler, lr, steps)
+        started = {n: r for n, r in runs.items() if expected.within(n, side)}
+        timed = in_turn(started, machine.device, asked.rounds)
+        for name in runs:
+            if name not in timed:
+                rows.append(Row(name, side))
+                continue
+            expected.saw(name, side, timed[name].seconds)
+            parts = None
+            if not name.startswith((BICUBIC, REAL_ESRGAN)):
+                parts = _parts(started[name], machine, timed[name].seconds)
+            rows.append(Row(name, side, timed[name].seconds, timed[name].memory, parts=parts))
+    tables.plot(rows, "A whole picture, x4", folder / "image.png")
+    whose = "weights given" if asked.real_esrgan else "random weights: for its time alone"
+    rivals = f"Real-ESRGAN is spandrel's, {whose}." if rival else "Real-ESRGAN: no spandrel here."
+    lines = [
+        "## A whole picture",
+        f"x4, from pixels to pixels: no file is read or written. {rivals}",
+        tables.table(rows, BICUBIC),
+        "Where the time goes (what is left over is noise, joining tiles, rounding):",
+        tables.parts_table(rows),
+        "![a whole picture](image.png)",
+    ]
+    return "\n\n".join(lines), rows
+
+
+def photograph(side: int) -> Picture:
+    """A photograph of side x side pixels."""
+    image = Image.fromarray(np.asarray(skimage.data.astronaut())).resize((side, side))
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1).float() / 255
+    return Picture(pixels, None, 8, False, None, None, "png")
+
+
+def model(config: ModelConfig, machine: Machine, scratch: Path) -> Upscaler:
+    """The bundled weights, or random ones at the real config, with a DC-AE of its real shape."""
+    if config.name in weights.available():
+        return Upscaler.load(config.name, str(machine.device))
+    folder = scratch / "dc-ae"
+    if not folder.exists():
+        _dc_ae(config).save_pretrained(folder)
+    latent = config.latent.model_copy(update={"source": str(folder)})
+    # Embeddings of tags come from Gemma, which needs its weights: it is not part of this.
+    config = config.model_copy(update={"latent": latent, "tags": None})
+    with machine.device:
+        expert = LinearSR(config.denoiser).to(machine.dtype).requires_grad_(False).eval()
+    experts = [expert] * (len(config.sampling.boundaries) + 1)
+    upscaler = Upscaler(weights.Bundle(config, experts, {}), machine.device)
+    _ = upscaler.autoencoder  # read while its folder is there
+    return upscaler
+
+
+def real_esrgan(file: Path | None, machine: Machine) -> Callable[[Tensor], Tensor] | None:
+    """x4plus: 23 residual blocks, from its own weights or random ones."""
+    try:
+        from spandrel import ModelLoader
+        from spandrel.architectures.ESRGAN import ESRGAN
+    except ImportError:
+        return None
+    if file:
+        network: Any = ModelLoader().load_from_file(file).model
+    else:
+        network = ESRGAN(num_filters=64, num_blocks=23, scale=4)
+    network = network.to(machine.device, machine.dtype).requires_grad_(False).eval()
+    # As it is fastest.
+    network = network.to(memory_format=torch.channels_last)
+    return lambda x: network(x.contiguous(memory_format=torch.channels_last))
+
+
+def _dc_ae(config: ModelConfig) -> Any:
+    """DC-AE f32c32 as Sana 1.0 has it, with random weights."""
+    from diffusers import AutoencoderDC
+
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    channels, scales = (128, 256, 512, 512, 1024, 1024), ((),) * 3 + ((5,),) * 3
+    return AutoencoderDC(
+        latent_channels=config.denoiser.latent_channels,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+        decoder_layers_per_block=(3, 3, 3, 3, 3, 3),
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=config.latent.scale,
+    )
+
+
+def _picture(upscaler: Upscaler, lr: Picture, steps: int) -> Run:
+    return lambda: upscaler.upscale(lr, Options(steps=steps))
+
+
+def _parts(run: Run, machine: Machine, seconds: float) -> dict[str, float]:
+    """Seconds of each stage in one more run, scaled to what the runs without clocks took."""
+    with _clocks(machine.device) as parts:
+        whole = seconds_of(run, machine.device)
+    return {name: spent * seconds / whole for name, spent in parts.items()}
+
+
+@contextlib.contextmanager
+def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
+    """Fills the dict with what each stage takes."""
+    parts: dict[str, float] = defaultdict(float)
+
+    def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            results: list[Any] = []
+            parts[name] += seconds_of(lambda: results.append(function(*args, **kwargs)), device)
+            return results[0]
+
+        return call
+
+    places: list[tuple[str, Any, str]] = [
+        ("encode", Upscaler, "_upsampled"),
+        ("stem", LinearSR, "condition"),
+        ("tags", LinearSR, "tag_keys"),
+        ("steps", LinearSR, "forward"),
+        ("colour fix", stages, "fix_colour"),
+    ]
+    for kind in (autoencoder.SpaceToDepth, autoencoder.DCAutoencoder):
+        places += [("encode", kind, "condition"), ("decode", kind, "decode")]
+    with contextlib.ExitStack() as patches:
+        for name, owner, attribute in places:
+            wrapped = clocked(name, getattr(owner, attribute))
+            patches.enter_context(mock.patch.object(owner, attribute, wrapped))
+        yield parts

@@ -1,0 +1,74 @@
+"""What the numbers were taken on, and how fast it can go at all."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from benchmarks.timing import in_turn
+
+PACKAGES = ("torch", "triton", "diffusers", "spandrel")
+_PEAK_SIDE = 4096
+
+
+class Machine(NamedTuple):
+    """name: of the processor. peak: FLOP/s of a large square matrix product, measured here."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    memory: int
+    peak: float
+
+    @classmethod
+    def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
+        """Measures the peak, which takes a few seconds."""
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            name, memory = properties.name, properties.total_memory
+        else:
+            name, memory = _processor(), psutil.virtual_memory().total
+        return cls(name, device, dtype, torch.get_num_threads(), memory, _peak(device, dtype))
+
+    @property
+    def slug(self) -> str:
+        """For a folder's name."""
+        threads = f"-{self.threads}-threads" if self.device.type == "cpu" else ""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") + threads
+
+    def describe(self) -> dict[str, str]:
+        """A line each: hardware, versions, date."""
+        where = f"{self.name}, {self.memory / 2**30:.0f} GiB"
+        if self.device.type == "cpu":
+            where += f", {self.threads} of {os.cpu_count()} threads"
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+        return {
+            "machine": where,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "peak": f"{self.peak / 1e12:.2f} TFLOP/s, a product of {_PEAK_SIDE}² matrices",
+            "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
+            "date": datetime.date.today().isoformat(),
+        }
+
+
+def _processor() -> str:
+    """Linux tells the name of a CPU in a file; elsewhere Python does."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    features = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return (names[0] if names else platform.processor() or platform.machine()) + features
+
+
+def _peak(device: torch.device, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(_PEAK_SIDE, _PEAK_SIDE, device=device, dtype=dtype) for _ in range(2))
+    seconds = in_turn({"product": lambda: a @ b}, device, rounds=5)["product"].seconds
+    return 2 * _PEAK_SIDE**3 / seconds
