@@ -6,18 +6,13 @@ than matrix products. Knows nothing of latents, noise levels or pictures.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.kernels import relu_linear_attention
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: normalise (B, H, W, C) over channels, then scale and shift by (B, 1, 1, C)."""
-    if len(x) == 1:  # the norm's own weight and bias then do it in the same pass over memory
-        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps=1e-6)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+from linearsr.kernels import depthwise_gate, modulate, relu_linear_attention
 
 
 class LinearAttention(nn.Module):
@@ -101,10 +96,8 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        # A view: NHWC memory seen as channels_last NCHW.
-        hidden = self.depthwise(F.silu(self.expand(x)).permute(0, 3, 1, 2))
-        value, gate = hidden.permute(0, 2, 3, 1).chunk(2, dim=-1)
-        return self.project(value * F.silu(gate))
+        weight, bias = self.depthwise.weight, cast(Tensor, self.depthwise.bias)
+        return self.project(depthwise_gate(F.silu(self.expand(x)), weight, bias))
 
 
 class Block(nn.Module):

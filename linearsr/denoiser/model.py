@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
 from linearsr.denoiser import strips
-from linearsr.denoiser.blocks import Block, TagAttention, modulate
+from linearsr.denoiser.blocks import Block, TagAttention
 from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
 from linearsr.errors import OptionError
+from linearsr.kernels import modulate
 from linearsr.noise.path import Preconditioning
 
 TagKeys = list[tuple[Tensor, Tensor]]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, TagAttention, modulate
-from linearsr.kernels import scaled_state
+from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, TagAttention
+from linearsr.kernels import modulate, scaled_state
 
 # Tokens whose activations, five times as wide in the Mix-FFN, fit a CPU core's cache.
 CACHED_TOKENS = 4096

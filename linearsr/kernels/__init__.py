@@ -1,20 +1,40 @@
-"""ReLU linear attention: checks the arguments and picks the PyTorch or the Triton implementation.
+"""What a block does besides matrix products: checks the arguments, picks PyTorch or Triton.
 
-`key_value_state` and `scaled_state` are its two halves in PyTorch, for who takes tokens in parts.
-Knows nothing of projections, norms, positions or models; it sees queries, keys and values only.
+`key_value_state` and `scaled_state` are the two halves of the attention in PyTorch, for who takes
+tokens in parts. Knows nothing of projections, positions or models; it sees tensors only.
 Importing this package does not import Triton: the first call that uses that backend does.
+
+Where a call leaves `backend` at "auto", the environment variable LINEARSR_KERNELS speaks, if set:
+"auto", "torch" or "triton".
 """
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from linearsr.errors import OptionError
-from linearsr.kernels.reference import key_value_state, reference_attention, scaled_state
+from linearsr.kernels.reference import (
+    key_value_state,
+    reference_attention,
+    reference_depthwise_gate,
+    reference_modulate,
+    scaled_state,
+)
 
-__all__ = ["key_value_state", "relu_linear_attention", "scaled_state"]
+__all__ = [
+    "depthwise_gate",
+    "key_value_state",
+    "modulate",
+    "relu_linear_attention",
+    "scaled_state",
+]
 
 _BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_SWITCH = "LINEARSR_KERNELS"
 
 
 def relu_linear_attention(
@@ -52,38 +72,143 @@ def relu_linear_attention(
     Source: LinearSR (arXiv 2510.08771), which uses the linear attention of Sana (arXiv 2410.10629,
     section on linear attention).
     """
-    _check_inputs(q, k, v)
-    if not 0.0 <= eps < float("inf"):
-        raise OptionError(f"eps must be finite and at least 0, not {eps!r}")
-    if backend not in _BACKENDS:
-        raise OptionError(f"unknown backend {backend!r}; choose one of {', '.join(_BACKENDS)}")
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return reference_attention(q, k, v, eps)
-    return _triton_attention(q, k, v, eps)
-
-
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or not q.shape == k.shape == v.shape or 0 in q.shape:
         raise ValueError(
             "q, k and v must share one shape (B, N, H, D) with no zero size, not "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"{_shapes(q, k, v)}"
         )
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            "q, k and v must share one dtype out of float32, bfloat16 and float64, not "
-            f"{q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not q.device == k.device == v.device:
-        raise ValueError(
-            f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}"
-        )
-
-
-def _triton_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    try:
+    _check_shared("q, k and v", q, k, v)
+    if not 0.0 <= eps < float("inf"):
+        raise OptionError(f"eps must be finite and at least 0, not {eps!r}")
+    if not _use_triton(backend, q.is_cuda):
+        return reference_attention(q, k, v, eps)
+    with _triton_needed():
         from linearsr.kernels.linear_attention import triton_attention
+    return triton_attention(q, k, v, eps)
+
+
+def depthwise_gate(
+    hidden: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """3x3 depthwise convolution, zero padding 1; half of its channels gate the others.
+
+    With ``value, gate = conv(hidden).chunk(2, -1)`` it is ``value * silu(gate)``, in fp32 until the
+    result is stored (Triton), or rounded at each step (PyTorch).
+
+    Args:
+        hidden: (B, H, W, 2C), every size at least 1; dtype float32, bfloat16 or float64. Strided
+            views are welcome; unit stride over channels saves a copy.
+        weight, bias: (2C, 1, 3, 3) and (2C,), on the device and in the dtype of hidden; under
+            autocast the dtypes may differ.
+        backend: "torch" runs anywhere. "triton" takes float32 or bfloat16 on a CUDA device and is
+            forward only. "auto" is "triton" for CUDA tensors where nothing asks for a gradient and
+            autocast is off, else "torch".
+
+    Returns:
+        (B, H, W, C) in the dtype of hidden (under autocast "torch" chooses); strides unspecified.
+
+    Raises:
+        OptionError: unknown backend, or inputs the chosen backend cannot take.
+        ValueError: the tensors break the contract above.
+    """
+    channels = hidden.shape[-1:].numel()
+    shaped = hidden.dim() == 4 and channels % 2 == 0 and 0 not in hidden.shape
+    if not shaped or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
+        raise ValueError(
+            "hidden, weight and bias must be (B, H, W, 2C) with no zero size, (2C, 1, 3, 3) and "
+            f"(2C,), not {_shapes(hidden, weight, bias)}"
+        )
+    _check_shared("hidden, weight and bias", hidden, weight, bias, mixed=_autocast(hidden))
+    if not _use_forward_triton(backend, hidden, weight, bias):
+        return reference_depthwise_gate(hidden, weight, bias)
+    with _triton_needed():
+        from linearsr.kernels.glue import triton_depthwise_gate
+    return triton_depthwise_gate(hidden, weight, bias)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, backend: str = "auto") -> Tensor:
+    """AdaLN: normalise over channels, without affine and with eps 1e-6; then scale and shift.
+
+    ``(x - mean) / sqrt(variance + 1e-6) * (1 + scale) + shift``, the population variance, with
+    statistics in fp32.
+
+    Args:
+        x: (B, H, W, C), every size at least 1; dtype float32, bfloat16 or float64. Strided views
+            are welcome; unit stride over channels saves a copy.
+        shift, scale: (B, 1, 1, C), on the device and in the dtype of x; under autocast the dtypes
+            may differ.
+        backend: as of `depthwise_gate`.
+
+    Returns:
+        (B, H, W, C) in the dtype of x (under autocast "torch" chooses); strides unspecified.
+
+    Raises:
+        OptionError: unknown backend, or inputs the chosen backend cannot take.
+        ValueError: the tensors break the contract above.
+    """
+    expected = (*x.shape[:1], 1, 1, *x.shape[-1:])
+    if x.dim() != 4 or 0 in x.shape or not shift.shape == scale.shape == expected:
+        raise ValueError(
+            "x, shift and scale must be (B, H, W, C) with no zero size, and twice (B, 1, 1, C), "
+            f"not {_shapes(x, shift, scale)}"
+        )
+    _check_shared("x, shift and scale", x, shift, scale, mixed=_autocast(x))
+    if not _use_forward_triton(backend, x, shift, scale):
+        return reference_modulate(x, shift, scale)
+    with _triton_needed():
+        from linearsr.kernels.glue import triton_modulate
+    return triton_modulate(x, shift, scale)
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
+
+
+def _check_shared(names: str, *tensors: Tensor, mixed: bool = False) -> None:
+    """ValueError unless they share a device and, where not `mixed`, a dtype."""
+    dtypes, devices = [x.dtype for x in tensors], [x.device for x in tensors]
+    if any(d not in _DTYPES or not (mixed or d == dtypes[0]) for d in dtypes):
+        raise ValueError(
+            f"{names} must share one dtype out of float32, bfloat16 and float64, not "
+            f"{', '.join(map(str, dtypes))}"
+        )
+    if any(d != devices[0] for d in devices):
+        raise ValueError(f"{names} must be on one device, not {', '.join(map(str, devices))}")
+
+
+def _autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _use_triton(backend: str, suitable: bool) -> bool:
+    """Whether `backend` means Triton; "auto" does, where nothing else is set, if `suitable`."""
+    name = "backend"
+    if backend == "auto":
+        name, backend = _SWITCH, os.environ.get(_SWITCH) or "auto"
+    if backend not in _BACKENDS:
+        raise OptionError(f"unknown {name} {backend!r}; choose one of {', '.join(_BACKENDS)}")
+    return backend == "triton" or (backend == "auto" and suitable)
+
+
+def _use_forward_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
+    """`_use_triton` for kernels without gradients: OptionError where one is asked for."""
+    grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *others))
+    triton = _use_triton(backend, x.is_cuda and not grad and not _autocast(x))
+    if triton and grad:
+        raise OptionError(
+            'backend "triton" is forward only here: call it under torch.no_grad(), or use '
+            'backend="torch" for gradients'
+        )
+    return triton
+
+
+@contextmanager
+def _triton_needed() -> Iterator[None]:
+    """OptionError instead of an ImportError."""
+    try:
+        yield
     except ImportError as error:
         raise OptionError(
             f'backend "triton" cannot load Triton ({error}); install it or use backend="torch"'
         ) from error
-    return triton_attention(q, k, v, eps)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearsr.errors import OptionError
+from linearsr.kernels.launch import check_input, load, rows_contiguous, view
 
 _BLOCK = 64  # tokens a program holds at once
 _CHUNK = 256  # tokens a program reduces, at least
@@ -46,14 +47,9 @@ def _head_pointer(x, stride_b, stride_h, heads):
 
 
 @triton.jit
-def _load(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _load_relu(pointers, mask):
     """relu that, unlike maximum, keeps NaN: a broken input must not turn into a plain zero."""
-    x = _load(pointers, mask)
+    x = load(pointers, mask)
     return tl.where(x < 0, 0.0, x)
 
 
@@ -98,7 +94,7 @@ def _state_kernel(
     for start in range(first, stop, BLOCK):
         rows, columns, mask = _token_block(start, stop, BLOCK, D)
         keys = _load_relu(k + rows * k_n + columns, mask)
-        values = _load(v + rows * v_n + columns, mask)
+        values = load(v + rows * v_n + columns, mask)
         matrix += tl.dot(tl.trans(values), keys, input_precision=PRECISION)
         vector += tl.sum(keys, axis=0)
     _store_partial(partial, matrix, vector, D)
@@ -150,7 +146,7 @@ def _query_grad_kernel(
     for start in range(first, stop, BLOCK):
         rows, columns, mask = _token_block(start, stop, BLOCK, D)
         queries, scale = _load_queries(q + rows * q_n + columns, mask)
-        grad = _load(g + rows * g_n + columns, mask)
+        grad = load(g + rows * g_n + columns, mask)
         denominator = tl.sum(queries * vector, axis=1)[:, None]
         denominator = tl.where(denominator == 0, 1.0, denominator)
         grad_dot_matrix = tl.dot(grad, matrix, input_precision=PRECISION)
@@ -182,7 +178,7 @@ def _key_value_grad_kernel(
     rows, columns, mask = _token_block(tl.program_id(0) * BLOCK, tokens, BLOCK, D)
     # Scaling the keys, not the state gradient: that could overflow where no key is above zero.
     keys = _load_relu(k + rows * k_n + columns, mask) * scale
-    values = _load(v + rows * v_n + columns, mask)
+    values = load(v + rows * v_n + columns, mask)
     d_keys = (tl.dot(values, d_matrix, input_precision=PRECISION) + d_vector) * scale
     d_keys = tl.where(keys > 0, d_keys, 0.0).to(dk.dtype.element_ty)
     tl.store(dk + rows * dk_n + columns, d_keys, mask=mask)
@@ -195,23 +191,19 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     dim = q.shape[-1]
     if dim not in (16, 32, 64, 128):
         raise OptionError(f'backend "triton" takes D of 16, 32, 64 or 128, not {dim}')
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        raise OptionError(f'backend "triton" takes float32 or bfloat16, not {q.dtype}')
-    # Under TRITON_INTERPRET=1 the kernels are not JITFunctions, and run on CPU tensors.
-    if not q.is_cuda and isinstance(_state_kernel, triton.JITFunction):
-        raise OptionError(f'backend "triton" takes CUDA tensors, not {q.device.type} ones')
+    check_input(q, _state_kernel)
     return _TritonAttention.apply(q, k, v, eps)
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-        q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+        q, k, v = (rows_contiguous(x) for x in (q, k, v))
         with torch.cuda.device_of(q):
             state = _key_value_state(k, v)
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             _output_kernel[_block_grid(q)](
-                *_view(q), *_view(out), state, q.shape[1], q.shape[2], eps, **_settings(q)
+                *view(q), *view(out), state, q.shape[1], q.shape[2], eps, **_settings(q)
             )
         ctx.save_for_backward(q, k, v, state)
         ctx.eps = eps
@@ -221,18 +213,18 @@ class _TritonAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, state = ctx.saved_tensors
-        grad = _rows_contiguous(grad)
+        grad = rows_contiguous(grad)
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
         tokens, heads = q.shape[1:3]
         chunk, chunks = _chunks(tokens)
         partial = _new_partial(q, chunks)
         with torch.cuda.device_of(q):
             _query_grad_kernel[chunks, partial.shape[0]](
-                *_view(q), *_view(grad), *_view(dq), state, partial,
+                *view(q), *view(grad), *view(dq), state, partial,
                 tokens, heads, chunk, ctx.eps, **_settings(q),
             )  # fmt: skip
             _key_value_grad_kernel[_block_grid(q)](
-                *_view(k), *_view(v), *_view(dk), *_view(dv), state, partial.sum(dim=1),
+                *view(k), *view(v), *view(dk), *view(dv), state, partial.sum(dim=1),
                 tokens, heads, ctx.eps, **_settings(q),
             )  # fmt: skip
         return dq, dk, dv, None
@@ -243,7 +235,7 @@ def _key_value_state(k: Tensor, v: Tensor) -> Tensor:
     chunk, chunks = _chunks(k.shape[1])
     partial = _new_partial(k, chunks)
     _state_kernel[chunks, partial.shape[0]](
-        *_view(k), *_view(v), partial, k.shape[1], k.shape[2], chunk, **_settings(k)
+        *view(k), *view(v), partial, k.shape[1], k.shape[2], chunk, **_settings(k)
     )
     return partial.sum(dim=1)
 
@@ -257,16 +249,6 @@ def _chunks(tokens: int) -> tuple[int, int]:
 def _new_partial(x: Tensor, chunks: int) -> Tensor:
     batch, _, heads, dim = x.shape
     return torch.empty(batch * heads, chunks, dim + 1, dim, dtype=torch.float32, device=x.device)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """x with unit stride over D, which the kernels assume; copied only where it is not so."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _view(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A kernel's four arguments for one (B, N, H, D) tensor."""
-    return x, x.stride(0), x.stride(1), x.stride(2)
 
 
 def _block_grid(x: Tensor) -> tuple[int, int]:

@@ -1,10 +1,11 @@
-"""ReLU linear attention in plain PyTorch: the truth the Triton kernels are tested against.
+"""The kernels' functions in plain PyTorch: the truth the Triton kernels are tested against.
 
 It is also the CPU path, so it keeps its passes over the tokens few. Autograd differentiates it. It
 does not check its arguments (the package's __init__ does) and knows nothing of Triton.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,3 +58,18 @@ def _inverse_power_of_two(x: Tensor) -> Tensor:
     tiny = torch.finfo(x.dtype).tiny
     x = x.masked_fill(x == 0, 1.0).clamp(tiny, 0.25 / tiny)  # so that no result is subnormal
     return torch.frexp(x).mantissa / x
+
+
+def reference_depthwise_gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`depthwise_gate` for checked arguments; any device and dtype."""
+    # A view: NHWC memory seen as channels_last NCHW.
+    hidden = F.conv2d(hidden.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
+    value, gate = hidden.permute(0, 2, 3, 1).chunk(2, dim=-1)
+    return value * F.silu(gate)
+
+
+def reference_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` for checked arguments; any device and dtype."""
+    if len(x) == 1:  # the norm's own weight and bias then do it in the same pass over memory
+        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps=1e-6)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)

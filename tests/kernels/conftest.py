@@ -22,6 +22,11 @@ def _poisoned(allocate):
 
 
 @pytest.fixture(autouse=True)
+def unset_switch(monkeypatch):
+    monkeypatch.delenv("LINEARSR_KERNELS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
     """Memory straight from the allocator is often zero, which would hide an unwritten element."""
     for owner, name in [

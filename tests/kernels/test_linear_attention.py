@@ -271,8 +271,14 @@ def test_import_leaves_triton_alone():
 def test_triton_refuses_cpu_tensors_outside_the_interpreter():
     code = (
         "import torch, linearsr.kernels as k\n"
-        "x = torch.ones(1, 4, 2, 16)\n"
-        "k.relu_linear_attention(x, x, x, backend='triton')"
+        "x, m, options = torch.ones(1, 4, 2, 16), torch.ones(1, 1, 1, 16), {'backend': 'triton'}\n"
+        "for call in (\n"
+        "    lambda: k.relu_linear_attention(x, x, x, **options),\n"
+        "    lambda: k.modulate(x, m, m, **options),\n"
+        "    lambda: k.depthwise_gate(x, torch.ones(16, 1, 3, 3), torch.ones(16), **options),\n"
+        "):\n"
+        "    try: call()\n"
+        "    except k.OptionError as error: print(error)"
     )
     result = python(code, PYTHONPATH=":".join(sys.path))
-    assert "OptionError" in result.stderr and "takes CUDA tensors, not cpu ones" in result.stderr
+    assert result.stdout.count("takes CUDA tensors, not cpu ones") == 3, result.stderr
