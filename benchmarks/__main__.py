@@ -6,7 +6,7 @@
 
 Models have random weights at their real configs; before anything is timed, every way to run them
 must be as close to float64 as the plain one. Writes a page, its plots and the bare numbers into
-benchmarks/results/MACHINE. Whatever would take longer than --limit seconds is left out, and said so.
+benchmarks/results/MACHINE. What would take longer than --limit seconds is left out, and said so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ import torch
 from benchmarks import attention, forward, gains, image
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
-from benchmarks.tables import Row
 from benchmarks.timing import Asked
 from linearsr.config import MODELS
 from linearsr.upscaler import best_dtype, pick_device

@@ -29,6 +29,7 @@ class SoftmaxAttention(LinearAttention):
     """The attention that linear attention replaces, with the same weights and norms."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
         b, h, w, c = x.shape
         q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
         q, k, v = (self.heads(y).transpose(1, 2) for y in (self.norm_q(q), self.norm_k(k), v))

@@ -65,10 +65,10 @@ def _at(contestants: Contestants, side: int, asked: Asked, expected: Expected) -
 
 def _as_shipped(contestants: Contestants, side: int) -> Forward:
     config: ModelConfig = contestants.config
-    like = {"device": contestants.device, "dtype": contestants.dtype}
-    model = LinearSR(config.denoiser).to(**like).eval()
+    device, dtype = contestants.device, contestants.dtype
+    model = LinearSR(config.denoiser).to(device, dtype).eval()
     given = contestants.inputs(side)
-    picture = torch.randn(1, 3, side, side).to(**like)
+    picture = torch.randn(1, 3, side, side).to(device, dtype)
     condition = model.condition(picture, torch.randn_like(given.latent))
     latent = given.latent.contiguous(memory_format=torch.channels_last)
     return lambda: model(latent, given.t, condition)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from linearsr.denoiser import strips as in_strips
 from linearsr.upscaler import Upscaler
 
 SMALLER_TILE = 192
+SMALLER_STRIP = 1024
 Ways = Callable[[], AbstractContextManager[object]]
 
 
@@ -37,7 +38,7 @@ class Switch(NamedTuple):
     on: Ways = contextlib.nullcontext
 
 
-def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
+def run(machine: Machine, asked: Asked, _: Path) -> tuple[str, list[Row]]:
     """With the bundled model and its own steps, at the first sizes."""
     upscaler = Upscaler.load("linearsr-tiny", str(machine.device))
     rows: list[Row] = []
@@ -78,9 +79,8 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
             lambda: mock.patch.object(stages, "AUTO_TILE", SMALLER_TILE),
         ),
         Switch(
-            "a quarter of the rows in a strip",
-            contextlib.nullcontext,
-            lambda: mock.patch.object(in_strips, "CACHED_TOKENS", in_strips.CACHED_TOKENS // 4),
+            f"strips of {in_strips.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",
+            lambda: mock.patch.object(in_strips, "CACHED_TOKENS", SMALLER_STRIP),
         ),
         Switch("int8 weights", contextlib.nullcontext, _experts(upscaler, _int8)),
     ]

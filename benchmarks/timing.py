@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call. What is compared is run in turn, so that a busy machine slows all."""
+"""Seconds and bytes of a call. What is compared runs in turn: a busy machine slows all alike."""
 
 from __future__ import annotations
 

@@ -349,7 +349,7 @@ def test_out_of_memory_is_answered_with_smaller_tiles(
 ) -> None:
     tried = _limit_memory(small, monkeypatch, largest=50)
     small.upscale(picture, Options(steps=1))
-    assert tried == [192, 96, 48]
+    assert tried == [320, 160, 80, 40]
 
 
 @pytest.mark.parametrize("tile", [64, "off"])
