@@ -41,7 +41,7 @@ from linearsr.tags.encoder import tag_encoder
 from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 
 # Latent cells. Tiles bound memory; ones as large as this spend few cells on overlap, which is twice
-# what the convolutions of eight blocks can see. Outputs of linearsr-tiny up to 1280 pixels need none.
+# what the convolutions of eight blocks can see. Outputs of up to 1280 pixels then need none (tiny).
 AUTO_TILE = 320
 OVERLAP = 16
 SMALLEST_TILE = 32
@@ -151,7 +151,8 @@ class Upscaler:
     @cached_property
     def autoencoder(self) -> Autoencoder:
         """Loaded where it is first needed: who only plans, or takes steps, may do without."""
-        return load_autoencoder(self.config.latent, self.device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return load_autoencoder(self.config.latent, self.device, dtype)
 
     def __call__(self, image: Image.Image, scale: int = 4, **options: object) -> Image.Image:
         """Upscale a PIL image: `upscaler(image, scale=4, steps=..., seed=..., tags=...)`.

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from linearsr.config import LatentConfig
 from linearsr.errors import WeightsError
+from linearsr.imaging.tiles import Canvas, tile_grid
+
+# Pixels. Neighbours fade into each other over what they share.
+DECODE_TILE = 2048
+DECODE_OVERLAP = 256
 
 
 class Autoencoder(Protocol):
@@ -53,7 +58,11 @@ class SpaceToDepth:
 
 
 class DCAutoencoder:
-    """Deep-compression autoencoder f32c32 (arXiv 2410.10733) through diffusers' `AutoencoderDC`."""
+    """Deep-compression autoencoder f32c32 (arXiv 2410.10733) through diffusers' `AutoencoderDC`.
+
+    The model works in its own precision; pictures and latents keep theirs. It decodes in tiles of
+    DECODE_TILE pixels, as one picture's activations are 64 times as large as the picture.
+    """
 
     def __init__(self, config: LatentConfig, model: nn.Module) -> None:
         self.factor = config.factor
@@ -61,13 +70,33 @@ class DCAutoencoder:
         self.model = model.requires_grad_(False).eval()
 
     def _encode(self, picture: Tensor) -> Tensor:
-        return self.model.encode(picture).latent * self.scale  # type: ignore[operator]
+        latent: Tensor = self.model.encode(picture.to(self._dtype)).latent  # type: ignore[operator]
+        return latent.to(picture.dtype) * self.scale
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
         return self._encode(picture)
 
     def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
-        return self.model.decode(latent / self.scale).sample  # type: ignore[operator]
+        cells, overlap = DECODE_TILE // self.factor, DECODE_OVERLAP // self.factor
+        tiles = tile_grid(latent.shape[-2], latent.shape[-1], cells, overlap)
+        if len(tiles) == 1:
+            return self._decode(latent)
+        pictures = []
+        for one in latent.split(1):
+            canvas = Canvas((t.scaled(self.factor) for t in tiles), 3, device=latent.device)
+            for tile in tiles:
+                canvas.add(tile.scaled(self.factor), self._decode(tile.crop(one))[0])
+            pictures.append(canvas.result())
+        return torch.stack(pictures).to(latent.dtype)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        scaled = (latent / self.scale).to(self._dtype)
+        picture: Tensor = self.model.decode(scaled).sample  # type: ignore[operator]
+        return picture.to(latent.dtype)
 
     def condition(self, lr_picture: Tensor) -> Tensor:
         return self._encode(lr_picture)

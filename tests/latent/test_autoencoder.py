@@ -16,7 +16,7 @@ from torch import Tensor
 
 from linearsr.config import LatentConfig
 from linearsr.errors import WeightsError
-from linearsr.latent import DCAutoencoder, SpaceToDepth, load_autoencoder
+from linearsr.latent import DCAutoencoder, SpaceToDepth, autoencoder, load_autoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -113,6 +113,38 @@ def edited(dc_ae: tuple[Path, Any], folder: Path, **tensors: Tensor | None) -> P
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_bytes((dc_ae[0] / "config.json").read_bytes())
     return folder
+
+
+def test_tiles_of_a_decode_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that sees a few cells around gives what it gives of the whole at once."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sides = {"block_types": ("ResBlock",) * 2, "block_out_channels": (8, 16)}
+    sides |= {"layers_per_block": (1, 1), "qkv_multiscales": ((), ())}
+    both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
+    ae = DCAutoencoder(config(None, factor=2), diffusers.AutoencoderDC(latent_channels=8, **both))
+    latent, lr = torch.randn(2, 8, 40, 30), torch.zeros(2, 3, 80, 60)
+    whole = ae.decode(latent, lr)
+    monkeypatch.setattr(autoencoder, "DECODE_TILE", 56)
+
+    def trace(overlap: int) -> float:
+        monkeypatch.setattr(autoencoder, "DECODE_OVERLAP", overlap)
+        return float((ae.decode(latent, lr) - whole).abs().max() / whole.std())
+
+    assert trace(overlap=40) < 0.02
+    assert trace(overlap=0) > 0.2
+
+
+def test_dc_ae_in_bfloat16_keeps_the_precision_of_pictures(dc_ae: tuple[Path, Any]) -> None:
+    exact, rounded = (
+        load_autoencoder(config(dc_ae[0]), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    hr, lr = picture(0), picture(1)
+    latent = rounded.encode(hr, lr)
+    decoded = rounded.decode(latent, lr)
+    assert latent.dtype == decoded.dtype == torch.float32
+    truth = exact.encode(hr, lr)
+    assert 0 < (latent - truth).norm() < 0.05 * truth.norm()
 
 
 def test_dc_ae_is_diffusers_own_times_the_scale(dc_ae: tuple[Path, Any]) -> None:

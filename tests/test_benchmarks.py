@@ -1,0 +1,88 @@
+"""The command that measures: what it writes, what it leaves out, and what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import attention
+from benchmarks.tables import Row, parts_table, table
+from benchmarks.timing import Expected, in_turn
+from linearsr.denoiser import strips
+
+CPU = torch.device("cpu")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> int:
+    """`python -m benchmarks`, small, in this process."""
+    small = ["--device", "cpu", "--sides", "32", "64", "--rounds", "1", "--compiled-up-to", "0"]
+    given = ["benchmarks", *small, "--output", str(output), "--name", "here", *arguments]
+    monkeypatch.setattr(sys, "argv", given)
+    return command.main()
+
+
+def test_everything_is_measured_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, tmp_path) == 0
+    here = tmp_path / "here"
+    page = (here / "README.md").read_text()
+    for what in ("diffusers", "softmax attention", "Real-ESRGAN x4plus", "bicubic", "4 steps"):
+        assert what in page
+    for picture in ("attention.png", "forward-linearsr-tiny.png", "image.png"):
+        assert (here / picture).read_bytes().startswith(b"\x89PNG") and picture in page
+    numbers = json.loads((here / "results.json").read_text())
+    rows = [Row(**row) for name in ("attention", "forward", "image") for row in numbers[name]]
+    assert rows and all(row.seconds and row.seconds > 0 for row in rows)
+    assert set(numbers["machine"]) == {"machine", "precision", "peak", "versions", "date"}
+
+
+def test_what_is_numerically_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = strips.forward
+
+    def wrong(*arguments: Tensor) -> Tensor:
+        return right(*arguments) * 1.05  # type: ignore[arg-type]
+
+    monkeypatch.setattr(strips, "forward", wrong)
+    assert run(monkeypatch, tmp_path, "--only", "forward") == 1
+    assert "refusing to time it: LinearSR" in capsys.readouterr().err
+    assert not (tmp_path / "here" / "README.md").exists()
+
+
+def test_what_would_take_too_long_is_not_started() -> None:
+    expected = Expected(limit=10)
+    assert expected.within("a", 512)
+    expected.saw("a", 512, 2.0)
+    assert expected.within("a", 1024) and not expected.within("a", 1024, power=2)
+    assert not expected.within("a", 2048)
+
+
+def test_runs_are_in_turn_after_one_that_does_not_count() -> None:
+    order: list[str] = []
+    timed = in_turn({name: lambda n=name: order.append(n) for name in "ab"}, CPU, rounds=2)
+    assert "".join(order) == "ab" + "abab"
+    assert all(t.seconds >= 0 and t.memory >= 0 for t in timed.values())
+
+
+def test_tables_say_what_was_not_run() -> None:
+    rows = [Row("theirs", 8, 2.0, 2**20), Row("ours", 8, 0.5, 2**20, 10**12), Row("x", 8)]
+    text = table(rows, "theirs", peak=4e12)
+    assert "| 8² | ours | 500.0 ms | 4.00x | 1 MiB | 2.000 | 50.0% |" in text
+    assert "| 8² | x | over the limit |  |  |  |  |" in text
+    parts = parts_table([Row("ours", 8, 1.0, parts={"steps": 0.75}), Row("x", 8)])
+    assert parts.splitlines()[-1] == "| 8² | ours | 750.0 ms | 1.00 s |"
+
+
+def test_slope_of_linear_and_of_quadratic_cost() -> None:
+    rows = [Row("a", side, side**2 / 1e6) for side in (1, 2, 4)]
+    rows += [Row("b", side, side**4 / 1e6) for side in (1, 2, 4)]
+    assert attention.slope(rows, "a") == pytest.approx(1)
+    assert attention.slope(rows, "b") == pytest.approx(2)
