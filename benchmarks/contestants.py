@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from linearsr.config import DenoiserConfig, ModelConfig
-from linearsr.denoiser import LinearSR
+from linearsr.denoiser import Condition, LinearSR
 from linearsr.denoiser.blocks import LinearAttention
 from linearsr.weights.convert import from_diffusers
 
@@ -43,7 +42,6 @@ class Inputs(NamedTuple):
     latent: Tensor
     t: Tensor
     tags: Tensor
-    picture: Tensor
 
 
 class Contestants:
@@ -66,15 +64,17 @@ class Contestants:
     def inputs(self, side: int) -> Inputs:
         """Random ones for a picture of side x side pixels, in the precision of the models."""
         cells, channels = side // self.config.latent.factor, self.config.denoiser.latent_channels
-        stem = cells * math.prod(self.ours.config.stem_strides)
-        tag_dim = self.ours.config.tag_dim or 0
-        shapes = (1, channels, cells, cells), (1, TAGS, tag_dim), (1, 3, stem, stem)
-        latent, tags, picture = (
+        shapes = (1, channels, cells, cells), (1, TAGS, self.ours.config.tag_dim or 0)
+        latent, tags = (
             torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes
         )
-        given = (x.to(self.device, self.dtype) for x in (latent, tags, picture))
-        latent, tags, picture = given
-        return Inputs(latent, torch.tensor([0.5], device=self.device), tags, picture)
+        latent, tags = (x.to(self.device, self.dtype) for x in (latent, tags))
+        return Inputs(latent, torch.tensor([0.5], device=self.device), tags)
+
+    def condition(self, given: Inputs) -> Condition:
+        """Of a model converted from Sana, whose LR stem says nothing yet."""
+        embedded = self.ours.embed.bias.expand(1, *given.latent.shape[2:], -1)
+        return Condition(embedded, self.ours.tag_keys(given.tags))
 
     def theirs(self, given: Inputs, model: Any = None) -> Tensor:
         """diffusers' forward."""
@@ -85,7 +85,7 @@ class Contestants:
 
     def forwards(self, given: Inputs, compiled: bool) -> dict[str, Forward]:
         """Every way to compute the same function (but for softmax), by name."""
-        condition = self.ours.condition(given.picture, tags=given.tags)
+        condition = self.condition(given)
         last = given.latent.contiguous(memory_format=torch.channels_last)
         plain = _plain(self.ours)
         ways: dict[str, Forward] = {
@@ -102,7 +102,12 @@ class Contestants:
 
     def flops(self, side: int) -> int:
         """Counted, of one forward; linear attention's few are in it."""
-        return _flops(self.ours, lambda: self.inputs(side))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            given = self.inputs(side)
+            condition = self.condition(given)
+            with FlopCounterMode(display=False) as counter:
+                _plain(self.ours)(given.latent, given.t, condition)
+        return int(counter.get_total_flops())
 
 
 def _sana(config: DenoiserConfig) -> Any:
@@ -139,12 +144,3 @@ def _softmax(model: LinearSR) -> LinearSR:
     for block in softmax.blocks:
         block.attention.__class__ = SoftmaxAttention
     return softmax
-
-
-def _flops(model: LinearSR, inputs: Callable[[], Inputs]) -> int:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        given = inputs()
-        condition = model.condition(given.picture, tags=given.tags)
-        with FlopCounterMode(display=False) as counter:
-            _plain(model)(given.latent, given.t, condition)
-    return int(counter.get_total_flops())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import Contestants, Forward
+from linearsr.denoiser import Condition
 
 SIDE = 256
 ALLOWED = 2.0
@@ -26,8 +27,9 @@ def check(contestants: Contestants, compiled: bool) -> dict[str, float]:
     """
     given = contestants.inputs(SIDE)
     exact = copy.deepcopy(contestants.ours).double()
-    condition = exact.condition(given.picture.double(), tags=given.tags.double())
     exact.in_strips = False
+    embedded = contestants.condition(given).embedded.double()
+    condition = Condition(embedded, exact.tag_keys(given.tags.double()))
     truth = exact(given.latent.double(), given.t.double(), condition)
     errors = {
         name: float((run().double() - truth).norm() / truth.norm())

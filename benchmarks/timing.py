@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +80,7 @@ def in_turn(runs: Mapping[str, Run], device: torch.device, rounds: int) -> dict[
         with peak_memory(device) as peak:
             first[name] = seconds_of(run, device)
         memory[name] = peak[0]
+        print(f"  {name}: {first[name]:.3g} s, {peak[0] / 2**20:.0f} MiB", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():

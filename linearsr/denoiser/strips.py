@@ -39,6 +39,8 @@ def forward(
     queries, read = _attention(block.attention, (modulate(s, shift, scale) for s in strips))
     tagged = None if tags is None else _tag_reader(block.tag_attention, tags, tag_mask)
     value, ffn_gated = _Branch(block.ffn, 0), _Branch(block.ffn, 1)
+    # (B, hidden, C): the gate rides on the projection, and the sum on its product.
+    project = block.ffn.project.weight.t() * ffn_gate.squeeze(1)
     y, attended, fed = torch.empty_like(x), 0, 0
     for strip, query in zip(strips, queries, strict=True):
         rows = y[:, attended : attended + strip.shape[1]]
@@ -49,7 +51,8 @@ def forward(
         seen, last = modulate(rows, ffn_shift, ffn_scale), attended == x.shape[1]
         hidden = value(seen, last).mul_(F.silu(ffn_gated(seen, last), inplace=True))
         # In place: who looks at these rows has done so.
-        y[:, fed : fed + hidden.shape[1]].addcmul_(ffn_gate, block.ffn.project(hidden))
+        done = y[:, fed : fed + hidden.shape[1]].view(len(x), -1, x.shape[-1])
+        done.baddbmm_(hidden.flatten(1, 2), project)
         fed += hidden.shape[1]
     return y
 
