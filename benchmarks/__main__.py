@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, forward, gains, image
+from benchmarks import attention, forward, gains, gate, image
+from benchmarks.contestants import Contestants
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
+from benchmarks.tables import Row
 from benchmarks.timing import Asked
 from linearsr.config import MODELS
 from linearsr.upscaler import best_dtype, pick_device
@@ -33,8 +35,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     """Measure, print and write."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
     device = pick_device(options.device)
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"there are no clocks for {device.type} here; choose --device cpu or cuda")
+    # Past its limit it would run uncompiled, and not say so.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="torch")
@@ -49,24 +56,33 @@ def main() -> int:
     )
     folder = options.output / (options.name or machine.slug)
     folder.mkdir(parents=True, exist_ok=True)
-    described = machine.describe()
-    page = [f"# {machine.name}", "", *(f"- {k}: {v}" for k, v in described.items()), ""]
-    numbers: dict[str, object] = {"machine": described}
     try:
         with torch.inference_mode():
+            for config in asked.models:
+                gate.check(Contestants(config, device, machine.dtype), compiled=False)
             for name in options.only:
                 text, rows = SECTIONS[name].run(machine, asked, folder)
                 print(text, flush=True)
-                page += [text, ""]
-                numbers[name] = [row._asdict() for row in rows]
+                _write(folder, machine, name, text, rows)
     except GateError as error:
         print(f"refusing to time it: {error}", file=sys.stderr)
         return 1
-    page += [f"`python -m benchmarks {' '.join(sys.argv[1:])}`".replace(" `", "`"), ""]
-    (folder / "README.md").write_text("\n".join(page))
-    (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"written to {folder}")
     return 0
+
+
+def _write(folder: Path, machine: Machine, name: str, text: str, rows: Sequence[Row]) -> None:
+    """A section at a time, so that none is lost; those of earlier runs stay until measured anew."""
+    described = machine.describe()
+    how = [f"- {key}: {value}" for key, value in described.items()]
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    section = "\n".join([text, "", *how, f"- command: `{command}`", ""])
+    (folder / f"{name}.md").write_text(section)
+    numbers = {"machine": described, "rows": [row._asdict() for row in rows]}
+    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    pages = [folder / f"{section}.md" for section in SECTIONS]
+    whole = [f"# {machine.name}\n", *(page.read_text() for page in pages if page.exists())]
+    (folder / "README.md").write_text("\n".join(whole))
 
 
 def _models(device: torch.device) -> Sequence[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks import tables
+from benchmarks import gate, tables
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
 from benchmarks.timing import Asked, Expected, in_turn
@@ -21,6 +21,7 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
     """At the heads and tokens of the first model, at each size of output."""
     config = asked.models[0]
     dim, width = config.denoiser.head_dim, config.denoiser.width
+    gate.check_operator(relu_linear_attention, machine)
     rows, expected = [], Expected(asked.limit)
     for side in asked.sides:
         tokens = (side // config.latent.factor) ** 2
@@ -35,11 +36,7 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
         runs = {n: r for n, r in runs.items() if expected.within(n, side, power[n])}
         timed = in_turn(runs, machine.device, asked.rounds)
         for name in (LINEAR, SOFTMAX):
-            if name not in timed:
-                rows.append(Row(name, side))
-                continue
-            expected.saw(name, side, timed[name].seconds)
-            rows.append(Row(name, side, timed[name].seconds, timed[name].memory))
+            rows.append(tables.row(name, side, timed, expected))
     tables.plot(rows, f"Attention of {config.name} alone", folder / "attention.png")
     lines = [
         "## The attention operator",

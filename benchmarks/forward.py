@@ -37,6 +37,10 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
             + ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
             + ".",
             tables.table(rows, BASE, machine.peak),
+            "What does not depend on t is computed outside of the clock by LinearSR, as it is once "
+            "for all steps (keys and values of tags, what the LR picture adds); diffusers computes "
+            "keys and values at every step, and so here. Compiled: `torch.compile(dynamic=False)`, "
+            "of LinearSR the plain order. Peak memory is beyond weights and inputs.",
             f"![one forward]({picture})",
         ]
         all_rows += [row._replace(what=f"{config.name}: {row.what}") for row in rows]
@@ -48,18 +52,18 @@ def _at(contestants: Contestants, side: int, asked: Asked, expected: Expected) -
     if contestants.config.denoiser.tag_dim is None:
         ways["LinearSR, as shipped (no tags)"] = _as_shipped(contestants, side)
     power = {gate.NOT_THE_SAME: 2}
-    started = {n: w for n, w in ways.items() if expected.within(n, side, power.get(n, 1))}
-    gate.check_finite({n: w for n, w in started.items() if n == "LinearSR"}, side)
+    started = {
+        n: gate.finite(n, w, side)
+        for n, w in ways.items()
+        if expected.within(n, side, power.get(n, 1))
+    }
     timed = in_turn(started, contestants.device, asked.rounds)
     flops, rows = contestants.flops(side), []
     for name in ways:
-        if name not in timed:
-            rows.append(Row(name, side))
-            continue
-        expected.saw(name, side, timed[name].seconds)
+        row = tables.row(name, side, timed, expected)
         # Another function does another number of operations.
-        counted = None if name == gate.NOT_THE_SAME or "shipped" in name else flops
-        rows.append(Row(name, side, timed[name].seconds, timed[name].memory, counted))
+        same = name != gate.NOT_THE_SAME and "shipped" not in name
+        rows.append(row._replace(flops=flops if same else None))
     return rows
 
 

@@ -25,6 +25,8 @@ from linearsr.denoiser import LinearSR
 from linearsr.denoiser import strips as in_strips
 from linearsr.upscaler import Upscaler
 
+LARGEST = 2048
+COMPILED = "torch.compile of plain blocks, for strips"
 SMALLER_TILE = 192
 SMALLER_STRIP = 1024
 Ways = Callable[[], AbstractContextManager[object]]
@@ -43,9 +45,12 @@ def run(machine: Machine, asked: Asked, _: Path) -> tuple[str, list[Row]]:
     upscaler = Upscaler.load("linearsr-tiny", str(machine.device))
     rows: list[Row] = []
     lines = ["| output | | without | with | gain | PSNR between them |", "|---" * 6 + "|"]
-    for side in [side for side in asked.sides if side <= asked.compiled_up_to]:
+    switches = _switches(upscaler)
+    for side in (side for side in asked.sides if side <= LARGEST):
         picture = photograph(side // 4)
-        for switch in _switches(upscaler):
+        for switch in switches:
+            if switch.name == COMPILED and side > asked.compiled_up_to:
+                continue
             names = f"{switch.name}: without", f"{switch.name}: with"
             ways = zip(names, (switch.off, switch.on), strict=True)
             results: dict[str, Tensor] = {}
@@ -68,12 +73,15 @@ def run(machine: Machine, asked: Asked, _: Path) -> tuple[str, list[Row]]:
 
 
 def _switches(upscaler: Upscaler) -> list[Switch]:
-    compiled = Switch("blocks through torch.compile", contextlib.nullcontext, _compiled(upscaler))
+    compiled = Switch(COMPILED, contextlib.nullcontext, _compiled(upscaler))
     if upscaler.device.type == "cuda":
         kernels = Switch("Triton kernels", lambda: mock.patch.dict(os.environ, _TORCH_KERNELS))
         return [kernels, compiled]
     switches = [
-        Switch("strips of rows", lambda: mock.patch.object(LinearSR, "in_strips", False)),
+        Switch(
+            "strips of rows, not the plain order",
+            lambda: mock.patch.object(LinearSR, "in_strips", False),
+        ),
         Switch(
             f"tiles of {stages.AUTO_TILE} cells, not {SMALLER_TILE}",
             lambda: mock.patch.object(stages, "AUTO_TILE", SMALLER_TILE),
@@ -82,10 +90,14 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
             f"strips of {in_strips.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",
             lambda: mock.patch.object(in_strips, "CACHED_TOKENS", SMALLER_STRIP),
         ),
-        Switch("int8 weights", contextlib.nullcontext, _experts(upscaler, _int8)),
+        Switch(
+            "int8 products in plain order, for strips in bfloat16",
+            contextlib.nullcontext,
+            _experts(upscaler, _int8),
+        ),
     ]
     if upscaler.experts[0].embed.weight.dtype == torch.bfloat16:
-        switches.append(Switch("bfloat16", _experts(upscaler, LinearSR.float)))
+        switches.append(Switch("bfloat16, not float32", _experts(upscaler, LinearSR.float)))
     return [*switches, compiled]
 
 

@@ -41,10 +41,9 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
     rival = real_esrgan(asked.real_esrgan, machine)
     for side in asked.sides:
         lr = photograph(side // 4)
-        runs: dict[str, Run] = {BICUBIC: lambda: resize(lr.pixels[None], side, side)}  # noqa: B023
+        runs: dict[str, Run] = {BICUBIC: _there_and_back(_bicubic, lr, machine.device)}
         if rival:
-            part = lr.pixels[None].to(machine.device, machine.dtype)
-            runs[REAL_ESRGAN] = lambda: rival(part)  # noqa: B023
+            runs[REAL_ESRGAN] = _there_and_back(rival, lr, machine.device)
         for upscaler in upscalers:
             for steps in sorted({upscaler.config.sampling.steps, PAPER_STEPS}):
                 name = f"{upscaler.config.name}, {steps} steps"
@@ -52,20 +51,17 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
         started = {n: r for n, r in runs.items() if expected.within(n, side)}
         timed = in_turn(started, machine.device, asked.rounds)
         for name in runs:
-            if name not in timed:
-                rows.append(Row(name, side))
-                continue
-            expected.saw(name, side, timed[name].seconds)
-            parts = None
-            if not name.startswith((BICUBIC, REAL_ESRGAN)):
-                parts = _parts(started[name], machine, timed[name].seconds)
-            rows.append(Row(name, side, timed[name].seconds, timed[name].memory, parts=parts))
+            row = tables.row(name, side, timed, expected)
+            if row.seconds and name not in (BICUBIC, REAL_ESRGAN):
+                row = row._replace(parts=_parts(started[name], machine, row.seconds))
+            rows.append(row)
     tables.plot(rows, "A whole picture, x4", folder / "image.png")
     whose = "weights given" if asked.real_esrgan else "random weights: for its time alone"
     rivals = f"Real-ESRGAN is spandrel's, {whose}." if rival else "Real-ESRGAN: no spandrel here."
     lines = [
         "## A whole picture",
-        f"x4, from pixels to pixels: no file is read or written. {rivals}",
+        f"x4, from float32 pixels in main memory to the same: no file is read or written. {rivals} "
+        "Peak memory is beyond weights, and on a GPU that of the GPU.",
         tables.table(rows, BICUBIC),
         "Where the time goes (what is left over is noise, joining tiles, rounding):",
         tables.parts_table(rows),
@@ -113,7 +109,17 @@ def real_esrgan(file: Path | None, machine: Machine) -> Callable[[Tensor], Tenso
     network = network.to(machine.device, machine.dtype).requires_grad_(False).eval()
     # As it is fastest.
     network = network.to(memory_format=torch.channels_last)
-    return lambda x: network(x.contiguous(memory_format=torch.channels_last))
+    layout = torch.channels_last
+    return lambda x: network(x.to(machine.dtype).contiguous(memory_format=layout))
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    return resize(x, x.shape[-2] * 4, x.shape[-1] * 4)
+
+
+def _there_and_back(upscale: Callable[[Tensor], Tensor], lr: Picture, device: torch.device) -> Run:
+    """As much as an upscaler does: onto the device, and finished pixels back."""
+    return lambda: upscale(lr.pixels[None].to(device)).float().clamp(0, 1).cpu()
 
 
 def _dc_ae(config: ModelConfig) -> Any:
@@ -165,7 +171,6 @@ def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
     places: list[tuple[str, Any, str]] = [
         ("encode", Upscaler, "_upsampled"),
         ("stem", LinearSR, "condition"),
-        ("tags", LinearSR, "tag_keys"),
         ("steps", LinearSR, "forward"),
         ("colour fix", stages, "fix_colour"),
     ]

@@ -50,7 +50,8 @@ class Machine(NamedTuple):
         where = f"{self.name}, {self.memory / 2**30:.0f} GiB"
         if self.device.type == "cpu":
             where += f", {self.threads} of {os.cpu_count()} threads"
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+        found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+        versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
         return {
             "machine": where,
             "precision": str(self.dtype).removeprefix("torch."),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+
+from benchmarks.timing import Expected, Timed
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 
 class Row(NamedTuple):
-    """One way at one size. `seconds` None: it would have taken longer than the limit."""
+    """One way at one size. `seconds` None: it would have taken longer than the limit, or failed."""
 
     what: str
     side: int
@@ -21,6 +24,19 @@ class Row(NamedTuple):
     memory: int = 0
     flops: int | None = None
     parts: dict[str, float] | None = None
+    failure: str | None = None
+
+
+def row(what: str, side: int, timed: Mapping[str, Timed], expected: Expected) -> Row:
+    """Of a way that was timed, failed, or was not started; remembers what it took."""
+    if what not in timed:
+        return Row(what, side)
+    taken = timed[what]
+    if taken.failure is not None:
+        expected.saw(what, side, math.inf)
+        return Row(what, side, failure=taken.failure)
+    expected.saw(what, side, taken.seconds)
+    return Row(what, side, taken.seconds, taken.memory)
 
 
 def seconds(value: float | None) -> str:
@@ -42,7 +58,7 @@ def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
         against = bases.get(row.side)
         ratio = f"{against / row.seconds:.2f}x" if against and row.seconds else ""
         memory = f"{row.memory / 2**20:.0f} MiB" if row.seconds else ""
-        cells = [f"{row.side}²", row.what, seconds(row.seconds), ratio, memory]
+        cells = [f"{row.side}²", row.what, row.failure or seconds(row.seconds), ratio, memory]
         if peak:
             rate = row.flops / row.seconds if row.flops and row.seconds else None
             cells += [f"{rate / 1e12:.3f}", f"{rate / peak:.1%}"] if rate else ["", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import statistics
 import sys
 import threading
@@ -17,6 +18,7 @@ import psutil
 import torch
 
 from linearsr.config import ModelConfig
+from linearsr.errors import LinearSRError
 
 Run = Callable[[], object]
 # A call that takes longer than this is not repeated as often.
@@ -59,6 +61,7 @@ class Timed(NamedTuple):
 
     seconds: float
     memory: int
+    failure: str | None = None
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
@@ -71,27 +74,26 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def in_turn(runs: Mapping[str, Run], device: torch.device, rounds: int) -> dict[str, Timed]:
-    """Each once to warm up and to see its memory, then all in turn `rounds` times.
+    """Each once to warm up, once to see its memory, then all in turn `rounds` times.
 
-    What takes longer than LONG is timed twice in all, the call that shows its memory included.
+    What takes longer than LONG has only the first two. What runs out of memory is told as such.
     """
-    memory, first = {}, {}
+    seen: dict[str, Timed] = {}
     for name, run in runs.items():
-        with peak_memory(device) as peak:
-            first[name] = seconds_of(run, device)
-        memory[name] = peak[0]
-        print(f"  {name}: {first[name]:.3g} s, {peak[0] / 2**20:.0f} MiB", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name, run in runs.items():
-            if number == 0 or first[name] < LONG:
-                times[name].append(seconds_of(run, device))
-    return {
-        name: Timed(
-            min(t[0], first[name]) if first[name] >= LONG else statistics.median(t), memory[name]
-        )
-        for name, t in times.items()
-    }
+        try:
+            run()
+            with peak_memory(device) as peak:
+                taken = seconds_of(run, device)
+            seen[name] = Timed(taken, peak[0])
+        except (torch.OutOfMemoryError, MemoryError, LinearSRError) as error:
+            seen[name] = Timed(math.inf, 0, f"failed: {type(error).__name__}")
+        print(f"  {name}: {seen[name]}", file=sys.stderr, flush=True)
+    times: dict[str, list[float]] = {name: [] for name, t in seen.items() if t.seconds < LONG}
+    for _ in range(rounds):
+        for name in times:
+            times[name].append(seconds_of(runs[name], device))
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return {n: t._replace(seconds=medians.get(n, t.seconds)) for n, t in seen.items()}
 
 
 @contextlib.contextmanager

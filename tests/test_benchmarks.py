@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import attention
-from benchmarks.tables import Row, parts_table, table
+from benchmarks.tables import Row, parts_table, row, table
 from benchmarks.timing import Expected, in_turn
 from linearsr.denoiser import strips
 
@@ -37,10 +37,21 @@ def test_everything_is_measured_and_written(
         assert what in page
     for picture in ("attention.png", "forward-linearsr-tiny.png", "image.png"):
         assert (here / picture).read_bytes().startswith(b"\x89PNG") and picture in page
-    numbers = json.loads((here / "results.json").read_text())
-    rows = [Row(**row) for name in ("attention", "forward", "image") for row in numbers[name]]
-    assert rows and all(row.seconds and row.seconds > 0 for row in rows)
-    assert set(numbers["machine"]) == {"machine", "precision", "peak", "versions", "date"}
+    for section in ("attention", "forward", "image", "gains"):
+        numbers = json.loads((here / f"{section}.json").read_text())
+        rows = [Row(**row) for row in numbers["rows"]]
+        assert rows and all(row.seconds and row.seconds > 0 for row in rows)
+        assert set(numbers["machine"]) == {"machine", "precision", "peak", "versions", "date"}
+
+
+def test_a_section_measured_anew_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "image.md").write_text("## What was measured before")
+    assert run(monkeypatch, tmp_path, "--only", "attention") == 0
+    page = (tmp_path / "here" / "README.md").read_text()
+    assert page.index("## The attention operator") < page.index("## What was measured before")
 
 
 def test_what_is_numerically_wrong_is_not_timed(
@@ -68,8 +79,26 @@ def test_what_would_take_too_long_is_not_started() -> None:
 def test_runs_are_in_turn_after_one_that_does_not_count() -> None:
     order: list[str] = []
     timed = in_turn({name: lambda n=name: order.append(n) for name in "ab"}, CPU, rounds=2)
-    assert "".join(order) == "ab" + "abab"
-    assert all(t.seconds >= 0 and t.memory >= 0 for t in timed.values())
+    assert "".join(order) == "aabb" + "abab"
+    assert set(timed) == {"a", "b"}
+
+
+def test_memory_is_what_a_call_takes() -> None:
+    def large() -> float:
+        return float(torch.ones(30 * 2**20).sum())  # 120 MiB
+
+    memory = in_turn({"large": large}, CPU, rounds=1)["large"].memory
+    assert 100 * 2**20 < memory < 200 * 2**20
+
+
+def test_what_runs_out_of_memory_is_told_and_the_others_go_on() -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    timed, expected = in_turn({"a": fails, "b": lambda: None}, CPU, rounds=1), Expected(limit=10)
+    assert row("a", 512, timed, expected).failure == "failed: OutOfMemoryError"
+    assert row("b", 512, timed, expected).seconds is not None
+    assert not expected.within("a", 1024)
 
 
 def test_tables_say_what_was_not_run() -> None:

@@ -118,8 +118,10 @@ class LinearSR(nn.Module):
         """Let torch.compile fuse each block, for every size anew; all blocks share what it builds.
 
         What it built stays in its cache on disk, so the next process does not pay again. On a CPU
-        it needs a C++ compiler, and strips are faster (benchmarks/results).
+        it needs a C++ compiler and takes the place of strips, which are faster (docs/speed.md).
+        PyTorch compiles for eight sizes (torch._dynamo.config.recompile_limit), then no more.
         """
+        self.in_strips = False
         for block in self.blocks:
             block.compile(dynamic=False)
 

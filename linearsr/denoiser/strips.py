@@ -22,8 +22,12 @@ CACHED_TOKENS = 4096
 
 
 def suit(x: Tensor) -> bool:
-    """Whether tokens (B, H, W, C) are better taken in strips: on a CPU, without gradients."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
+    """Whether tokens (B, H, W, C) are better taken in strips: on a CPU, without gradients or
+    autocast, which would give the parts of a sum different types.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu"
 
 
 def forward(
@@ -67,7 +71,7 @@ def _attention(
         query = norm_q.weight[:, None] * query
     if isinstance(norm_k, nn.RMSNorm):
         # relu(w k) = |w| relu(sign(w) k): the sizes of the weights wait for the sums.
-        key = norm_k.weight.sign()[:, None] * key
+        key = torch.where(norm_k.weight[:, None] < 0, -key, key)
     queries, states = [], []
     wide = torch.promote_types(key.dtype, torch.float32)
     for strip in strips:

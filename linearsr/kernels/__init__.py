@@ -1,11 +1,11 @@
 """What a block does besides matrix products: checks the arguments, picks PyTorch or Triton.
 
-`key_value_state` and `scaled_state` are the two halves of the attention in PyTorch, for who takes
-tokens in parts. Knows nothing of projections, positions or models; it sees tensors only.
-Importing this package does not import Triton: the first call that uses that backend does.
+`scaled_state` is for who sums the attention's state over parts of the tokens. Knows nothing of
+projections, positions or models; it sees tensors only. Importing this package does not import
+Triton: the first call that uses that backend does.
 
 Where a call leaves `backend` at "auto", the environment variable LINEARSR_KERNELS speaks, if set:
-"auto", "torch" or "triton".
+"auto", "torch" or "triton" (for forward-only kernels, where nothing asks for more).
 """
 
 import os
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from linearsr.errors import OptionError
 from linearsr.kernels.reference import (
-    key_value_state,
     reference_attention,
     reference_depthwise_gate,
     reference_modulate,
@@ -26,7 +25,6 @@ from linearsr.kernels.reference import (
 
 __all__ = [
     "depthwise_gate",
-    "key_value_state",
     "modulate",
     "relu_linear_attention",
     "scaled_state",
@@ -194,7 +192,9 @@ def _use_triton(backend: str, suitable: bool) -> bool:
 def _use_forward_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
     """`_use_triton` for kernels without gradients: OptionError where one is asked for."""
     grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *others))
-    triton = _use_triton(backend, x.is_cuda and not grad and not _autocast(x))
+    triton = _use_triton(backend, x.is_cuda)
+    if backend == "auto" and (grad or _autocast(x)):
+        return False
     if triton and grad:
         raise OptionError(
             'backend "triton" is forward only here: call it under torch.no_grad(), or use '

@@ -19,6 +19,8 @@ def block_of(batch: int, dtype: torch.dtype, qk_norm: bool = True) -> tuple[Bloc
         for part in (block.attention, block.tag_attention):
             for norm in (part.norm_q, part.norm_k):
                 torch.nn.init.uniform_(norm.weight, -0.5, 1.5)
+                norm.weight.data[3] = 0  # and all of a head
+                norm.weight.data[8:] = 0
     given = [torch.randn(batch, 7, 9, 16), torch.randn(batch, 6, 16), torch.randn(batch, 2, 16)]
     return block.to(dtype), [x.to(dtype) for x in given]
 
@@ -105,3 +107,10 @@ def test_who_asks_for_gradients_gets_the_plain_block() -> None:
     assert not strips.suit(x)
     with torch.no_grad():
         assert strips.suit(x)
+
+
+def test_autocast_gets_the_plain_block_and_the_same_result() -> None:
+    block, (x, modulation, _) = block_of(1, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not strips.suit(x)
+        assert block(x, modulation).isfinite().all()

@@ -213,6 +213,16 @@ def test_the_switch_speaks_where_a_call_says_auto(function, plain, inputs, chose
         function(*tensors)
 
 
+@both
+def test_the_switch_leaves_training_alone(monkeypatch, function, plain, inputs):
+    monkeypatch.setenv("LINEARSR_KERNELS", "triton")
+    x, one, two = inputs(1, 2, 3, 16)
+    result = function(x.requires_grad_(), one, two)
+    torch.testing.assert_close(result, plain(x, one, two))
+    result.sum().backward()
+    assert x.grad is not None
+
+
 def test_the_switch_speaks_for_attention_too(monkeypatch):
     x = torch.ones(1, 4, 2, 24)  # D that Triton refuses
     monkeypatch.setenv("LINEARSR_KERNELS", "triton")
