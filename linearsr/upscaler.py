@@ -49,7 +49,7 @@ SMALLEST_TILE = 32
 # 8 works of 64 x 64 cells together took 1.5 times as long as in turn, of 16 x 16 half as long.
 CPU_BATCH = 2048
 GPU_BATCH = 192**2
-# Memory for each pixel of the output, at the peak: as measured with linearsr-tiny from 2048 pixels on,
+# Memory for each pixel of the output, at the peak: measured with linearsr-tiny from 2048 pixels up,
 # 82 to 138 bytes in tiles, and 124 to 192 when all go through the model at once (most in float32).
 BYTES_PER_PIXEL = 150
 BYTES_PER_PIXEL_UNTILED = 200
