@@ -79,25 +79,18 @@ class Contestants:
         embedded = self.ours.embed.bias.expand(1, *given.latent.shape[2:], -1)
         return Condition(embedded, self.ours.tag_keys(given.tags))
 
-    def theirs(self, given: Inputs, model: Any = None) -> Tensor:
-        """diffusers' forward."""
-        run = self.sana if model is None else model
-        # As a pipeline gives it: on [0, 1000], and channels first.
-        out: Tensor = run(given.latent, given.tags, given.t * 1000, return_dict=False)[0]
-        return out
-
     def forwards(self, given: Inputs, compiled: bool) -> dict[str, Forward]:
         """Every way to compute the same function (but for softmax), by name."""
         condition = self.condition(given)
         last = given.latent.contiguous(memory_format=torch.channels_last)
         plain = _plain(self.ours)
         ways: dict[str, Forward] = {
-            "diffusers": lambda: self.theirs(given),
+            "diffusers": lambda: _theirs(self.sana, given),
             "LinearSR": lambda: self.ours(last, given.t, condition),
             "LinearSR, plain order": lambda: plain(last, given.t, condition),
         }
         if compiled:
-            ways["diffusers, compiled"] = lambda: self.theirs(given, self.compiled_sana)
+            ways["diffusers, compiled"] = lambda: _theirs(self.compiled_sana, given)
             ways["LinearSR, compiled"] = lambda: self.compiled_ours(last, given.t, condition)
         softmax = _softmax(self.ours)
         ways["softmax attention"] = lambda: softmax(last, given.t, condition)
@@ -132,6 +125,12 @@ def _sana(config: DenoiserConfig) -> Any:
         mlp_ratio=config.ffn_ratio,
         qk_norm="rms_norm_across_heads",
     )
+
+
+def _theirs(sana: Any, given: Inputs) -> Tensor:
+    """diffusers' forward, as a pipeline calls it: t on [0, 1000], channels first."""
+    out: Tensor = sana(given.latent, given.tags, given.t * 1000, return_dict=False)[0]
+    return out
 
 
 def _plain(model: LinearSR) -> LinearSR:

@@ -61,6 +61,10 @@ def run(machine: Machine, asked: Asked, _: Path) -> tuple[str, list[Row]]:
 
             runs = {name: (lambda n=name, w=way: upscale(n, w)) for name, way in ways}
             timed = in_turn(runs, machine.device, asked.rounds)
+            failed = next((t.failure for t in timed.values() if t.failure), None)
+            if failed:
+                lines.append(f"| {side}² | {switch.name} | {failed} | | | |")
+                continue
             off, on = (timed[name].seconds for name in names)
             error = (results[names[0]] - results[names[1]]).square().mean()
             psnr = -10 * math.log10(error) if error else math.inf
@@ -120,7 +124,6 @@ def _int8(model: LinearSR) -> LinearSR:
 
 def _compiled(upscaler: Upscaler) -> Ways:
     def compiled(model: LinearSR) -> LinearSR:
-        model.in_strips = False
         model.compile_blocks()
         return model
 

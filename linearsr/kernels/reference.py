@@ -45,7 +45,7 @@ def key_value_state(k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor
         return torch.cat([key.mT @ v.transpose(1, 2).to(wide), key.sum(-2).unsqueeze(-1)], dim=-1)
 
 
-def read_state(q: Tensor, state: Tensor, eps: float = 1e-15) -> Tensor:
+def read_state(q: Tensor, state: Tensor, eps: float) -> Tensor:
     """What queries (B, N, H, D) get out of the state of all tokens: (B, N, H, D).
 
     See `relu_linear_attention` for eps.
