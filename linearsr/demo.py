@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from linearsr.config import Options
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, require
 from linearsr.imaging.drawing import Row, details, sheet
 from linearsr.imaging.files import Picture, from_pil, read, to_pil, write
 from linearsr.imaging.resample import resize
@@ -73,6 +73,7 @@ def _fit(picture: Picture) -> Picture:
 
 def _cat() -> Picture:
     """The photograph inside the scikit-image wheel, halved: its full size is a little soft."""
+    require("demo", "skimage")
     import skimage.data
 
     photo = Image.fromarray(np.asarray(skimage.data.chelsea()))

@@ -1,5 +1,7 @@
 """Errors a user can act on. Each message names the thing that is wrong and what to do about it."""
 
+from importlib.util import find_spec
+
 
 class LinearSRError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it as one line."""
@@ -56,8 +58,24 @@ class OptionError(LinearSRError, ValueError):
     """An option or argument outside its documented range."""
 
 
+class MissingExtra(OptionError, ImportError):
+    """What is asked for needs packages that this installation was made without."""
+
+
 class WeightsError(LinearSRError):
     """Weights that are missing, of a wrong shape, non-finite, or not ours."""
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise MissingExtra, naming the extra that brings them, unless all `packages` are installed.
+
+    To be called before they are imported. One that is installed but broken passes: what its import
+    raises then says more than advice to install it could.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        told = f"{', '.join(missing)}: not installed here; pip install 'linearsr[{extra}]'"
+        raise MissingExtra(told)
 
 
 def one_line(error: Exception) -> str:

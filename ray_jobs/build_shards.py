@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from linearsr.cluster import cli
+from linearsr.cli import job
 
 # Fields of a ShardConfig that are flags with a default.
 FLAGS: dict[str, str] = {
@@ -45,15 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{flag}", help=f"{told}; default {default}", default=default)
     options = vars(parser.parse_args(arguments))
 
-    def job() -> int:
-        built = build_shards(ShardConfig.parse(inputs=options.pop("input"), **options))
-        for fault in (*built.unreadable, *built.failed):
-            print(f"failed: {fault}", file=sys.stderr)
-        print(built)
-        return 1 if built.unreadable or built.failed else 0
-
-    return cli.run(job)
+    job.connect()
+    built = build_shards(ShardConfig.parse(inputs=options.pop("input"), **options))
+    for fault in (*built.unreadable, *built.failed):
+        print(f"failed: {fault}", file=sys.stderr)
+    print(built)
+    return 1 if built.unreadable or built.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)

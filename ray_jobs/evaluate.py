@@ -11,10 +11,9 @@ on with the pictures that are left or failed. Exit codes: 0 all done, 1 some fai
 from __future__ import annotations
 
 import argparse
-import sys
 
 from linearsr.cli import evaluate as options
-from linearsr.cluster import cli
+from linearsr.cli import job
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,18 +32,16 @@ def main() -> int:
     """Parse, evaluate, print the table."""
     arguments = parser().parse_args()
 
-    def job() -> int:
-        from linearsr.cluster.evaluation import EvaluationConfig, evaluate
+    job.connect()
+    from linearsr.cluster.evaluation import EvaluationConfig, evaluate
 
-        fields = {
-            name: getattr(arguments, name)
-            for name in ("output", "actors", "actor_cpus", "gpu", "device")
-        }
-        config = EvaluationConfig.parse(request=options.parse(arguments), **fields)
-        return options.tell(evaluate(config), arguments.output)
-
-    return cli.run(job)
+    fields = {
+        name: getattr(arguments, name)
+        for name in ("output", "actors", "actor_cpus", "gpu", "device")
+    }
+    config = EvaluationConfig.parse(request=options.parse(arguments), **fields)
+    return options.tell(evaluate(config), arguments.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)

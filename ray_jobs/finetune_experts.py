@@ -9,34 +9,30 @@ Writes RUNS/NAME/experts-* and finetune-*, a run each, and RUNS/NAME/weights, re
 
 from __future__ import annotations
 
-import sys
-
-from linearsr.cluster import cli
+from linearsr.cli import job
 
 
-def main() -> int:
+def main() -> None:
     """Parse, train the stages in order, export the result."""
-    parser = cli.parser(__doc__ or "")
+    parser = job.parser(__doc__ or "")
     parser.add_argument("--from", dest="before", required=True, help="the pretraining run's folder")
     parser.add_argument("--stages", nargs="+", choices=("experts", "finetune"), default=["experts"])
     parser.add_argument("--i-know-this-is-not-the-knee", action="store_true", dest="anyway")
     options = parser.parse_args()
 
-    def job() -> None:
-        from linearsr.cluster.stages import export_outcomes, run_stage
-        from linearsr.cluster.storage import locate
+    job.connect()
+    from linearsr.cluster.stages import export_outcomes, run_stage
+    from linearsr.cluster.storage import locate
 
-        recipe, cluster = cli.configs(options)
-        before = [locate(options.before)]
-        target = locate(cluster.storage) / cluster.name / "weights"
-        for kind in options.stages:
-            outcomes = run_stage(kind, recipe, cluster, before, anyway=options.anyway)
-            export_outcomes(outcomes, recipe, target)
-            print(f"wrote {target.path}: linearsr upscale --model {target.path}")
-            before = [outcome.run for outcome in outcomes]
-
-    return cli.run(job)
+    recipe, cluster = job.configs(options)
+    before = [locate(options.before)]
+    target = locate(cluster.storage) / cluster.name / "weights"
+    for kind in options.stages:
+        outcomes = run_stage(kind, recipe, cluster, before, anyway=options.anyway)
+        export_outcomes(outcomes, recipe, target)
+        print(f"wrote {target.path}: linearsr upscale --model {target.path}")
+        before = [outcome.run for outcome in outcomes]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)

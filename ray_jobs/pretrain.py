@@ -9,27 +9,23 @@ same storage and name it goes on from the last checkpoint.
 
 from __future__ import annotations
 
-import sys
-
-from linearsr.cluster import cli
+from linearsr.cli import job
 
 
-def main() -> int:
+def main() -> None:
     """Parse, train, tell where the knee lies."""
-    options = cli.parser(__doc__ or "").parse_args()
+    options = job.parser(__doc__ or "").parse_args()
 
-    def job() -> None:
-        from linearsr.cluster.config import StageConfig
-        from linearsr.cluster.knee import summary
-        from linearsr.cluster.train import train
+    job.connect()
+    from linearsr.cluster.config import StageConfig
+    from linearsr.cluster.knee import summary
+    from linearsr.cluster.train import train
 
-        recipe, cluster = cli.configs(options)
-        stage = StageConfig(recipe=recipe, cluster=cluster, kind="pretrain", start=recipe.start)
-        outcome = train(stage)
-        print(f"{outcome.run.path}: {summary(outcome.knee)}")
-
-    return cli.run(job)
+    recipe, cluster = job.configs(options)
+    stage = StageConfig(recipe=recipe, cluster=cluster, kind="pretrain", start=recipe.start)
+    outcome = train(stage)
+    print(f"{outcome.run.path}: {summary(outcome.knee)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)

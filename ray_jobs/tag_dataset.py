@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
+from linearsr.cli import job
 from linearsr.cli.tag import add_tagger_options, tagger_config
-from linearsr.cluster import cli
 
 FLAGS = ("input", "output", "column", "actors", "actor_cpus", "gpu")
 FILES = ("tagger_model", "tagger_adapter", "vocabulary")
@@ -44,16 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
         if path is not None and os.path.exists(path):
             setattr(options, name, os.path.abspath(path))
 
-    def job() -> int:
-        from linearsr.cluster.tagging import TagConfig, tag_dataset
+    job.connect()
+    from linearsr.cluster.tagging import TagConfig, tag_dataset
 
-        fields = {name: getattr(options, name) for name in FLAGS}
-        tagged = tag_dataset(TagConfig.parse(**fields, tagger=tagger_config(options)))
-        print(tagged)
-        return 1 if tagged.errors else 0
-
-    return cli.run(job)
+    fields = {name: getattr(options, name) for name in FLAGS}
+    tagged = tag_dataset(TagConfig.parse(**fields, tagger=tagger_config(options)))
+    print(tagged)
+    return 1 if tagged.errors else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)

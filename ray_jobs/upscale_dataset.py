@@ -10,10 +10,8 @@ pictures that fail are listed in OUTPUT/errors. Exit codes: 0 all done, 1 some f
 from __future__ import annotations
 
 import argparse
-import sys
 
-from linearsr.cli import upscale
-from linearsr.cluster import cli
+from linearsr.cli import job, upscale
 
 FLAGS = ("input", "output", "kind", "column", "model", "device")
 FLAGS += ("actors", "actor_cpus", "gpu", "batch", "hands")
@@ -41,17 +39,15 @@ def main() -> int:
     """Parse, upscale, tell how it ended."""
     arguments = parser().parse_args()
 
-    def job() -> int:
-        from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
+    job.connect()
+    from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
 
-        options, files = upscale.parse(arguments)
-        fields = {name: getattr(arguments, name) for name in FLAGS}
-        summary = upscale_dataset(UpscaleConfig.parse(**fields, options=options, files=files))
-        print(summary)
-        return 1 if summary.failed else 0
-
-    return cli.run(job)
+    options, files = upscale.parse(arguments)
+    fields = {name: getattr(arguments, name) for name in FLAGS}
+    summary = upscale_dataset(UpscaleConfig.parse(**fields, options=options, files=files))
+    print(summary)
+    return 1 if summary.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from linearsr import __version__
 from linearsr.cli import evaluate, models, serve, tag, upscale
-from linearsr.cli.report import SOME_FAILED, USAGE, complain
-from linearsr.errors import LinearSRError, OptionError, WeightsError
+from linearsr.cli.report import exit_code
 
 COMMANDS = (upscale, serve, tag, evaluate, models)
 
@@ -24,17 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (OptionError, WeightsError) as error:
-        return complain(error, USAGE)
-    except LinearSRError as error:
-        return complain(error, SOME_FAILED)
-    except KeyboardInterrupt:
-        print("linearsr: interrupted; finished files are kept", file=sys.stderr)
-        return 130
-    except OSError as error:
-        return complain(error, SOME_FAILED)
+    return exit_code(lambda: options.run(options), "finished files are kept")
 
 
 def _parser() -> argparse.ArgumentParser:

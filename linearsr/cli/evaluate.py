@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
-from linearsr.errors import LinearSRError, OptionError, OutputError
+from linearsr.errors import OptionError, OutputError, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -119,13 +119,13 @@ def tell(report: Report, output: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    # Better before hours of work than after.
+    require("quality", "pyiqa", "pyarrow", "tqdm")
     request = parse(arguments)
     from linearsr.evaluation.judge import Judge
-    from linearsr.evaluation.report import check_parquet
     from linearsr.evaluation.run import Seen, finish, plan
     from linearsr.upscaler import Upscaler
 
-    check_parquet()
     list_pictures, read_source = _access(request)
     made = plan(request, list_pictures)
     output = _folder(arguments.output)
@@ -146,10 +146,8 @@ def _access(request: Request) -> tuple[List, Read]:
         from linearsr.evaluation.pairs import list_folder, read_file
 
         return list_folder, read_file
-    try:
-        from linearsr.cluster.evaluation import list_pictures, read_source
-    except ImportError as error:
-        raise LinearSRError(str(error)) from error
+    from linearsr.cluster.evaluation import list_pictures, read_source
+
     return list_pictures, read_source
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from linearsr.cli.report import OK
-from linearsr.errors import LinearSRError
+from linearsr.errors import require
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,11 +40,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    try:
-        from linearsr.cluster.serve import ServeConfig
-        from linearsr.cluster.serve.run import run
-    except ImportError as error:
-        raise LinearSRError("serving needs Ray Serve: pip install 'linearsr[serve]'") from error
+    require("serve", "ray")
+    from linearsr.cluster.serve import ServeConfig
+    from linearsr.cluster.serve.run import run
+
     split = arguments.layout == "split"
     config = ServeConfig.parse(
         model=arguments.model,

@@ -13,7 +13,6 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ from linearsr.cluster.validation import validate_checkpoint, validation_pictures
 from linearsr.cluster.weights import start_weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.errors import LinearSRError, OptionError, one_line
+from linearsr.errors import LinearSRError, OptionError, one_line, require
 from linearsr.latent import load_autoencoder
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop
@@ -82,8 +81,7 @@ def train(stage: StageConfig) -> Outcome:
 
 def check(stage: StageConfig) -> None:
     """Refuse what cannot work, before any worker or GPU is taken."""
-    if find_spec("deepspeed") is None:
-        raise LinearSRError("training on a cluster needs DeepSpeed: pip install 'linearsr[train]'")
+    require("train", "deepspeed", "tensorboard", "matplotlib")
     cluster, recipe = stage.cluster, stage.recipe
     if recipe.data.batch % cluster.workers:
         raise OptionError(

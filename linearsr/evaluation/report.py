@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from linearsr.errors import LinearSRError
 from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
 from linearsr.evaluation.judge import Example
 from linearsr.imaging.drawing import Row, sheet
@@ -143,14 +142,6 @@ def _gaps(scores: Iterable[Score]) -> list[str]:
         f"{found[0].error}: {found[0].id} ({len({s.id for s in found})} in all)"
         for found in missing.values()
     ]
-
-
-def check_parquet() -> None:
-    """Raises LinearSRError where `parquet` could not work: better before hours than after."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise LinearSRError("reports need pyarrow: pip install 'linearsr[quality]'") from error
 
 
 def parquet(report: Report) -> bytes:

@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import imagehash
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from linearsr.errors import require
 
 # Sharpness is measured in tiles of this side, in pixels.
 TILE: Final = 128
@@ -80,7 +81,13 @@ def _tile_variances(strip: Tensor) -> Tensor:
 
 
 def perceptual_hash(pixels: Tensor) -> int:
-    """64 bits of (3, H, W) uint8 that change little with size and compression (pHash)."""
+    """64 bits of (3, H, W) uint8 that change little with size and compression (pHash).
+
+    Raises MissingExtra without imagehash.
+    """
+    require("data", "imagehash")
+    import imagehash
+
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     return int(str(imagehash.phash(image)), 16)
 

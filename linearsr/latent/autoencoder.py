@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import LatentConfig
-from linearsr.errors import WeightsError
+from linearsr.errors import WeightsError, require
 from linearsr.imaging.tiles import Canvas, tile_grid
 
 # Pixels. Neighbours fade into each other over what they share.
@@ -107,7 +107,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder `config` names; DC-AE comes from a local folder or a hub id.
 
-    Raises WeightsError when it cannot be had: diffusers missing, no such folder, hub unreachable.
+    Raises MissingExtra without diffusers, WeightsError for no such folder or an unreachable hub.
     """
     if config.kind == "space-to-depth":
         return SpaceToDepth(config)
@@ -117,10 +117,9 @@ def load_autoencoder(
 def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
     if config.source is None:
         raise WeightsError("a dc-ae latent needs latent.source: a local folder or a hub id")
-    try:
-        from diffusers import AutoencoderDC
-    except ImportError as error:
-        raise WeightsError("DC-AE needs diffusers: pip install 'linearsr[sana]'") from error
+    require("sana", "diffusers")
+    from diffusers import AutoencoderDC
+
     try:
         model, report = AutoencoderDC.from_pretrained(
             config.source, use_safetensors=True, torch_dtype=dtype, output_loading_info=True

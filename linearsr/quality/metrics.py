@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearsr.errors import LinearSRError, OptionError, WeightsError, one_line
+from linearsr.errors import LinearSRError, OptionError, WeightsError, one_line, require
 
 # Measured on luma, as the super-resolution literature does.
 ON_LUMA = ("psnr", "ssim")
@@ -71,10 +71,9 @@ def unavailable(names: Sequence[str]) -> dict[str, str]:
 
 @cache
 def _configs() -> dict[str, Any]:
-    try:
-        from pyiqa.default_model_configs import DEFAULT_CONFIGS
-    except ImportError as error:
-        raise LinearSRError("metrics need pyiqa: pip install 'linearsr[quality]'") from error
+    require("quality", "pyiqa")
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
     return dict(DEFAULT_CONFIGS)
 
 
@@ -111,8 +110,8 @@ def measure(name: str, picture: Tensor, truth: Tensor | None, crop: int) -> floa
     """One metric of `picture` (1, 3, H, W) in [0, 1], rounded to 8 bits as a file would be.
 
     `truth`: the true picture of the same size; only full-reference metrics look at it.
-    Raises WeightsError when the metric's weights are missing, and LinearSRError when pyiqa is, or
-    when the metric cannot measure the picture (most need some minimal size).
+    Raises WeightsError when the metric's weights are missing, MissingExtra when pyiqa is, and
+    LinearSRError when the metric cannot measure the picture (most need some minimal size).
     """
     metric = _metric(name, crop if name in ON_LUMA else 0)
     if isinstance(metric, LinearSRError):

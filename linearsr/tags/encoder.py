@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from linearsr.config import ModelConfig
-from linearsr.errors import WeightsError, one_line
+from linearsr.errors import WeightsError, one_line, require
 
 Tags = Sequence[str]
 
@@ -131,12 +131,9 @@ class GemmaEncoder:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         """Tokenizer and model, in the precision that the model was saved in."""
-        try:
-            from transformers import AutoModel, AutoTokenizer
-        except ImportError as error:
-            raise WeightsError(
-                "Gemma's tag encoder needs transformers: pip install 'linearsr[sana]'"
-            ) from error
+        require("sana", "transformers")
+        from transformers import AutoModel, AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.source, padding_side="right")
             model = AutoModel.from_pretrained(self.source, dtype="auto", use_safetensors=True)

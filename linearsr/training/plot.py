@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearsr.errors import LinearSRError
+from linearsr.errors import require
 
 Point = Mapping[str, float]
 
@@ -51,10 +51,9 @@ def _metric(axis: Any, name: str, points: Sequence[Point]) -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise LinearSRError("plots need matplotlib: pip install 'linearsr[train]'") from error
+    require("train", "matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

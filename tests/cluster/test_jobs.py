@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from ray.job_submission import JobStatus
 
-from linearsr.cluster import cli
+from linearsr.cli.job import configs, parser
+from linearsr.cluster.config import ClusterConfig
 from linearsr.cluster.knee import read_knee
 from linearsr.cluster.storage import locate
 from linearsr.cluster.train import Outcome
@@ -129,13 +130,13 @@ def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs
     for (message, expected), job in submitted.items():
         status, code, output = jobs.end(job)
         assert (status, code) == (JobStatus.FAILED, expected), output
-        told = [line for line in output.splitlines() if line.startswith("error: ")]
+        told = [line for line in output.splitlines() if line.startswith("linearsr: ")]
         assert len(told) == 1 and message in told[0] and "Traceback" not in output
 
 
-def _parsed(*flags: str) -> tuple[object, cli.ClusterConfig]:
+def _parsed(*flags: str) -> tuple[object, ClusterConfig]:
     places = ["--data=d", "--validation=/v", "--storage=s3://b/s"]
-    return cli.configs(cli.parser("").parse_args([*places, *flags]))
+    return configs(parser("").parse_args([*places, *flags]))
 
 
 def test_flags_become_the_cluster_config() -> None:

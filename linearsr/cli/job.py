@@ -1,4 +1,4 @@
-"""What the training jobs' command lines share. A job is a thin script in ray_jobs/."""
+"""What the scripts in ray_jobs/ share: how they end, their cluster, and the flags of training."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
-from linearsr.cluster.config import ClusterConfig
-from linearsr.errors import LinearSRError, OptionError, WeightsError
-from linearsr.training.recipes import RECIPES, Recipe, override
+from linearsr.cli.report import exit_code
+from linearsr.errors import LinearSRError, OptionError, require
+
+if TYPE_CHECKING:
+    from linearsr.cluster.config import ClusterConfig
+    from linearsr.training.recipes import Recipe
 
 # Which logical resources of a ClusterConfig get a flag of their own.
 _FLAGS: dict[str, str] = {
@@ -25,7 +29,10 @@ _FLAGS: dict[str, str] = {
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Flags of both training jobs."""
+    """Flags of both training jobs. Raises MissingExtra without the packages that they need."""
+    require("train", "ray", "deepspeed")
+    from linearsr.training.recipes import RECIPES
+
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -48,11 +55,16 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def _default(flag: str) -> object:
+    from linearsr.cluster.config import ClusterConfig
+
     return ClusterConfig.model_fields[flag.replace("-", "_")].default
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
     """What the flags say. Raises OptionError naming the field."""
+    from linearsr.cluster.config import ClusterConfig
+    from linearsr.training.recipes import RECIPES, override
+
     recipe = override(RECIPES[options.recipe](), options.set)
     asked = {flag.replace("-", "_") for flag in _FLAGS}
     fields = {k: v for k, v in vars(options).items() if k in asked and v is not None}
@@ -72,26 +84,22 @@ def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterCo
         raise OptionError(f"--{flag}: {first['msg']} (got {first['input']!r})") from error
 
 
-def run(job: Callable[[], int | None]) -> int:
-    """Connect to the cluster (or start one here), do the job; returns the exit code.
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Do the job's `main` and end the process with its exit code, errors told in a line each."""
+    sys.exit(exit_code(main, "start it again to go on"))
 
-    The job's own (None is 0); 2 with one line for what is wrong with the request, 1 for the rest.
 
-    On a cluster RAY_ADDRESS is set by `ray job submit`.
+def connect() -> None:
+    """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
+
+    Raises MissingExtra without Ray, LinearSRError when there is no such cluster.
     """
+    require("data", "ray")
     import ray
 
     # A report waits for the controller's next look; its default of 2 s would be felt.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
         ray.init(log_to_driver=True, logging_level="WARNING")
-        return job() or 0
     except ConnectionError as error:
-        print(f"error: no cluster to be reached: {error}; see RAY_ADDRESS", file=sys.stderr)
-        return 1
-    except LinearSRError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (OptionError, WeightsError)) else 1
-    except KeyboardInterrupt:
-        print("interrupted; start it again to go on", file=sys.stderr)
-        return 130
+        raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
