@@ -1,0 +1,245 @@
+"""The distributions: what is in them, and what the wheel does alone in a clean environment.
+
+Needs the package registry, as `make` does.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from PIL import Image
+
+from linearsr.errors import LinearSRError, MissingExtra, require
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = {"sana", "quality", "tags", "data", "train", "serve", "all", "demo", "bench", "dev"}
+# Of what git knows; the rest of the top level is for users.
+NOT_FOR_USERS = {".ci", ".pre-commit-config.yaml"}
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """This one's, without what would lead Python elsewhere."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | more
+
+
+def _uv(*arguments: object) -> None:
+    command = [sys.executable, "-m", "uv", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    _uv("build", "--python", sys.executable, "--out-dir", folder, ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def about(wheel: Path) -> Metadata:
+    """The wheel's metadata, refused by the index's own rules where it breaks them."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return Metadata.from_email(archive.read(name), validate=True)
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment that has the wheel, without extras, in today's versions."""
+    folder = tmp_path_factory.mktemp("clean")
+    versions = {d.name: d.version.partition("+")[0] for d in metadata.distributions()}
+    versions.pop("linearsr", None)
+    constraints = folder / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={v}\n" for name, v in versions.items()))
+    _uv("venv", "--python", sys.executable, folder / "venv")
+    programs = folder / "venv" / "bin"
+    # torch with CUDA takes gigabytes: linked, they are neither copied nor in a /tmp of memory.
+    how = ("--link-mode", "symlink", "--constraint", constraints)
+    _uv("pip", "install", "--python", programs / "python", *how, wheel)
+    return programs
+
+
+@pytest.fixture
+def run(clean: Path, tmp_path: Path) -> Run:
+    """Runs a program of the clean environment, away from the sources."""
+
+    def call(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [clean / program, *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=_environment()
+        )
+
+    return call
+
+
+def _tracked() -> set[str]:
+    """The top level as git knows it."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return {line.partition("/")[0] for line in listed.stdout.splitlines()}
+
+
+def test_the_source_distribution_holds_all_that_is_for_users(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert not [name for name in names if name.endswith(".pyc") or ".venv" in name]
+    assert "tests/test_packaging.py" in names and "examples/upscale.py" in names
+    assert _tracked() - {name.partition("/")[0] for name in names} <= NOT_FOR_USERS
+
+
+def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path) -> None:
+    package = ROOT / "linearsr"
+    ours = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.is_file()}
+    ours = {name for name in ours if "__pycache__" not in name}
+    assert "linearsr/py.typed" in ours and "linearsr/web/page/index.html" in ours
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    about = {name for name in names if ".dist-info/" in name}
+    assert names - about == ours
+    assert any(name.endswith("licenses/LICENSE") for name in about)
+
+
+def test_the_metadata(about: Metadata) -> None:
+    assert about.license_expression == "Apache-2.0"
+    assert about.requires_python is not None and "3.10.0" in about.requires_python
+    assert set(about.provides_extra or []) == EXTRAS
+    assert about.description == (ROOT / "README.md").read_text()
+    assert about.description_content_type == "text/markdown"
+
+
+def _brought(about: Metadata, extra: str) -> set[str]:
+    """Packages that the extra names, by itself or by others of ours."""
+    found: set[str] = set()
+    for requirement in about.requires_dist or []:
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        found.add(canonicalize_name(requirement.name))
+        if requirement.name == "linearsr":
+            found |= {name for other in requirement.extras for name in _brought(about, other)}
+    return found
+
+
+def test_extras_keep_the_base_small(about: Metadata) -> None:
+    base = {r.name for r in about.requires_dist or [] if r.marker is None}
+    assert base == {
+        *("numpy", "pillow", "psutil", "pydantic", "pyvips"),
+        *("safetensors", "torch", "typing-extensions"),
+    }
+    everything = _brought(about, "all")
+    for extra in ("sana", "quality", "tags", "data", "train", "serve"):
+        assert _brought(about, extra) <= everything
+    assert not everything & {"pytest", "scikit-image", "spandrel"}
+
+
+def _asked() -> Iterator[tuple[str, list[str]]]:
+    """What every `require("extra", "package", ...)` of the package says."""
+    for path in (ROOT / "linearsr").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+                extra, *packages = (ast.literal_eval(word) for word in node.args)
+                yield extra, packages
+
+
+def test_advice_names_an_extra_that_brings_the_package(about: Metadata) -> None:
+    homes = metadata.packages_distributions()
+    asked = list(_asked())
+    assert {"sana", "quality", "tags", "data", "train", "serve"} <= {extra for extra, _ in asked}
+    for extra, packages in asked:
+        brought = _brought(about, extra)
+        for package in packages:
+            names = {canonicalize_name(Requirement(name).name) for name in homes[package]}
+            assert names & brought, f"linearsr[{extra}] does not bring {package}"
+
+
+def test_a_package_that_is_there_but_broken_speaks_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_here.py").write_text("import nowhere_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    require("data", "broken_here", "numpy")
+    with pytest.raises(MissingExtra, match=r"nowhere_at_all: .*pip install 'linearsr\[data\]'"):
+        require("data", "broken_here", "nowhere_at_all")
+    assert issubclass(MissingExtra, LinearSRError) and issubclass(MissingExtra, ImportError)
+
+
+def test_importing_is_quick_and_loads_neither_torch_nor_ray(run: Run) -> None:
+    code = (
+        "import sys, time; began = time.perf_counter(); import linearsr; "
+        "print(time.perf_counter() - began, 'torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    said = [run("python", "-c", code).stdout.split() for _ in range(3)]
+    assert [loaded for _, *loaded in said] == [["False", "False"]] * 3
+    # The promise; it takes a twentieth of that, so no busy machine makes this fail by chance.
+    assert min(float(seconds) for seconds, *_ in said) < 0.3
+
+
+def test_the_base_install_upscales_as_this_one_does(
+    run: Run, photograph: Image.Image, tmp_path: Path
+) -> None:
+    photograph.save(tmp_path / "photo.png")
+    installed = run("python", "-c", "import linearsr; print(linearsr.__file__)").stdout
+    assert not Path(installed).is_relative_to(ROOT)
+    assert run("python", "-c", "import ray").returncode == 1
+    assert run("python", "-c", "import skimage").returncode == 1
+    assert "upscale" in run("linearsr", "--help").stdout
+    assert "linearsr-tiny" in run("linearsr", "models").stdout
+    done = run("linearsr", "upscale", "photo.png", "-o", "clean.png")
+    assert done.returncode == 0, done.stderr
+    here = [sys.executable, "-m", "linearsr.cli", "upscale", "photo.png", "-o", "here.png"]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(here, cwd=tmp_path, env=path, check=True, capture_output=True)
+    assert (tmp_path / "clean.png").read_bytes() == (tmp_path / "here.png").read_bytes()
+
+
+TRAINING = ("--data=d", "--validation=v", "--storage=s")
+
+
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [
+        ("serve", ["linearsr", "serve"]),
+        ("quality", ["linearsr", "evaluate", "--hr=photos", "-o=report"]),
+        ("tags", ["linearsr", "tag", "photo.png"]),
+        ("data", ["python", ROOT / "ray_jobs/build_shards.py", "--input=i", "--output=o"]),
+        ("data", ["python", ROOT / "ray_jobs/tag_dataset.py", "--input=i", "--output=o"]),
+        ("data", ["python", ROOT / "ray_jobs/upscale_dataset.py", "--input=i", "--output=o"]),
+        ("data", ["python", ROOT / "ray_jobs/evaluate.py", "--hr=photos", "-o=report"]),
+        ("train", ["python", ROOT / "ray_jobs/pretrain.py", *TRAINING]),
+        ("train", ["python", ROOT / "ray_jobs/finetune_experts.py", *TRAINING, "--from=r"]),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(run: Run, extra: str, command: list[object]) -> None:
+    program, *arguments = command
+    done = run(str(program), *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("linearsr: ") and line.endswith(f"pip install 'linearsr[{extra}]'")
+
+
+def test_importing_the_cluster_says_which_extra_to_add(run: Run) -> None:
+    done = run("python", "-c", "import linearsr.cluster")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("pip install 'linearsr[data]'")
