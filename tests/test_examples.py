@@ -6,19 +6,22 @@ import json
 import runpy
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
 
 from linearsr import Upscaler
+from linearsr.imaging.drawing import GAP, LABEL
 from tests.web.local import Local, served
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def _run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def _run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the script; returns what it defines."""
     monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 @pytest.fixture
@@ -32,11 +35,11 @@ def test_versions_side_by_side(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tmp_path / "compare.png"
-    _run("upscale.py", photo, made, monkeypatch=monkeypatch)
+    width = _run("upscale.py", photo, made, monkeypatch=monkeypatch)["PANEL"]
     sheet = Image.open(made)
     # Below the labels, of four columns: neighbours show the same, differently.
-    width = sheet.width // 4
-    columns = [sheet.crop((i * width, 40, (i + 1) * width, sheet.height)) for i in range(4)]
+    lefts = [GAP + i * (width + GAP) for i in range(4)]
+    columns = [sheet.crop((left, LABEL, left + width, sheet.height)) for left in lefts]
     for left, right in pairwise(columns):
         difference = ImageChops.difference(left, right)
         assert difference.getbbox() is not None

@@ -1,6 +1,7 @@
 """Which pictures, and which parts of them, are worth training on.
 
 Sharpness, crops, perceptual hashes and near-duplicates; knows nothing of files, shards or Ray.
+Importing it raises MissingExtra without imagehash: later, each picture would be refused for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.errors import require
+
+require("data", "imagehash")
 
 # Sharpness is measured in tiles of this side, in pixels.
 TILE: Final = 128
@@ -81,11 +84,7 @@ def _tile_variances(strip: Tensor) -> Tensor:
 
 
 def perceptual_hash(pixels: Tensor) -> int:
-    """64 bits of (3, H, W) uint8 that change little with size and compression (pHash).
-
-    Raises MissingExtra without imagehash.
-    """
-    require("data", "imagehash")
+    """64 bits of (3, H, W) uint8 that change little with size and compression (pHash)."""
     import imagehash
 
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -45,6 +45,7 @@ class RamTagger:
     def __init__(self, config: TaggerConfig, device: str = "cpu") -> None:
         if config.source is None:
             raise OptionError("the ram tagger needs a model: the checkpoint file")
+        require("tags", "timm")
         tensors = _read(config.source)
         if config.adapter is not None:
             tensors = merge_lora({**tensors, **_lora(config.adapter)})
@@ -142,7 +143,6 @@ def _layers(tensors: Tensors) -> list[str]:
 
 def _swin(tensors: Tensors) -> tuple[int, nn.Module]:
     """The side of its input, and the backbone: (B, 3, side, side) to (B, h, w, C)."""
-    require("tags", "timm")
     from timm.models.swin_transformer import SwinTransformer
 
     tables: dict[int, list[Tensor]] = {}
