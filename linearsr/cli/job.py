@@ -99,6 +99,8 @@ def connect() -> None:
 
     # A report waits for the controller's next look; its default of 2 s would be felt.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Workers may wait for a GPU node that the autoscaler orders: that takes minutes.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
         ray.init(log_to_driver=True, logging_level="WARNING")
     except ConnectionError as error:

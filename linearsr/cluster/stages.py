@@ -15,9 +15,11 @@ from typing import Literal
 
 import ray
 from ray.util import ActorPool
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from linearsr.cluster.config import ClusterConfig, StageConfig
 from linearsr.cluster.knee import last_checkpoint, start_from_knee, summary
+from linearsr.cluster.room import places
 from linearsr.cluster.storage import Location, locate, url
 from linearsr.cluster.train import Outcome, check, train
 from linearsr.config import ModelConfig
@@ -84,8 +86,11 @@ class _Runner:
 
 def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Outcome]:
     """As many at once as the cluster has room for; outcomes in the order of `stages`."""
-    room = max(1, min(len(stages), _room(stages[0].cluster)))
-    runner = ray.remote(num_cpus=0)(_Runner)
+    cluster = stages[0].cluster
+    room = places(cluster.cpus(), cluster.gpus(), most=len(stages))
+    # A run is led from where its runner is: from the driver's node, which nobody takes away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    runner = ray.remote(num_cpus=0, scheduling_strategy=here)(_Runner)
     pool = ActorPool([runner.remote() for _ in range(room)])
     ended: dict[str, Outcome | str] = {}
     # Unordered: a place that is free must not wait for an earlier run that is still going.
@@ -97,14 +102,6 @@ def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Ou
         raise LinearSRError("; ".join(failed))
     results = (ended[stage.cluster.name] for stage in stages)
     return [outcome for outcome in results if not isinstance(outcome, str)]
-
-
-def _room(cluster: ClusterConfig) -> int:
-    """How many runs fit on the cluster as it is."""
-    has = ray.cluster_resources()
-    by_cpu = has.get("CPU", 0.0) / cluster.cpus()
-    gpus = cluster.gpus()
-    return int(min(by_cpu, has.get("GPU", 0.0) / gpus) if gpus else by_cpu)
 
 
 def write_bundle(

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,9 @@ class Jobs:
     def __init__(self, address: str) -> None:
         self.client = JobSubmissionClient(address)
 
-    def submit(self, command: list[str]) -> str:
-        working_dir = {"working_dir": str(ROOT), "excludes": ["runs", ".git"]}
-        return self.client.submit_job(entrypoint=shlex.join(command), runtime_env=working_dir)
+    def submit(self, command: list[str], environment: Mapping[str, str] | None = None) -> str:
+        runtime = {"working_dir": str(ROOT), "env_vars": dict(environment or {})}
+        return self.client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime)
 
     def end(self, job: str) -> tuple[JobStatus, int | None, str]:
         """Status, exit code and output of a job, once it has ended."""

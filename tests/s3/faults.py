@@ -14,6 +14,7 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,13 +60,17 @@ INTERNAL_ERROR = Answer(500, "InternalError", "We encountered an internal error.
 
 @dataclass(frozen=True)
 class Faults:
-    """How often what happens, as parts of 1; `always`: every request gets this answer."""
+    """How often what happens, as parts of 1; `always`: every request gets this answer.
+
+    delay: seconds before a request reaches the server.
+    """
 
     slow_down: float = 0.0
     internal_error: float = 0.0
     reset: float = 0.0
     cut: float = 0.0
     always: Answer | None = None
+    delay: float = 0.0
 
     def draw(self, rng: random.Random) -> Answer | str | None:
         """What happens to a request: an answer, "reset", "cut", or nothing."""
@@ -157,6 +162,7 @@ class _Connection(socketserver.StreamRequestHandler):
         """One request and its response. Whether the connection takes another."""
         request = _Head(self.rfile)
         fault = self.server.draw()
+        time.sleep(self.server.faults.delay)
         if isinstance(fault, Answer):
             self.refuse(request, fault)
             return False

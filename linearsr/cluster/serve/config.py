@@ -42,6 +42,9 @@ class ServeConfig(Config):
     # for it anyway.
     batch_wait: float = Field(default=0.0, ge=0)
     ingresses: int = Field(default=1, ge=1)
+    # What an ingress has in hand is lost with its node: on the head it lives as long as the proxy
+    # and the cluster itself.
+    ingress_node: Literal["any", "head"] = "any"
     routers: int = Field(default=1, ge=1)
     router_cpus: float = Field(default=1.0, gt=0)
     places: int = Field(default=16, ge=1)
@@ -66,8 +69,13 @@ class ServeConfig(Config):
         """Logical CPUs and GPUs that it all takes to start."""
         replicas = sum(count for _, count in self.groups(model)) + learned(model)
         cpus = replicas * self.expert_cpus + self.routers * self.router_cpus
-        cpus += self.ingresses * INGRESS_CPUS
+        cpus += self.ingresses * self.ingress_cpus
         return cpus, replicas * self.expert_gpus
+
+    @property
+    def ingress_cpus(self) -> float:
+        """Logical CPUs of an ingress; a head often has none to reserve."""
+        return INGRESS_CPUS if self.ingress_node == "any" else 0
 
     def groups(self, model: ModelConfig) -> list[tuple[tuple[int, ...], int]]:
         """Which experts share a deployment, and how many replicas it starts with.

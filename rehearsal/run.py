@@ -1,0 +1,107 @@
+"""Stages one after the other by `ray job submit`; a table and a picture for each."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from linearsr.errors import LinearSRError
+from rehearsal.machine import Place
+from rehearsal.story import Stage
+
+ROOT = Path(__file__).parents[1]
+TOLD = 15
+
+
+class Failed(LinearSRError):
+    """A stage did not end as it should."""
+
+
+class Done(NamedTuple):
+    """A stage that has ended, well or not."""
+
+    stage: Stage
+    seconds: float
+    picture: str
+    error: str = ""
+
+    @property
+    def row(self) -> str:
+        """Of the table."""
+        state = f"failed: {self.error}" if self.error else f"{self.seconds:.0f} s"
+        shown = f"[picture]({self.picture})" if self.picture else ""
+        return f"| {self.stage.name} | {state} | `{self.stage.results}` | {shown} |"
+
+
+def run(stages: Sequence[Stage], place: Place, output: Path) -> None:
+    """All stages in order; the page grows with each. Raises Failed at the first that fails."""
+    done: list[Done] = []
+    for number, stage in enumerate(stages, 1):
+        script = stage.command.partition(".py")[0]
+        done.append(_run(stage, f"{number}-{script}", place, output))
+        _write_page(done, output)
+        if done[-1].error:
+            raise Failed(f"{stage.name}: {done[-1].error}; see {output}/README.md")
+
+
+def _run(stage: Stage, file: str, place: Place, output: Path) -> Done:
+    began = time.perf_counter()
+    command = f"python ray_jobs/{stage.command}"
+    print(f"== {stage.name}: {command}", flush=True)
+    log, picture = output / f"{file}.log", output / f"{file}.png"
+    code = _submit(command, place.dashboard, log)
+    if code:
+        tail = "\n".join(log.read_text().splitlines()[-TOLD:])
+        print(tail, file=sys.stderr)
+        return Done(stage, time.perf_counter() - began, "", f"exit code {code}, see {log.name}")
+    stage.draw().save(picture)
+    took = time.perf_counter() - began
+    print(f"== {stage.name}: {took:.0f} s, {picture}", flush=True)
+    return Done(stage, took, picture.name)
+
+
+def _submit(command: str, dashboard: str, log: Path) -> int:
+    """The exit code of `ray job submit`; what it says goes on to the terminal and into `log`."""
+    ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", dashboard]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [*ray, "--working-dir", str(ROOT), "--", *shlex.split(command)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as job,
+    ):
+        assert job.stdout is not None
+        for line in job.stdout:
+            file.write(line)
+            print(f"   {line}", end="", flush=True)
+    return job.returncode
+
+
+def _write_page(done: Sequence[Done], output: Path) -> None:
+    total = sum(one.seconds for one in done)
+    table = [
+        "| stage | took | results | |",
+        "|---|---|---|---|",
+        *(one.row for one in done),
+        f"| all | {total:.0f} s | | |",
+    ]
+    shown = [
+        f"## {one.stage.name}\n\n```sh\nray job submit --working-dir . -- python ray_jobs/"
+        f"{one.stage.command}\n```\n\n![{one.stage.name}]({one.picture})"
+        for one in done
+        if one.picture
+    ]
+    text = "\n".join(table)
+    (output / "README.md").write_text("\n\n".join(["# A rehearsal", text, *shown]) + "\n")
+    if done and not done[-1].error:
+        print(table[1 + len(done)], flush=True)

@@ -1,0 +1,72 @@
+"""The rehearsal's own cluster: raylets for machines, an autoscaler that replaces them, S3."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+
+import psutil
+import pytest
+from ray.job_submission import JobStatus
+from ray.util.state import list_actors
+
+from rehearsal.machine import Place, machine
+from tests.cluster.conftest import ROOT, Jobs, until
+from tests.s3 import swift
+
+__all__ = ["ROOT", "Fleet", "until"]
+
+
+class Fleet(NamedTuple):
+    """The cluster, as its users and the spot market see it."""
+
+    place: Place
+    jobs: Jobs
+
+    def start(self, command: str, environment: Mapping[str, str] | None = None) -> str:
+        """A job of ray_jobs/; its id."""
+        return self.jobs.submit(["python", *shlex.split(command)], environment)
+
+    def end(self, job: str) -> str:
+        """What a job told that succeeded."""
+        status, _, told = self.jobs.end(job)
+        assert status == JobStatus.SUCCEEDED, told
+        return told
+
+    def nodes_of(self, actor: str) -> set[str]:
+        """Where actors live whose class has this in its name."""
+        alive = list_actors(
+            address=self.place.dashboard, filters=[("state", "=", "ALIVE")], limit=1000
+        )
+        return {a.node_id for a in alive if actor in a.class_name}
+
+    def lose_node_of(self, actor: str) -> None:
+        """A machine where such actors live is gone, with all that ran on it."""
+        until(lambda: bool(self.nodes_of(actor)), f"an actor of {actor}")
+        node = min(self.nodes_of(actor))
+        raylet = next(p for p in psutil.process_iter(["cmdline"]) if is_raylet(p, node))
+        everything = [raylet, *raylet.children(recursive=True)]
+        for process in everything:
+            process.suspend()  # or some would see the others die
+        for process in everything:
+            process.kill()
+        psutil.wait_procs(everything, timeout=30)
+
+
+def is_raylet(process: psutil.Process, node: str) -> bool:
+    command = process.info["cmdline"] or [""]
+    return command[0].endswith("/raylet") and f"--node_id={node}" in command
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in swift.environment(0):  # that `machine` sets
+            patch.setenv(name, "")
+        with machine(tmp_path_factory.mktemp("fleet") / "ray.log") as place:
+            yield Fleet(place, Jobs(place.dashboard))

@@ -1,0 +1,246 @@
+"""What goes wrong on a fleet, one thing at a time: nothing is lost, and no request fails.
+
+Ten times each, as it was done by hand: `for n in $(seq 10); do pytest tests/drills; done`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shlex
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import skimage.data
+from PIL import Image
+from ray.job_submission import JobStatus
+
+from linearsr.cluster.storage import Location, locate
+from linearsr.config import Options
+from linearsr.imaging.files import encode, read
+from linearsr.tags.tagger import TaggerConfig, load_tagger
+from linearsr.training import loop
+from linearsr.upscaler import Upscaler
+from tests.cluster.conftest import SMALL
+from tests.cluster.test_serve import (
+    Answer,
+    Case,
+    Endpoint,
+    answered_by,
+    check,
+    crowd,
+    in_session,
+    pixels_of,
+)
+from tests.drills.conftest import Fleet, until
+from tests.s3.faults import Faults, proxy
+
+PICTURES = 24
+STEPS = 24
+TRAINING = (
+    *SMALL,
+    *(f"pretrain.steps={STEPS}", "pretrain.warmup=2", "pretrain.report_every=1"),
+    "pretrain.checkpoint_every=6",
+)
+# Two actors of so many CPUs do not fit on one node.
+APART = "--actors 2 --actor-cpus 3"
+
+
+@pytest.fixture(scope="module")
+def photos(fleet: Fleet) -> str:
+    """A folder of small pictures on S3."""
+    folder = f"{fleet.place.storage}/photos"
+    photo = Image.fromarray(np.asarray(skimage.data.chelsea()))
+    for number in range(PICTURES):
+        left, top = 12 * number, 8 * (number % 12)
+        file = io.BytesIO()
+        photo.crop((left, top, left + 160, top + 160)).save(file, "PNG")
+        locate(f"{folder}/{number:02}.png").write(file.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(fleet: Fleet, small_bundle: Path) -> str:
+    """Weights on S3."""
+    place = f"{fleet.place.storage}/model"
+    locate(small_bundle).copy_to(locate(place))
+    return place
+
+
+def names(folder: str, suffix: str) -> dict[str, Location]:
+    return {f.name: f for f in locate(folder).files() if f.name.endswith(suffix)}
+
+
+def written(folder: str, suffix: str) -> dict[str, int]:
+    """When each file was written."""
+    found = names(folder, suffix)
+    return {n: f.filesystem.get_file_info(f.path).mtime_ns for n, f in found.items()}
+
+
+def test_a_node_is_lost_while_training(fleet: Fleet, photos: str) -> None:
+    """It goes on from the last checkpoint: all steps, and none of them twice."""
+    runs = f"{fleet.place.storage}/runs"
+    settings = shlex.join([part for field in TRAINING for part in ("--set", field)])
+    job = fleet.start(
+        f"ray_jobs/pretrain.py --data {photos} --validation {photos} --storage {runs} "
+        f"--name lost --workers 2 {settings}"
+    )
+    run = f"{runs}/lost"
+    until(lambda: bool(names(run, loop.PROGRESS)), "a first checkpoint")
+    first = min(file.path for file in checkpoints(run))
+    fleet.lose_node_of("RayTrainWorker")
+    assert len(checkpoints(run)) < STEPS // 6, "it had ended before"
+    fleet.end(job)
+    paths = sorted(file.path for file in checkpoints(run))
+    assert paths[0] == first
+    with locate(f"s3://{paths[-1].rsplit('/', 1)[0]}").local() as folder:
+        history = loop.read_progress(folder).history
+    assert [point["step"] for point in history] == list(range(1, STEPS + 1))
+
+
+def checkpoints(run: str) -> list[Location]:
+    return [file for file in locate(run).files() if file.name == loop.PROGRESS]
+
+
+def test_a_node_is_lost_while_tagging(fleet: Fleet, photos: str) -> None:
+    shards, tagged = f"{fleet.place.storage}/shards", f"{fleet.place.storage}/tagged"
+    filters = "--min-sharpness 0 --duplicate-distance -1 --min-size 64"
+    fleet.end(
+        fleet.start(
+            f"ray_jobs/build_shards.py --input {photos} --output {shards} --crop 64 "
+            f"--rows-per-shard 4 {filters}"
+        )
+    )
+    expected = names(shards, ".parquet")
+    job = fleet.start(
+        f"ray_jobs/tag_dataset.py --input {shards} --output {tagged} --threshold 0 {APART}"
+    )
+    until(lambda: bool(names(tagged, ".parquet")), "a first shard")
+    before = written(tagged, ".parquet")
+    fleet.lose_node_of("MapWorker")
+    assert 0 < len(before) < len(expected), "it had ended before"
+    fleet.end(job)
+    after = written(tagged, ".parquet")
+    assert set(after) == set(expected)
+    assert {name: after[name] for name in before} == before
+    tagger = load_tagger(TaggerConfig(threshold=0.0), "cpu")
+    for name, file in names(tagged, ".parquet").items():
+        rows = pq.read_table(file.path, filesystem=file.filesystem).to_pylist()
+        assert all(len(row["tags"]) == 5 for row in rows), name
+    assert [tag.name for tag in tagger(read(rows[0]["lr"]).pixels)] == rows[0]["tags"]
+
+
+@pytest.fixture(scope="module")
+def results(photos: str, small_bundle: Path) -> dict[str, np.ndarray]:
+    """What must come out, as this process makes it."""
+    upscaler = Upscaler.load(small_bundle, "cpu")
+    return {
+        name: pixels_of(encode(upscaler.upscale(read(file.read()), Options(steps=1)), "png"))
+        for name, file in names(photos, ".png").items()
+    }
+
+
+def upscaling(photos: str, model: str, output: str, pool: str = "--actors 1") -> str:
+    return (
+        f"ray_jobs/upscale_dataset.py --input {photos} --output {output} --model {model} "
+        f"--device cpu --steps 1 --batch 1 {pool}"
+    )
+
+
+def assert_complete(output: str, results: dict[str, np.ndarray], before: dict[str, int]) -> None:
+    """All there and right; what was there `before` has not been written again."""
+    after = written(output, ".png")
+    assert set(after) == set(results)
+    assert {name: after[name] for name in before} == before
+    for name, file in names(output, ".png").items():
+        assert np.abs(pixels_of(file.read()) - results[name]).max() <= 1
+
+
+def test_a_node_is_lost_while_upscaling(
+    fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
+) -> None:
+    output = f"{fleet.place.storage}/lost-node"
+    job = fleet.start(upscaling(photos, model, output, APART))
+    until(lambda: len(names(output, ".png")) > 2, "three results")
+    before = written(output, ".png")
+    fleet.lose_node_of("MapWorker")
+    assert len(before) < PICTURES, "it had ended before"
+    fleet.end(job)
+    assert_complete(output, results, before)
+
+
+def test_the_driver_is_killed_while_upscaling(
+    fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
+) -> None:
+    output = f"{fleet.place.storage}/lost-driver"
+    job = fleet.start(upscaling(photos, model, output))
+    until(lambda: len(names(output, ".png")) > 2, "three results")
+    driver = psutil.Process(int(fleet.jobs.client.get_job_info(job).driver_info.pid))
+    driver.kill()
+    status, _, _ = fleet.jobs.end(job)
+    assert status == JobStatus.FAILED
+    before = written(output, ".png")
+    assert len(before) < PICTURES, "it had ended before"
+    fleet.end(fleet.start(upscaling(photos, model, output)))
+    assert_complete(output, results, before)
+
+
+def test_storage_is_slow(
+    fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
+) -> None:
+    """Every request takes 0.2 s longer, and one in ten is told to come again."""
+    output = f"{fleet.place.storage}/slow"
+    with proxy(fleet.place.s3_port, seed=1) as between:
+        between.faults = Faults(slow_down=0.1, delay=0.2)
+        endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{between.port}"}
+        fleet.end(fleet.start(upscaling(photos, model, output), endpoint))
+        assert between.injected["SlowDown"]
+    assert_complete(output, results, {})
+
+
+@pytest.fixture(scope="module")
+def endpoint(fleet: Fleet, model: str) -> Endpoint:
+    """Two replicas of each expert, on more than one node; the ingress on the head."""
+    port = fleet.place.endpoint.rsplit(":", 1)[1]
+    fleet.end(
+        fleet.start(
+            f"ray_jobs/deploy.py --port {port} --set model={model} device=cpu replicas=[2,2,2,2] "
+            "expert_cpus=0.5 router_cpus=0.5 routers=2 ingress_node=head"
+        )
+    )
+    return Endpoint(fleet.place.endpoint, None)
+
+
+@pytest.fixture(scope="module")
+def cases(small_bundle: Path) -> list[Case]:
+    return answered_by(small_bundle)
+
+
+def test_a_node_is_lost_while_serving(fleet: Fleet, endpoint: Endpoint, cases: list[Case]) -> None:
+    """Nobody's request fails, and everybody gets their own picture."""
+
+    async def work(session: aiohttp.ClientSession) -> list[Answer]:
+        answers = await crowd(session, endpoint, cases, len(cases))
+        lost = asyncio.create_task(asyncio.to_thread(fleet.lose_node_of, "linearsr:texture"))
+        while not lost.done() or len(answers) < 10 * len(cases):
+            answers += await crowd(session, endpoint, cases, 2 * len(cases))
+        await lost
+        return answers
+
+    check(in_session(work), cases)
+
+
+def test_the_object_store_is_full(fleet: Fleet, endpoint: Endpoint, cases: list[Case]) -> None:
+    """On every node something else holds on to all of it: latents go by the disk."""
+    job = fleet.start("-m tests.drills.fill")
+    until(lambda: "all are full" in fleet.jobs.client.get_job_logs(job), "full object stores")
+    try:
+        answers = in_session(lambda session: crowd(session, endpoint, cases, 2 * len(cases)))
+        check(answers, cases)
+    finally:
+        fleet.jobs.client.stop_job(job)
+        until(lambda: fleet.jobs.client.get_job_status(job).is_terminal(), "the end of it")
