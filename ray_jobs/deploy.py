@@ -10,12 +10,11 @@ runs, 1 it did not come up, 2 usage.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import yaml
 
-from linearsr.cluster import cli
+from linearsr.cli import job
 from linearsr.errors import OptionError
 
 FILE = Path(__file__).with_name("serve.yaml")
@@ -35,23 +34,20 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> int:
+def main() -> None:
     """Parse, deploy, tell where it listens."""
     options = parser().parse_args()
+    import ray
 
-    def job() -> None:
-        import ray
+    from linearsr.cluster.serve.deploy import deploy, read_file
 
-        from linearsr.cluster.serve.deploy import deploy, read_file
-
-        http = {} if options.port is None else {"port": options.port}
-        config = read_file(options.file, dict(map(_field, options.set)), http)
-        deploy(config, f"http://{ray.init(ignore_reinit_error=True).dashboard_url}", options.wait)
-        listens = config["http_options"]
-        model = config["applications"][0]["args"]["model"]
-        print(f"{model} is served at port {listens['port']} of {listens['host']}")
-
-    return cli.run(job)
+    http = {} if options.port is None else {"port": options.port}
+    config = read_file(options.file, dict(map(_field, options.set)), http)
+    job.connect()
+    dashboard = ray.init(ignore_reinit_error=True).dashboard_url
+    deploy(config, f"http://{dashboard}", options.wait)
+    model, listens = config["applications"][0]["args"]["model"], config["http_options"]
+    print(f"{model} is served at port {listens['port']} of {listens['host']}")
 
 
 def _field(setting: str) -> tuple[str, object]:
@@ -62,4 +58,4 @@ def _field(setting: str) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    job.run(main)
