@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IN ?=
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test lint types s3 s3-server clean
+.PHONY: demo test rehearse lint types s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -34,13 +34,19 @@ demo: $(VENV)/demo.stamp
 # Ray starts many processes: without compiled modules each of them would compile torch anew. Half of
 # the time goes to the tests with a cluster, so they have a process of their own; threads would only
 # wait for each other's cores.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+QUICK := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache
+PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
 	$(PYTEST) --ignore=tests/cluster > $(VENV)/core.log 2>&1 & core=$$!; \
 		$(PYTEST) tests/cluster; cluster=$$?; \
 		wait $$core; core=$$?; cat $(VENV)/core.log; exit $$((cluster | core))
+
+# The whole story on an autoscaling cluster of this machine. On a real one:
+# make rehearse STORAGE=s3://bucket/folder
+STORAGE ?=
+rehearse: $(VENV)/dev.stamp $(S3)/stamp
+	$(QUICK) $(BIN)/python -m rehearsal $(if $(STORAGE),--storage $(STORAGE)) $(if $(IN),--photos "$(IN)")
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 from linearsr.cluster.storage import locate
 from linearsr.errors import LinearSRError

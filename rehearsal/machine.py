@@ -61,12 +61,12 @@ class Place(NamedTuple):
 def machine(log: Path) -> Iterator[Place]:
     """The cluster and the S3 server, until the end of the block; `log` is Ray's own output.
 
-    Sets the AWS_* variables of this process. Raises RuntimeError when Ray does not start, and
-    SwiftError when the S3 server does not.
+    Sets the AWS_* variables of this process, and RAY_AUTH_MODE: nobody else reaches it. Raises
+    RuntimeError when Ray does not start, and SwiftError when the S3 server does not.
     """
     folder = Path(tempfile.mkdtemp(prefix="lsr-"))  # a short path, for it holds sockets
     port = swift.free_port()
-    os.environ.update(swift.environment(port))
+    os.environ.update(swift.environment(port), RAY_AUTH_MODE="disabled")
     try:
         with swift.running(folder / "s3", port), _ray(folder, log) as dashboard:
             boto3.client("s3").create_bucket(Bucket="rehearsal")
@@ -146,7 +146,6 @@ def _ray(folder: Path, log: Path) -> Iterator[str]:
 def _environment() -> dict[str, str]:
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,

@@ -27,7 +27,7 @@ PRETRAINING = (
 EXPERTS = tuple(
     f"experts.{expert}.{field}"
     for expert in range(4)
-    for field in ("steps=40", "report_every=2", "checkpoint_every=2", "warmup=4")
+    for field in ("steps=40", "report_every=4", "checkpoint_every=8", "warmup=4")
 )
 
 
