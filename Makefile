@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IN ?=
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test rehearse lint types s3 s3-server clean
+.PHONY: demo test rehearse lint types docs s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -54,6 +54,10 @@ lint: $(VENV)/dev.stamp
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
+
+# The pages of docs/jobs, from docstrings, parsers and configs.
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -m docs.generate
 
 s3-server: $(S3)/stamp
 

@@ -21,9 +21,9 @@ Solver = Literal["euler", "dpm", "adams"]
 
 
 class Config(BaseModel):
-    """Base of all configs: immutable, unknown keys refused."""
+    """Base of all configs: immutable, unknown keys refused; text below a field describes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
     def parse(cls, /, **fields: object) -> Self:
@@ -46,22 +46,31 @@ class DenoiserConfig(Config):
     """
 
     latent_channels: int = Field(gt=0)
+    """Channels of a latent cell."""
     depth: int = Field(gt=0)
+    """Blocks."""
     width: int = Field(gt=0)
+    """Channels of a token."""
     head_dim: int = Field(default=32, gt=0)
+    """Channels of an attention head."""
     ffn_ratio: float = Field(default=2.5, gt=0)
+    """Channels inside a Mix-FFN, as a multiple of the width."""
     qk_norm: bool = True
-    # Channels of one tag embedding; None builds no cross-attention at all.
+    """RMS norm of queries and keys: without it, bfloat16 overflows."""
     tag_dim: int | None = None
+    """Channels of one tag embedding; None builds no cross-attention at all."""
     tag_heads: int = Field(default=8, gt=0)
-    # The LR stem: three convolutions whose strides multiply up to the latent's downscale factor.
+    """Heads of the cross-attention to tags."""
     stem_channels: tuple[Positive, Positive, Positive] = (32, 64, 64)
+    """Of the LR stem's three convolutions."""
     stem_strides: tuple[Positive, Positive, Positive] = (2, 2, 1)
-    # Whether the LR picture, upsampled and encoded like the HR one, is joined on channels as well.
+    """Of the LR stem's three convolutions; they multiply up to the latent's downscale factor."""
     condition_latent: bool = False
+    """Whether the LR picture, upsampled and encoded as HR is, is joined on channels as well."""
     prediction: Literal["velocity", "preconditioned"] = "velocity"
-    # Timesteps are embedded on [0, timestep_scale]; Sana was trained on [0, 1000].
+    """What the last layer means."""
     timestep_scale: float = Field(default=1000.0, gt=0)
+    """Timesteps are embedded on [0, timestep_scale]; Sana was trained on [0, 1000]."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> DenoiserConfig:
@@ -81,10 +90,13 @@ class LatentConfig(Config):
     """
 
     kind: Literal["space-to-depth", "dc-ae"]
+    """The lossless one, or the learned one."""
     factor: int = Field(gt=0)
-    # One latent unit in picture units ([-1, 1]) for space-to-depth, or DC-AE's scaling factor.
+    """Pixels to a latent cell, along a side."""
     scale: float = Field(gt=0)
+    """One latent unit in picture units ([-1, 1]) for space-to-depth, or DC-AE's scaling factor."""
     source: str | None = None
+    """Where DC-AE is found: a folder or hub id."""
 
 
 class TagEncoderConfig(Config):
@@ -96,7 +108,9 @@ class TagEncoderConfig(Config):
     """
 
     kind: Literal["gemma", "hashed"]
+    """With meaning, or without."""
     source: str | None = None
+    """Gemma's transformers folder or hub id."""
 
     @model_validator(mode="after")
     def _source_fits(self) -> TagEncoderConfig:
@@ -109,10 +123,13 @@ class SamplingConfig(Config):
     """How noise turns into a picture by default; a request may override `steps` and `solver`."""
 
     steps: int = Field(default=4, ge=1, le=50)
+    """Steps from noise to picture."""
     solver: Solver = "euler"
+    """Which way each step goes (docs/sampling.md)."""
     flow_shift: float = Field(default=3.0, gt=0)
-    # Timesteps between experts, ascending; the first expert (most noise) lies above the last.
+    """How much of the steps goes to high noise (Sana's flow shift)."""
     boundaries: tuple[float, ...] = (0.223, 0.875, 0.939)
+    """Timesteps between experts, ascending; the first expert (most noise) lies above the last."""
 
     @model_validator(mode="after")
     def _boundaries_rise(self) -> SamplingConfig:
@@ -126,11 +143,13 @@ class ModelConfig(Config):
     """A whole model: what a weights bundle carries besides its tensors."""
 
     name: str
+    """What tables and results call it."""
     scale: int = Field(default=4, gt=0)
+    """How many times larger its result is."""
     denoiser: DenoiserConfig
     latent: LatentConfig
-    # None: the model takes no tags, even if its cross-attention could.
     tags: TagEncoderConfig | None = None
+    """None: the model takes no tags, even if its cross-attention could."""
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
@@ -153,19 +172,23 @@ class Options(Config):
     """What a request may choose; the same fields everywhere (command line, HTTP, jobs)."""
 
     scale: Literal[2, 3, 4] = 4
-    # A final size instead of a scale; with one of the two, the other keeps the aspect ratio.
+    """How many times larger the result is."""
     width: int | None = Field(default=None, ge=1, le=65535)
+    """Final width in pixels instead of a scale; without a height it keeps the aspect ratio."""
     height: int | None = Field(default=None, ge=1, le=65535)
-    # 1: closest to the truth (conditional mean). More: sharper, one plausible picture.
+    """Final height in pixels, likewise."""
     steps: int | None = Field(default=None, ge=1, le=50)
-    # None: the model's own. "dpm" and "adams" come further in as many steps (docs/sampling.md).
+    """1: closest to the truth (conditional mean). More: sharper, one plausible picture."""
     solver: Solver | None = None
+    """None: the model's own. "dpm" and "adams" come further in as many steps (docs/sampling.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    # Objects in the picture, best first; text is split at commas. "auto" asks the default tagger.
+    """Of the noise: same seed, same pixels."""
     tags: Literal["auto"] | tuple[str, ...] = ()
-    # Side of a tile in input pixels, "auto" or "off".
+    """Objects in the picture, best first; text is split at commas; "auto" asks the tagger."""
     tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
+    """Side of a tile in input pixels; "auto" tries smaller ones when memory runs out."""
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
+    """How the result gets the colours of the input back."""
 
     @field_validator("tags", mode="before")
     @classmethod
@@ -178,11 +201,12 @@ class Options(Config):
 class FileOptions(Config):
     """How picture files are read and written; the same fields everywhere."""
 
-    # A suffix for all results; None keeps that of each input where it can be written.
     format: Literal["png", "jpg", "webp", "tif"] | None = None
-    # Of JPEG and WebP.
+    """A suffix for all results; None keeps that of each input where it can be written."""
     quality: int = Field(default=95, ge=1, le=100)
+    """Of JPEG and WebP."""
     max_pixels: int = Field(default=100_000_000, ge=1)
+    """Larger pictures are refused."""
 
 
 TINY = ModelConfig(

@@ -6,6 +6,8 @@
 The same settings and pictures give the same bytes. Started again, it goes on with what is missing.
 OUTPUT/rejects.csv names each picture that was not used and why, OUTPUT/manifest.json the counts.
 Exit codes: 0 all done, 1 some pictures could not be read or shards not be built, 2 usage.
+
+More: docs/datasets.md, docs/storage.md.
 """
 
 from __future__ import annotations
@@ -15,36 +17,27 @@ import sys
 
 from linearsr.cli import job
 
-# Fields of a ShardConfig that are flags with a default.
-FLAGS: dict[str, str] = {
-    "degradation": "seesr, real-esrgan, clean, mild or camera",
-    "scale": "how many times smaller LR is",
-    "crop": "side of square HR crops, 0 for whole pictures",
-    "crops-per-picture": "at most",
-    "min-size": "shorter side a picture must have, if more than the crop's",
-    "min-sharpness": "that a crop must have, 0 for any",
-    "duplicate-distance": "near-duplicates' hashes differ by so many bits of 64; -1 keeps them",
-    "max-pixels": "larger pictures are refused",
-    "seed": "of crops, order and degradations",
-    "rows-per-shard": "at most",
-    "cpus": "logical CPUs of each task",
-}
+FLAGS = ("degradation", "scale", "crop", "crops_per_picture", "min_size", "min_sharpness")
+FLAGS += ("duplicate_distance", "max_pixels", "seed", "rows_per_shard", "cpus")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Where pictures come from and go to, and what a ShardConfig has besides."""
+    from linearsr.cluster.plan import ShardConfig
+
+    made = job.described(__doc__)
+    made.add_argument("--input", nargs="+", required=True, help="folders of pictures; s3:// too")
+    made.add_argument("--output", required=True, help="a folder of its own; s3:// too")
+    job.add_fields(made, ShardConfig, FLAGS)
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, tell how it ended."""
-    from linearsr.cluster.shards import ShardConfig, build_shards
+    from linearsr.cluster.plan import ShardConfig
+    from linearsr.cluster.shards import build_shards
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", nargs="+", required=True, help="folders of pictures; s3:// too")
-    parser.add_argument("--output", required=True, help="a folder of its own; s3:// too")
-    for flag, told in FLAGS.items():
-        default = ShardConfig.model_fields[flag.replace("-", "_")].default
-        parser.add_argument(f"--{flag}", help=f"{told}; default {default}", default=default)
-    options = vars(parser.parse_args(arguments))
-
+    options = vars(parser().parse_args(arguments))
     job.connect()
     built = build_shards(ShardConfig.parse(inputs=options.pop("input"), **options))
     for fault in (*built.unreadable, *built.failed):

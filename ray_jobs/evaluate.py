@@ -6,6 +6,8 @@
 
 Every option of `linearsr evaluate` works here, and gives the same numbers. Started again, it goes
 on with the pictures that are left or failed. Exit codes: 0 all done, 1 some failed, 2 usage.
+
+More: docs/evaluation.md, docs/storage.md.
 """
 
 from __future__ import annotations
@@ -18,9 +20,7 @@ from linearsr.cli import job
 
 def parser() -> argparse.ArgumentParser:
     """The options of an evaluation, and those of a job."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = job.described(__doc__)
     options.add_options(made)
     made.add_argument("--actors", type=int, default=1, help="models at work; fixed")
     made.add_argument("--actor-cpus", type=float, default=1, help="logical CPUs of each")

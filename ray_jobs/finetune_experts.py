@@ -5,20 +5,41 @@
 
 Writes RUNS/NAME/experts-* and finetune-*, a run each, and RUNS/NAME/weights, ready for
 `linearsr upscale --model`. Started again it goes on where it stopped.
+Exit codes: 0 all done, 1 failed, 2 usage.
+
+More: docs/training.md, docs/knee.md, docs/sizing.md.
 """
 
 from __future__ import annotations
 
+import argparse
+
 from linearsr.cli import job
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of a training job, and where it starts."""
+    made = job.parser(__doc__)
+    made.add_argument("--from", dest="before", required=True, help="the pretraining run's folder")
+    made.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("experts", "finetune"),
+        default=["experts"],
+        help="which to train, in this order",
+    )
+    made.add_argument(
+        "--i-know-this-is-not-the-knee",
+        action="store_true",
+        dest="anyway",
+        help="start from the candidate, or the last checkpoint, where no knee is confirmed",
+    )
+    return made
 
 
 def main() -> None:
     """Parse, train the stages in order, export the result."""
-    parser = job.parser(__doc__ or "")
-    parser.add_argument("--from", dest="before", required=True, help="the pretraining run's folder")
-    parser.add_argument("--stages", nargs="+", choices=("experts", "finetune"), default=["experts"])
-    parser.add_argument("--i-know-this-is-not-the-knee", action="store_true", dest="anyway")
-    options = parser.parse_args()
+    options = parser().parse_args()
 
     job.connect()
     from linearsr.cluster.stages import export_outcomes, run_stage

@@ -5,16 +5,26 @@
 
 Writes RUNS/NAME: checkpoints, knee.json, report.png, samples, tensorboard. Started again with the
 same storage and name it goes on from the last checkpoint.
+Exit codes: 0 all done, 1 failed, 2 usage.
+
+More: docs/training.md, docs/knee.md, docs/sizing.md.
 """
 
 from __future__ import annotations
 
+import argparse
+
 from linearsr.cli import job
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of a training job."""
+    return job.parser(__doc__)
 
 
 def main() -> None:
     """Parse, train, tell where the knee lies."""
-    options = job.parser(__doc__ or "").parse_args()
+    options = parser().parse_args()
 
     job.connect()
     from linearsr.cluster.config import StageConfig

@@ -6,6 +6,8 @@
 OUTPUT may be INPUT: each shard is replaced whole. Started again with the same tagger, it goes on
 with the shards that have not been seen. Rows that cannot be read are listed in
 OUTPUT/tag_errors.csv. Exit codes: 0 all done, 1 some failed, 2 usage.
+
+More: docs/tags.md, docs/datasets.md, docs/storage.md.
 """
 
 from __future__ import annotations
@@ -22,9 +24,7 @@ FILES = ("tagger_model", "tagger_adapter", "vocabulary")
 
 def parser() -> argparse.ArgumentParser:
     """The options of a tagger, and those of a job."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = job.described(__doc__)
     made.add_argument("--input", required=True, help="a folder of Parquet shards; s3:// too")
     made.add_argument("--output", required=True, help="a folder; s3:// too; may be the input")
     made.add_argument("--column", choices=("lr", "hr"), default="lr", help="the picture looked at")

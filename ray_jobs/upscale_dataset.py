@@ -5,6 +5,8 @@
 
 Every option of `linearsr upscale` works here. Started again, it goes on with what has no result;
 pictures that fail are listed in OUTPUT/errors. Exit codes: 0 all done, 1 some failed, 2 usage.
+
+More: docs/datasets.md, docs/storage.md, docs/sizing.md.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ FLAGS += ("actors", "actor_cpus", "gpu", "batch", "hands")
 
 def parser() -> argparse.ArgumentParser:
     """The options of one picture, and those of a job."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = job.described(__doc__)
     made.add_argument("--input", required=True, help="pictures or Parquet shards; s3:// too")
     made.add_argument("--output", required=True, help="a folder of its own; s3:// too")
-    made.add_argument("--kind", choices=("images", "parquet"), default="images")
+    made.add_argument(
+        "--kind", choices=("images", "parquet"), default="images", help="what is written"
+    )
     made.add_argument("--column", default="lr", help="the column of shards to upscale")
     made.add_argument("--actors", type=int, default=1, help="models at work; fixed")
     made.add_argument("--actor-cpus", type=float, default=1, help="logical CPUs of each")

@@ -73,7 +73,7 @@ def add_options(add: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--metrics", nargs="+", help="default: all quick ones without a download")
     add.add_argument("--device", default="auto", help="for models: auto, cpu, cuda, mps")
-    add.add_argument("--scale", type=int, choices=(2, 3, 4), default=4)
+    add.add_argument("--scale", type=int, choices=(2, 3, 4), default=4, help="of HR to LR")
     add.add_argument("--seed", type=int, default=0, help="of the models' noise")
     add.add_argument("--every", type=int, default=1, help="only every n-th picture")
     add.add_argument("--rank", metavar="METRIC", help="of the contact sheet; default: the first")

@@ -5,59 +5,77 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
 
 from linearsr.cli.report import exit_code
+from linearsr.config import Config
 from linearsr.errors import LinearSRError, OptionError, require
 
 if TYPE_CHECKING:
     from linearsr.cluster.config import ClusterConfig
     from linearsr.training.recipes import Recipe
 
-# Which logical resources of a ClusterConfig get a flag of their own.
-_FLAGS: dict[str, str] = {
-    "workers": "training workers",
-    "worker-cpus": "logical CPUs of each",
-    "data-cpus": "logical CPUs of each worker's data actor",
-    "validation-cpus": "logical CPUs of the validation task",
-    "validation-gpus": "GPUs of the validation task",
-    "keep": "how many of the latest checkpoints stay (the knee always does)",
-    "max-failures": "worker failures to recover from",
-    "patience": "end a stage so many checkpoints after its knee was confirmed",
-}
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, and each flag's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return explained(action)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Flags of both training jobs. Raises MissingExtra without the packages that they need."""
+def explained(action: argparse.Action) -> str:
+    """A flag's help with its default: the same in --help and in docs/jobs."""
+    told = action.help or ""
+    none = action.default in (None, "", [], argparse.SUPPRESS) or action.default is False
+    return told if none or "default" in told else f"{told}; default %(default)s"
+
+
+def described(docstring: str | None) -> argparse.ArgumentParser:
+    """A parser that tells a script's docstring."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=_Help)
+
+
+def add_fields(made: argparse.ArgumentParser, config: type[Config], names: Iterable[str]) -> None:
+    """A flag for each of these fields, as the config itself describes them and checks them."""
+    for name in names:
+        field = config.model_fields[name]
+        flag, told = f"--{name.replace('_', '-')}", _fragment(field.description or "")
+        if field.annotation is bool:
+            made.add_argument(flag, action="store_true", help=told)
+        elif field.is_required():
+            made.add_argument(flag, required=True, help=told)
+        else:
+            words = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+            made.add_argument(flag, default=field.default, choices=words, help=told)
+
+
+def _fragment(sentence: str) -> str:
+    """As --help has it: on one line, without a capital (but of "GPU") and a full stop."""
+    told = " ".join(sentence.split()).rstrip(".")
+    return told if told[1:2].isupper() else told[:1].lower() + told[1:]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Flags of both training jobs: which recipe, and every field of a ClusterConfig.
+
+    Raises MissingExtra without the packages that they need.
+    """
     require("train", "ray", "deepspeed")
+    from linearsr.cluster.config import ClusterConfig
     from linearsr.training.recipes import RECIPES
 
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
-    made.add_argument("--recipe", choices=RECIPES, default="tiny_cpu")
-    made.add_argument("--data", required=True, help="pictures or shards to train on; s3:// too")
-    made.add_argument("--validation", required=True, help="pictures to validate on; s3:// too")
-    made.add_argument("--storage", required=True, help="where runs go: shared folder or s3://")
-    made.add_argument("--name", default="linearsr", help="the run's folder; an old one goes on")
-    made.add_argument("--gpu", action="store_true", help="one GPU per worker (NCCL)")
-    for flag, told in _FLAGS.items():
-        made.add_argument(f"--{flag}", help=f"{told}; default {_default(flag)}")
+    made = described(description)
+    made.add_argument("--recipe", choices=RECIPES, default="tiny_cpu", help="what is trained, how")
+    add_fields(made, ClusterConfig, ClusterConfig.model_fields)
     made.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="any field of the recipe, as pretrain.steps=1000 or experts.0.learning_rate=1e-4",
+        help="any field of the recipe (docs/jobs/recipe.md), as pretrain.steps=1000",
     )
     return made
-
-
-def _default(flag: str) -> object:
-    from linearsr.cluster.config import ClusterConfig
-
-    return ClusterConfig.model_fields[flag.replace("-", "_")].default
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
@@ -66,10 +84,8 @@ def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
     from linearsr.training.recipes import RECIPES, override
 
     recipe = override(RECIPES[options.recipe](), options.set)
-    asked = {flag.replace("-", "_") for flag in _FLAGS}
-    fields = {k: v for k, v in vars(options).items() if k in asked and v is not None}
-    places = {k: getattr(options, k) for k in ("data", "validation", "storage", "name", "gpu")}
-    return recipe, validated(ClusterConfig, {**places, **fields})
+    fields = {name: getattr(options, name) for name in ClusterConfig.model_fields}
+    return recipe, validated(ClusterConfig, fields)
 
 
 def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterConfig:

@@ -1,4 +1,16 @@
-"""`linearsr serve`: the HTTP endpoint and its page on this machine, or on a cluster."""
+"""`linearsr serve`: the HTTP endpoint and its page on this machine, or on a cluster.
+
+    linearsr serve --layout split --replicas 4
+
+On a fleet, a file says the same and more; its `args` are the fields of a ServeConfig:
+
+    serve deploy ray_jobs/serve.yaml
+
+It runs until Ctrl-C or SIGTERM, and writes no files but Ray's logs. Exit codes: 0 told to end,
+1 it did not come up, 2 usage.
+
+More: docs/serving.md, docs/sizing.md.
+"""
 
 from __future__ import annotations
 

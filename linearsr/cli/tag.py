@@ -33,7 +33,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def add_tagger_options(add: argparse.ArgumentParser) -> None:
     """Which tagger, and when it speaks: here and in ray_jobs/tag_dataset.py."""
-    add.add_argument("--tagger", choices=TAGGERS, default="imagenet")
+    add.add_argument(
+        "--tagger", choices=TAGGERS, default="imagenet", help="docs/tags.md; default imagenet"
+    )
     add.add_argument(
         "--tagger-model", metavar="PATH", help="a CLIP or SigLIP folder or id; a RAM checkpoint"
     )

@@ -35,7 +35,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def add_options(add: argparse.ArgumentParser) -> None:
     """The options of a single picture, here and in ray_jobs/upscale_dataset.py."""
-    add.add_argument("--scale", type=int, choices=(2, 3, 4), default=4)
+    add.add_argument(
+        "--scale", type=int, choices=(2, 3, 4), default=4, help="how many times larger"
+    )
     add.add_argument("--width", type=int, help="final width in pixels instead of --scale")
     add.add_argument("--height", type=int, help="final height in pixels instead of --scale")
     add.add_argument("--model", default="linearsr-tiny", help="a bundled model's name or a folder")
@@ -50,7 +52,12 @@ def add_options(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--tile", type=_tile, default="auto", help="auto, off, or input pixels (16 or more)"
     )
-    add.add_argument("--colour-fix", choices=("wavelet", "adain", "none"), default="wavelet")
+    add.add_argument(
+        "--colour-fix",
+        choices=("wavelet", "adain", "none"),
+        default="wavelet",
+        help="how the result gets the colours of the input back",
+    )
     add.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     add.add_argument("--format", choices=("png", "jpg", "webp", "tif"), help="for folder outputs")
     add.add_argument("--quality", type=int, default=95, help="of JPEG and WebP, 1 to 100")

@@ -33,8 +33,11 @@ class Pool(Config):
     """How many actors, and what each of them reserves. CPUs are Ray's logical ones."""
 
     actors: int = Field(default=1, ge=1)
+    """Models at work; fixed."""
     actor_cpus: float = Field(default=1.0, gt=0)
+    """Logical CPUs of each actor."""
     gpu: bool = False
+    """A GPU for each actor."""
 
 
 def pooled(

@@ -15,26 +15,33 @@ from linearsr.training.recipes import Recipe
 class ClusterConfig(Config):
     """Places and resources of a run. CPUs are Ray's logical ones: reservations, not limits."""
 
-    # Pictures or shards to train on, and pictures to validate on: local (shared) or s3://.
     data: str
+    """Pictures or shards to train on; s3:// too."""
     validation: str
-    # Where runs go, a folder each; all nodes must see it.
+    """Pictures to validate on; s3:// too."""
     storage: str
-    name: str
+    """Where runs go: a folder that all nodes see; s3:// too."""
+    name: str = "linearsr"
+    """The run's folder in the storage; an old one goes on."""
     workers: int = Field(default=1, ge=1)
-    # One GPU per worker with NCCL; without, CPU workers with gloo.
+    """Training workers."""
     gpu: bool = False
+    """One GPU per worker (NCCL); without, CPU workers (gloo)."""
     worker_cpus: float = Field(default=0.5, gt=0)
+    """Logical CPUs of each worker."""
     data_cpus: float = Field(default=0.25, gt=0)
+    """Logical CPUs of each worker's data actor."""
     validation_cpus: float = Field(default=0.25, gt=0)
+    """Logical CPUs of the validation task."""
     validation_gpus: float = Field(default=0.0, ge=0)
-    # How many of the latest checkpoints stay; all by default. A knee is seen some checkpoints after
-    # it was passed, hence the minimum; from then on it stays in any case.
+    """GPUs of the validation task."""
+    # A knee is seen some checkpoints after it was passed, hence the minimum.
     keep: int | None = Field(default=None, ge=16)
-    # Worker failures to recover from; preempted nodes are not counted.
+    """How many of the latest checkpoints stay, all by default; the knee's always does."""
     max_failures: int = Field(default=3, ge=-1)
-    # End a stage this many validated checkpoints after its knee was confirmed; never by default.
+    """Worker failures to recover from, -1 for any number; preempted nodes are not counted."""
     patience: int | None = Field(default=None, ge=0)
+    """End a stage this many checkpoints after its knee was confirmed; never by default."""
 
     @field_validator("data", "validation", "storage")
     @classmethod

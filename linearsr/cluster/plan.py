@@ -57,28 +57,34 @@ UNREADABLE: Final = "unreadable"
 
 
 class ShardConfig(Config):
-    """One shard dataset: `inputs` are folders of pictures, `output` a folder of its own; s3:// too.
-
-    crop: side of the square HR crops in pixels, at most `crops_per_picture` of each; 0 takes whole
-    pictures. min_size: of a picture's shorter side. min_sharpness: of a crop, see
-    `linearsr.imaging.filters.sharpness`. duplicate_distance: bits in which the perceptual hashes of
-    near-duplicates differ at most; -1 keeps them.
-    """
+    """One shard dataset, of folders of pictures, in a folder of its own."""
 
     inputs: tuple[str, ...] = Field(min_length=1)
+    """Folders of pictures; s3:// too."""
     output: str
+    """A folder of its own; s3:// too."""
     scale: int = Field(default=4, ge=1, le=16)
+    """How many times smaller LR is."""
     degradation: Preset = "seesr"
+    """How LR is made of HR."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of crops, order and degradations."""
     crop: int = Field(default=512, ge=0)
+    """Side of square HR crops in pixels; 0 takes whole pictures."""
     crops_per_picture: int = Field(default=4, ge=1)
+    """At most so many crops of a picture."""
     min_size: int = Field(default=0, ge=0)
+    """Shorter side in pixels that a picture must have, if more than the crop's."""
     min_sharpness: float = Field(default=20.0, ge=0)
+    """What a crop must have (`linearsr.imaging.filters.sharpness`); 0 for any."""
     duplicate_distance: int = Field(default=4, ge=-1, le=MOST_DISTANCE)
+    """Bits of 64 in which the hashes of near-duplicates differ at most; -1 keeps them."""
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1)
+    """Larger pictures are refused."""
     rows_per_shard: int = Field(default=256, ge=1)
-    # Logical CPUs that each task reserves; changes nothing in the shards.
+    """At most so many rows in a shard."""
     cpus: float = Field(default=1.0, gt=0)
+    """Logical CPUs that each task reserves; changes nothing in the shards."""
 
     @field_validator("inputs")
     @classmethod

@@ -52,11 +52,12 @@ class _Shard(NamedTuple):
 class TagConfig(Pool):
     """What is tagged, by which tagger, and what that may take."""
 
-    # Folders of Parquet shards, local (shared) or s3://; the same for tagging in place.
     input: str
+    """A folder of Parquet shards, that all nodes see; s3:// too."""
     output: str
-    # Which picture is looked at. The upscaler will see LR only, so its tags are what it can have.
+    """A folder; s3:// too; may be the input."""
     column: Literal["lr", "hr"] = "lr"
+    """The picture looked at: the upscaler will see LR only, so its tags are what it can have."""
     tagger: TaggerConfig = TaggerConfig()
 
     @property

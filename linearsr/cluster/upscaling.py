@@ -46,26 +46,27 @@ RESULTS = pa.schema(
 
 
 class UpscaleConfig(Pool):
-    """One job. Paths are local (on storage that all nodes see) or s3://.
-
-    input: a folder of pictures, or of Parquet shards, of which `column` is upscaled.
-    kind: "images" under the names of their inputs, or "parquet" with id, image, width, height.
-    batch: pictures of one call, and rows of one Parquet file.
-    hands: calls that each actor has under way, so that reading and encoding of one overlap the
-    upscaling of another.
-    """
+    """One job. Paths are local (on storage that all nodes see) or s3://."""
 
     input: str
+    """A folder of pictures, or of Parquet shards."""
     output: str
+    """A folder of its own."""
     kind: Literal["images", "parquet"] = "images"
+    """Under the names of their inputs, or with columns id, image, width and height."""
     column: str = "lr"
+    """The column of shards to upscale."""
     model: str = "linearsr-tiny"
-    # "auto" is the GPU that the actor has reserved, else the CPU.
+    """A bundled model's name or a folder."""
     device: str = "auto"
+    """Where models run; "auto" is the GPU that the actor has reserved, else the CPU."""
     options: Options = Options()
     files: FileOptions = FileOptions()
     batch: int = Field(default=8, ge=1)
+    """Pictures of one call, and rows of one Parquet file."""
     hands: int = Field(default=2, ge=1)
+    """Calls that each actor has under way, so that reading and encoding of one overlap the
+    upscaling of another."""
 
     @field_validator("input", "output")
     @classmethod

@@ -44,12 +44,12 @@ class TaggerConfig(Config):
 
     kind: Literal["imagenet", "zero-shot", "ram"] = "imagenet"
     source: str | None = None
-    # LoRA weights on top of a "ram" source, as DAPE's for degraded pictures.
     adapter: str | None = None
-    # A file of the only names to say, one a line; a tab and a number after one is its threshold.
+    """LoRA weights on top of a "ram" source, as DAPE's for degraded pictures."""
     vocabulary: str | None = None
-    # The least score of a name without a threshold of its own; None is the tagger's default.
+    """A file of the only names to say, one a line; a tab and a number after one: its threshold."""
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least score of a name without a threshold of its own; None is the tagger's default."""
     max_tags: int = Field(default=5, ge=1, le=100)
 
 

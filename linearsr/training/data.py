@@ -62,18 +62,21 @@ class DataConfig(Config):
     """How photographs become training pairs."""
 
     patch: int = 96
+    """Side of HR crops in pixels."""
     batch: int = 8
+    """Pairs of one step, of all workers together."""
     scale: int = 4
-    # Photographs are shrunk by a random factor first: it sharpens soft ones and multiplies few.
+    """How many times smaller LR is."""
     shrink: tuple[float, float] = (0.25, 1.0)
-    # How often each degradation preset is drawn; must sum to one.
+    """Random factor that photographs are shrunk by first: sharpens soft ones, multiplies few."""
     degradations: dict[Preset, float] = Field(
         default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
     )
-    # Pixels around the patch that blur and resize may look at.
+    """How often each degradation preset is drawn; must sum to one."""
     margin: int = 16
-    # How often a pair loses its tags, so that the model can do without.
+    """Pixels around the patch that blur and resize may look at."""
     tag_dropout: float = Field(default=0.1, ge=0, le=1)
+    """How often a pair loses its tags, so that the model can do without."""
 
     @property
     def needs(self) -> int:

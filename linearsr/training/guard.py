@@ -29,12 +29,17 @@ class GuardConfig(Config):
     """
 
     window: int = Field(default=10, ge=1)
+    """Steps that a median is taken over."""
     loss_factor: float = Field(default=5.0, gt=1)
+    """How far the loss may rise above its calmest stretch."""
     gradient_factor: float = Field(default=100.0, gt=1)
+    """The gradient norm."""
     activation_factor: float = Field(default=30.0, gt=1)
-    # After each divergence the rate is multiplied by this, at most `restarts` times.
+    """The largest activation."""
     slow_down: float = Field(default=0.3, gt=0, lt=1)
+    """After each divergence the learning rate is multiplied by this."""
     restarts: int = Field(default=3, ge=0)
+    """How often a stage goes back and tries again."""
 
 
 class Signals(NamedTuple):

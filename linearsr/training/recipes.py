@@ -24,21 +24,21 @@ CHECKPOINTS = 20
 
 
 class ValidationConfig(Config):
-    """How a checkpoint is judged: fixed pictures, fixed seeds.
-
-    metrics: pyiqa names with the sampling steps they are taken at, as in "psnr@1"; those whose
-    weights cannot be had are left out and named.
-    """
+    """How a checkpoint is judged: fixed pictures, fixed seeds."""
 
     metrics: tuple[str, ...] = ("psnr@1", "ssim@1", "vif@1", "psnr@4", "niqe@4", "piqe@4")
-    # Which of them tell the knee, and whether more is better.
+    """pyiqa names with the sampling steps they are taken at; those whose weights cannot be had are
+    left out and named."""
     knee: dict[str, bool] = Field(default={"psnr@1": True, "niqe@4": False, "piqe@4": False})
+    """Which of them tell the knee, and whether more is better."""
     pictures: int = Field(default=8, gt=0)
-    # Pictures are cut to this many pixels a side, from the middle.
+    """How many of the validation pictures are used."""
     size: int = Field(default=256, gt=0)
+    """Side in pixels that they are cut to, from the middle."""
     degradation: Preset = "clean"
-    # Whether a model that takes tags is given the default tagger's, of the LR picture.
+    """How their LR is made."""
     tags: bool = True
+    """Whether a model that takes tags is given the default tagger's, of the LR picture."""
 
     @model_validator(mode="after")
     def _names(self) -> ValidationConfig:
@@ -61,8 +61,8 @@ class Recipe(Config):
     """One model, trained in three stages."""
 
     model: ModelConfig
-    # A weights folder or bundled name to start pretraining from; None starts from random weights.
     start: str | None = None
+    """Weights folder or bundled name to start pretraining from; without, from random weights."""
     data: DataConfig
     pretrain: TrainConfig
     experts: tuple[TrainConfig, ...]

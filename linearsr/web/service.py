@@ -18,7 +18,7 @@ class Limits(Config):
     bytes: int = Field(default=20_000_000, ge=1, description="of an upload")
     pixels: int = Field(default=4_000_000, ge=1, description="of the picture uploaded")
     output_pixels: int = Field(default=64_000_000, ge=1, description="of the result")
-    steps: int = Field(default=50, ge=1, le=50)
+    steps: int = Field(default=50, ge=1, le=50, description="of one picture")
     # In one tile linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
     tile: int = Field(
         default=512, ge=16, description="side in input pixels; tile=off counts as the longer side"

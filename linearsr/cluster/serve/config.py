@@ -17,44 +17,48 @@ INGRESS_CPUS = 0.1
 
 
 class ServeConfig(Config):
-    """One model behind one endpoint.
-
-    layout: "split" gives each expert a deployment of its own, "together" puts all of them into
-    every replica. replicas: of all experts, shared out by the steps that each takes by default;
-    or how many of each expert, highest noise first. most_replicas: with it, each deployment scales
-    by its own load from its share up to this many. CPUs are Ray's logical ones; one GPU may be
-    shared by several replicas (expert_gpus=0.25).
-
-    places: requests that are worked on at once, by each router; `waiting` more may wait at each
-    ingress, and the rest is refused with 429. batch: works of one shape that an expert takes
-    together.
-    """
+    """One model behind one endpoint. CPUs are Ray's logical ones: reservations, not limits."""
 
     model: str = "linearsr-tiny"
+    """A bundled model's name, or a folder that all nodes see; s3:// too."""
     device: str = "auto"
+    """Where experts run; "auto" is the GPU that a replica has reserved, else the CPU."""
     layout: Literal["split", "together"] = "split"
+    """A deployment for each expert, or all experts in every replica."""
     replicas: int | tuple[int, ...] = 4
+    """Of all experts, shared out by their steps (D'Hondt), at least one each; or a list of how many
+    of each, highest noise first."""
     most_replicas: int | None = Field(default=None, ge=1)
+    """From its share up to this many, each deployment scales by its own requests."""
     expert_cpus: float = Field(default=1.0, gt=0)
+    """Logical CPUs, and threads, of each replica of an expert."""
     expert_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each replica of an expert; 0.25 puts four on one GPU."""
     batch: int = Field(default=8, ge=1)
-    # How long a work waits for others to join it. Those that come while the expert is busy wait
-    # for it anyway.
+    """Works of one shape that an expert takes together."""
     batch_wait: float = Field(default=0.0, ge=0)
+    """Seconds that a work waits for others to join it; those that come while the expert is busy
+    wait for it anyway."""
     ingresses: int = Field(default=1, ge=1)
-    # What an ingress has in hand is lost with its node: on the head it lives as long as the proxy
-    # and the cluster itself.
+    """Replicas that speak HTTP; with `proxy_location: EveryNode` each node takes requests in."""
     ingress_node: Literal["any", "head"] = "any"
+    """Where they run. What an ingress has in hand is lost with its node: on the head it lives as long
+    as the proxy and the cluster itself, and reserves nothing."""
     routers: int = Field(default=1, ge=1)
+    """Replicas that read, plan, send and write."""
     router_cpus: float = Field(default=1.0, gt=0)
+    """Logical CPUs of each router; an ingress reserves 0.1."""
     places: int = Field(default=16, ge=1)
+    """Requests that each router works on at once."""
     waiting: int = Field(default=16, ge=0)
-    # In all, of a request whose replicas die.
+    """How many more may wait at each ingress; the rest is refused with 429."""
     attempts: int = Field(default=5, ge=1)
-    # Replicas that may start beside those they replace, in percent: it takes as much room, without
-    # which the old ones go on. With 0 the old ones end first, a fifth at a time.
+    """Tries in all of a request whose replicas die."""
     surge: int = Field(default=0, ge=0, le=100)
+    """Replicas, in percent, that may start beside those they replace, where there is room for both;
+    with 0 the old ones end first, a fifth at a time."""
     limits: Limits = Limits()
+    """What one request may ask for."""
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> ServeConfig:

@@ -1,0 +1,36 @@
+"""The pages of docs/jobs say what the code does: its docstrings, flags and fields."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+
+from docs.generate import FOLDER, JOBS, NOTICE, pages
+
+
+def test_pages_are_what_the_code_gives() -> None:
+    given = pages()
+    assert {path.stem for path in FOLDER.glob("*.md")} == set(given)
+    for name, text in given.items():
+        assert (FOLDER / f"{name}.md").read_text() == text, f"docs/jobs/{name}.md: run `make docs`"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_flag_is_explained_on_the_page_as_in_help(job: str) -> None:
+    parser = import_module(f"ray_jobs.{job}").parser()
+    told = " ".join(parser.format_help().split())
+    flags = [line for line in pages()[job].splitlines() if line.startswith("| `")]
+    assert len(flags) == len(parser._actions) - 1
+    for flag in flags:
+        explained = flag.split(" | ")[-1].removesuffix(" |")
+        assert explained and explained.replace("- ", "-") in told.replace("- ", "-"), flag
+
+
+@pytest.mark.parametrize("name", ["serve", "recipe"])
+def test_every_field_is_explained(name: str) -> None:
+    page = pages()[name].split("## Where they differ")[0]
+    for row in page.splitlines():
+        if row.startswith("| `"):
+            assert row.split(" | ")[-1].removesuffix("|").strip(), row
+    assert NOTICE in page
