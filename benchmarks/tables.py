@@ -52,7 +52,7 @@ def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
     """All rows by size; `base` is what the ratios are against."""
     head = ["output", "", "time", f"against {base}", "peak memory"]
     head += ["TFLOP/s", "of the peak"] if peak else []
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = []
     bases = {row.side: row.seconds for row in rows if row.what == base}
     for row in rows:
         against = bases.get(row.side)
@@ -62,19 +62,19 @@ def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
         if peak:
             rate = row.flops / row.seconds if row.flops and row.seconds else None
             cells += [f"{rate / 1e12:.3f}", f"{rate / peak:.1%}"] if rate else ["", ""]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 def parts_table(rows: Sequence[Row]) -> str:
     """Where the time of each row goes."""
     timed = [row for row in rows if row.parts]
     names = list(dict.fromkeys(name for row in timed for name in row.parts or {}))
-    lines = [_line(["output", "", *names, "all"]), _line(["---"] * (len(names) + 3))]
+    lines = []
     for row in timed:
         shown = [seconds((row.parts or {}).get(name, 0.0)) for name in names]
-        lines.append(_line([f"{row.side}²", row.what, *shown, seconds(row.seconds)]))
-    return "\n".join(lines)
+        lines.append([f"{row.side}²", row.what, *shown, seconds(row.seconds)])
+    return markdown(["output", "", *names, "all"], lines)
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -97,5 +97,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
