@@ -1,0 +1,54 @@
+"""What docs/troubleshooting.md quotes is what the code says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS, _, RAYS = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Ray's own")
+QUOTED = re.findall(r"^\| (?:\d{3} )?`([^`]+)` \|", OURS, re.M)
+
+
+def _text(node: ast.AST) -> str:
+    """A string with … for what is put in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(value) for value in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return "…"
+
+
+@cache
+def _messages() -> list[str]:
+    files = [*(ROOT / "linearsr").rglob("*.py"), *(ROOT / "ray_jobs").rglob("*.py")]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return [_text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+
+
+def said(quoted: str) -> bool:
+    """Whether one message of the package has all the pieces between …, in this order."""
+    pieces = [re.escape(piece) for piece in quoted.split("…") if piece.strip()]
+    assert sum(map(len, pieces)) > 10, f"{quoted}: too little to be found by"
+    pattern = re.compile(".*".join(pieces), re.S)
+    return any(pattern.search(message) for message in _messages())
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_messages_are_those_of_the_code(quoted: str) -> None:
+    assert said(quoted)
+
+
+def test_messages_that_nobody_says_are_found_out() -> None:
+    assert len(QUOTED) > 40 and RAYS
+    assert not said("…: not a picture this program likes; give PNG")
+    assert not said("allowed than the … more bytes, has the upload")
+
+
+def test_every_row_of_ours_quotes_a_message() -> None:
+    rows = [r for r in OURS.splitlines() if r.startswith("| ") and "message" not in r]
+    assert len(rows) == len(QUOTED)
