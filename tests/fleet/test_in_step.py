@@ -1,0 +1,173 @@
+"""One fleet in three forms: cluster.yaml, kubernetes/ and the Dockerfile say the same."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr as derive,
+)
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.fleet.files import MANIFESTS, TOP, manifest, pinned, read, spec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DOCKERFILE = (TOP / "Dockerfile").read_text()
+PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+
+
+def aws() -> dict[str, Any]:
+    """cluster.yaml as the autoscaler takes it."""
+    return dict(prepare_config(read("cluster.yaml")))
+
+
+def kubernetes() -> dict[str, Any]:
+    """raycluster.yaml as the autoscaler takes it: Ray's own translation."""
+    cluster = manifest("raycluster")
+    cluster["metadata"]["namespace"] = "default"
+    config = dict(derive(cluster))
+    validate_config(config)
+    return config
+
+
+def groups(name: str = "raycluster") -> dict[str, dict[str, Any]]:
+    """Each group's pod spec, by its name in cluster.yaml."""
+    cluster = spec(name)
+    workers = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    named = {"head": cluster["headGroupSpec"], **workers}
+    return {name: group["template"]["spec"] for name, group in named.items()}
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+def environment(name: str = "raycluster") -> dict[str, str]:
+    """Variables of all Ray containers, which must be the same."""
+    found = [
+        {v["name"]: str(v.get("value", "")) for v in pod["containers"][0]["env"]}
+        for pod in groups(name).values()
+    ]
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
+def test_groups_have_the_same_resources_and_bounds() -> None:
+    ours, theirs = aws()["available_node_types"], kubernetes()["available_node_types"]
+    theirs["head"] = theirs.pop("headgroup")
+    assert set(ours) == set(theirs)
+    for name, group in ours.items():
+        other = theirs[name]
+        other["resources"].pop("memory")  # of pods only: Ray finds out a machine's own
+        for field in ("resources", "min_workers", "max_workers"):
+            assert group[field] == other[field], (name, field)
+
+
+@pytest.mark.parametrize("field", ["max_workers", "idle_timeout_minutes", "cluster_name"])
+def test_the_cluster_has_the_same_bounds(field: str) -> None:
+    assert aws()[field] == kubernetes()[field]
+
+
+def test_a_pod_fits_on_the_machine_that_it_stands_for() -> None:
+    for name, pod in groups().items():
+        for container in containers(pod):
+            cpus = float(container["resources"]["requests"]["cpu"])
+            has = aws()["available_node_types"][name]["resources"].get("CPU") or cpus
+            assert cpus <= has, name
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_every_manifest_has_the_same_cluster(name: str) -> None:
+    cluster = spec(name)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        ray = group["template"]["spec"]["containers"][0]
+        ray["env"] = [v for v in ray["env"] if v["name"] != "LINEARSR_TOKEN"]
+    assert cluster == spec("raycluster")
+
+
+def test_processes_have_the_same_environment() -> None:
+    options = aws()["docker"]["run_options"]
+    ours = dict(option.removeprefix("--env ").split("=", 1) for option in options)
+    # The token's way to the node: a file there, the operator's Secret here.
+    assert ours.pop("RAY_AUTH_MODE") == spec("raycluster")["authOptions"]["mode"] == "token"
+    mounted = ours.pop("RAY_AUTH_TOKEN_PATH").replace("/home/ray/", "~/")
+    assert mounted in aws()["file_mounts"]
+    assert ours == environment()
+    assert ours["AWS_REGION"] == aws()["provider"]["region"]
+
+
+def test_gpus_are_checked_before_a_worker_joins() -> None:
+    gpus = aws()["available_node_types"]["gpu"]["resources"]["GPU"]
+    (command,) = aws()["available_node_types"]["gpu"]["worker_setup_commands"]
+    pod = groups()["gpu"]
+    (check,) = pod["initContainers"]
+    assert command.split() == check["command"] == [*command.split()[:-1], str(gpus)]
+    for container in containers(pod):
+        for bound in ("requests", "limits"):
+            assert container["resources"][bound]["nvidia.com/gpu"] == str(gpus)
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+
+
+def test_heads_start_with_the_same_flags() -> None:
+    ours = dict(re.findall(r"--([\w-]+)=(\S+)", " ".join(aws()["head_start_ray_commands"])))
+    theirs = spec("raycluster")["headGroupSpec"]["rayStartParams"]
+    # The operator submits jobs over the network; nobody does on AWS.
+    assert (ours.pop("dashboard-host"), theirs.pop("dashboard-host")) == ("127.0.0.1", "0.0.0.0")
+    assert theirs.items() <= ours.items()
+
+
+def test_all_run_the_one_image_with_its_versions() -> None:
+    image = aws()["docker"]["image"]
+    pods = [pod for name in MANIFESTS for pod in groups(name).values()]
+    assert {c["image"] for pod in pods for c in containers(pod)} == {image}
+    tag = f"{PROJECT['version']}-ray{pinned('ray')}"
+    assert image.endswith(f"/linearsr:{tag}")
+    assert f"linearsr:{tag} ." in DOCKERFILE
+    assert {spec(name)["rayVersion"] for name in MANIFESTS} == {pinned("ray")}
+    assert f"FROM rayproject/ray:{pinned('ray')}-py311-gpu\n" in DOCKERFILE
+
+
+def test_the_image_has_the_pinned_versions_of_what_the_project_asks_for() -> None:
+    extras = PROJECT["optional-dependencies"]
+    (install,) = re.findall(r"pip install .*", DOCKERFILE)
+    assert "--constraint constraints.txt" in install
+    (asked,) = re.findall(r'"\.\[([\w,]+)\]"', install)
+    assert set(asked.split(",")) <= set(extras)
+    assert '; python_version >= "3.11"' in (TOP / "constraints.txt").read_text()
+    lines = itertools.chain(PROJECT["dependencies"], *extras.values())
+    for requirement in map(Requirement, lines):
+        if requirement.name in ("ray", "torch", "deepspeed"):
+            assert pinned(requirement.name) in requirement.specifier
+
+
+def test_the_image_is_not_roots_and_has_what_its_build_reads() -> None:
+    assert re.findall(r"^USER (.*)", DOCKERFILE, re.M)[-1] == "1000"
+    kept = re.findall(r"^!(.*)", (TOP / ".dockerignore").read_text(), re.M)
+    needed = {"linearsr", "ray_jobs", "pyproject.toml", "constraints.txt"}
+    assert set(kept) == {*needed, PROJECT["readme"], *PROJECT["license-files"]}
+    assert all((TOP / name).exists() for name in kept)
+
+
+def test_a_linter_reads_the_dockerfile(tmp_path: Path) -> None:
+    hadolint = shutil.which("hadolint") or shutil.which(
+        "hadolint", path=Path(sys.executable).parent
+    )
+    if hadolint is None:
+        pytest.skip("no hadolint for this platform")
+    run = [hadolint, "--no-color"]
+    assert subprocess.run([*run, TOP / "Dockerfile"], capture_output=True, text=True).stdout == ""
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(DOCKERFILE.replace("WORKDIR", "WORKDIRX"))
+    assert subprocess.run([*run, broken], capture_output=True).returncode != 0

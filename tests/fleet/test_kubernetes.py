@@ -1,0 +1,116 @@
+"""The manifests of kubernetes/ against the APIs of KubeRay and Kubernetes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from ray.scripts.scripts import start
+from ray.serve.schema import ServeDeploySchema
+
+from linearsr.cli import job
+from linearsr.cluster.serve.config import ServeConfig
+from linearsr.training.recipes import RECIPES
+from tests.fleet.files import MANIFESTS, TOP, manifest, read, spec
+from tests.fleet.kuberay import validator
+
+KINDS = dict(zip(MANIFESTS, ("RayCluster", "RayJob", "RayService"), strict=True))
+# Mappings whose keys are the user's own.
+FREE = {"annotations", "rayStartParams", "requests", "limits"}
+
+
+def levels(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Paths to all mappings of API fields."""
+    if isinstance(value, dict) and (not path or path[-1] not in FREE):
+        yield path
+        for key, inner in value.items():
+            yield from levels(inner, (*path, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from levels(inner, (*path, i))
+
+
+def faults(name: str, document: dict[str, Any]) -> list[str]:
+    """What the API has against a manifest."""
+    errors = validator(KINDS[name]).iter_errors(document)
+    return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in errors]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_field_is_in_the_api(name: str) -> None:
+    assert faults(name, manifest(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name in MANIFESTS for path in levels(manifest(name))],
+    ids=lambda value: value if isinstance(value, str) else ".".join(map(str, value)) or "top",
+)
+def test_a_misspelt_field_is_refused(name: str, path: tuple[str | int, ...]) -> None:
+    document = manifest(name)
+    found: Any = document
+    for key in path:
+        found = found[key]
+    first = next(iter(found))
+    # Aliases are one object: it is misspelt wherever it is used.
+    found[f"{first}x"] = found.pop(first)
+    assert any(f"{first}x" in fault for fault in faults(name, document))
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("maxReplicas", "8"), ("groupName", 1), ("rayStartParams", {"num-cpus": 48})],
+)
+def test_a_value_of_another_type_is_refused(field: str, wrong: object) -> None:
+    document = manifest("raycluster")
+    document["spec"]["workerGroupSpecs"][0][field] = wrong
+    assert faults("raycluster", document) != []
+
+
+def test_the_account_is_one_of_kubernetes_and_that_of_all_pods() -> None:
+    account = read("kubernetes/account.yaml")
+    assert list(validator("V1ServiceAccount").iter_errors(account)) == []
+    cluster = spec("raycluster")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["spec"]["serviceAccountName"] == account["metadata"]["name"]
+
+
+def test_every_start_flag_is_one_of_ray_start() -> None:
+    known = {flag.removeprefix("--") for option in start.params for flag in option.opts}
+    cluster = spec("raycluster")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert set(group["rayStartParams"]) <= known
+
+
+def test_the_job_is_one_of_ours_and_fits_a_gpu_worker() -> None:
+    program, script, *arguments = manifest("rayjob")["spec"]["entrypoint"].split()
+    assert program == "python"
+    # The image's folder: see the Dockerfile.
+    assert (TOP / script.removeprefix("/home/ray/linearsr/")).is_file()
+    options = job.parser("").parse_args(arguments)
+    workers = int(options.workers)
+    assert options.gpu and RECIPES[options.recipe]().data.batch % workers == 0
+    gpu = spec("rayjob")["workerGroupSpecs"][0]["rayStartParams"]
+    assert workers <= int(gpu["num-gpus"])
+    assert workers * (float(options.worker_cpus) + float(options.data_cpus)) < int(gpu["num-cpus"])
+
+
+def test_the_service_serves_what_serve_yaml_says() -> None:
+    served = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
+    ours = read("ray_jobs/serve.yaml")
+    ServeDeploySchema.model_validate(served)
+    arguments = served["applications"][0]["args"]
+    assert ServeConfig.parse(**arguments).expert_gpus == 0.25
+    # All that may differ: pods are reached from outside, and there are GPUs.
+    assert served["http_options"].pop("host") == "0.0.0.0"
+    assert ours["http_options"].pop("host") == "127.0.0.1"
+    assert arguments.pop("expert_gpus") > ours["applications"][0]["args"].pop("expert_gpus")
+    assert served == ours
+
+
+def test_the_endpoint_of_pods_wants_a_token() -> None:
+    head = spec("rayservice")["headGroupSpec"]["template"]["spec"]["containers"][0]
+    token = next(v for v in head["env"] if v["name"] == "LINEARSR_TOKEN")
+    assert "optional" not in token["valueFrom"]["secretKeyRef"]
