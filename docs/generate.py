@@ -18,7 +18,7 @@ from textwrap import dedent
 from typing import Any
 
 from linearsr.cli import serve as serve_command
-from linearsr.cluster.cli import explained
+from linearsr.cli.job import explained
 from linearsr.cluster.config import ClusterConfig
 from linearsr.cluster.evaluation import EvaluationConfig
 from linearsr.cluster.plan import ShardConfig
@@ -40,6 +40,7 @@ JOBS: dict[str, tuple[type[Config], ...]] = {
     "finetune_experts": (ClusterConfig,),
     "upscale_dataset": (UpscaleConfig, Options, FileOptions),
     "evaluate": (EvaluationConfig, Request),
+    "deploy": (),
 }
 NOTICE = "<!-- Written by `python -m docs.generate` from the code; change it there. -->"
 Schema = Mapping[str, Any]

@@ -5,6 +5,8 @@
 
 Waits until all replicas run. Deployed over an old one, no request is dropped. Exit codes: 0 it
 runs, 1 it did not come up, 2 usage.
+
+More: docs/serving.md.
 """
 
 from __future__ import annotations
@@ -17,15 +19,13 @@ import yaml
 from linearsr.cli import job
 from linearsr.errors import OptionError
 
-FILE = Path(__file__).with_name("serve.yaml")
+FILE = Path("ray_jobs/serve.yaml")
 
 
 def parser() -> argparse.ArgumentParser:
     """What may be set."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--file", type=Path, default=FILE, help="a Serve config; ray_jobs/serve.yaml")
+    made = job.described(__doc__)
+    made.add_argument("--file", type=Path, default=FILE, help="a Serve config")
     made.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of `args` in the file"
     )

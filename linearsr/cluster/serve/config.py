@@ -42,8 +42,8 @@ class ServeConfig(Config):
     ingresses: int = Field(default=1, ge=1)
     """Replicas that speak HTTP; with `proxy_location: EveryNode` each node takes requests in."""
     ingress_node: Literal["any", "head"] = "any"
-    """Where they run. What an ingress has in hand is lost with its node: on the head it lives as long
-    as the proxy and the cluster itself, and reserves nothing."""
+    """Where they run. What an ingress has in hand is lost with its node: on the head it lives as
+    long as the proxy and the cluster itself, and reserves nothing."""
     routers: int = Field(default=1, ge=1)
     """Replicas that read, plan, send and write."""
     router_cpus: float = Field(default=1.0, gt=0)
