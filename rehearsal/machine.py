@@ -27,7 +27,6 @@ import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
-    FakeMultiNodeProvider,
 )
 from ray.autoscaler._private.util import fillout_defaults
 
@@ -75,8 +74,11 @@ def machine(log: Path) -> Iterator[Place]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def scaled_down(cluster: dict[str, Any], gcs: str) -> dict[str, Any]:
-    """The launcher's config for raylets of this machine; `gcs`: where they find the head."""
+def scaled_down(cluster: dict[str, Any], gcs: str, folder: Path) -> dict[str, Any]:
+    """The launcher's config for raylets of this machine.
+
+    gcs: where they find the head. folder: where they have theirs.
+    """
     types = {
         name: {
             "resources": NODE,
@@ -95,9 +97,9 @@ def scaled_down(cluster: dict[str, Any], gcs: str) -> dict[str, Any]:
         **{name: {} for name in ("auth", "docker", "file_mounts")},
         "max_workers": MOST_NODES,
         "provider": {
-            # By its name in Ray it would want a file that is not in Ray's wheel.
             "type": "external",
-            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
+            "module": "rehearsal.raylets.Raylets",
+            "folder": str(folder),
             "head_node_id": FAKE_HEAD_NODE_ID,
             "gcs_address": gcs,
             "launch_multiple": True,
@@ -116,7 +118,7 @@ def _ray(folder: Path, log: Path) -> Iterator[str]:
     gcs, dashboard = swift.free_port(), swift.free_port()
     config = folder / "cluster.json"
     cluster = yaml.safe_load(CLUSTER.read_text())
-    config.write_text(json.dumps(scaled_down(cluster, f"{HEAD}:{gcs}")))
+    config.write_text(json.dumps(scaled_down(cluster, f"{HEAD}:{gcs}", folder)))
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
         *(f"--autoscaling-config={config}", "--num-cpus=0", "--num-gpus=0"),
@@ -146,6 +148,7 @@ def _ray(folder: Path, log: Path) -> Iterator[str]:
 def _environment() -> dict[str, str]:
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(CLUSTER.parent),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
