@@ -1,0 +1,45 @@
+"""What a deployment is told, before it is; the deployment itself is in tests/drills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from linearsr.cluster.serve.deploy import read_file
+from linearsr.errors import OptionError, WeightsError
+
+FILE = Path(__file__).parents[2] / "ray_jobs" / "serve.yaml"
+
+
+def test_fields_are_set_and_the_rest_is_the_file() -> None:
+    before = read_file(FILE, {}, {})
+    config = read_file(FILE, {"replicas": [1, 1, 2, 1]}, {"port": 1234})
+    assert config["applications"][0]["args"]["replicas"] == [1, 1, 2, 1]
+    assert config["http_options"] == {**before["http_options"], "port": 1234}
+    config["applications"][0]["args"]["replicas"] = before["applications"][0]["args"]["replicas"]
+    assert {**config, "http_options": before["http_options"]} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"replica": 8}, OptionError, "replica: Extra inputs"),
+        ({"expert_cpus": -1}, OptionError, "expert_cpus"),
+        ({"model": "no-such-model"}, WeightsError, "no-such-model"),
+    ],
+)
+def test_what_is_wrong_is_known_before(
+    settings: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        read_file(FILE, settings, {})
+
+
+@pytest.mark.parametrize("text", ["", "applications: []", "applications: {", "- 1"])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "serve.yaml").write_text(text)
+    with pytest.raises(OptionError, match=r"serve\.yaml: not a Serve config file"):
+        read_file(tmp_path / "serve.yaml", {}, {})
+    with pytest.raises(OptionError, match=r"gone\.yaml"):
+        read_file(tmp_path / "gone.yaml", {}, {})
