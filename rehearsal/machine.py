@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import boto3  # type: ignore[import-untyped]
+import psutil
 import requests
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import (
@@ -181,10 +182,15 @@ def _answers(url: str) -> bool:
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
-    """The head, and with it the nodes that its autoscaler started."""
+    """The head, and the nodes that its autoscaler started, down to the last worker."""
+    everything = psutil.Process(head.pid).children(recursive=True)
     head.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         head.wait(STOPS_WITHIN)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(head.pid, signal.SIGKILL)
+    for process in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(everything, timeout=STOPS_WITHIN)
     head.wait()

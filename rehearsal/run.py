@@ -48,6 +48,7 @@ def run(stages: Sequence[Stage], place: Place, output: Path) -> None:
         _write_page(done, output)
         if done[-1].error:
             raise Failed(f"{stage.name}: {done[-1].error}; see {output}/README.md")
+    print(f"\n{_table(done)}\n", flush=True)
 
 
 def _run(stage: Stage, file: str, place: Place, output: Path) -> Done:
@@ -88,20 +89,18 @@ def _submit(command: str, dashboard: str, log: Path) -> int:
 
 
 def _write_page(done: Sequence[Done], output: Path) -> None:
-    total = sum(one.seconds for one in done)
-    table = [
-        "| stage | took | results | |",
-        "|---|---|---|---|",
-        *(one.row for one in done),
-        f"| all | {total:.0f} s | | |",
-    ]
+    """The table, then each stage that ended well: its command and its picture."""
     shown = [
         f"## {one.stage.name}\n\n```sh\nray job submit --working-dir . -- python ray_jobs/"
         f"{one.stage.command}\n```\n\n![{one.stage.name}]({one.picture})"
         for one in done
         if one.picture
     ]
-    text = "\n".join(table)
-    (output / "README.md").write_text("\n\n".join(["# A rehearsal", text, *shown]) + "\n")
-    if done and not done[-1].error:
-        print(table[1 + len(done)], flush=True)
+    text = "\n\n".join(["# A rehearsal", _table(done), *shown])
+    (output / "README.md").write_text(f"{text}\n")
+
+
+def _table(done: Sequence[Done]) -> str:
+    total = f"| all | {sum(one.seconds for one in done):.0f} s | | |"
+    head = ("| stage | took | results | |", "|---|---|---|---|")
+    return "\n".join([*head, *(one.row for one in done), total])

@@ -17,17 +17,20 @@ from rehearsal.machine import Place
 TINY = (
     *("model.denoiser.depth=3", "model.denoiser.width=64", "data.patch=64"),
     *("validation.pictures=2", "validation.size=128"),
-    'validation.metrics=["psnr@1", "ssim@1"]',
-    'validation.knee={"psnr@1": true, "ssim@1": true}',
 )
 PRETRAINING = (
+    *('validation.metrics=["psnr@1", "ssim@1"]', 'validation.knee={"psnr@1":true,"ssim@1":true}'),
     *("pretrain.steps=600", "pretrain.report_every=15", "pretrain.checkpoint_every=15"),
     *("pretrain.learning_rate=4e-3", "pretrain.warmup=20", "pretrain.decay=0", "pretrain.ema=0.9"),
 )
-EXPERTS = tuple(
-    f"experts.{expert}.{field}"
-    for expert in range(4)
-    for field in ("steps=40", "report_every=4", "checkpoint_every=8", "warmup=4")
+# One step would be the first expert's alone.
+EXPERTS = (
+    *('validation.metrics=["psnr@4", "ssim@4"]', 'validation.knee={"psnr@4":true,"ssim@4":true}'),
+    *(
+        f"experts.{expert}.{field}"
+        for expert in range(4)
+        for field in ("steps=40", "report_every=4", "checkpoint_every=8", "warmup=4")
+    ),
 )
 
 
