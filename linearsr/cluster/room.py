@@ -6,6 +6,7 @@ import sys
 
 import ray
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
 from linearsr.errors import OptionError
 
@@ -41,3 +42,12 @@ def places(cpus: float, gpus: float, most: int) -> int:
     by_cpu = has.get("CPU", 0.0) / cpus
     room = min(by_cpu, has.get("GPU", 0.0) / gpus) if gpus else by_cpu
     return max(1, min(most, int(room)))
+
+
+def coordinate_from_here() -> None:
+    """Have Ray Data's coordinator on this node: a driver's, before any worker's own data need one.
+
+    There is one for all jobs. It stays bound to the node of who asked first, and when that node is
+    lost, it and every job that asks for it fail.
+    """
+    get_or_create_autoscaling_coordinator()
