@@ -121,6 +121,6 @@ def connect() -> None:
         ray.init(log_to_driver=True, logging_level="WARNING")
     except ConnectionError as error:
         raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
-    from linearsr.cluster.room import coordinate_from_here
+    from linearsr.cluster.room import keep_data_actors_here
 
-    coordinate_from_here()
+    keep_data_actors_here()

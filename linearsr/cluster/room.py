@@ -7,6 +7,14 @@ import sys
 import ray
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.execution.autoscaling_requester import (
+    get_or_create_autoscaling_requester_actor,
+)
+from ray.data._internal.execution.node_trackers.actor_location import (
+    get_or_create_actor_location_tracker,
+)
+from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 
 from linearsr.errors import OptionError
 
@@ -44,10 +52,21 @@ def places(cpus: float, gpus: float, most: int) -> int:
     return max(1, min(most, int(room)))
 
 
-def coordinate_from_here() -> None:
-    """Have Ray Data's coordinator on this node: a driver's, before any worker's own data need one.
+# What Ray Data has one of for all jobs of a cluster, bound to the node of who first asked for it.
+DATA_ACTORS = (
+    get_or_create_autoscaling_coordinator,
+    get_or_create_autoscaling_requester_actor,
+    get_or_create_actor_location_tracker,
+    get_or_create_stats_actor,
+    get_or_create_usage_collection_actor,
+)
 
-    There is one for all jobs. It stays bound to the node of who asked first, and when that node is
-    lost, it and every job that asks for it fail.
+
+def keep_data_actors_here() -> None:
+    """Have Ray Data's own actors on this node, a driver's, before a worker's data ask for them.
+
+    They never leave their node: on a worker's they would be lost with it, and with them every
+    dataset job from then on.
     """
-    get_or_create_autoscaling_coordinator()
+    for get_or_create in DATA_ACTORS:
+        get_or_create()
