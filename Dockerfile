@@ -18,7 +18,7 @@ RUN apt-get update \
 USER 1000
 WORKDIR /home/ray/linearsr
 COPY --chown=1000:100 . .
-RUN pip install --no-cache-dir --constraint constraints.txt ".[train,serve,data]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[all]"
 RUN ray --version \
     && linearsr models \
-    && python -c "import cv2, deepspeed, torch, linearsr.cluster.train, linearsr.cluster.serve"
+    && python -c "import cv2, deepspeed, diffusers, torch, linearsr.cluster.train, linearsr.cluster.serve"

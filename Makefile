@@ -45,8 +45,10 @@ test: $(VENV)/dev.stamp $(S3)/stamp lint types
 # The whole story on an autoscaling cluster of this machine. On a real one:
 # make rehearse STORAGE=s3://bucket/folder
 STORAGE ?=
+ARGS ?=
 rehearse: $(VENV)/dev.stamp $(S3)/stamp
-	$(QUICK) $(BIN)/python -m rehearsal $(if $(STORAGE),--storage $(STORAGE)) $(if $(IN),--photos "$(IN)")
+	$(QUICK) $(BIN)/python -m rehearsal $(if $(STORAGE),--storage "$(STORAGE)") \
+		$(if $(IN),--photos "$(IN)") $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     from linearsr.cluster.shards import build_shards
 
     options = vars(parser().parse_args(arguments))
+    config = ShardConfig.parse(inputs=options.pop("input"), **options)
     job.connect()
-    built = build_shards(ShardConfig.parse(inputs=options.pop("input"), **options))
+    built = build_shards(config)
     for fault in (*built.unreadable, *built.failed):
         print(f"failed: {fault}", file=sys.stderr)
     print(built)

@@ -14,22 +14,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
-
 from linearsr.cli import job
 from linearsr.errors import OptionError
-
-FILE = Path("ray_jobs/serve.yaml")
 
 
 def parser() -> argparse.ArgumentParser:
     """What may be set."""
     made = job.described(__doc__)
-    made.add_argument("--file", type=Path, default=FILE, help="a Serve config")
     made.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of `args` in the file"
+        "--file", type=Path, default=Path("ray_jobs/serve.yaml"), help="a Serve config"
+    )
+    made.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of `args` in the file",
     )
     made.add_argument("--port", type=int, help="instead of the file's, if Serve does not run yet")
+    made.add_argument(
+        "--on-head",
+        action="store_true",
+        help="HTTP proxy and ingress on the head alone: no other node takes requests along",
+    )
     made.add_argument("--wait", type=float, default=900, help="seconds for all replicas to run")
     return made
 
@@ -37,24 +45,25 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse, deploy, tell where it listens."""
     options = parser().parse_args()
-    import ray
-
     from linearsr.cluster.serve.deploy import deploy, read_file
 
-    http = {} if options.port is None else {"port": options.port}
-    config = read_file(options.file, dict(map(_field, options.set)), http)
-    job.connect()
-    dashboard = ray.init(ignore_reinit_error=True).dashboard_url
-    deploy(config, f"http://{dashboard}", options.wait)
-    model, listens = config["applications"][0]["args"]["model"], config["http_options"]
-    print(f"{model} is served at port {listens['port']} of {listens['host']}")
+    config = read_file(
+        options.file, _settings(options.set), port=options.port, on_head=options.on_head
+    )
+    job.connect(data=False)
+    import ray
+
+    dashboard = ray.init(ignore_reinit_error=True, logging_level="ERROR").dashboard_url
+    print(f"it listens on {deploy(config, f'http://{dashboard}', options.wait)}")
 
 
-def _field(setting: str) -> tuple[str, object]:
-    name, found, value = setting.partition("=")
-    if not found:
-        raise OptionError(f"{setting!r}: settings look like replicas=8")
-    return name, yaml.safe_load(value)
+def _settings(given: list[str]) -> dict[str, object]:
+    import yaml
+
+    pairs = [setting.partition("=") for setting in given]
+    if wrong := [name for name, found, _ in pairs if not found]:
+        raise OptionError(f"{wrong[0]!r}: settings look like replicas=8")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ def main() -> int:
     """Parse, evaluate, print the table."""
     arguments = parser().parse_args()
 
-    job.connect()
     from linearsr.cluster.evaluation import EvaluationConfig, evaluate
 
     fields = {
@@ -40,6 +39,7 @@ def main() -> int:
         for name in ("output", "actors", "actor_cpus", "gpu", "device")
     }
     config = EvaluationConfig.parse(request=options.parse(arguments), **fields)
+    job.connect()
     return options.tell(evaluate(config), arguments.output)
 
 

@@ -41,11 +41,11 @@ def main() -> None:
     """Parse, train the stages in order, export the result."""
     options = parser().parse_args()
 
+    recipe, cluster = job.configs(options)
     job.connect()
     from linearsr.cluster.stages import export_outcomes, run_stage
     from linearsr.cluster.storage import locate
 
-    recipe, cluster = job.configs(options)
     before = [locate(options.before)]
     target = locate(cluster.storage) / cluster.name / "weights"
     for kind in options.stages:

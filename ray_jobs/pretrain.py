@@ -26,12 +26,12 @@ def main() -> None:
     """Parse, train, tell where the knee lies."""
     options = parser().parse_args()
 
+    recipe, cluster = job.configs(options)
     job.connect()
     from linearsr.cluster.config import StageConfig
     from linearsr.cluster.knee import summary
     from linearsr.cluster.train import train
 
-    recipe, cluster = job.configs(options)
     stage = StageConfig(recipe=recipe, cluster=cluster, kind="pretrain", start=recipe.start)
     outcome = train(stage)
     print(f"{outcome.run.path}: {summary(outcome.knee)}")

@@ -43,11 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         if path is not None and os.path.exists(path):
             setattr(options, name, os.path.abspath(path))
 
-    job.connect()
     from linearsr.cluster.tagging import TagConfig, tag_dataset
 
     fields = {name: getattr(options, name) for name in FLAGS}
-    tagged = tag_dataset(TagConfig.parse(**fields, tagger=tagger_config(options)))
+    config = TagConfig.parse(**fields, tagger=tagger_config(options))
+    job.connect()
+    tagged = tag_dataset(config)
     print(tagged)
     return 1 if tagged.errors else 0
 

@@ -41,12 +41,13 @@ def main() -> int:
     """Parse, upscale, tell how it ended."""
     arguments = parser().parse_args()
 
-    job.connect()
     from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
 
     options, files = upscale.parse(arguments)
     fields = {name: getattr(arguments, name) for name in FLAGS}
-    summary = upscale_dataset(UpscaleConfig.parse(**fields, options=options, files=files))
+    config = UpscaleConfig.parse(**fields, options=options, files=files)
+    job.connect()
+    summary = upscale_dataset(config)
     print(summary)
     return 1 if summary.failed else 0
 

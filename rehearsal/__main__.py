@@ -20,7 +20,7 @@ from linearsr.cluster.storage import locate
 from linearsr.errors import LinearSRError
 from rehearsal.machine import Place, machine
 from rehearsal.photographs import gather
-from rehearsal.run import Failed, run
+from rehearsal.run import run
 from rehearsal.story import story
 
 OUTPUT = Path("runs/rehearsal")
@@ -38,7 +38,7 @@ def main() -> int:
             locate(f"{place.storage}/runs/experts/weights").copy_to(
                 locate(options.output / "weights")
             )
-    except (LinearSRError, Failed, RuntimeError) as error:
+    except (LinearSRError, RuntimeError) as error:
         print(f"rehearsal: {error}", file=sys.stderr)
         return 1
     print(f"{options.output}/README.md has the table and the pictures")

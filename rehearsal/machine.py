@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -61,12 +62,14 @@ class Place(NamedTuple):
 def machine(log: Path) -> Iterator[Place]:
     """The cluster and the S3 server, until the end of the block; `log` is Ray's own output.
 
-    Sets the AWS_* variables of this process, and RAY_AUTH_MODE: nobody else reaches it. Raises
-    RuntimeError when Ray does not start, and SwiftError when the S3 server does not.
+    Ray's own ports can be reached from outside, so the cluster has a token of its own: RAY_AUTH_*
+    and AWS_* of this process are set to what leads there. Raises RuntimeError when Ray does not
+    start, and SwiftError when the S3 server does not.
     """
     folder = Path(tempfile.mkdtemp(prefix="lsr-"))  # a short path, for it holds sockets
     port = swift.free_port()
-    os.environ.update(swift.environment(port), RAY_AUTH_MODE="disabled")
+    os.environ.update(swift.environment(port))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     try:
         with swift.running(folder / "s3", port), _ray(folder, log) as dashboard:
             boto3.client("s3").create_bucket(Bucket="rehearsal")
@@ -176,14 +179,16 @@ def _wait(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        return requests.get(url, timeout=5).ok
+        return requests.get(url, timeout=5).status_code < 500  # without the token it refuses
     except requests.RequestException:
         return False
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
     """The head, and the nodes that its autoscaler started, down to the last worker."""
-    everything = psutil.Process(head.pid).children(recursive=True)
+    everything = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may not have started
+        everything = psutil.Process(head.pid).children(recursive=True)
     head.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         head.wait(STOPS_WITHIN)
@@ -194,3 +199,5 @@ def _end(head: subprocess.Popen[bytes]) -> None:
             process.kill()
     psutil.wait_procs(everything, timeout=STOPS_WITHIN)
     head.wait()
+    assert head.stdin is not None
+    head.stdin.close()

@@ -52,4 +52,5 @@ def _small(path: Path) -> bytes:
 
 
 def _put(place: str, data: bytes) -> None:
-    locate(place).write(data)
+    if not locate(place).exists():
+        locate(place).write(data)

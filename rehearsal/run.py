@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, one_line
 from rehearsal.machine import Place
 from rehearsal.story import Stage
 
@@ -61,7 +61,10 @@ def _run(stage: Stage, file: str, place: Place, output: Path) -> Done:
         tail = "\n".join(log.read_text().splitlines()[-TOLD:])
         print(tail, file=sys.stderr)
         return Done(stage, time.perf_counter() - began, "", f"exit code {code}, see {log.name}")
-    stage.draw().save(picture)
+    try:
+        stage.draw().save(picture)
+    except Exception as error:  # whatever is not as it should be shows here first
+        return Done(stage, time.perf_counter() - began, "", one_line(error))
     took = time.perf_counter() - began
     print(f"== {stage.name}: {took:.0f} s, {picture}", flush=True)
     return Done(stage, took, picture.name)

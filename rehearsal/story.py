@@ -89,7 +89,7 @@ def story(place: Place, *, gpu: bool = False) -> list[Stage]:
         ),
         Stage(
             "deploy to Serve, query over HTTP",
-            f"deploy.py --port {port} --set model={weights} ingress_node=head {size}",
+            f"deploy.py --on-head --port {port} --set model={weights} {size}",
             place.endpoint,
             lambda: pictures.answers(f"{at}/small", place.endpoint),
         ),

@@ -105,22 +105,24 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(exit_code(main, "start it again to go on"))
 
 
-def connect() -> None:
+def connect(*, data: bool = True) -> None:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
 
+    data: the job uses Ray Data.
     Raises MissingExtra without Ray, LinearSRError when there is no such cluster.
     """
-    require("data", "ray")
+    require("data" if data else "serve", "ray")
     import ray
 
     # A report waits for the controller's next look; its default of 2 s would be felt.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Workers may wait for a GPU node that the autoscaler orders: that takes minutes.
+    # A GPU node takes minutes to come. No deadline: after it Train asks for its workers again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
         ray.init(log_to_driver=True, logging_level="WARNING")
     except ConnectionError as error:
         raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
-    from linearsr.cluster.room import keep_data_actors_here
+    if data:
+        from linearsr.cluster.data_actors import keep_data_actors_here
 
-    keep_data_actors_here()
+        keep_data_actors_here()

@@ -39,7 +39,8 @@ class ClusterConfig(Config):
     keep: int | None = Field(default=None, ge=16)
     """How many of the latest checkpoints stay, all by default; the knee's always does."""
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures to recover from, -1 for any number; preempted nodes are not counted."""
+    """Worker failures to recover from, -1 for any number; nodes whose loss was announced are
+    not counted."""
     patience: int | None = Field(default=None, ge=0)
     """End a stage this many checkpoints after its knee was confirmed; never by default."""
 

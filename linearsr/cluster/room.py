@@ -5,16 +5,7 @@ from __future__ import annotations
 import sys
 
 import ray
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
-from ray.data._internal.execution.autoscaling_requester import (
-    get_or_create_autoscaling_requester_actor,
-)
-from ray.data._internal.execution.node_trackers.actor_location import (
-    get_or_create_actor_location_tracker,
-)
-from ray.data._internal.stats import get_or_create_stats_actor
-from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+from ray.autoscaler.v2.sdk import get_cluster_status
 
 from linearsr.errors import OptionError
 
@@ -35,8 +26,12 @@ def check_room(who: str, cpus: float, gpus: float, advice: str) -> None:
 
 
 def grows() -> bool:
-    """Whether an autoscaler adds nodes: those of `ray up` and KubeRay, the second version."""
-    return bool(is_autoscaler_v2(fetch_from_server=True))
+    """Whether an autoscaler of the second version is at work, as with `ray up` and KubeRay.
+
+    It reports what it does under a number that rises; without one the number is 0.
+    """
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return int(status.stats.autoscaler_version or 0) > 0
 
 
 def places(cpus: float, gpus: float, most: int) -> int:
@@ -50,23 +45,3 @@ def places(cpus: float, gpus: float, most: int) -> int:
     by_cpu = has.get("CPU", 0.0) / cpus
     room = min(by_cpu, has.get("GPU", 0.0) / gpus) if gpus else by_cpu
     return max(1, min(most, int(room)))
-
-
-# What Ray Data has one of for all jobs of a cluster, bound to the node of who first asked for it.
-DATA_ACTORS = (
-    get_or_create_autoscaling_coordinator,
-    get_or_create_autoscaling_requester_actor,
-    get_or_create_actor_location_tracker,
-    get_or_create_stats_actor,
-    get_or_create_usage_collection_actor,
-)
-
-
-def keep_data_actors_here() -> None:
-    """Have Ray Data's own actors on this node, a driver's, before a worker's data ask for them.
-
-    They never leave their node: on a worker's they would be lost with it, and with them every
-    dataset job from then on.
-    """
-    for get_or_create in DATA_ACTORS:
-        get_or_create()

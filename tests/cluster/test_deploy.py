@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from linearsr.cluster.serve.deploy import read_file
 from linearsr.errors import OptionError, WeightsError
@@ -13,12 +14,17 @@ FILE = Path(__file__).parents[2] / "ray_jobs" / "serve.yaml"
 
 
 def test_fields_are_set_and_the_rest_is_the_file() -> None:
-    before = read_file(FILE, {}, {})
-    config = read_file(FILE, {"replicas": [1, 1, 2, 1]}, {"port": 1234})
-    assert config["applications"][0]["args"]["replicas"] == [1, 1, 2, 1]
-    assert config["http_options"] == {**before["http_options"], "port": 1234}
-    config["applications"][0]["args"]["replicas"] = before["applications"][0]["args"]["replicas"]
-    assert {**config, "http_options": before["http_options"]} == before
+    before = yaml.safe_load(FILE.read_text())
+    assert read_file(FILE, {}) == before
+    config = read_file(FILE, {"replicas": [1, 1, 2, 1]}, port=1234, on_head=True)
+    (application,) = before["applications"]
+    args = {**application["args"], "replicas": [1, 1, 2, 1], "ingress_node": "head"}
+    assert config == {
+        **before,
+        "proxy_location": "HeadOnly",
+        "http_options": {**before["http_options"], "port": 1234},
+        "applications": [{**application, "args": args}],
+    }
 
 
 @pytest.mark.parametrize(
@@ -33,13 +39,13 @@ def test_what_is_wrong_is_known_before(
     settings: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        read_file(FILE, settings, {})
+        read_file(FILE, settings)
 
 
-@pytest.mark.parametrize("text", ["", "applications: []", "applications: {", "- 1"])
+@pytest.mark.parametrize("text", ["", "applications: []", "- 1", "applications: [1]"])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "serve.yaml").write_text(text)
     with pytest.raises(OptionError, match=r"serve\.yaml: not a Serve config file"):
-        read_file(tmp_path / "serve.yaml", {}, {})
+        read_file(tmp_path / "serve.yaml", {})
     with pytest.raises(OptionError, match=r"gone\.yaml"):
-        read_file(tmp_path / "gone.yaml", {}, {})
+        read_file(tmp_path / "gone.yaml", {})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 import psutil
@@ -48,25 +48,25 @@ class Fleet(NamedTuple):
     def lose_node_of(self, actor: str) -> None:
         """A machine where such actors live is gone, with all that ran on it."""
         until(lambda: bool(self.nodes_of(actor)), f"an actor of {actor}")
-        node = min(self.nodes_of(actor))
-        raylet = next(p for p in psutil.process_iter(["cmdline"]) if is_raylet(p, node))
+        nodes = self.nodes_of(actor)
+        raylet = next(p for p in psutil.process_iter(["cmdline"]) if is_raylet(p, nodes))
         everything = [raylet, *raylet.children(recursive=True)]
-        for process in everything:
-            process.suspend()  # or some would see the others die
-        for process in everything:
-            process.kill()
+        for act in (psutil.Process.suspend, psutil.Process.kill):  # none is to see another die
+            for process in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    act(process)
         psutil.wait_procs(everything, timeout=30)
 
 
-def is_raylet(process: psutil.Process, node: str) -> bool:
+def is_raylet(process: psutil.Process, nodes: set[str]) -> bool:
     command = process.info["cmdline"] or [""]
-    return command[0].endswith("/raylet") and f"--node_id={node}" in command
+    return command[0].endswith("/raylet") and any(f"--node_id={n}" in command for n in nodes)
 
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in swift.environment(0):  # that `machine` sets
-            patch.setenv(name, "")
+        for name in (*swift.environment(0), "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            patch.setenv(name, "")  # `machine` sets them
         with machine(tmp_path_factory.mktemp("fleet") / "ray.log") as place:
             yield Fleet(place, Jobs(place.dashboard))

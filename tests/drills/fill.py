@@ -1,4 +1,4 @@
-"""A job that fills the object store of every node and holds on to it until it is stopped."""
+"""A job that fills the object store of every node, and more, and holds on to it all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-PIECE = 8 * 2**20
+PIECE = 2**20
 
 
 @ray.remote(num_cpus=0)
@@ -19,8 +19,8 @@ class Holder:
         self.held: list[np.ndarray] = []
 
     def fill(self, size: int) -> int:
-        """Bytes that are held in the end."""
-        while (len(self.held) + 1) * PIECE <= size:
+        """Bytes that are held in the end: more than `size`, so the last ones are on the disk."""
+        while len(self.held) * PIECE <= size:
             self.held.append(ray.get(ray.put(np.ones(PIECE, np.uint8))))
         return len(self.held) * PIECE
 

