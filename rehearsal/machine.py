@@ -62,14 +62,15 @@ class Place(NamedTuple):
 def machine(log: Path) -> Iterator[Place]:
     """The cluster and the S3 server, until the end of the block; `log` is Ray's own output.
 
-    Ray's own ports can be reached from outside, so the cluster has a token of its own: RAY_AUTH_*
-    and AWS_* of this process are set to what leads there. Raises RuntimeError when Ray does not
-    start, and SwiftError when the S3 server does not.
+    Ray's own ports can be reached from outside, so the cluster has a token of its own, unless
+    RAY_AUTH_MODE says otherwise. RAY_AUTH_* and AWS_* of this process are set to what leads there.
+    Raises RuntimeError when Ray does not start, and SwiftError when the S3 server does not.
     """
     folder = Path(tempfile.mkdtemp(prefix="lsr-"))  # a short path, for it holds sockets
     port = swift.free_port()
     os.environ.update(swift.environment(port))
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         with swift.running(folder / "s3", port), _ray(folder, log) as dashboard:
             boto3.client("s3").create_bucket(Bucket="rehearsal")

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 import psutil
@@ -66,7 +67,7 @@ def is_raylet(process: psutil.Process, nodes: set[str]) -> bool:
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in (*swift.environment(0), "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            patch.setenv(name, "")  # `machine` sets them
+        for name in swift.environment(0):  # that `machine` sets
+            patch.setenv(name, "")
         with machine(tmp_path_factory.mktemp("fleet") / "ray.log") as place:
             yield Fleet(place, Jobs(place.dashboard))
