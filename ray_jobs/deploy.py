@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from linearsr.cli import job
-from linearsr.errors import OptionError
+from linearsr.errors import OptionError, require
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse, deploy, tell where it listens."""
     options = parser().parse_args()
+    require("serve", "ray", "tenacity")
     from linearsr.cluster.serve.deploy import deploy, read_file
 
     config = read_file(

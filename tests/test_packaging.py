@@ -227,6 +227,7 @@ TRAINING = ("--data=d", "--validation=v", "--storage=s")
         ("data", ["python", ROOT / "ray_jobs/tag_dataset.py", "--input=i", "--output=o"]),
         ("data", ["python", ROOT / "ray_jobs/upscale_dataset.py", "--input=i", "--output=o"]),
         ("data", ["python", ROOT / "ray_jobs/evaluate.py", "--hr=photos", "-o=report"]),
+        ("serve", ["python", ROOT / "ray_jobs/deploy.py"]),
         ("train", ["python", ROOT / "ray_jobs/pretrain.py", *TRAINING]),
         ("train", ["python", ROOT / "ray_jobs/finetune_experts.py", *TRAINING, "--from=r"]),
     ],

@@ -111,7 +111,7 @@ def connect(*, data: bool = True) -> None:
     data: the job uses Ray Data.
     Raises MissingExtra without Ray, LinearSRError when there is no such cluster.
     """
-    require("data" if data else "serve", "ray")
+    require("data", "ray")
     import ray
 
     # A report waits for the controller's next look; its default of 2 s would be felt.
