@@ -27,6 +27,7 @@ from benchmarks.machine import Machine
 from benchmarks.tables import Row
 from benchmarks.timing import Asked
 from linearsr.config import MODELS
+from linearsr.errors import OptionError
 from linearsr.upscaler import best_dtype, pick_device
 
 SECTIONS = {m.__name__.split(".")[-1]: m for m in (attention, forward, image, gains)}
@@ -37,7 +38,10 @@ def main() -> int:
     """Measure, print and write."""
     parser = _parser()
     options = parser.parse_args()
-    device = pick_device(options.device)
+    try:
+        device = pick_device(options.device)
+    except OptionError as error:
+        parser.error(str(error))
     if device.type not in ("cpu", "cuda"):
         parser.error(f"there are no clocks for {device.type} here; choose --device cpu or cuda")
     # Past its limit it would run uncompiled, and not say so.

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ray.init(log_to_driver=False, logging_level="WARNING", include_dashboard=False)
+    ray.init("local", log_to_driver=False, logging_level="WARNING", include_dashboard=False)
     for count in options.pictures:
         with tempfile.TemporaryDirectory() as folder:
             _crops(Path(folder, "in"), count, options.size)

@@ -62,7 +62,9 @@ def main() -> int:
     if options.what == "batching":
         print(_batching(upscaler, picture, asked))
         return 0
-    ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray.init(
+        "local", num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     work = _overhead if options.what == "overhead" else _throughput
     for layout in options.layouts:
