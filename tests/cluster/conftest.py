@@ -63,7 +63,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start() -> Cluster:
+def _start(cpus: int = 4) -> Cluster:
     """Logical CPUs only; nothing is reachable from outside (127.0.0.1 Ray would replace).
 
     On ports of its own: others may run Ray on the same machine. Chosen here, since Ray gives its
@@ -77,7 +77,7 @@ def _start() -> Cluster:
         "runtime_env_agent_port",
     )
     node = {
-        "num_cpus": 4,
+        "num_cpus": cpus,
         "object_store_memory": 200 * 2**20,
         "node_ip_address": "127.0.0.2",
         "include_dashboard": True,

@@ -1,0 +1,45 @@
+"""The blocks of commands in the project's pages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from markdown_it import MarkdownIt
+
+TOP = Path(__file__).parents[2]
+LANGUAGES = ("sh", "python")
+# What a line of output, or a tree of folders, does not begin with.
+COMMAND = re.compile(
+    r"(linearsr|python|ray|serve|make|pip|docker|kubectl|helm|aws|curl|export) [\w'./-]"
+)
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, the line of its page where it begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+def pages() -> list[str]:
+    """Every page, in the order in which a user reads: README first."""
+    folders = ("docs", "kubernetes", "examples", "rehearsal")
+    found = [*TOP.glob("*.md"), TOP / "linearsr/weights/linearsr-tiny/README.md"]
+    found += sorted(page for folder in folders for page in (TOP / folder).rglob("*.md"))
+    return sorted((str(p.relative_to(TOP)) for p in found), key=lambda name: name != "README.md")
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """All blocks of commands. Raises ValueError for commands where no test would see them."""
+    for token in MarkdownIt().parse(text):
+        if token.type not in ("fence", "code_block"):
+            continue
+        line = (token.map or [0])[0] + 1
+        if token.info in LANGUAGES:
+            yield Block(token.info, token.content, line)
+        elif token.info not in ("", "text") or COMMAND.match(token.content):
+            raise ValueError(f"line {line}: commands are in ```sh or ```python, not {token.info!r}")

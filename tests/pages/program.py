@@ -1,0 +1,127 @@
+"""What PATH leads a page's commands to: the real program with the tables' flags, or a stand-in.
+
+    python program.py CONTEXT.json NAME ARGUMENTS...
+
+Reads its tables from CONTEXT.json, for it starts often. The same command is run once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Table = Mapping[str, Any]
+WITHIN = 180.0  # seconds for a server to answer
+
+
+def main(context: Table, name: str, arguments: list[str]) -> int:
+    """Run it; its exit code."""
+    os.environ["PATH"] = context["path"]
+    command = shlex.join([name, *arguments])
+    if _first(context["stand_ins"], command) is not None:
+        from tests.pages import standins
+
+        standins.ALL[name](*arguments)
+        return 0
+    if name in ("curl", "pre-commit", "ray") or arguments[:1] == ["-"]:
+        return _real(context, command, name, arguments)
+    if command.startswith(("linearsr serve", "serve ")):
+        return _serving(context, command, name, arguments)
+    digest = hashlib.sha256(command.encode()).hexdigest()
+    done = Path(context["done"]) / digest
+    if done.exists():
+        print(f"done before: {command}")
+        return 0
+    code = _real(context, command, name, arguments)
+    if code == 0:
+        done.write_text(command)
+    return code
+
+
+def _first(table: Table, command: str) -> Any:
+    """What the table has for the longest of its commands that this one begins with."""
+    fits = [k for k in table if f"{command} ".startswith(f"{k} ")]
+    return table[max(fits, key=len)] if fits else None
+
+
+def _real(context: Table, command: str, name: str, arguments: list[str]) -> int:
+    program = shutil.which(name)
+    assert program, f"{name} is not installed"
+    given = [*arguments, *(_first(context["added"], command) or [])]
+    job = re.match(r"python ray_jobs/(\w+)\.py", command)
+    if job and "--gpu" in given:
+        given.remove("--gpu")
+        given += [context["gpu"].get(job[1], "--actors"), "1"]
+    refusal = _first(context["refuses"], command)
+    if refusal is None:
+        return subprocess.call([program, *given])
+    run = subprocess.run([program, *given], capture_output=True, text=True, check=False)
+    said, (code, words) = run.stdout + run.stderr, refusal
+    print(said)
+    return 0 if run.returncode == code and words in said else run.returncode or 1
+
+
+def _serving(context: Table, command: str, name: str, arguments: list[str]) -> int:
+    """`linearsr serve` runs on after its command, until the next one that serves."""
+    running = Path(context["done"]) / "serving"
+    if running.exists() and running.read_text().endswith(command):
+        return 0
+    end_serving(running)
+    if name == "serve":
+        code = _real(context, command, name, arguments)
+        return code if "deploy" not in arguments or code else _answers(context["http"])
+    program = shutil.which(name)
+    assert program
+    with open(running.with_suffix(".log"), "wb") as log:
+        arguments = [*arguments, "--port", str(context["http"])]
+        server = subprocess.Popen(
+            [program, *arguments], stdout=log, stderr=log, start_new_session=True
+        )
+    running.write_text(f"{server.pid} {command}")
+    code = _answers(context["http"], server)
+    print(running.with_suffix(".log").read_text())
+    return code
+
+
+def _answers(port: int, server: subprocess.Popen[bytes] | None = None) -> int:
+    """0 as soon as the endpoint is healthy."""
+    deadline = time.monotonic() + WITHIN
+    while time.monotonic() < deadline and (server is None or server.poll() is None):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close()
+            return 0
+        time.sleep(0.1)
+    return 1
+
+
+def end_serving(running: Path) -> None:
+    """Ctrl-C for the server that runs, if one does."""
+    import psutil
+
+    if not running.exists():
+        return
+    number = int(running.read_text().split()[0])
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server = psutil.Process(number)
+        server.send_signal(signal.SIGINT)
+        while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
+    running.unlink()
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[2])
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], sys.argv[3:]))

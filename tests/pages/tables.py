@@ -1,0 +1,86 @@
+"""All by which a page's commands run otherwise here than they stand in the page."""
+
+from __future__ import annotations
+
+from tests.cluster.conftest import SMALL, STEPS
+
+# Another page comes before: what it makes is used.
+BEFORE = {
+    "docs/evaluation.md": "docs/training.md",
+    "docs/jobs/finetune_experts.md": "docs/jobs/pretrain.md",
+    "docs/jobs/tag_dataset.md": "docs/jobs/build_shards.md",
+    "docs/storage.md": "docs/fleet.md",
+    "docs/tags.md": "docs/jobs/build_shards.md",
+}
+
+# Words of the pages that stand for a place of the user's, and that place: regular expressions.
+PLACES = {
+    r"127\.0\.0\.1:8000\b": "127.0.0.1:{http}",
+    r"127\.0\.0\.1:8265\b": "{dashboard}",
+    r"127\.0\.0\.1:9000\b": "127.0.0.1:{s3}",
+    r"^  port: 8000$": "  port: {http}",  # of ray_jobs/serve.yaml
+    r"s3://BUCKET\b": "s3://bucket",
+    r"(?<![\w/])(PHOTOS|VAL|RUNS|SHARDS|OTHER|SANA_FOLDER)\b": r"{data}/\1",
+    r"\bexpert_gpus=0\.25\b": "expert_gpus=0",  # no GPU is here
+    r"\breplicas=8\b": "replicas=4",  # two cores are
+}
+
+_EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
+_EXPERTS = [f"experts.{number}.{field}" for number in range(4) for field in _EXPERT]
+
+
+def _set(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+# Flags after the page's own, so that a command is done in seconds. A flag given twice counts as the
+# last: those with a GPU use one CPU process instead of a GPU's many.
+ADDED = {
+    "python ray_jobs/pretrain.py": _set(*SMALL, *STEPS),
+    "python ray_jobs/finetune_experts.py": [
+        *_set(*SMALL, *STEPS, *_EXPERTS),
+        "--i-know-this-is-not-the-knee",  # so short a run has none
+    ],
+    "python ray_jobs/build_shards.py": ["--min-sharpness=0", "--crops-per-picture=1"],
+    "python ray_jobs/tag_dataset.py": ["--actors", "1"],
+    "python -m benchmarks": [
+        *("--sides", "64", "--rounds", "1", "--compiled-up-to", "0", "--models", "linearsr-tiny"),
+        *("--output", "runs/results"),
+    ],
+    "python -m benchmarks.serve": ["--count", "2", "--steps", "1", "--layouts", "together"],
+    "python -m benchmarks.dataset": ["--pictures", "2"],
+    "python -m benchmarks.tags": ["--steps", "1", "1", "1", "--threshold", "0"],
+    "python -m pytest": ["--collect-only", "--ignore-glob=*"],  # from inside itself
+    "curl": ["--fail-with-body", "--silent", "--show-error"],
+}
+GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # the others have --actors
+
+# What has to say no here, with which exit code and words: its flags are right if it comes that far.
+REFUSES = {
+    "python -m linearsr.cluster.health": (1, "must not join"),  # no GPU
+    "python -m benchmarks --device cuda": (2, "cuda"),  # no GPU
+    "linearsr tag photo.png --tagger ram": (
+        2,
+        "ram_swin_large_14m.pth",
+    ),  # nobody has the checkpoint
+    "python -m pytest": (5, "no tests"),
+}
+
+# Programs that cannot do their work here, and what is done instead (standins.py).
+STAND_INS = {
+    "pip": "would change the environment that the tests run in: uv resolves it",
+    "make": "makes environments, and runs these tests: --dry-run",
+    "docker": "no daemon: files, and tags that are those of the fleet",
+    "kubectl": "no Kubernetes: names are those of the manifests",
+    "helm": "no Kubernetes: flags alone",
+    "aws": "no AWS: botocore knows the operation and its parameters",
+    "ray up": "no AWS: Ray's own parser, and its check of the file",
+    "ray down": "the same",
+    "ray dashboard": "the same",
+    "ray attach": "the same",
+    "ray monitor": "the same",
+    "ray exec": "the same; then runs the command here",
+}
+# Programs that run as they are.
+REAL = ("linearsr", "python", "ray", "serve", "pre-commit", "curl")
+TOOLS = ("base64", "openssl")

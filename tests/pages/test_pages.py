@@ -1,0 +1,94 @@
+"""Every command of every page is run, as far as it can be: see tables.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.pages.blocks import TOP, Block, blocks, pages
+from tests.pages.conftest import User
+from tests.pages.tables import ADDED, BEFORE, REFUSES, STAND_INS
+
+TOLD = {page: list(blocks((TOP / page).read_text())) for page in pages()}
+_FOLLOWED: dict[str, str] = {}
+
+
+def follow(user: User, page: str) -> str:
+    """A page from top to bottom, once; what went wrong with it."""
+    if page not in _FOLLOWED:
+        if page in BEFORE:
+            assert not follow(user, BEFORE[page])
+        _FOLLOWED[page] = _fault(user, page)
+    return _FOLLOWED[page]
+
+
+def _fault(user: User, page: str) -> str:
+    for block in TOLD[page]:
+        ran = user.follow(block)
+        if ran.returncode:
+            return (
+                f"{page}, line {block.line}: exit code {ran.returncode}\n{block.text}\n{ran.stdout}"
+            )
+    return ""
+
+
+@pytest.mark.parametrize("page", [page for page, found in TOLD.items() if found])
+def test_a_user_can_follow_the_page(user: User, page: str) -> None:
+    if fault := follow(user, page):
+        pytest.fail(fault, pytrace=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "linearsr upscale photo.jpg -o big.png --stepz 2",
+        "linearsr upscale gone.jpg -o big.png",
+        "linearsr serve --layout splits",
+        "python ray_jobs/gone.py",
+        "python ray_jobs/pretrain.py --recipes tiny_cpu --data PHOTOS",
+        "ray job submit --working-dir . -- python ray_jobs/deploy.py --sets replicas=2",
+        "ray job submitt --working-dir . -- python ray_jobs/deploy.py",
+        "ray up gone.yaml",
+        "ray up cluster.yaml --yess",
+        "ray dashboard gone.yaml &",
+        "ray exec cluster.yaml 'ray statuss'",
+        "serve deploy ray_jobs/serve.yaml --addresses there",
+        "curl http://127.0.0.1:8000/gone",
+        "python -m pytest tests/gone",
+        "python -m linearsr.cluster.health --nodes 4",
+        "python -m benchmarks --device cuda --onlyy gains",
+        "pip install '.[gone]'",
+        "make gone",
+        "docker build -t example.com/linearsr:0.0.0 .",
+        "docker build -t example.com/linearsr:0.1.0-ray2.60.0 gone",
+        "kubectl apply -f kubernetes/gone.yaml",
+        "kubectl get rayjob gone",
+        "kubectl logs POD -c gone",
+        "kubectl port-forward service/gone-head-svc 8265",
+        "helm install operator kuberay/operator --versions 1.7.0",
+        "aws ssm get-parameter --names gone",
+        "cowsay hello",
+    ],
+)
+def test_a_wrong_command_is_found_out(user: User, command: str) -> None:
+    (block,) = blocks(f"# A page\n\n```sh\n{command}  # says who?\necho and on it goes\n```\n")
+    ran = user.follow(block)
+    assert ran.returncode != 0, ran.stdout
+
+
+def test_wrong_python_is_found_out(user: User) -> None:
+    assert user.follow(Block("python", "from linearsr import Upscalers\n", 1)).returncode != 0
+
+
+@pytest.mark.parametrize(
+    "hidden", ["```bash\nlinearsr models\n```", "    linearsr models\n", "```\nray up it\n```"]
+)
+def test_commands_where_no_test_sees_them_are_refused(hidden: str) -> None:
+    with pytest.raises(ValueError, match="line 1: commands are in"):
+        list(blocks(hidden))
+
+
+def test_every_row_of_the_tables_is_of_a_command_of_a_page() -> None:
+    told = "\n".join(block.text for found in TOLD.values() for block in found)
+    for command in (*ADDED, *REFUSES, *STAND_INS):
+        assert f"{command} " in told, command
+    assert len(TOLD) > 25 and sum(map(len, TOLD.values())) > 40
