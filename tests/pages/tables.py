@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cluster.conftest import SMALL, STEPS
+from tests.cluster.conftest import SMALL
 
 # Another page comes before: what it makes is used.
 BEFORE = {
@@ -25,20 +25,19 @@ PLACES = {
     r"\breplicas=8\b": "replicas=4",  # two cores are
 }
 
-_EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
-_EXPERTS = [f"experts.{number}.{field}" for number in range(4) for field in _EXPERT]
-
-
-def _set(*settings: str) -> list[str]:
-    return [part for setting in settings for part in ("--set", setting)]
-
+_SHORT = [
+    f"{stage}.{field}"
+    for stage in ("pretrain", *(f"experts.{number}" for number in range(4)))
+    for field in ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
+]
+_TRAINING = [part for setting in (*SMALL, *_SHORT) for part in ("--set", setting)]
 
 # Flags after the page's own, so that a command is done in seconds. A flag given twice counts as the
 # last: those with a GPU use one CPU process instead of a GPU's many.
 ADDED = {
-    "python ray_jobs/pretrain.py": _set(*SMALL, *STEPS),
+    "python ray_jobs/pretrain.py": _TRAINING,
     "python ray_jobs/finetune_experts.py": [
-        *_set(*SMALL, *STEPS, *_EXPERTS),
+        *_TRAINING,
         "--i-know-this-is-not-the-knee",  # so short a run has none
     ],
     "python ray_jobs/build_shards.py": ["--min-sharpness=0", "--crops-per-picture=1"],
@@ -58,11 +57,8 @@ GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # the others h
 # What has to say no here, with which exit code and words: its flags are right if it comes that far.
 REFUSES = {
     "python -m linearsr.cluster.health": (1, "must not join"),  # no GPU
-    "python -m benchmarks --device cuda": (2, "cuda"),  # no GPU
-    "linearsr tag photo.png --tagger ram": (
-        2,
-        "ram_swin_large_14m.pth",
-    ),  # nobody has the checkpoint
+    "python -m benchmarks --device cuda": (2, "cannot be used"),  # no GPU
+    "linearsr tag photo.png --tagger ram": (2, "no readable checkpoint"),  # nobody has it
     "python -m pytest": (5, "no tests"),
 }
 
