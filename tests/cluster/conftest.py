@@ -163,7 +163,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p.parent for p in run.glob("checkpoint_*/progress.json"))
 
 
-def reported(run: Path) -> list[dict[str, Any]]:
+def reported(run: Path | str) -> list[dict[str, Any]]:
     """Metrics of every checkpoint that Ray Train knows of, in order of report."""
     result = last_result(locate(run))
     return [metrics for _, metrics in (result.best_checkpoints if result else None) or []]
