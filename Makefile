@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IN ?=
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test rehearse lint types docs s3 s3-server clean
+.PHONY: demo test pages drills rehearse lint types docs s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -37,10 +37,17 @@ demo: $(VENV)/demo.stamp
 QUICK := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache
 PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+CORE := $(foreach folder,cluster drills pages,--ignore=tests/$(folder))
+
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	$(PYTEST) --ignore=tests/cluster > $(VENV)/core.log 2>&1 & core=$$!; \
+	$(PYTEST) $(CORE) > $(VENV)/core.log 2>&1 & core=$$!; \
 		$(PYTEST) tests/cluster; cluster=$$?; \
 		wait $$core; core=$$?; cat $(VENV)/core.log; exit $$((cluster | core))
+
+# Clusters of their own, which two cores cannot have beside the others: every command of every page,
+# and what breaks a fleet.
+pages drills: $(VENV)/dev.stamp $(S3)/stamp
+	$(PYTEST) tests/$@
 
 # The whole story on an autoscaling cluster of this machine. On a real one:
 # make rehearse STORAGE=s3://bucket/folder
