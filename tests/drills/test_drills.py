@@ -41,7 +41,8 @@ from tests.cluster.test_serve import (
 from tests.drills.conftest import Fleet, until
 from tests.s3.faults import Faults, proxy
 
-PICTURES = 24
+# So many steps that there is work left when something has gone wrong.
+PICTURES, SAMPLING = 24, 20
 STEPS = 24
 TRAINING = (
     *SMALL,
@@ -141,9 +142,9 @@ def test_a_node_is_lost_while_tagging(fleet: Fleet, photos: str) -> None:
 @pytest.fixture(scope="module")
 def results(photos: str, small_bundle: Path) -> dict[str, np.ndarray]:
     """What must come out, as this process makes it."""
-    upscaler = Upscaler.load(small_bundle, "cpu")
+    upscaler, options = Upscaler.load(small_bundle, "cpu"), Options(steps=SAMPLING)
     return {
-        name: pixels_of(encode(upscaler.upscale(read(file.read()), Options(steps=1)), "png"))
+        name: pixels_of(encode(upscaler.upscale(read(file.read()), options), "png"))
         for name, file in names(photos, ".png").items()
     }
 
@@ -151,7 +152,7 @@ def results(photos: str, small_bundle: Path) -> dict[str, np.ndarray]:
 def upscaling(photos: str, model: str, output: str, pool: str = "--actors 1") -> str:
     return (
         f"ray_jobs/upscale_dataset.py --input {photos} --output {output} --model {model} "
-        f"--device cpu --steps 1 --batch 1 {pool}"
+        f"--device cpu --steps {SAMPLING} --batch 1 {pool}"
     )
 
 
