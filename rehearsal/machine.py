@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -130,8 +129,8 @@ def _ray(folder: Path, log: Path) -> Iterator[str]:
         *(f"--node-ip-address={HEAD}", f"--port={gcs}", "--dashboard-host=127.0.0.1"),
         *(f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'ray'}"),
         *(f"--object-store-memory={NODE['object_store_memory']}", "--disable-usage-stats"),
-        *(f"--{name}-port={_port()}" for name in ("metrics-export", "runtime-env-agent")),
-        *(f"--dashboard-agent-{name}-port={_port()}" for name in ("listen", "grpc")),
+        *(f"--{name}-port={swift.free_port()}" for name in ("metrics-export", "runtime-env-agent")),
+        *(f"--dashboard-agent-{name}-port={swift.free_port()}" for name in ("listen", "grpc")),
     ]
     with open(log, "wb") as output:
         head = subprocess.Popen(
@@ -162,12 +161,6 @@ def _environment() -> dict[str, str]:
         # Nobody waits for what still runs when the rehearsal is over.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
