@@ -51,11 +51,8 @@ def main() -> None:
     config = read_file(
         options.file, _settings(options.set), port=options.port, on_head=options.on_head
     )
-    job.connect(data=False)
-    import ray
-
-    dashboard = ray.init(ignore_reinit_error=True, logging_level="ERROR").dashboard_url
-    print(f"it listens on {deploy(config, f'http://{dashboard}', options.wait)}")
+    dashboard = job.connect(data=False)
+    print(f"it listens on {deploy(config, dashboard, options.wait)}")
 
 
 def _settings(given: list[str]) -> dict[str, object]:

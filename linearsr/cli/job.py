@@ -105,10 +105,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(exit_code(main, "start it again to go on"))
 
 
-def connect(*, data: bool = True) -> None:
+def connect(*, data: bool = True) -> str:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
 
-    data: the job uses Ray Data.
+    data: the job uses Ray Data. Returns http://HOST:PORT of the cluster's dashboard.
     Raises MissingExtra without Ray, LinearSRError when there is no such cluster.
     """
     require("data", "ray")
@@ -119,10 +119,11 @@ def connect(*, data: bool = True) -> None:
     # A GPU node takes minutes to come. No deadline: after it Train asks for its workers again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
-        ray.init(log_to_driver=True, logging_level="WARNING")
+        joined = ray.init(log_to_driver=True, logging_level="WARNING")
     except ConnectionError as error:
         raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
     if data:
         from linearsr.cluster.data_actors import keep_data_actors_here
 
         keep_data_actors_here()
+    return f"http://{joined.dashboard_url}"
