@@ -126,6 +126,8 @@ class Upscaler:
         self.experts = bundle.experts
         self.provenance = bundle.provenance
         self.encoder = tag_encoder(self.config, self.device)
+        if self.device.type == "cpu":
+            _keep_what_is_freed()
         # Threads may share an upscaler: one picture is denoised while others are read and written.
         self._turn = threading.Lock()
 
@@ -537,6 +539,14 @@ def _check_memory(picture: Picture, options: Options, scale: int, tile: int | No
             f"a {width}x{height} picture needs about {need / 2**30:.1f} GiB of memory and "
             f"{free / 2**30:.1f} GiB are free; shrink or split it"
         )
+
+
+def _keep_what_is_freed() -> None:
+    """glibc hands free memory at the end of its heap back to Linux, and layers would ask for the
+    same again, a page fault for each 4 KiB of it: up to 16 % of the time of a small picture. It
+    keeps twice the largest block that was ever freed, up to 64 MiB. Other allocators do not care.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def pick_device(device: str) -> torch.device:

@@ -57,12 +57,12 @@ def test_a_section_measured_anew_leaves_the_others(
 def test_what_is_numerically_wrong_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = strips.forward
+    right = strips.forward_
 
     def wrong(*arguments: Tensor) -> Tensor:
         return right(*arguments) * 1.05  # type: ignore[arg-type]
 
-    monkeypatch.setattr(strips, "forward", wrong)
+    monkeypatch.setattr(strips, "forward_", wrong)
     assert run(monkeypatch, tmp_path, "--only", "forward") == 1
     assert "refusing to time it: LinearSR" in capsys.readouterr().err
     assert not (tmp_path / "here" / "README.md").exists()

@@ -142,7 +142,7 @@ class LinearSR(nn.Module):
         weight = self.embed.weight[:, : self.config.latent_channels]
         x = F.linear(latent.to(dtype).permute(0, 2, 3, 1), weight).add_(condition.embedded)
         modulation, embedding = self.time(t)
-        run = strips.forward if self.in_strips and strips.suit(x) else Block.__call__
+        run = strips.forward_ if self.in_strips and strips.suit(x) else Block.__call__
         for i, block in enumerate(self.blocks):
             tags = None if condition.tags is None else condition.tags[i]
             x = run(cast(Block, block), x, modulation, tags, condition.tag_mask)

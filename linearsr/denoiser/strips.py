@@ -8,7 +8,9 @@ function of `Block.forward`, which has the plain order; no gradients here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, TagAttention
 from linearsr.kernels import modulate, scaled_state
 
-# Tokens whose activations, five times as wide in the Mix-FFN, fit a CPU core's cache.
-CACHED_TOKENS = 4096
+# Tokens whose activations, five times as wide in the Mix-FFN, fit the caches of two cores. Not a
+# matter of how many threads there are: a picture's bits depend on it.
+CACHED_TOKENS = 8192
 
 
 def suit(x: Tensor) -> bool:
@@ -30,41 +33,32 @@ def suit(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def forward(
+def forward_(
     block: Block,
     x: Tensor,
     modulation: Tensor,
     tags: tuple[Tensor, Tensor] | None = None,
     tag_mask: Tensor | None = None,
 ) -> Tensor:
-    """`block(x, modulation, tags, tag_mask)`."""
+    """`block(x, modulation, tags, tag_mask)`, in place: no memory is asked for as large as x."""
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = block.modulations(modulation)
     strips = x.split(max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2])), dim=1)
-    queries, read = _attention(block.attention, (modulate(s, shift, scale) for s in strips))
-    tagged = None if tags is None else _tag_reader(block.tag_attention, tags, tag_mask)
-    value, ffn_gated = _Branch(block.ffn, 0), _Branch(block.ffn, 1)
-    # (B, hidden, C): the gate rides on the projection, and the sum on its product.
-    project = block.ffn.project.weight.t() * ffn_gate.squeeze(1)
-    y, attended, fed = torch.empty_like(x), 0, 0
+    modulated = (modulate(strip, shift, scale) for strip in strips)
+    queries, attend_ = _attention(block.attention, modulated, gate)
+    attend_tags_ = None if tags is None else _tag_attention(block.tag_attention, tags, tag_mask)
+    feed = _MixFFN(block.ffn, ffn_gate, x)
     for strip, query in zip(strips, queries, strict=True):
-        rows = y[:, attended : attended + strip.shape[1]]
-        torch.addcmul(strip, gate, read(query).view(strip.shape), out=rows)
-        if tagged is not None:
-            rows += tagged(rows)
-        attended += strip.shape[1]
-        seen, last = modulate(rows, ffn_shift, ffn_scale), attended == x.shape[1]
-        hidden = value(seen, last).mul_(F.silu(ffn_gated(seen, last), inplace=True))
-        # In place: who looks at these rows has done so.
-        done = y[:, fed : fed + hidden.shape[1]].view(len(x), -1, x.shape[-1])
-        done.baddbmm_(hidden.flatten(1, 2), project)
-        fed += hidden.shape[1]
-    return y
+        attend_(strip, query)
+        if attend_tags_ is not None:
+            attend_tags_(strip)
+        feed(modulate(strip, ffn_shift, ffn_scale))
+    return x
 
 
 def _attention(
-    attention: LinearAttention, strips: Iterable[Tensor]
-) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
-    """The queries of each strip (B, rows, W, C), and what turns them into `attention`'s output."""
+    attention: LinearAttention, strips: Iterable[Tensor], gate: Tensor
+) -> tuple[list[Tensor], Callable[[Tensor, Tensor], None]]:
+    """The queries of each strip (B, rows, W, C), and what adds `gate` times their attention."""
     query, key, value = attention.qkv.weight.chunk(3)
     norm_q, norm_k = attention.norm_q, attention.norm_k
     if isinstance(norm_q, nn.RMSNorm):
@@ -87,13 +81,38 @@ def _attention(
     state = torch.stack(states).sum(0)
     if isinstance(norm_k, nn.RMSNorm):
         state *= attention.heads(norm_k.weight.abs())[..., None]
-    return queries, _reader(state, attention.out)
+    return queries, _reader(state, attention.out, gate)
 
 
-def _tag_reader(
+def _reader(state: Tensor, out: nn.Linear, gate: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """What adds to tokens (B, rows, W, C) `gate` times `out` of their attention, of their queries
+    (B, N, C) that have been through ReLU.
+
+    state: (B, H, D, D + 1), of all tokens. Its sums, the output projection and the gate make one
+    matrix (B, C, C); a query meets that once each of its heads is divided by what it has with z.
+    """
+    sums, z = scaled_state(state).split([state.shape[-2], 1], dim=-1)
+    heads, dim = sums.shape[1:3]
+    project = out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
+    matrix = (sums @ project.to(sums.dtype)).flatten(1, 2) * gate.squeeze(1)
+    matrix, bias = matrix.to(out.weight.dtype), out.bias * gate
+    # (B, C, H): the z of a head in its own rows and column.
+    z = torch.diag_embed(z.squeeze(-1).mT).transpose(1, 2).flatten(1, 2).to(out.weight.dtype)
+
+    def attend_(tokens: Tensor, query: Tensor) -> None:
+        norm = query @ z
+        # Where no feature of the query is above zero, zero over one.
+        norm.masked_fill_(norm == 0, 1)
+        weights = query.unflatten(-1, (heads, dim)) / norm.unsqueeze(-1)
+        _add_product(tokens.add_(bias), weights.flatten(-2), matrix)
+
+    return attend_
+
+
+def _tag_attention(
     attention: TagAttention | None, tags: tuple[Tensor, Tensor], mask: Tensor | None
-) -> Callable[[Tensor], Tensor] | None:
-    """What gives `attention` of tokens (B, H, W, C) to tags whose keys and values are known.
+) -> Callable[[Tensor], object] | None:
+    """What adds to tokens (B, rows, W, C) their attention to tags, given as keys and values.
 
     Few tags are two narrow matrices: the keys of all heads, each in its own rows and columns, and
     the values with the output projection folded in.
@@ -103,7 +122,7 @@ def _tag_reader(
     keys, values = tags
     heads, count, dim = keys.shape[1:]
     if mask is not None or count > dim:  # then these matrices would be the wider way
-        return lambda x: attention(x, tags, mask)
+        return lambda tokens: tokens.add_(attention(tokens, tags, mask))
     norm = attention.norm_q
     if isinstance(norm, nn.RMSNorm):
         keys = keys * norm.weight.unflatten(0, (heads, 1, dim))
@@ -111,17 +130,19 @@ def _tag_reader(
     keys = torch.diag_embed(keys.permute(0, 3, 2, 1)).permute(0, 3, 1, 4, 2) * dim**-0.5
     keys = keys.flatten(3, 4).flatten(1, 2)
     project = attention.out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
-    values = (values @ project).flatten(1, 2)
+    # The weights of a head add up to one, so of the bias as well.
+    values = (values @ project + attention.out.bias / heads).flatten(1, 2)
 
-    def read(x: Tensor) -> Tensor:
-        q = attention.q(x.flatten(1, 2))
-        logits = q @ keys
+    def attend_(tokens: Tensor) -> None:
+        q = attention.q(tokens.flatten(1, 2))
+        # Tokens last: the softmax over a few tags is then one over many tokens at once.
+        logits = (q @ keys).mT.contiguous()
         if isinstance(norm, nn.RMSNorm):
-            logits *= _inverse_rms(q, norm)
-        weights = logits.unflatten(-1, (heads, count)).softmax(-1).flatten(-2)
-        return torch.baddbmm(attention.out.bias, weights, values).view(x.shape)
+            logits *= _inverse_rms(q, norm).mT
+        weights = logits.unflatten(1, (heads, count)).softmax(2).flatten(1, 2)
+        _add_product(tokens, weights.mT, values)
 
-    return read
+    return attend_
 
 
 def _inverse_rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -130,62 +151,85 @@ def _inverse_rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return (length.square() / x.shape[-1]).add_(norm.eps or 0).rsqrt_()
 
 
-def _reader(state: Tensor, out: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """What gives `out` of the attention of queries (B, N, C) that have been through ReLU.
-
-    state: (B, H, D, D + 1), of all tokens. Its sums and the output projection make one matrix
-    (B, C, C); a query meets that once each of its heads is divided by what it has with z.
-    """
-    sums, z = scaled_state(state).split([state.shape[-2], 1], dim=-1)
-    heads, dim = sums.shape[1:3]
-    project = out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
-    matrix = (sums @ project.to(sums.dtype)).flatten(1, 2).to(out.weight.dtype)
-    # (B, C, H): the z of a head in its own rows and column.
-    z = torch.diag_embed(z.squeeze(-1).mT).transpose(1, 2).flatten(1, 2).to(out.weight.dtype)
-
-    def read(query: Tensor) -> Tensor:
-        norm = query @ z
-        # Where no feature of the query is above zero, zero over one.
-        norm.masked_fill_(norm == 0, 1)
-        weights = query.unflatten(-1, (heads, dim)) / norm.unsqueeze(-1)
-        return torch.baddbmm(out.bias, weights.flatten(-2), matrix)
-
-    return read
+def _add_product(tokens: Tensor, x: Tensor, matrix: Tensor) -> None:
+    """To tokens (B, rows, W, C), x (B, N, K) @ matrix (B, K, C)."""
+    tokens.view(len(tokens), -1, tokens.shape[-1]).baddbmm_(x, matrix)
 
 
-class _Branch:
-    """One half of a `MixFFN` up to its convolution: the values, or the gate.
+class _MixFFN:
+    """Adds `gate` times a `MixFFN` to all tokens (B, H, W, C), its input coming strip by strip.
 
-    It keeps the rows that the convolution looks at again with the next strip.
+    The convolution looks one row beyond those it gives, so the last rows of the input are kept.
     """
 
-    def __init__(self, ffn: MixFFN, half: int) -> None:
-        self.expand = _half(ffn.expand, half)
-        self.depthwise = _half(ffn.depthwise, half)
-        self.rows: Tensor | None = None
+    def __init__(self, ffn: MixFFN, gate: Tensor, tokens: Tensor) -> None:
+        self.halves = [_Half.of(ffn, number) for number in (0, 1)]
+        # (B, hidden, C): the gate rides on the projection, and the sum on its product.
+        self.project = ffn.project.weight.t() * gate.squeeze(1)
+        self.tokens, self.known, self.done = tokens, tokens[:, :0], 0
 
-    def __call__(self, strip: Tensor, last: bool) -> Tensor:
-        """(B, rows, W, C) -> (B, n, W, hidden), the rows whose neighbours are known by now: one
-        fewer of the first strip, one more of the `last`.
-        """
-        above = 1 if self.rows is None else 2
-        size = above + strip.shape[1] + last
-        window = strip.new_empty(len(strip), size, strip.shape[2], len(self.depthwise[0]))
-        window[:, :above] = 0 if self.rows is None else self.rows
-        hidden = F.linear(strip, *self.expand)
-        torch.ops.aten.silu.out(hidden, out=window[:, above : above + strip.shape[1]])
-        if last:
-            window[:, -1] = 0
-        self.rows = window[:, -2:]
-        if window.shape[1] < 3:
-            return hidden[:, :0]
+    def __call__(self, strip: Tensor) -> None:
+        """The next rows (B, n, W, C): those whose neighbours are known by now get their sum."""
+        known = torch.cat([self.known, strip], dim=1)
+        start = max(0, self.done - 1)
+        top, bottom = start == self.done, start + known.shape[1] == self.tokens.shape[1]
+        count = start + known.shape[1] - self.done - (not bottom)
+        if count:
+            # Zeros lie beside the edges of the picture only; they spoil the row at the other end.
+            edge, first = int(top or bottom), int(bottom and not top)
+            value, gate = (half(known, edge).narrow(1, first, count) for half in self.halves)
+            done = self.tokens.narrow(1, self.done, count)
+            _add_product(done, value.mul_(gate).flatten(1, 2), self.project)
+            self.done += count
+        self.known = known[:, max(0, self.done - 1) - start :]
+
+
+class _Half(NamedTuple):
+    """One half of a `MixFFN` before the halves meet: values, or what gates them."""
+
+    expand: tuple[Tensor, Tensor]
+    depthwise: tuple[Tensor, Tensor]
+    is_gate: bool
+
+    @classmethod
+    def of(cls, ffn: MixFFN, number: int) -> _Half:
+        """The first half, or the second, which is the gate."""
+        expand, depthwise = (
+            (layer.weight.chunk(2)[number], layer.get_parameter("bias").chunk(2)[number])
+            for layer in (ffn.expand, ffn.depthwise)
+        )
+        return cls(expand, depthwise, number == 1)
+
+    def __call__(self, x: Tensor, edge: int) -> Tensor:
+        """(B, n, W, C) -> (B, n - 2 + 2 edge, W, hidden), with as many rows of zeros as `edge`."""
+        x = _linear_silu(x, *self.expand)
         # Views: NHWC memory seen as channels_last NCHW.
-        kernel, bias = self.depthwise
-        window = window.permute(0, 3, 1, 2)
-        hidden = F.conv2d(window, kernel, bias, padding=(0, 1), groups=len(kernel))
-        return hidden.permute(0, 2, 3, 1)
+        x = _depthwise(x.permute(0, 3, 1, 2), *self.depthwise, edge, silu=self.is_gate)
+        return x.permute(0, 2, 3, 1)
 
 
-def _half(layer: nn.Linear | nn.Conv2d, half: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the first or the second half of a layer's outputs."""
-    return layer.weight.chunk(2)[half], layer.get_parameter("bias").chunk(2)[half]
+def _linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if _fuses(x.dtype):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish", [], "")
+        return out
+    return F.silu(F.linear(x, weight, bias), inplace=True)
+
+
+def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor, edge: int, silu: bool) -> Tensor:
+    if silu and _fuses(x.dtype):
+        ones, padding = [1, 1], [edge, 1]
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, kernel, bias, padding, ones, ones, len(kernel), "swish", [], ""
+        )
+        return out
+    x = F.conv2d(x, kernel, bias, padding=(edge, 1), groups=len(kernel))
+    return F.silu(x, inplace=True) if silu else x
+
+
+@functools.cache
+def _fuses(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes SiLU along with a product of this type, as it does for torch.compile."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bfloat16)

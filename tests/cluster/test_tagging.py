@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import skimage.data
 from PIL import Image
 from ray.cluster_utils import Cluster
@@ -230,7 +232,8 @@ def test_in_place_by_the_job(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("ray.init", lambda **_: None)  # the tests' own cluster
+    # The tests' own cluster.
+    monkeypatch.setattr("ray.init", functools.partial(ray.init, ignore_reinit_error=True))
     asked = ["--input", str(shards), "--output", str(shards), "--actor-cpus", "0.5"]
     assert job.main(asked) == 1
     assert (

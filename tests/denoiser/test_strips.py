@@ -9,6 +9,9 @@ from torch import Tensor
 from linearsr.denoiser import strips
 from linearsr.denoiser.blocks import Block
 
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}
+DTYPES = tuple(CLOSE)
+
 
 def block_of(batch: int, dtype: torch.dtype, qk_norm: bool = True) -> tuple[Block, list[Tensor]]:
     """A block, and a picture of 7 rows of 9 with its modulation and two tags."""
@@ -30,32 +33,47 @@ def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
     x, modulation, tags = given
     assert block.tag_attention is not None
     keys = block.tag_attention.keys_values(tags)
-    before = x.clone()
-    result = strips.forward(block, x, modulation, keys)
-    assert torch.equal(x, before)
-    return block(x, modulation, keys), result
+    return block(x, modulation, keys), strips.forward_(block, x.clone(), modulation, keys)
 
 
 @pytest.mark.parametrize("cached", [1, 27, 36, 54, 10**9])  # 1, 3, 4 and 6 rows at once, and all
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_strips_of_rows_are_the_whole(
-    monkeypatch: pytest.MonkeyPatch, cached: int, batch: int, qk_norm: bool
+    monkeypatch: pytest.MonkeyPatch, cached: int, batch: int, qk_norm: bool, dtype: torch.dtype
 ) -> None:
-    block, given = block_of(batch, torch.float64, qk_norm)
+    block, given = block_of(batch, dtype, qk_norm)
     monkeypatch.setattr(strips, "CACHED_TOKENS", cached * batch)
     whole, result = both(block, given)
-    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
-@pytest.mark.parametrize("height", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (2, 9), (7, 1), (1, 1)])
+@pytest.mark.parametrize("cached", [1, 10**9])
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_pictures_of_one_or_two_rows(monkeypatch: pytest.MonkeyPatch, height: int) -> None:
-    block, (x, *rest) = block_of(1, torch.float64)
-    monkeypatch.setattr(strips, "CACHED_TOKENS", 1)
-    whole, result = both(block, [x[:, :height], *rest])
-    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+def test_tiny_pictures(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, cached: int, dtype: torch.dtype
+) -> None:
+    block, (x, *rest) = block_of(1, dtype)
+    monkeypatch.setattr(strips, "CACHED_TOKENS", cached)
+    whole, result = both(block, [x[:, :height, :width], *rest])
+    torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@torch.inference_mode()
+def test_without_onednn_the_function_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, given = block_of(1, torch.float32)
+    monkeypatch.setattr(strips, "_fuses", lambda dtype: False)
+    whole, result = both(block, given)
+    torch.testing.assert_close(result, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_activations_are_fused_where_onednn_is() -> None:
+    fused = torch.backends.mkldnn.is_available()
+    assert strips._fuses(torch.float32) == fused and not strips._fuses(torch.float64)
 
 
 @pytest.mark.parametrize("tags", [1, 8, 9])  # up to as many as a head is wide, and more
@@ -77,7 +95,7 @@ def test_tags_that_are_padding() -> None:
         torch.tensor([[True, False], [False, False]]),
     )
     whole = block(x, modulation, keys, mask)
-    result = strips.forward(block, x, modulation, keys, mask)
+    result = strips.forward_(block, x.clone(), modulation, keys, mask)
     torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
 
 
@@ -85,7 +103,7 @@ def test_tags_that_are_padding() -> None:
 def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
     block, (x, modulation, _) = block_of(1, torch.float64)
     block.attention.qkv.weight[:16] = 0
-    result = strips.forward(block, x, modulation)
+    result = strips.forward_(block, x.clone(), modulation)
     assert result.isfinite().all()
     torch.testing.assert_close(result, block(x, modulation), atol=1e-12, rtol=1e-12)
 
