@@ -23,7 +23,8 @@ from linearsr import upscaler as stages
 from linearsr.config import Options
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser import strips as in_strips
-from linearsr.upscaler import Upscaler
+from linearsr.imaging.files import Picture
+from linearsr.upscaler import Job, Upscaler
 
 LARGEST = 2048
 COMPILED = "torch.compile of plain blocks, for strips"
@@ -80,7 +81,11 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
     compiled = Switch(COMPILED, contextlib.nullcontext, _compiled(upscaler))
     if upscaler.device.type == "cuda":
         kernels = Switch("Triton kernels", lambda: mock.patch.dict(os.environ, _TORCH_KERNELS))
-        return [kernels, compiled]
+        joining = Switch(
+            "pictures joined on the GPU, not on the CPU",
+            lambda: mock.patch.object(Upscaler, "_finished", _finished_on_the_cpu),
+        )
+        return [kernels, joining, compiled]
     switches = [
         Switch(
             "strips of rows, not the plain order",
@@ -120,6 +125,13 @@ def _int8(model: LinearSR) -> LinearSR:
     blocks = torch.ao.quantization.quantize_dynamic(model.float().blocks, {torch.nn.Linear})
     model.blocks = blocks
     return model
+
+
+_finished = Upscaler._finished
+
+
+def _finished_on_the_cpu(upscaler: Upscaler, job: Job, _: torch.device) -> Picture:
+    return _finished(upscaler, job, torch.device("cpu"))
 
 
 def _compiled(upscaler: Upscaler) -> Ways:

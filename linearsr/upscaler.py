@@ -372,20 +372,30 @@ class Upscaler:
         inside = Tile(rows.offset, columns.offset, tile.height * factor, tile.width * factor)
         return inside.crop(whole)
 
+    def finish(self, job: Job) -> Picture:
+        """Decode, join tiles, fix colour, crop or resample to the size asked for.
+
+        On the device, but for a picture that it has no room for: that is joined on the CPU.
+        """
+        if self.device.type != "cpu":
+            with contextlib.suppress(OutOfMemory):
+                return self._finished(job, self.device)
+        return self._finished(job, torch.device("cpu"))
+
     @_memory_errors()
     @torch.inference_mode()
-    def finish(self, job: Job) -> Picture:
-        """Decode, join tiles, fix colour, crop or resample to the size asked for."""
+    def _finished(self, job: Job, device: torch.device) -> Picture:
+        """Tiles are decoded where the autoencoder is; the whole picture lies on `device`."""
         factor = self.config.latent.factor
-        canvas = Canvas((t.scaled(factor) for t in job.tiles), 3)
+        canvas = Canvas((t.scaled(factor) for t in job.tiles), 3, device=device)
         for tile, latent in zip(job.tiles, job.latents, strict=True):
             lr_picture = self._upsampled(job.lr, tile)
             piece = self.autoencoder.decode(latent.to(lr_picture), lr_picture)
-            canvas.add(tile.scaled(factor), piece[0].float().cpu())
+            canvas.add(tile.scaled(factor), piece[0])
         restored = canvas.result()[None]
         height, width = (n * self.config.scale for n in job.picture.pixels.shape[-2:])
         restored = restored[..., :height, :width]
-        source = resize(job.lr, *(n * self.config.scale for n in job.lr.shape[-2:]))
+        source = resize(job.lr.to(device), *(n * self.config.scale for n in job.lr.shape[-2:]))
         restored = fix_colour(restored, source[..., :height, :width], job.options.colour_fix)
         return _with_pixels(job, restored)
 
@@ -509,7 +519,7 @@ def _with_pixels(job: Job, restored: Tensor) -> Picture:
     """The finished picture: final size, [0, 1], alpha and metadata of the original."""
     height, width = job.picture.pixels.shape[-2:]
     height, width = output_size(height, width, job.options)
-    pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1)
+    pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1).cpu()
     alpha = job.picture.alpha
     if alpha is not None:
         # Not in place: of an equal size it is the picture's own.

@@ -400,6 +400,37 @@ def test_bad_options_are_named(fields: dict[str, object]) -> None:
         Options.parse(**fields)
 
 
+def test_a_picture_that_the_device_has_no_room_for_is_joined_on_the_cpu(
+    small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, whole = small.prepare(picture, Options(steps=1)), small.upscale(picture, Options(steps=1))
+    for segment in job.segments:
+        job = small.denoise(job, segment)
+    finished, asked = Upscaler._finished, []
+
+    def with_little_room(self: Upscaler, job: Job, device: torch.device) -> Picture:
+        asked.append(device.type)
+        if device.type != "cpu":
+            raise upscaler.OutOfMemory
+        monkeypatch.setattr(self, "device", device)  # there is no other here
+        return finished(self, job, device)
+
+    monkeypatch.setattr(Upscaler, "_finished", with_little_room)
+    monkeypatch.setattr(small, "device", torch.device("meta"))
+    assert torch.equal(small.finish(job).pixels, whole.pixels)
+    assert asked == ["meta", "cpu"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_joined_on_a_gpu_it_is_the_same_picture(small_bundle: Path, picture: Picture) -> None:
+    on_gpu = Upscaler.load(small_bundle, "cuda")
+    job = on_gpu.prepare(picture, Options(steps=1))
+    for segment in job.segments:
+        job = on_gpu.denoise(job, segment)
+    here = on_gpu._finished(job, torch.device("cpu")).pixels
+    torch.testing.assert_close(on_gpu.finish(job).pixels, here, atol=2 / 255, rtol=0)
+
+
 @pytest.mark.parametrize("tags", [("cat",), "auto"])
 def test_tags_on_a_model_without_tags_are_refused(
     small: Upscaler, picture: Picture, tags: tuple[str, ...] | str
