@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--on-head",
         action="store_true",
-        help="HTTP proxy and ingress on the head alone: no other node takes requests along",
+        help="HTTP proxy and ingress on the head alone: no other node takes requests along; the "
+        "proxy only if Serve does not run yet",
     )
     made.add_argument("--wait", type=float, default=900, help="seconds for all replicas to run")
     return made
@@ -61,7 +62,10 @@ def _settings(given: list[str]) -> dict[str, object]:
     pairs = [setting.partition("=") for setting in given]
     if wrong := [name for name, found, _ in pairs if not found]:
         raise OptionError(f"{wrong[0]!r}: settings look like replicas=8")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        return {name: yaml.safe_load(value) for name, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise OptionError(f"a value of --set is not YAML: {error}") from error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from linearsr.cluster.storage import locate
 from linearsr.errors import LinearSRError
@@ -28,7 +29,12 @@ OUTPUT = Path("runs/rehearsal")
 
 def main() -> int:
     """Parse, rehearse, print the table."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.gpu and not options.storage:
+        parser.error("--gpu is for a real cluster (--storage): nodes of this machine have none")
+    if not urlsplit(options.endpoint).port:
+        parser.error(f"--endpoint is http://HOST:PORT, not {options.endpoint}")
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         with _place(options) as place:
@@ -66,7 +72,8 @@ def _place(options: argparse.Namespace) -> Iterator[Place]:
         with machine(options.output / "ray.log") as place:
             yield place
     else:
-        yield Place(options.dashboard, options.endpoint, options.storage.rstrip("/"))
+        addresses = options.dashboard, options.endpoint, options.storage
+        yield Place(*(address.rstrip("/") for address in addresses))
 
 
 if __name__ == "__main__":

@@ -21,5 +21,6 @@ class Raylets(FakeMultiNodeProvider):  # type: ignore[misc]
         """In one folder for all, a new node unpacks a job's files over those others work in."""
         own = tempfile.mkdtemp(prefix="n", dir=self.provider_config["folder"])
         params = partial(parameter.RayParams, temp_dir=own)
-        with mock.patch.object(parameter, "RayParams", params):
+        # The autoscaler creates several at once, in threads.
+        with self.lock, mock.patch.object(parameter, "RayParams", params):
             super()._create_node_with_resources_and_labels(*node)

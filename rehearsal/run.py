@@ -64,10 +64,15 @@ def _run(stage: Stage, file: str, place: Place, output: Path) -> Done:
     try:
         stage.draw().save(picture)
     except Exception as error:  # whatever is not as it should be shows here first
-        return Done(stage, time.perf_counter() - began, "", one_line(error))
+        return Done(stage, time.perf_counter() - began, "", _told(error))
     took = time.perf_counter() - began
     print(f"== {stage.name}: {took:.0f} s, {picture}", flush=True)
     return Done(stage, took, picture.name)
+
+
+def _told(error: Exception) -> str:
+    """Never empty, as a failed `assert` or `next` would be."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _submit(command: str, dashboard: str, log: Path) -> int:

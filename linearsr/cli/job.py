@@ -120,7 +120,8 @@ def connect(*, data: bool = True) -> str:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
         joined = ray.init(log_to_driver=True, logging_level="WARNING")
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        # Nothing is there, another version of Ray, or no token for it.
         raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
     if data:
         from linearsr.cluster.data_actors import keep_data_actors_here

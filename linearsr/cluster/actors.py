@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from linearsr.cluster.logs import last_line, quiet_data
-from linearsr.cluster.room import check_room
+from linearsr.cluster.room import Needs, check_room
 from linearsr.config import Config
 from linearsr.errors import LinearSRError
 
@@ -57,9 +57,10 @@ def pooled(
     pool that the cluster has no room for.
     """
     left = dict(enumerate(items))
-    gpus = pool.actors if pool.gpu else 0
+    actor = Needs(pool.actor_cpus, int(pool.gpu))
+    everyone = Needs(*(pool.actors * amount for amount in actor))
     advice = "use fewer --actors, or lower --actor-cpus"
-    check_room(f"a pool of {pool.actors}", pool.actors * pool.actor_cpus, gpus, advice)
+    check_room(f"a pool of {pool.actors}", everyone, actor, advice)
     # One item may have taken along what its actor had in hand: that is tried one by one.
     for size, calls in ((batch, hands), (1, 1)):
         for number, result in _results(left, worker, arguments, pool, size, calls):

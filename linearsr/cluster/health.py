@@ -92,7 +92,7 @@ def _wait(group: ProcessContext, backend: str, seconds: float) -> None:
                 raise LinearSRError(f"{backend} has not added up within {seconds:g} s")
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise LinearSRError(
-            f"{backend} does not work between this node's ranks: {error}"
+            f"{backend} does not work between this node's ranks: {str(error).splitlines()[-1]}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -10,16 +11,27 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from linearsr.errors import OptionError
 
 
-def check_room(who: str, cpus: float, gpus: float, advice: str) -> None:
-    """Raise OptionError, with the advice, for who would wait for ever for logical CPUs or GPUs.
+class Needs(NamedTuple):
+    """Logical CPUs and GPUs."""
+
+    cpus: float
+    gpus: float = 0.0
+
+
+def check_room(who: str, all_of_it: Needs, one_process: Needs, advice: str) -> None:
+    """Raise OptionError, with the advice, for who would wait for ever for logical CPUs or GPUs:
+    for more than the cluster has, or in one process for more than any node.
 
     On a cluster that grows by itself nobody is refused: Ray does not tell what it may become.
     """
-    for kind, amount in {"CPU": cpus, "GPU": gpus}.items():
-        has = ray.cluster_resources().get(kind, 0.0)
-        if amount <= has:
+    for kind, needs, part in zip(("CPU", "GPU"), all_of_it, one_process, strict=True):
+        nodes = [n["Resources"].get(kind, 0.0) for n in ray.nodes() if n["Alive"]]
+        if needs > sum(nodes):
+            lacks = f"{who} needs {needs:g} {kind}, the cluster has {sum(nodes):g}"
+        elif part > max(nodes, default=0.0):
+            lacks = f"{who} needs {part:g} {kind} on one node, the largest has {max(nodes):g}"
+        else:
             continue
-        lacks = f"{who} needs {amount:g} {kind}, the cluster has {has:g}"
         if not grows():
             raise OptionError(f"{lacks}: {advice}")
         print(f"{lacks}: waiting for it to grow (`ray status`)", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from linearsr.cluster.actors import RETRIES, as_objects, mapped, told
 from linearsr.cluster.logs import quiet_data
-from linearsr.cluster.room import check_room
+from linearsr.cluster.room import Needs, check_room
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
     blocks = [pa.table({"item": as_objects([item])}) for item in items]
     if not blocks:
         return
-    check_room("a task", cpus, 0, "lower --cpus")
+    check_room("a task", Needs(cpus), Needs(cpus), "lower --cpus")
     quiet_data()
     options = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES}
     for row in mapped(ray.data.from_blocks(blocks), partial(_do, work=work), **options):

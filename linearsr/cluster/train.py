@@ -35,7 +35,7 @@ from ray.train.v2.api.validation_config import ValidationConfig as RayValidation
 from linearsr.cluster.config import StageConfig
 from linearsr.cluster.data import Share, batches, open_source
 from linearsr.cluster.knee import Knee, KneePointCallback, read_knee
-from linearsr.cluster.room import check_room
+from linearsr.cluster.room import Needs, check_room
 from linearsr.cluster.storage import Location, check_writable, locate
 from linearsr.cluster.validation import validate_checkpoint, validation_pictures
 from linearsr.cluster.weights import start_weights
@@ -93,7 +93,8 @@ def check(stage: StageConfig) -> None:
     if stage.start is not None:
         start_weights(stage)
     advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
-    check_room("the stage", cluster.cpus(), cluster.gpus(), advice)
+    worker = Needs(cluster.worker_cpus, int(cluster.gpu))
+    check_room("the stage", Needs(cluster.cpus(), cluster.gpus()), worker, advice)
     _check_same_model(stage)
 
 

@@ -40,7 +40,7 @@ def forward_(
     tags: tuple[Tensor, Tensor] | None = None,
     tag_mask: Tensor | None = None,
 ) -> Tensor:
-    """`block(x, modulation, tags, tag_mask)`, in place: no memory is asked for as large as x."""
+    """`block(x, modulation, tags, tag_mask)`, in place."""
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = block.modulations(modulation)
     strips = x.split(max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2])), dim=1)
     modulated = (modulate(strip, shift, scale) for strip in strips)
@@ -159,7 +159,8 @@ def _add_product(tokens: Tensor, x: Tensor, matrix: Tensor) -> None:
 class _MixFFN:
     """Adds `gate` times a `MixFFN` to all tokens (B, H, W, C), its input coming strip by strip.
 
-    The convolution looks one row beyond those it gives, so the last rows of the input are kept.
+    The convolution looks one row beyond those it gives, so the last rows of the input are kept;
+    to expand those two again costs less than to copy what a strip was expanded to below them.
     """
 
     def __init__(self, ffn: MixFFN, gate: Tensor, tokens: Tensor) -> None:
@@ -177,9 +178,9 @@ class _MixFFN:
         if count:
             # Zeros lie beside the edges of the picture only; they spoil the row at the other end.
             edge, first = int(top or bottom), int(bottom and not top)
-            value, gate = (half(known, edge).narrow(1, first, count) for half in self.halves)
+            value, gated = (half(known, edge).narrow(1, first, count) for half in self.halves)
             done = self.tokens.narrow(1, self.done, count)
-            _add_product(done, value.mul_(gate).flatten(1, 2), self.project)
+            _add_product(done, value.mul_(gated).flatten(1, 2), self.project)
             self.done += count
         self.known = known[:, max(0, self.done - 1) - start :]
 
@@ -226,10 +227,17 @@ def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor, edge: int, silu: bool) -
     return F.silu(x, inplace=True) if silu else x
 
 
-@functools.cache
 def _fuses(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes SiLU along with a product of this type, as it does for torch.compile."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.enabled or not _onednn_has_it():
         return False
-    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bfloat16)
+    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or bfloat16
+
+
+@functools.cache
+def _onednn_has_it() -> bool:
+    """What torch.compile is built on has no other name, so it may go: then it is two passes."""
+    names = ("_linear_pointwise", "_convolution_pointwise", "_is_mkldnn_bf16_supported")
+    built = torch.backends.mkldnn.is_available()
+    return built and all(hasattr(torch.ops.mkldnn, name) for name in names)

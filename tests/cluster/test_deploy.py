@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.cluster_utils import Cluster
 
-from linearsr.cluster.serve.deploy import read_file
-from linearsr.errors import OptionError, WeightsError
+from linearsr.cluster.serve.deploy import deploy, read_file
+from linearsr.errors import LinearSRError, OptionError, WeightsError
+from ray_jobs.deploy import _settings
 
 FILE = Path(__file__).parents[2] / "ray_jobs" / "serve.yaml"
 
@@ -49,3 +51,20 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
         read_file(tmp_path / "serve.yaml", {})
     with pytest.raises(OptionError, match=r"gone\.yaml"):
         read_file(tmp_path / "gone.yaml", {})
+
+
+def test_a_value_that_is_not_yaml_is_refused() -> None:
+    with pytest.raises(OptionError, match="not YAML"):
+        _settings(["replicas=[4, 2"])
+
+
+def test_an_application_without_a_name_has_the_one_that_serve_gives_it(tmp_path: Path) -> None:
+    file = yaml.safe_load(FILE.read_text())
+    del file["applications"][0]["name"]
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(file))
+    assert read_file(tmp_path / "serve.yaml", {})["applications"][0]["name"] == "default"
+
+
+def test_what_serve_does_not_take_is_told_in_one_line(cluster: Cluster) -> None:
+    with pytest.raises(LinearSRError, match=r"Serve does not take it: .*applications"):
+        deploy({"applications": [{"name": "nothing"}]}, f"http://{cluster.webui_url}", 10)

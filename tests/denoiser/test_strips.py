@@ -108,14 +108,20 @@ def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
     torch.testing.assert_close(result, block(x, modulation), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("height", "width"), [(7, 9), (7, 1), (1, 9), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("cached", [1, 18, 10**9])
 @torch.inference_mode()
-def test_strips_round_no_worse_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_round_no_worse_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, cached: int
+) -> None:
     """Against float64, on weights and inputs that bfloat16 holds exactly."""
-    monkeypatch.setattr(strips, "CACHED_TOKENS", 18)
-    block, given = block_of(1, torch.bfloat16)
+    monkeypatch.setattr(strips, "CACHED_TOKENS", cached)
+    block, (x, *rest) = block_of(batch, torch.bfloat16)
+    given = [x[:, :height, :width], *rest]
     rounded = both(block, given)
-    exact, _ = both(block.double(), [x.double() for x in given])
-    plain, ours = ((x.double() - exact).norm() / exact.norm() for x in rounded)
+    exact, _ = both(block.double(), [part.double() for part in given])
+    plain, ours = ((part.double() - exact).norm() / exact.norm() for part in rounded)
     assert 0 < plain < 0.02
     assert ours < 2 * plain
 

@@ -15,6 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from linearsr.cli import job
 from linearsr.cluster.serve import ServeConfig
+from rehearsal.__main__ import main
 from rehearsal.machine import CLUSTER, Place, scaled_down
 from rehearsal.run import Failed, run
 from rehearsal.story import Stage, story
@@ -68,3 +69,31 @@ def test_what_fails_is_in_the_table(tmp_path: Path) -> None:
     assert "| tag | failed: exit code" in page and "1-tag_dataset.log" in page
     assert (tmp_path / "1-tag_dataset.log").stat().st_size
     assert not (tmp_path / "2-tag_dataset.log").exists()
+
+
+def test_what_was_not_made_fails_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rehearsal.run._submit", lambda *_: 0)
+    nothing: list[Image.Image] = []
+    stage = Stage("tag", "tag_dataset.py", "s3://bucket/shards", lambda: next(iter(nothing)))
+    with pytest.raises(Failed, match="tag: StopIteration"):
+        run([stage], PLACE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu"], "--gpu is for a real cluster"),
+        (["--storage=s3://b/f", "--endpoint=http://host/"], r"--endpoint is http://HOST:PORT"),
+    ],
+)
+def test_what_would_fail_late_is_refused_at_once(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rehearsal", f"--output={tmp_path}", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err

@@ -9,7 +9,15 @@ from typing import Any
 import yaml
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ApplicationStatus
-from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
+from requests import RequestException
+from tenacity import (
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.weights import check_model
@@ -29,7 +37,9 @@ def read_file(
     try:
         file = yaml.safe_load(path.read_text())
         (application,) = file["applications"]
-        args = {**(application.get("args") or {}), **settings}
+        given = {**(application.get("args") or {}), **settings}
+        args = {str(field): value for field, value in given.items()}
+        application.setdefault("name", "default")  # as Serve does
         http = {**(file.get("http_options") or {})}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise OptionError(f"{path}: not a Serve config file of one application: {error}") from error
@@ -44,11 +54,14 @@ def read_file(
 def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> str:
     """Deploy, and wait until all replicas run: those of a cluster that grows wait for its nodes.
 
-    dashboard: http://HOST:PORT. Returns where it listens. Raises LinearSRError when it did not come
-    up, with Serve's reason.
+    dashboard: http://HOST:PORT. Returns where it listens. Raises LinearSRError when Serve does not
+    take it, or it did not come up, with Serve's reason.
     """
     client = ServeSubmissionClient(dashboard)
-    client.deploy_applications(dict(config))
+    try:
+        client.deploy_applications(dict(config))
+    except RuntimeError as error:
+        raise LinearSRError(f"Serve does not take it: {one_line(error)}") from error
     (name,) = (application["name"] for application in config["applications"])
     told = _ended(client, name, seconds)
     if told["status"] != ApplicationStatus.RUNNING:
@@ -62,11 +75,15 @@ def _ended(client: ServeSubmissionClient, name: str, seconds: float) -> dict[str
     asking = Retrying(
         wait=wait_fixed(1),
         stop=stop_after_delay(seconds),
-        retry=retry_if_result(lambda told: told["status"] in UNDER_WAY),
+        retry=retry_if_result(lambda told: told["status"] in UNDER_WAY)
+        # While the dashboard or Serve's controller is started again.
+        | retry_if_exception_type((RuntimeError, KeyError, RequestException)),
     )
     try:
         return asking(lambda: client.get_serve_details()["applications"][name])
     except RetryError as error:
+        if reason := error.last_attempt.exception():
+            raise LinearSRError(f"Serve does not tell of {name}: {reason}") from error
         told = error.last_attempt.result()
         waiting = [n for n, d in told["deployments"].items() if d["status"] != "HEALTHY"]
         raise LinearSRError(

@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from linearsr.cluster.room import check_room
+from linearsr.cluster.room import Needs, check_room
 from linearsr.cluster.serve.app import build_app
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.weights import read_config
@@ -42,7 +42,8 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     joined = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(log_to_driver=False, logging_level="ERROR", **({} if joined else here))
     advice = "use fewer --replicas, or lower --replica-cpus and --replica-gpus"
-    check_room("the endpoint", cpus, gpus, advice)
+    replica = Needs(config.expert_cpus, config.expert_gpus)
+    check_room("the endpoint", Needs(cpus, gpus), replica, advice)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
