@@ -31,18 +31,19 @@ $(BIN)/uv:
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m linearsr.demo --output demo $(if $(IN),--input "$(IN)")
 
-# Ray starts many processes: without compiled modules each of them would compile torch anew. Half of
-# the time goes to the tests with a cluster, so they have a process of their own; threads would only
-# wait for each other's cores.
+# Ray starts many processes: without compiled modules each of them would compile torch anew. There
+# are two lanes, for two cores: the endpoint's tests wait until those without a cluster are done.
+# Threads would only wait for each other's cores.
 QUICK := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache
 PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 CORE := $(foreach folder,cluster drills pages,--ignore=tests/$(folder))
+ENDPOINT := $(wildcard tests/cluster/test_serve*.py)
 
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	$(PYTEST) $(CORE) > $(VENV)/core.log 2>&1 & core=$$!; \
-		$(PYTEST) tests/cluster; cluster=$$?; \
-		wait $$core; core=$$?; cat $(VENV)/core.log; exit $$((cluster | core))
+	{ $(PYTEST) $(CORE); core=$$?; $(PYTEST) $(ENDPOINT) && exit $$core; } > $(VENV)/core.log 2>&1 & \
+		other=$$!; $(PYTEST) tests/cluster $(ENDPOINT:%=--ignore=%); jobs=$$?; \
+		wait $$other; other=$$?; cat $(VENV)/core.log; exit $$((jobs | other))
 
 # Clusters of their own, which two cores cannot have beside the others: every command of every page,
 # and what breaks a fleet.

@@ -86,21 +86,26 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
         return code if "deploy" not in arguments or code else _answers(context["http"])
     program = shutil.which(name)
     assert program
-    with open(running.with_suffix(".log"), "wb") as log:
+    with open(running.with_suffix(".log"), "wb") as output:
         arguments = [*arguments, "--port", str(context["http"])]
         server = subprocess.Popen(
-            [program, *arguments], stdout=log, stderr=log, start_new_session=True
+            [program, *arguments], stdout=output, stderr=output, start_new_session=True
         )
     running.write_text(f"{server.pid} {command}")
-    code = _answers(context["http"], server)
-    print(running.with_suffix(".log").read_text())
-    return code
+    log, deadline = running.with_suffix(".log"), time.monotonic() + WITHIN
+    # Its own word: another page's endpoint may answer at this port.
+    while time.monotonic() < deadline and server.poll() is None:
+        if "LinearSR serves" in log.read_text():
+            return _answers(context["http"])
+        time.sleep(0.1)
+    print(log.read_text())
+    return 1
 
 
-def _answers(port: int, server: subprocess.Popen[bytes] | None = None) -> int:
+def _answers(port: int) -> int:
     """0 as soon as the endpoint is healthy."""
     deadline = time.monotonic() + WITHIN
-    while time.monotonic() < deadline and (server is None or server.poll() is None):
+    while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close()
             return 0
