@@ -84,6 +84,9 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
     if name == "serve":
         code = _real(context, command, name, arguments)
         return code if "deploy" not in arguments or code else _answers(context["http"])
+    # What another page deployed has the port that a reader of this one has free.
+    if code := _real(context, "serve shutdown", "serve", ["shutdown", "--yes"]):
+        return code
     program = shutil.which(name)
     assert program
     with open(running.with_suffix(".log"), "wb") as output:
