@@ -138,15 +138,23 @@ class Upscaler:
         name_or_folder: str | Path = "linearsr-tiny",
         device: str = "auto",
         only: Collection[int] | None = None,
+        *,
+        compiled: bool = False,
     ) -> Upscaler:
         """Load a bundled model by name, or a folder of safetensors, onto a device.
 
         device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device.
         only: the experts that are needed here; see `linearsr.weights.load`.
+        compiled: let torch.compile fuse the blocks, on CUDA; see `LinearSR.compile_blocks`.
         Raises WeightsError or OptionError.
         """
         chosen = pick_device(device)
+        if compiled and chosen.type != "cuda":
+            raise OptionError(f"compile is for CUDA; on {chosen.type} it would be slower")
         loaded = cls(weights.load(name_or_folder, chosen, best_dtype(chosen), only), chosen)
+        if compiled:
+            for expert in loaded.experts:
+                expert.compile_blocks()
         if only is None:
             _ = loaded.autoencoder  # what is wrong with it is known before any work
         return loaded
@@ -521,12 +529,19 @@ def _with_pixels(job: Job, restored: Tensor) -> Picture:
     """The finished picture: final size, [0, 1], alpha and metadata of the original."""
     height, width = job.picture.pixels.shape[-2:]
     height, width = output_size(height, width, job.options)
-    pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1).cpu()
+    pixels = _on_host(resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1), job.picture)
     alpha = job.picture.alpha
     if alpha is not None:
         # Not in place: of an equal size it is the picture's own.
         alpha = resize(alpha[None], height, width)[0].clamp(0, 1)
     return dataclasses.replace(job.picture, pixels=pixels, alpha=alpha)
+
+
+def _on_host(pixels: Tensor, picture: Picture) -> Tensor:
+    """Pixels in [0, 1] in main memory: from a GPU as bytes, where the file has no more."""
+    if pixels.device.type == "cpu" or picture.bits > 8:
+        return pixels.cpu()
+    return pixels.mul_(255).round_().byte().cpu().float().div_(255)
 
 
 def output_size(height: int, width: int, options: Options) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import argparse
 
 from linearsr.cli import job, upscale
 
-FLAGS = ("input", "output", "kind", "column", "model", "device")
+FLAGS = ("input", "output", "kind", "column", "model", "device", "compile")
 FLAGS += ("actors", "actor_cpus", "gpu", "batch", "hands")
 
 

@@ -431,6 +431,18 @@ def test_joined_on_a_gpu_it_is_the_same_picture(small_bundle: Path, picture: Pic
     torch.testing.assert_close(on_gpu.finish(job).pixels, here, atol=2 / 255, rtol=0)
 
 
+def test_compiled_is_refused_where_it_would_be_slower(small_bundle: Path) -> None:
+    with pytest.raises(OptionError, match="compile is for CUDA"):
+        Upscaler.load(small_bundle, "cpu", compiled=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_it_is_the_same_picture(small_bundle: Path, picture: Picture) -> None:
+    plain, compiled = (Upscaler.load(small_bundle, "cuda", compiled=c) for c in (False, True))
+    results = [u.upscale(picture, Options(steps=1)).pixels for u in (plain, compiled)]
+    torch.testing.assert_close(*results, atol=4 / 255, rtol=0)
+
+
 @pytest.mark.parametrize("tags", [("cat",), "auto"])
 def test_tags_on_a_model_without_tags_are_refused(
     small: Upscaler, picture: Picture, tags: tuple[str, ...] | str

@@ -59,6 +59,11 @@ def add_options(add: argparse.ArgumentParser) -> None:
         help="how the result gets the colours of the input back",
     )
     add.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    add.add_argument(
+        "--compile",
+        action="store_true",
+        help="on CUDA, for many pictures of one size: torch.compile, anew for each size",
+    )
     add.add_argument("--format", choices=("png", "jpg", "webp", "tif"), help="for folder outputs")
     add.add_argument("--quality", type=int, default=95, help="of JPEG and WebP, 1 to 100")
     add.add_argument("--max-pixels", type=int, default=100_000_000, help="largest input accepted")
@@ -82,7 +87,8 @@ def _upscale(arguments: argparse.Namespace) -> int:
     pairs, failed = _pairs(arguments.inputs, arguments.output, files)
     from linearsr.upscaler import Upscaler
 
-    upscaler = Upscaler.load(arguments.model, arguments.device) if pairs else None
+    chosen = arguments.model, arguments.device
+    upscaler = Upscaler.load(*chosen, compiled=arguments.compile) if pairs else None
     for number, (source, target) in enumerate(pairs, 1):
         if arguments.skip_existing and os.path.exists(target):
             continue

@@ -60,6 +60,8 @@ class UpscaleConfig(Pool):
     """A bundled model's name or a folder."""
     device: str = "auto"
     """Where models run; "auto" is the GPU that the actor has reserved, else the CPU."""
+    compile: bool = False
+    """On CUDA, for many pictures of one size."""
     options: Options = Options()
     files: FileOptions = FileOptions()
     batch: int = Field(default=8, ge=1)
@@ -275,7 +277,7 @@ class _Worker:
         self.config, self.source, self.output = config, source, output
         reserved = "cuda" if config.gpu else "cpu"
         device = reserved if config.device == "auto" else config.device
-        self.upscaler = load_upscaler(config.model, device)
+        self.upscaler = load_upscaler(config.model, device, compiled=config.compile)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[_Failure]:
         """Names in, outcomes out."""

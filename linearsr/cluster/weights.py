@@ -23,12 +23,14 @@ def load_bundle(path: str) -> weights.Bundle:
         return weights.load(folder)
 
 
-def load_upscaler(model: str, device: str, only: Collection[int] | None = None) -> Upscaler:
+def load_upscaler(
+    model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
+) -> Upscaler:
     """`Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
     if not model.startswith("s3://"):
-        return Upscaler.load(model, device, only)
+        return Upscaler.load(model, device, only, compiled=compiled)
     with locate(model).local(".safetensors") as folder:
-        return Upscaler.load(folder, device, only)
+        return Upscaler.load(folder, device, only, compiled=compiled)
 
 
 def read_config(model: str) -> ModelConfig:
