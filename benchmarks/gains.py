@@ -100,6 +100,10 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
             lambda: mock.patch.object(in_strips, "CACHED_TOKENS", SMALLER_STRIP),
         ),
         Switch(
+            "SiLU in the pass of the product before it, not its own",
+            lambda: mock.patch.object(in_strips, "_fuses", return_value=False),
+        ),
+        Switch(
             "int8 products in plain order, for strips in bfloat16",
             contextlib.nullcontext,
             _experts(upscaler, _int8),
