@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+from linearsr.cluster.logs import last_line
 from linearsr.errors import LinearSRError, one_line
 
 # Of each rank, in float32: enough for NCCL to take the path that gradients take.
@@ -92,7 +93,7 @@ def _wait(group: ProcessContext, backend: str, seconds: float) -> None:
                 raise LinearSRError(f"{backend} has not added up within {seconds:g} s")
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise LinearSRError(
-            f"{backend} does not work between this node's ranks: {str(error).splitlines()[-1]}"
+            f"{backend} does not work between this node's ranks: {last_line(error)}"
         ) from error
 
 
