@@ -19,7 +19,7 @@ TABLE = Path(__file__).with_name("kuberay.yaml")
 def validator(kind: str) -> Draft202012Validator:
     """Of one kind of resource: RayCluster, RayJob, RayService, or a name of Kubernetes' (V1...)."""
     table = yaml.safe_load(TABLE.read_text())
-    ours = {name: _object({k: _schema(v) for k, v in of.items()}) for name, of in table.items()}
+    ours = {name: _object(fields) for name, fields in table.items()}
     names = {*re.findall(r"\bV1\w+", TABLE.read_text()), "V1ServiceAccount"}
     _, theirs = models_json_schema(
         [(getattr(models, name), "validation") for name in sorted(names)], by_alias=True
@@ -27,8 +27,13 @@ def validator(kind: str) -> Draft202012Validator:
     return Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": {**theirs["$defs"], **ours}})
 
 
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+def _object(fields: dict[str, str]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {name: _schema(type_.rstrip("!")) for name, type_ in fields.items()},
+        "required": [name for name, type_ in fields.items() if type_.endswith("!")],
+        "additionalProperties": False,
+    }
 
 
 def _schema(type_: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +34,11 @@ def levels(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
             yield from levels(inner, (*path, i))
 
 
+def at(document: dict[str, Any], path: tuple[str | int, ...]) -> Any:
+    """What lies at a path."""
+    return functools.reduce(operator.getitem, path, document)
+
+
 def faults(name: str, document: dict[str, Any]) -> list[str]:
     """What the API has against a manifest."""
     errors = validator(KINDS[name]).iter_errors(document)
@@ -50,13 +57,29 @@ def test_every_field_is_in_the_api(name: str) -> None:
 )
 def test_a_misspelt_field_is_refused(name: str, path: tuple[str | int, ...]) -> None:
     document = manifest(name)
-    found: Any = document
-    for key in path:
-        found = found[key]
+    found = at(document, path)
     first = next(iter(found))
     # Aliases are one object: it is misspelt wherever it is used.
     found[f"{first}x"] = found.pop(first)
     assert any(f"{first}x" in fault for fault in faults(name, document))
+
+
+@pytest.mark.parametrize(
+    ("path", "required"),
+    [
+        ((), "kind"),
+        (("spec",), "headGroupSpec"),
+        (("spec", "headGroupSpec"), "template"),
+        (("spec", "workerGroupSpecs", 0), "groupName"),
+        (("spec", "workerGroupSpecs", 0), "maxReplicas"),
+        (("spec", "workerGroupSpecs", 0, "template", "spec"), "containers"),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0), "name"),
+    ],
+)
+def test_a_field_that_must_be_there_is_missed(path: tuple[str | int, ...], required: str) -> None:
+    document = manifest("raycluster")
+    del at(document, path)[required]
+    assert faults("raycluster", document) != []
 
 
 @pytest.mark.parametrize(
