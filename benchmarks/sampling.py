@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from linearsr import Options, Upscaler
+from linearsr.cli.report import exit_code
 from linearsr.config import Solver
+from linearsr.errors import InputError
 from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.noise.experts import plan
@@ -47,16 +50,22 @@ def main() -> None:
     parser.add_argument("--model", default="linearsr-tiny")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    chosen = {folder: _chosen(folder, options.every) for folder in options.data}
     upscaler = Upscaler.load(options.model, options.device)
     print(f"{upscaler.experts[0].embed.weight.dtype} on {options.device}", flush=True)
-    for folder in options.data:
-        paths = sorted(find_images(folder))
-        paths = paths[:: options.every] if len(paths) > 10 else paths
+    for folder, paths in chosen.items():
         measured = []
         for path in paths:
             measured.append(_measured(upscaler, path))
             print(json.dumps({path.name: measured[-1]}), flush=True)
         print(f"\n{folder.name}, {len(paths)} pictures\n{_table(measured)}\n", flush=True)
+
+
+def _chosen(folder: Path, every: int) -> list[Path]:
+    paths = find_images(folder)
+    if not paths:
+        raise InputError(f"{folder}: no pictures in it")
+    return paths[::every] if len(paths) > 10 else paths
 
 
 def _measured(upscaler: Upscaler, path: Path) -> Values:
@@ -106,4 +115,4 @@ def _table(measured: list[Values]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "what was measured is above"))
