@@ -44,14 +44,14 @@ def main() -> None:
     recipe, cluster = job.configs(options)
     job.connect()
     from linearsr.cluster.stages import export_outcomes, run_stage
-    from linearsr.cluster.storage import locate
+    from linearsr.cluster.storage import locate, url
 
     before = [locate(options.before)]
     target = locate(cluster.storage) / cluster.name / "weights"
     for kind in options.stages:
         outcomes = run_stage(kind, recipe, cluster, before, anyway=options.anyway)
         export_outcomes(outcomes, recipe, target)
-        print(f"wrote {target.path}: linearsr upscale --model {target.path}")
+        print(f"wrote {url(target)}")
         before = [outcome.run for outcome in outcomes]
 
 

@@ -57,6 +57,8 @@ PART = 32 << 20
 COPIES = 8
 # What one request deletes.
 BATCH = 1000
+# Where Ray unpacks the folder that a job came with (`ray job submit --working-dir`), on each node.
+UNPACKED = "/runtime_resources/working_dir_files/"
 # How the hidden name of a local file ends that is not complete yet.
 UNFINISHED = ".part"
 
@@ -204,7 +206,15 @@ def part_name(ids: Iterable[str]) -> str:
 
 
 def check_writable(folder: Location) -> None:
-    """Write and delete a probe. Raises OutputError naming the folder."""
+    """Write and delete a probe. Raises OutputError naming the folder.
+
+    OptionError for one that Ray deletes with the job: a submitted job was given a relative path.
+    """
+    if UNPACKED in folder.path:
+        raise OptionError(
+            f"{folder.path}: in the job's temporary copy of its folder, where results are lost; "
+            "give `ray job submit` s3:// or a path from / that all nodes see"
+        )
     probe = folder / ".linearsr-write-test"
     try:
         probe.write(b"")

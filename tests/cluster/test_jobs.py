@@ -125,6 +125,9 @@ def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs
         ("no pictures and no .parquet shards", 1): _command(
             "pretrain", runs / "nowhere", runs, "missing"
         ),
+        ("in the job's temporary copy of its folder", 2): _command(
+            "pretrain", photos, Path("runs"), "lost"
+        ),
     }
     submitted = {expected: jobs.submit(command) for expected, command in wrong.items()}
     for (message, expected), job in submitted.items():

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# What KubeRay says of a resource that can be talked to.
+CONDITIONS = {"raycluster": "condition=HeadPodReady", "rayservice": "condition=Ready"}
+
 
 def pip(*arguments: str) -> None:
     """Resolves; fails for a package or an extra that does not exist."""
@@ -57,6 +60,7 @@ def docker(*arguments: str) -> None:
     build = verbs.add_parser("build")
     build.add_argument("-f", "--file", type=_file, default="Dockerfile")
     build.add_argument("-t", "--tag", required=True)
+    build.add_argument("--platform")
     build.add_argument("context", type=_folder)
     verbs.add_parser("push").add_argument("tag")
     given = parser.parse_args(arguments)
@@ -87,6 +91,9 @@ def kubectl(*arguments: str) -> None:
     elif given.verb == "create":
         key = given.from_literal.partition("=")[0]
         assert f"name: {given.name}, key: {key}" in "".join(files), f"nobody asks for {key}"
+    elif given.verb == "wait":
+        _one_of(given.target, _names("{kind}/{name}"))
+        _one_of(given.condition, {CONDITIONS[given.target.split("/")[0]]})
     elif given.verb == "port-forward":
         services = _names("service/{name}-head-svc") | _names("service/{name}-serve-svc")
         _one_of(given.target, services)
@@ -112,6 +119,10 @@ def _kubectl() -> argparse.ArgumentParser:
     create.add_argument("type", choices=["generic"])
     create.add_argument("name")
     create.add_argument("--from-literal", required=True)
+    wait = verbs.add_parser("wait")
+    wait.add_argument("target")
+    wait.add_argument("--for", dest="condition", required=True)
+    wait.add_argument("--timeout")
     forward = verbs.add_parser("port-forward")
     forward.add_argument("target")
     forward.add_argument("port", type=int)
@@ -122,18 +133,38 @@ def _kubectl() -> argparse.ArgumentParser:
 
 
 def aws(*arguments: str) -> None:
-    """The service has this operation, and it takes these parameters."""
+    """The service has this operation, and it takes these parameters; `s3 sync` does its work."""
     from botocore import xform_name
     from botocore.session import get_session
 
     service, operation, *flags = arguments
-    model = get_session().get_service_model(service)
-    (name,) = (n for n in model.operation_names if xform_name(n, "-") == operation)
-    known = {xform_name(m, "-") for m in model.operation_model(name).input_shape.members}
+    if service == "s3":
+        _sync(operation, *flags)
+        return
+    session = get_session()
+    model = session.get_service_model(service)
+    names = {xform_name(name, "-"): name for name in model.operation_names}
+    if operation == "wait":
+        waiters, (waiter, *flags) = session.get_waiter_model(service), flags
+        (name,) = (n for n in waiters.waiter_names if xform_name(n, "-") == waiter)
+        operation = xform_name(waiters.get_waiter(name).operation, "-")
+    known = {
+        xform_name(m, "-") for m in model.operation_model(names[operation]).input_shape.members
+    }
     parser = argparse.ArgumentParser(prog=f"aws {service} {operation}", allow_abbrev=False)
     for flag in sorted({*known, "region", "query", "output"}):
         parser.add_argument(f"--{flag}")
-    parser.parse_args(flags)
+    for value in vars(parser.parse_args(flags)).values():
+        if value and value.startswith("file://"):
+            _file(value.removeprefix("file://"))
+
+
+def _sync(verb: str, source: str, target: str) -> None:
+    from linearsr.cluster.storage import locate
+
+    assert verb == "sync", f"s3 {verb}: only sync is known"
+    assert locate(source).files(), f"nothing in {source}"
+    locate(source).copy_to(locate(target))
 
 
 def _verbs(name: str) -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:  # type: ignore[type-arg]

@@ -69,7 +69,7 @@ STAND_INS = {
     "docker": "no daemon: files, and tags that are those of the fleet",
     "kubectl": "no Kubernetes: names are those of the manifests",
     "helm": "no Kubernetes: flags alone",
-    "aws": "no AWS: botocore knows the operation and its parameters",
+    "aws": "no AWS: botocore knows the operation and its parameters; s3 sync copies",
     "ray up": "no AWS: Ray's own parser, and its check of the file",
     "ray down": "the same",
     "ray dashboard": "the same",

@@ -66,6 +66,10 @@ def test_a_user_can_follow_the_page(user: User, page: str) -> None:
         "kubectl port-forward service/gone-head-svc 8265",
         "helm install operator kuberay/operator --versions 1.7.0",
         "aws ssm get-parameter --names gone",
+        "aws cloudformation wait stack-create-completed --stack-name linearsr",
+        "aws cloudformation create-stack --stack-name linearsr --template-body file://aws/gone.yaml",
+        "aws s3 sync gone s3://BUCKET/in",
+        "kubectl wait rayservice/linearsr --for=condition=HeadPodReady",
         "cowsay hello",
     ],
 )
