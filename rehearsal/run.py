@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -56,11 +58,10 @@ def _run(stage: Stage, file: str, place: Place, output: Path) -> Done:
     command = f"python ray_jobs/{stage.command}"
     print(f"== {stage.name}: {command}", flush=True)
     log, picture = output / f"{file}.log", output / f"{file}.png"
-    code = _submit(command, place.dashboard, log)
-    if code:
+    if fault := _submit(command, place.dashboard, log):
         tail = "\n".join(log.read_text().splitlines()[-TOLD:])
         print(tail, file=sys.stderr)
-        return Done(stage, time.perf_counter() - began, "", f"exit code {code}, see {log.name}")
+        return Done(stage, time.perf_counter() - began, "", f"{fault}; see {log.name}")
     try:
         stage.draw().save(picture)
     except Exception as error:  # whatever is not as it should be shows here first
@@ -75,25 +76,41 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _submit(command: str, dashboard: str, log: Path) -> int:
-    """The exit code of `ray job submit`; what it says goes on to the terminal and into `log`."""
-    ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", dashboard]
+def _submit(command: str, dashboard: str, log: Path) -> str:
+    """Run a job by `ray job submit`; what went wrong, "" if nothing did.
+
+    What it says goes on to the terminal and into `log`. No job outlives its stage, not even one
+    whose log broke off, or that was given up by Ctrl-C.
+    """
+    job = f"rehearsal-{secrets.token_hex(8)}"
+    flags = f"--submission-id={job}", f"--working-dir={ROOT}", "--", *shlex.split(command)
+    try:
+        with log.open("w") as file, _ray_job("submit", dashboard, *flags) as submitted:
+            assert submitted.stdout is not None
+            for line in submitted.stdout:
+                file.write(line)
+                print(f"   {line}", end="", flush=True)
+    finally:
+        # One that has ended already it only tells of; the other's exit code knows no stopped ones.
+        with _ray_job("stop", dashboard, job) as stopped:
+            told = stopped.communicate()[0]
+    if stopped.returncode:
+        return f"no word of {job}; where it runs on, `ray job stop` it"
+    ended = re.search(rf"Job '{job}' ([a-z ]+)", told)
+    return "" if ended and ended[1] == "succeeded" else f"the job {ended[1] if ended else told}"
+
+
+def _ray_job(verb: str, dashboard: str, *flags: str) -> subprocess.Popen[str]:
+    """`ray job VERB`, with all that it says on its stdout."""
+    ray = Path(sys.executable).with_name("ray")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            [*ray, "--working-dir", str(ROOT), "--", *shlex.split(command)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as job,
-    ):
-        assert job.stdout is not None
-        for line in job.stdout:
-            file.write(line)
-            print(f"   {line}", end="", flush=True)
-    return job.returncode
+    return subprocess.Popen(
+        [str(ray), "job", verb, f"--address={dashboard}", *flags],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def _write_page(done: Sequence[Done], output: Path) -> None:

@@ -84,7 +84,10 @@ class ShardConfig(Config):
     rows_per_shard: int = Field(default=256, ge=1)
     """At most so many rows in a shard."""
     cpus: float = Field(default=1.0, gt=0)
-    """Logical CPUs that each task reserves; changes nothing in the shards."""
+    """Logical CPUs that each task reserves."""
+    tasks: int = Field(default=128, ge=1)
+    """At work at once, at most: a cluster that grows is asked for room for so many. The CPU workers
+    of cluster.yaml have room for 128."""
 
     @field_validator("inputs")
     @classmethod
@@ -201,7 +204,9 @@ def survey(
     size = min(512, max(8, len(sources) // 512))
     parts = {n: sources[n : n + size] for n in range(0, len(sources), size)}
     tables = [SURVEY.empty_table()]
-    for first, table in each(parts.items(), partial(_look_at_part, config=config), config.cpus):
+    for first, table in each(
+        parts.items(), partial(_look_at_part, config=config), config.cpus, config.tasks
+    ):
         if table is not None:
             tick(table.num_rows)
             tables.append(table)
@@ -220,7 +225,9 @@ def _one_by_one(
         number: _look(number, source, reason=UNREADABLE, detail="its worker died, repeatedly")
         for number, source in pictures.items()
     }
-    for row in each(pictures.items(), partial(_look_at_one, config=config), config.cpus):
+    for row in each(
+        pictures.items(), partial(_look_at_one, config=config), config.cpus, config.tasks
+    ):
         looks[row["number"]] = row
         tick(1)
     part = pa.Table.from_pylist(list(looks.values()), SURVEY)

@@ -68,6 +68,8 @@ SCHEMA: Final = pa.schema(
 )
 # A reader fetches row groups whole, so they are small: so many rows, or HR pixels.
 GROUP_ROWS, GROUP_PIXELS = 32, 1 << 25
+# What changes nothing in the shards.
+_OUTSIDE: Final = {"inputs", "output", "cpus", "tasks"}
 _LOST: Final = "its worker died, repeatedly"
 
 
@@ -125,7 +127,7 @@ def _bar(told: str, total: int, unit: str) -> Any:
 def _claim(folder: Location, config: ShardConfig, sources: list[str]) -> None:
     """Write down what the folder is to hold, or check that it is the same."""
     fingerprint = {
-        **config.model_dump(mode="json", exclude={"inputs", "output", "cpus"}),
+        **config.model_dump(mode="json", exclude=_OUTSIDE),
         "inputs": list(config.roots()),
         "pictures": sha256("\n".join(sources).encode()).hexdigest(),
     }
@@ -167,7 +169,9 @@ def _build_missing(folder: Location, shards: list[pa.Table], config: ShardConfig
         bar.update(sum(s.num_rows for n, s in enumerate(shards) if n not in errors))
         for _ in range(2):
             missing = [(n, shards[n].to_pylist()) for n in errors]
-            for number, error in each(missing, partial(_build, config=config), config.cpus):
+            for number, error in each(
+                missing, partial(_build, config=config), config.cpus, config.tasks
+            ):
                 if error is not None:
                     errors[number] = error
                     continue
@@ -266,7 +270,7 @@ def _manifest(
     rejected = _rejected(looks)
     rows = {shard_name(n): s.num_rows for n, s in enumerate(shards) if n not in failed}
     return {
-        "settings": config.model_dump(mode="json", exclude={"inputs", "output", "cpus"}),
+        "settings": config.model_dump(mode="json", exclude=_OUTSIDE),
         "inputs": config.roots(),
         "counts": {
             "seen": looks.num_rows,

@@ -16,11 +16,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> Iterator[Result]:
+def each(
+    items: Iterable[Item], work: Callable[[Item], Result], cpus: float, most: int
+) -> Iterator[Result]:
     """`work(item)` for every item, as they are done, a task of `cpus` logical CPUs each.
 
     Items and results are small and can be pickled. What `work` raises is raised here; an item whose
-    workers keep dying has no result.
+    workers keep dying has no result. `most` tasks at once: without a limit Ray Data asks an
+    autoscaler for twice the cluster again and again, until it is given nodes with GPUs.
     """
     import ray
 
@@ -30,7 +33,8 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], cpus: float) -> 
         return
     check_room("a task", Needs(cpus), Needs(cpus), "lower --cpus")
     quiet_data()
-    options = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES}
+    at_once = ray.data.TaskPoolStrategy(min(most, len(blocks)))
+    options = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES, "compute": at_once}
     for row in mapped(ray.data.from_blocks(blocks), partial(_do, work=work), **options):
         yield row["result"]
 

@@ -356,8 +356,23 @@ def test_a_task_whose_worker_dies_is_started_again_but_not_for_ever(
 ) -> None:
     monkeypatch.setattr(tasks, "RETRIES", 1)
     items = [("never", 0), ("once", 1), ("always", 99)]
-    assert sorted(each(items, partial(_dies, folder=tmp_path), 0.5)) == [0, 1]
+    assert sorted(each(items, partial(_dies, folder=tmp_path), 0.5, 2)) == [0, 1]
     assert len(list(tmp_path.glob("always-*"))) == 2
+
+
+def _alone(item: int, folder: Path) -> int:
+    """Refuses while another one is at work, which lasts some time."""
+    busy = folder / "busy"
+    busy.touch(exist_ok=False)
+    np.linalg.svd(np.random.default_rng(item).normal(size=(400, 400)))
+    busy.unlink()
+    return item
+
+
+def test_no_more_tasks_are_at_work_than_allowed(cluster: Cluster, tmp_path: Path) -> None:
+    assert sorted(each(range(8), partial(_alone, folder=tmp_path), 0.5, 1)) == list(range(8))
+    with pytest.raises(FileExistsError):
+        list(each(range(8), partial(_alone, folder=tmp_path), 0.5, 8))
 
 
 def _fails(item: int) -> int:
@@ -373,7 +388,7 @@ def test_what_a_task_raises_is_raised(
     cluster: Cluster, item: int, error: type[Exception], told: str
 ) -> None:
     with pytest.raises(error, match=told):
-        list(each([item], _fails, 0.5))
+        list(each([item], _fails, 0.5, 2))
 
 
 # The command

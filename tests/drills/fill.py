@@ -8,7 +8,8 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-PIECE = 2**20
+# Small ones at the end leave no room for a latent of 150 kB.
+LARGE, SMALL = 2**20, 2**16
 
 
 @ray.remote(num_cpus=0)
@@ -20,9 +21,10 @@ class Holder:
 
     def fill(self, size: int) -> int:
         """Bytes that are held in the end: more than `size`, so the last ones are on the disk."""
-        while len(self.held) * PIECE <= size:
-            self.held.append(ray.get(ray.put(np.ones(PIECE, np.uint8))))
-        return len(self.held) * PIECE
+        pieces = [LARGE] * (size // LARGE + 1) + [SMALL] * (LARGE // SMALL)
+        for piece in pieces:
+            self.held.append(ray.get(ray.put(np.ones(piece, np.uint8))))
+        return sum(pieces)
 
 
 def main() -> None:

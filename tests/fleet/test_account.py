@@ -7,6 +7,7 @@ from typing import Any
 import cfnlint.decode.cfn_yaml
 import pytest
 from cfnlint.api import ManualArgs, lint
+from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
 from tests.fleet.files import TOP, read
 
@@ -33,6 +34,10 @@ def rights(role: dict[str, Any]) -> set[str]:
 
 def test_cloudformation_accepts_it() -> None:
     assert faults(TEXT) == []
+
+
+def test_the_head_may_end_its_own_nodes_alone() -> None:
+    assert f"ResourceTag/{TAG_RAY_CLUSTER_NAME}: {read('cluster.yaml')['cluster_name']}}}" in TEXT
 
 
 @pytest.mark.parametrize("word", ["BlockPublicAcls", "ec2:RunInstances", "UseBucket", "RoleName"])

@@ -80,12 +80,19 @@ def test_the_cluster_has_the_same_bounds(field: str) -> None:
     assert aws()[field] == kubernetes()[field]
 
 
+# vCPUs and GiB of memory, as AWS lists them.
+MACHINES = {"m7i.2xlarge": (8, 32), "g6e.12xlarge": (48, 384), "m7i.8xlarge": (32, 128)}
+
+
 def test_a_pod_fits_on_the_machine_that_it_stands_for() -> None:
+    """And leaves some of it to Kubernetes."""
     for name, pod in groups().items():
+        instance = aws()["available_node_types"][name]["node_config"]["InstanceType"]
+        cpus, memory = MACHINES[instance]
         for container in containers(pod):
-            cpus = float(container["resources"]["requests"]["cpu"])
-            has = aws()["available_node_types"][name]["resources"].get("CPU") or cpus
-            assert cpus <= has, name
+            asked = container["resources"]["requests"]
+            assert 0 < float(asked["cpu"]) < cpus, name
+            assert 0 < int(asked["memory"].removesuffix("Gi")) < 0.95 * memory, name
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])

@@ -129,8 +129,15 @@ def test_the_service_serves_what_serve_yaml_says() -> None:
     # All that may differ: pods are reached from outside, and there are GPUs.
     assert served["http_options"].pop("host") == "0.0.0.0"
     assert ours["http_options"].pop("host") == "127.0.0.1"
+    assert arguments.pop("ingress_node") == "head"
     assert arguments.pop("expert_gpus") > ours["applications"][0]["args"].pop("expert_gpus")
     assert served == ours
+
+
+def test_no_two_resources_have_the_same_services() -> None:
+    """KubeRay names them after the resource alone, and takes over what is there."""
+    names = [manifest(name)["metadata"]["name"] for name in MANIFESTS]
+    assert len(set(names)) == len(names)
 
 
 def test_the_endpoint_of_pods_wants_a_token() -> None:

@@ -86,7 +86,7 @@ def kubectl(*arguments: str) -> None:
     if given.verb == "get" and given.kind == "secret":
         given.kind = "raycluster"  # the operator makes one of a cluster's name
         print(base64.b64encode(b"0" * 64).decode(), end="")
-    if given.verb == "get":
+    if given.verb == "get" and given.name:
         _one_of(f"{given.kind}/{given.name}", _names("{kind}/{name}"))
     elif given.verb == "create":
         key = given.from_literal.partition("=")[0]
@@ -99,6 +99,8 @@ def kubectl(*arguments: str) -> None:
         _one_of(given.target, services)
     elif given.verb == "logs":
         assert f"name: {given.container}\n" in "".join(files), f"no container {given.container}"
+        group = given.selector.removeprefix("ray.io/group=")
+        assert f"groupName: {group}\n" in "".join(files), f"no group {group}"
 
 
 def _names(shape: str) -> set[str]:
@@ -112,8 +114,9 @@ def _kubectl() -> argparse.ArgumentParser:
     verbs.add_parser("apply").add_argument("-f", type=_file, required=True)
     get = verbs.add_parser("get")
     get.add_argument("kind")
-    get.add_argument("name")
+    get.add_argument("name", nargs="?")
     get.add_argument("-o")
+    get.add_argument("-w", "--watch", action="store_true")
     create = verbs.add_parser("create")
     create.add_argument("kind", choices=["secret"])
     create.add_argument("type", choices=["generic"])
@@ -127,8 +130,10 @@ def _kubectl() -> argparse.ArgumentParser:
     forward.add_argument("target")
     forward.add_argument("port", type=int)
     logs = verbs.add_parser("logs")
-    logs.add_argument("pod")
-    logs.add_argument("-c", "--container")
+    logs.add_argument("-l", "--selector", required=True)
+    logs.add_argument("-c", "--container", required=True)
+    for flag in ("-f", "--prefix"):
+        logs.add_argument(flag, action="store_true")
     return parser
 
 

@@ -63,16 +63,16 @@ def test_what_fails_is_in_the_table(tmp_path: Path) -> None:
     stage = Stage(
         "tag", "tag_dataset.py --help", "s3://bucket/shards", lambda: Image.new("1", (1, 1))
     )
-    with pytest.raises(Failed, match="tag: exit code"):
+    with pytest.raises(Failed, match="tag: no word of rehearsal-"):
         run([stage, stage], PLACE, tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| tag | failed: exit code" in page and "1-tag_dataset.log" in page
+    assert "| tag | failed: no word of" in page and "1-tag_dataset.log" in page
     assert (tmp_path / "1-tag_dataset.log").stat().st_size
     assert not (tmp_path / "2-tag_dataset.log").exists()
 
 
 def test_what_was_not_made_fails_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rehearsal.run._submit", lambda *_: 0)
+    monkeypatch.setattr("rehearsal.run._submit", lambda *_: "")
     nothing: list[Image.Image] = []
     stage = Stage("tag", "tag_dataset.py", "s3://bucket/shards", lambda: next(iter(nothing)))
     with pytest.raises(Failed, match="tag: StopIteration"):
