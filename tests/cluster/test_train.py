@@ -89,6 +89,17 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     assert losses(killed) == pytest.approx(losses(Path(whole.run.path)), rel=1e-3)
 
 
+def test_a_run_that_has_ended_goes_on_with_more_steps(
+    killed: Path, recipe: Recipe, photos: Path
+) -> None:
+    """What to do when no knee is confirmed by then."""
+    more = override(recipe, ["pretrain.steps=30"])
+    outcome = train(stage_of(more, photos, killed.parent, killed.name))
+    assert [m["step"] for m in reported(killed)] == [*STEPS, 30]
+    assert len(losses(killed)) == 30
+    assert [v.step for v in outcome.knee.history][-2:] == [24, 30]
+
+
 def _wild(recipe: Recipe, **guard: object) -> Recipe:
     """A thousand times the learning rate."""
     settings = [f"pretrain.guard.{name}={value}" for name, value in guard.items()]
