@@ -18,7 +18,7 @@ import sys
 from linearsr.cli import job
 
 FLAGS = ("degradation", "scale", "crop", "crops_per_picture", "min_size", "min_sharpness")
-FLAGS += ("duplicate_distance", "max_pixels", "seed", "rows_per_shard", "cpus", "tasks")
+FLAGS += ("duplicate_distance", "max_pixels", "seed", "rows_per_shard", "cpus", "most_cpus")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -85,9 +85,9 @@ class ShardConfig(Config):
     """At most so many rows in a shard."""
     cpus: float = Field(default=1.0, gt=0)
     """Logical CPUs that each task reserves."""
-    tasks: int = Field(default=128, ge=1)
-    """At work at once, at most: a cluster that grows is asked for room for so many. The CPU workers
-    of cluster.yaml have room for 128."""
+    most_cpus: float = Field(default=128, gt=0)
+    """Logical CPUs that a cluster which grows by itself is asked for: those of cluster.yaml's CPU
+    workers."""
 
     @field_validator("inputs")
     @classmethod
@@ -205,7 +205,7 @@ def survey(
     parts = {n: sources[n : n + size] for n in range(0, len(sources), size)}
     tables = [SURVEY.empty_table()]
     for first, table in each(
-        parts.items(), partial(_look_at_part, config=config), config.cpus, config.tasks
+        parts.items(), partial(_look_at_part, config=config), config.cpus, config.most_cpus
     ):
         if table is not None:
             tick(table.num_rows)
@@ -226,7 +226,7 @@ def _one_by_one(
         for number, source in pictures.items()
     }
     for row in each(
-        pictures.items(), partial(_look_at_one, config=config), config.cpus, config.tasks
+        pictures.items(), partial(_look_at_one, config=config), config.cpus, config.most_cpus
     ):
         looks[row["number"]] = row
         tick(1)

@@ -69,7 +69,7 @@ SCHEMA: Final = pa.schema(
 # A reader fetches row groups whole, so they are small: so many rows, or HR pixels.
 GROUP_ROWS, GROUP_PIXELS = 32, 1 << 25
 # What changes nothing in the shards.
-_OUTSIDE: Final = {"inputs", "output", "cpus", "tasks"}
+_OUTSIDE: Final = {"inputs", "output", "cpus", "most_cpus"}
 _LOST: Final = "its worker died, repeatedly"
 
 
@@ -132,12 +132,12 @@ def _claim(folder: Location, config: ShardConfig, sources: list[str]) -> None:
         "pictures": sha256("\n".join(sources).encode()).hexdigest(),
     }
     note = folder / "plan.json"
+    check_writable(folder)
     if note.exists():
         _check_same(folder, json.loads(note.read()), fingerprint)
         return
     if folder.files():
         raise OptionError(f"{folder.path}: not empty, and not of this job; give another --output")
-    check_writable(folder)
     note.write(_json(fingerprint))
 
 
@@ -170,7 +170,7 @@ def _build_missing(folder: Location, shards: list[pa.Table], config: ShardConfig
         for _ in range(2):
             missing = [(n, shards[n].to_pylist()) for n in errors]
             for number, error in each(
-                missing, partial(_build, config=config), config.cpus, config.tasks
+                missing, partial(_build, config=config), config.cpus, config.most_cpus
             ):
                 if error is not None:
                     errors[number] = error

@@ -10,20 +10,20 @@ import pyarrow as pa
 
 from linearsr.cluster.actors import RETRIES, as_objects, mapped, told
 from linearsr.cluster.logs import quiet_data
-from linearsr.cluster.room import Needs, check_room
+from linearsr.cluster.room import Needs, check_room, grows
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def each(
-    items: Iterable[Item], work: Callable[[Item], Result], cpus: float, most: int
+    items: Iterable[Item], work: Callable[[Item], Result], cpus: float, most_cpus: float
 ) -> Iterator[Result]:
     """`work(item)` for every item, as they are done, a task of `cpus` logical CPUs each.
 
     Items and results are small and can be pickled. What `work` raises is raised here; an item whose
-    workers keep dying has no result. `most` tasks at once: without a limit Ray Data asks an
-    autoscaler for twice the cluster again and again, until it is given nodes with GPUs.
+    workers keep dying has no result. A cluster that grows is asked for `most_cpus` in all: without
+    a limit Ray Data asks for twice the cluster again and again, until it is given nodes with GPUs.
     """
     import ray
 
@@ -33,8 +33,10 @@ def each(
         return
     check_room("a task", Needs(cpus), Needs(cpus), "lower --cpus")
     quiet_data()
-    at_once = ray.data.TaskPoolStrategy(min(most, len(blocks)))
-    options = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES, "compute": at_once}
+    options: dict[str, Any] = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES}
+    if grows():
+        at_once = max(1, int(most_cpus / cpus))
+        options["compute"] = ray.data.TaskPoolStrategy(min(at_once, len(blocks)))
     for row in mapped(ray.data.from_blocks(blocks), partial(_do, work=work), **options):
         yield row["result"]
 

@@ -134,8 +134,8 @@ def _claim(output: Location, config: UpscaleConfig) -> None:
     """Write down what the folder's results are, or check that they are the same."""
     settings = config.model_dump(mode="json", include=_SAME)
     note = output / "job.json"
+    check_writable(output)
     if not note.exists():
-        check_writable(output)
         note.write(json.dumps(settings, indent=1).encode())
         return
     try:

@@ -31,6 +31,7 @@ from linearsr.errors import InputError, OptionError, OutputError
 from linearsr.imaging.degrade import PRESETS, degrade
 from linearsr.imaging.files import read
 from linearsr.training.data import DataConfig, as_bytes
+from tests.cluster.conftest import until
 from tests.s3.fixtures import Server
 
 ROOT = Path(__file__).parents[2]
@@ -361,7 +362,7 @@ def test_a_task_whose_worker_dies_is_started_again_but_not_for_ever(
 
 
 def _alone(item: int, folder: Path) -> int:
-    """Refuses while another one is at work, which lasts some time."""
+    """Refuses while another one is at work."""
     busy = folder / "busy"
     busy.touch(exist_ok=False)
     np.linalg.svd(np.random.default_rng(item).normal(size=(400, 400)))
@@ -369,10 +370,19 @@ def _alone(item: int, folder: Path) -> int:
     return item
 
 
-def test_no_more_tasks_are_at_work_than_allowed(cluster: Cluster, tmp_path: Path) -> None:
-    assert sorted(each(range(8), partial(_alone, folder=tmp_path), 0.5, 1)) == list(range(8))
-    with pytest.raises(FileExistsError):
-        list(each(range(8), partial(_alone, folder=tmp_path), 0.5, 8))
+def _together(item: int, folder: Path) -> int:
+    """Waits for the other one."""
+    (folder / str(item)).touch()
+    until((folder / str(1 - item)).exists, "two tasks at once")
+    return item
+
+
+def test_a_cluster_that_grows_is_asked_for_no_more_than_allowed(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sorted(each([0, 1], partial(_together, folder=tmp_path), 0.5, 0.5)) == [0, 1]
+    monkeypatch.setattr(tasks, "grows", lambda: True)
+    assert sorted(each(range(8), partial(_alone, folder=tmp_path), 0.5, 0.9)) == list(range(8))
 
 
 def _fails(item: int) -> int:

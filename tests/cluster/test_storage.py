@@ -171,6 +171,13 @@ def test_storage_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert locate(tmp_path / "runs").files() == []
 
 
+def test_a_place_that_ray_deletes_is_refused(tmp_path: Path) -> None:
+    copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0/runs"
+    with pytest.raises(OptionError, match="temporary copy of its folder"):
+        check_writable(locate(copy))
+    assert not copy.exists()
+
+
 def test_a_file_is_deleted_if_it_exists(tmp_path: Path) -> None:
     file = locate(tmp_path) / "file.bin"
     file.write(b"x")

@@ -12,6 +12,8 @@ from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 from tests.fleet.files import TOP, read
 
 TEXT = (TOP / "aws" / "account.yaml").read_text()
+TEMPLATE = cfnlint.decode.cfn_yaml.loads(TEXT)
+CLUSTER = {"Ref": "ClusterName"}
 
 
 def faults(text: str) -> list[str]:
@@ -21,23 +23,26 @@ def faults(text: str) -> list[str]:
 
 def of_type(kind: str) -> list[dict[str, Any]]:
     """The properties of all such resources."""
-    resources = cfnlint.decode.cfn_yaml.loads(TEXT)["Resources"].values()
+    resources = TEMPLATE["Resources"].values()
     return [r["Properties"] for r in resources if r["Type"] == f"AWS::IAM::{kind}"]
 
 
-def rights(role: dict[str, Any]) -> set[str]:
-    """Those that only this role has."""
+ROLES = {role["RoleName"]: role for role in of_type("Role")}
+
+
+def statements(role: dict[str, Any]) -> list[dict[str, Any]]:
+    """What only this role may do."""
     documents = [policy["PolicyDocument"] for policy in role.get("Policies", [])]
-    actions = [s["Action"] for document in documents for s in document["Statement"]]
-    return {a for action in actions for a in ([action] if isinstance(action, str) else action)}
+    return [statement for document in documents for statement in document["Statement"]]
+
+
+def actions(statement: dict[str, Any]) -> set[str]:
+    told = statement["Action"]
+    return {told} if isinstance(told, str) else set(told)
 
 
 def test_cloudformation_accepts_it() -> None:
     assert faults(TEXT) == []
-
-
-def test_the_head_may_end_its_own_nodes_alone() -> None:
-    assert f"ResourceTag/{TAG_RAY_CLUSTER_NAME}: {read('cluster.yaml')['cluster_name']}}}" in TEXT
 
 
 @pytest.mark.parametrize("word", ["BlockPublicAcls", "ec2:RunInstances", "UseBucket", "RoleName"])
@@ -55,11 +60,24 @@ def test_it_makes_the_profiles_that_the_cluster_names() -> None:
 
 
 def test_only_the_head_launches_and_what_it_launches_is_a_worker() -> None:
-    roles = {role["RoleName"]: role for role in of_type("Role")}
-    assert rights(roles["linearsr-worker"]) == set()
-    assert {"ec2:RunInstances", "ec2:TerminateInstances", "iam:PassRole"} < rights(
-        roles["linearsr-head"]
+    worker, head = ROLES["linearsr-worker"], ROLES["linearsr-head"]
+    assert statements(worker) == []
+    assert {"ec2:RunInstances", "ec2:TerminateInstances"} < set.union(
+        *map(actions, statements(head))
     )
-    (policy,) = roles["linearsr-head"]["Policies"]
-    (passes,) = (s for s in policy["PolicyDocument"]["Statement"] if s["Action"] == "iam:PassRole")
+    (passes,) = (s for s in statements(head) if "iam:PassRole" in actions(s))
     assert passes["Resource"] == {"Fn::GetAtt": ["WorkerRole", "Arn"]}
+    for role in ROLES.values():  # what both may do besides
+        bucket, images = role["ManagedPolicyArns"]
+        assert bucket == {"Ref": "UseBucket"}
+        assert images["Fn::Sub"].endswith(":policy/AmazonEC2ContainerRegistryReadOnly")
+
+
+def test_the_head_ends_and_tags_no_machine_but_its_own() -> None:
+    for statement in statements(ROLES["linearsr-head"]):
+        if actions(statement) & {"ec2:TerminateInstances", "ec2:CreateTags"}:
+            assert statement["Condition"] in (
+                {"StringEquals": {"ec2:CreateAction": "RunInstances"}},
+                {"StringEquals": {f"ec2:ResourceTag/{TAG_RAY_CLUSTER_NAME}": CLUSTER}},
+            )
+    assert TEMPLATE["Parameters"]["ClusterName"]["Default"] == read("cluster.yaml")["cluster_name"]

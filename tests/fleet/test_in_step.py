@@ -17,6 +17,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from linearsr.cluster.plan import ShardConfig
 from tests.fleet.files import MANIFESTS, TOP, manifest, pinned, read, spec
 
 if sys.version_info >= (3, 11):
@@ -93,6 +94,13 @@ def test_a_pod_fits_on_the_machine_that_it_stands_for() -> None:
             asked = container["resources"]["requests"]
             assert 0 < float(asked["cpu"]) < cpus, name
             assert 0 < int(asked["memory"].removesuffix("Gi")) < 0.95 * memory, name
+
+
+def test_work_without_gpus_asks_for_the_cpu_workers_and_no_more() -> None:
+    """Nodes with GPUs would be next."""
+    group = aws()["available_node_types"]["cpu"]
+    room = group["max_workers"] * group["resources"]["CPU"]
+    assert ShardConfig.model_fields["most_cpus"].default == room
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])

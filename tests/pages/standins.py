@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,8 +100,9 @@ def kubectl(*arguments: str) -> None:
         _one_of(given.target, services)
     elif given.verb == "logs":
         assert f"name: {given.container}\n" in "".join(files), f"no container {given.container}"
-        group = given.selector.removeprefix("ray.io/group=")
-        assert f"groupName: {group}\n" in "".join(files), f"no group {group}"
+        asked = dict(pair.split("=") for pair in given.selector.split(","))
+        _one_of(f"raycluster/{asked['ray.io/cluster']}", _names("{kind}/{name}"))
+        assert f"groupName: {asked['ray.io/group']}\n" in "".join(files), f"no such group: {asked}"
 
 
 def _names(shape: str) -> set[str]:
@@ -132,8 +134,7 @@ def _kubectl() -> argparse.ArgumentParser:
     logs = verbs.add_parser("logs")
     logs.add_argument("-l", "--selector", required=True)
     logs.add_argument("-c", "--container", required=True)
-    for flag in ("-f", "--prefix"):
-        logs.add_argument(flag, action="store_true")
+    logs.add_argument("--prefix", action="store_true")
     return parser
 
 
@@ -159,9 +160,11 @@ def aws(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog=f"aws {service} {operation}", allow_abbrev=False)
     for flag in sorted({*known, "region", "query", "output"}):
         parser.add_argument(f"--{flag}")
-    for value in vars(parser.parse_args(flags)).values():
-        if value and value.startswith("file://"):
-            _file(value.removeprefix("file://"))
+    given = vars(parser.parse_args(flags))
+    if template := given.get("template_body"):
+        text = _file(template.removeprefix("file://")).read_text()
+        (parameter,) = re.findall(r"ParameterKey=(\w+)", given["parameters"])
+        assert f"\n  {parameter}:\n    Type: String\n" in text, f"no parameter {parameter}"
 
 
 def _sync(verb: str, source: str, target: str) -> None:
