@@ -38,11 +38,12 @@ QUICK := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/py
 PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 CORE := $(foreach folder,cluster drills pages,--ignore=tests/$(folder))
-ENDPOINT := $(wildcard tests/cluster/test_serve*.py)
+# Of the tests with a cluster those that wait for CORE to end: half of the time.
+SECOND := $(wildcard tests/cluster/test_serve*.py) tests/cluster/test_upscaling.py
 
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	{ $(PYTEST) $(CORE); core=$$?; $(PYTEST) $(ENDPOINT) && exit $$core; } > $(VENV)/core.log 2>&1 & \
-		other=$$!; $(PYTEST) tests/cluster $(ENDPOINT:%=--ignore=%); jobs=$$?; \
+	{ $(PYTEST) $(CORE); core=$$?; $(PYTEST) $(SECOND) && exit $$core; } > $(VENV)/core.log 2>&1 & \
+		other=$$!; $(PYTEST) tests/cluster $(SECOND:%=--ignore=%); jobs=$$?; \
 		wait $$other; other=$$?; cat $(VENV)/core.log; exit $$((jobs | other))
 
 # Clusters of their own, which two cores cannot have beside the others: every command of every page,
