@@ -86,8 +86,8 @@ class ShardConfig(Config):
     cpus: float = Field(default=1.0, gt=0)
     """Logical CPUs that each task reserves."""
     most_cpus: float = Field(default=128, gt=0)
-    """Logical CPUs that a cluster which grows by itself is asked for: those of cluster.yaml's CPU
-    workers."""
+    """Logical CPUs that a cluster which grows by itself is asked for, at most; by default those of
+    cluster.yaml's CPU workers."""
 
     @field_validator("inputs")
     @classmethod

@@ -113,9 +113,12 @@ class Jobs:
         runtime = {"working_dir": str(ROOT), "env_vars": dict(environment or {})}
         return self.client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime)
 
+    def has_ended(self, job: str) -> bool:
+        return bool(self.client.get_job_status(job).is_terminal())
+
     def end(self, job: str) -> tuple[JobStatus, int | None, str]:
         """Status, exit code and output of a job, once it has ended."""
-        until(lambda: self.client.get_job_status(job).is_terminal(), job, 600)
+        until(lambda: self.has_ended(job), job, 600)
         told = self.client.get_job_info(job)
         return told.status, told.driver_exit_code, self.client.get_job_logs(job)
 

@@ -40,9 +40,6 @@ class Fleet(NamedTuple):
         assert status == JobStatus.SUCCEEDED, told
         return told
 
-    def has_ended(self, job: str) -> bool:
-        return bool(self.jobs.client.get_job_status(job).is_terminal())
-
     def settle(self) -> None:
         """Wait until Ray knows which machines are gone, and Serve has put everything on others."""
         until(lambda: not self.gone(), "news of the nodes that are gone")

@@ -251,11 +251,11 @@ def test_the_object_store_is_full(fleet: Fleet, endpoint: Endpoint, cases: list[
     fleet.settle()
     job = fleet.start("-m tests.drills.fill")
     told = partial(fleet.jobs.client.get_job_logs, job)
-    until(lambda: "all are full" in told() or fleet.has_ended(job), "full object stores")
-    assert not fleet.has_ended(job), told()
+    until(lambda: "all are full" in told() or fleet.jobs.has_ended(job), "full object stores")
+    assert not fleet.jobs.has_ended(job), told()
     try:
         answers = in_session(lambda session: crowd(session, endpoint, cases, 2 * len(cases)))
         check(answers, cases)
     finally:
         fleet.jobs.client.stop_job(job)
-        until(lambda: fleet.has_ended(job), "the end of it")
+        until(lambda: fleet.jobs.has_ended(job), "the end of it")
