@@ -57,6 +57,9 @@ class DenoiserConfig(Config):
     """Channels inside a Mix-FFN, as a multiple of the width."""
     qk_norm: bool = True
     """RMS norm of queries and keys: without it, bfloat16 overflows."""
+    local_kernel: int = Field(default=0, ge=0, le=7)
+    """Side of a depthwise convolution of the values, added to the linear attention; 0 builds none.
+    Linear attention spreads its weight over the whole picture; this keeps near neighbours apart."""
     tag_dim: int | None = None
     """Channels of one tag embedding; None builds no cross-attention at all."""
     tag_heads: int = Field(default=8, gt=0)
@@ -76,6 +79,8 @@ class DenoiserConfig(Config):
     def _heads_divide_width(self) -> DenoiserConfig:
         if self.width % self.head_dim:
             raise ValueError(f"width {self.width} is no multiple of head_dim {self.head_dim}")
+        if self.local_kernel and self.local_kernel % 2 == 0:
+            raise ValueError(f"local_kernel must be odd, or 0 for none: {self.local_kernel}")
         if self.tag_dim is not None and self.width % self.tag_heads:
             raise ValueError(f"width {self.width} is no multiple of tag_heads {self.tag_heads}")
         return self

@@ -20,14 +20,24 @@ class LinearAttention(nn.Module):
 
     QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows. Of the query's
     norm only the weight is left to apply: a query's length cancels in the normalised attention.
+
+    With `local_kernel` a depthwise convolution of the values is added to the attention (as in
+    EfficientViT and FLatten Transformer): the sums over all tokens cannot tell neighbours apart.
     """
 
-    def __init__(self, width: int, head_dim: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, head_dim: int, qk_norm: bool, local_kernel: int = 0) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if qk_norm else nn.Identity()
+        self.local = (
+            nn.Conv2d(
+                width, width, local_kernel, padding=local_kernel // 2, groups=width, bias=False
+            )
+            if local_kernel
+            else None
+        )
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +48,14 @@ class LinearAttention(nn.Module):
             # Under autocast the float32 weights of the norms would make q and k float32 as well.
             q, k = (q * self.norm_q.weight).to(v.dtype), self.norm_k(k).to(v.dtype)
         o = relu_linear_attention(self.heads(q), self.heads(k), self.heads(v))
-        return self.out(o.reshape(b, h, w, c))
+        o = o.reshape(b, h, w, c)
+        return self.out(o if self.local is None else o + self.neighbours(v.reshape(b, h, w, c)))
+
+    def neighbours(self, values: Tensor) -> Tensor:
+        """Values (B, H, W, C), convolved with those around them: (B, H, W, C)."""
+        local = cast(nn.Conv2d, self.local)
+        # A view: NHWC memory seen as channels_last NCHW.
+        return local(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, H, D)."""
@@ -110,9 +127,10 @@ class Block(nn.Module):
         ffn_ratio: float,
         qk_norm: bool,
         tag_heads: int | None,
+        local_kernel: int = 0,
     ) -> None:
         super().__init__()
-        self.attention = LinearAttention(width, head_dim, qk_norm)
+        self.attention = LinearAttention(width, head_dim, qk_norm, local_kernel)
         self.tag_attention = None if tag_heads is None else TagAttention(width, tag_heads, qk_norm)
         self.ffn = MixFFN(width, ffn_ratio)
         self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)

@@ -56,7 +56,14 @@ class LinearSR(nn.Module):
         self.tags = None if config.tag_dim is None else TagProjection(config.tag_dim, width)
         tag_heads = None if config.tag_dim is None else config.tag_heads
         self.blocks = nn.ModuleList(
-            Block(width, config.head_dim, config.ffn_ratio, config.qk_norm, tag_heads)
+            Block(
+                width,
+                config.head_dim,
+                config.ffn_ratio,
+                config.qk_norm,
+                tag_heads,
+                config.local_kernel,
+            )
             for _ in range(config.depth)
         )
         self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)

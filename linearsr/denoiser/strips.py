@@ -9,7 +9,7 @@ function of `Block.forward`, which has the plain order; no gradients here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,14 @@ def forward_(
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = block.modulations(modulation)
     strips = x.split(max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2])), dim=1)
     modulated = (modulate(strip, shift, scale) for strip in strips)
-    queries, attend_ = _attention(block.attention, modulated, gate)
+    queries, values, attend_ = _attention(block.attention, modulated, gate)
+    attend_nearby_ = _local_attention(block.attention, values, gate, x)
     attend_tags_ = None if tags is None else _tag_attention(block.tag_attention, tags, tag_mask)
     feed = _MixFFN(block.ffn, ffn_gate, x)
     for strip, query in zip(strips, queries, strict=True):
         attend_(strip, query)
+        if attend_nearby_ is not None:
+            attend_nearby_(strip)
         if attend_tags_ is not None:
             attend_tags_(strip)
         feed(modulate(strip, ffn_shift, ffn_scale))
@@ -57,8 +60,9 @@ def forward_(
 
 def _attention(
     attention: LinearAttention, strips: Iterable[Tensor], gate: Tensor
-) -> tuple[list[Tensor], Callable[[Tensor, Tensor], None]]:
-    """The queries of each strip (B, rows, W, C), and what adds `gate` times their attention."""
+) -> tuple[list[Tensor], list[Tensor], Callable[[Tensor, Tensor], None]]:
+    """The queries of each strip (B, rows, W, C), its values where a local convolution needs them,
+    and a function that adds `gate` times the attention."""
     query, key, value = attention.qkv.weight.chunk(3)
     norm_q, norm_k = attention.norm_q, attention.norm_k
     if isinstance(norm_q, nn.RMSNorm):
@@ -66,7 +70,7 @@ def _attention(
     if isinstance(norm_k, nn.RMSNorm):
         # relu(w k) = |w| relu(sign(w) k): the sizes of the weights wait for the sums.
         key = torch.where(norm_k.weight[:, None] < 0, -key, key)
-    queries, states = [], []
+    queries, values, states = [], [], []
     wide = torch.promote_types(key.dtype, torch.float32)
     for strip in strips:
         x = strip.flatten(1, 2)
@@ -78,10 +82,42 @@ def _attention(
         sums = attention.heads(k).transpose(1, 2).mT @ attention.heads(v).transpose(1, 2)
         z = attention.heads(k.sum(1))[..., None]
         states.append(torch.cat([sums, z], dim=-1).to(wide))
+        if attention.local is not None:
+            values.append(v)
     state = torch.stack(states).sum(0)
     if isinstance(norm_k, nn.RMSNorm):
         state *= attention.heads(norm_k.weight.abs())[..., None]
-    return queries, _reader(state, attention.out, gate)
+    return queries, values, _reader(state, attention.out, gate)
+
+
+def _local_attention(
+    attention: LinearAttention, values: Sequence[Tensor], gate: Tensor, tokens: Tensor
+) -> Callable[[Tensor], None] | None:
+    """A function that adds to the next strip (B, rows, W, C) `gate` times `out` of the convolved
+    values; None without a local convolution.
+
+    values: (B, N, C) of each strip. The convolution looks at rows of the strips beside its own.
+    """
+    if attention.local is None:
+        return None
+    whole = torch.cat(list(values), dim=1).view(tokens.shape)
+    kernel, reach = attention.local.weight, attention.local.weight.shape[-1] // 2
+    # (B, C, C): the gate rides on the output projection.
+    project = attention.out.weight.t() * gate.squeeze(1)
+    done = 0
+
+    def attend_nearby_(strip: Tensor) -> None:
+        nonlocal done
+        top, bottom = done, done + strip.shape[1]
+        above, below = min(reach, top), min(reach, whole.shape[1] - bottom)
+        rows = whole[:, top - above : bottom + below].permute(0, 3, 1, 2)
+        # Zeros lie beside the edges of the picture only: rows that are there are taken as they are.
+        rows = F.pad(rows, (0, 0, reach - above, reach - below))
+        local = F.conv2d(rows, kernel, padding=(0, reach), groups=len(kernel))
+        _add_product(strip, local.permute(0, 2, 3, 1).flatten(1, 2), project)
+        done = bottom
+
+    return attend_nearby_
 
 
 def _reader(state: Tensor, out: nn.Linear, gate: Tensor) -> Callable[[Tensor, Tensor], None]:

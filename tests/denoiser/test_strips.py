@@ -13,10 +13,12 @@ CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = tuple(CLOSE)
 
 
-def block_of(batch: int, dtype: torch.dtype, qk_norm: bool = True) -> tuple[Block, list[Tensor]]:
+def block_of(
+    batch: int, dtype: torch.dtype, qk_norm: bool = True, local: int = 0
+) -> tuple[Block, list[Tensor]]:
     """A block, and a picture of 7 rows of 9 with its modulation and two tags."""
     torch.manual_seed(0)
-    block = Block(16, head_dim=8, ffn_ratio=2.5, qk_norm=qk_norm, tag_heads=2).eval()
+    block = Block(16, 8, 2.5, qk_norm=qk_norm, tag_heads=2, local_kernel=local).eval()
     if qk_norm:
         assert block.tag_attention is not None
         for part in (block.attention, block.tag_attention):
@@ -39,12 +41,18 @@ def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("cached", [1, 27, 36, 54, 10**9])  # 1, 3, 4 and 6 rows at once, and all
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("local", [0, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_strips_of_rows_are_the_whole(
-    monkeypatch: pytest.MonkeyPatch, cached: int, batch: int, qk_norm: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    cached: int,
+    batch: int,
+    qk_norm: bool,
+    local: int,
+    dtype: torch.dtype,
 ) -> None:
-    block, given = block_of(batch, dtype, qk_norm)
+    block, given = block_of(batch, dtype, qk_norm, local)
     monkeypatch.setattr(strips, "CACHED_TOKENS", cached * batch)
     whole, result = both(block, given)
     torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
@@ -57,7 +65,7 @@ def test_strips_of_rows_are_the_whole(
 def test_tiny_pictures(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, cached: int, dtype: torch.dtype
 ) -> None:
-    block, (x, *rest) = block_of(1, dtype)
+    block, (x, *rest) = block_of(1, dtype, local=5)
     monkeypatch.setattr(strips, "CACHED_TOKENS", cached)
     whole, result = both(block, [x[:, :height, :width], *rest])
     torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
