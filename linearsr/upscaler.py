@@ -199,9 +199,13 @@ class Upscaler:
         raise OutOfMemory(f"out of memory on {self.device}: {hint}")
 
     def scale_of(self, picture: Picture, options: Options) -> float:
-        """How many times larger the network makes the picture: what is asked for, where it was
-        trained for that, and else the nearest scale, whose result is resampled."""
-        return self.config.trained_scale(asked_scale(*picture.pixels.shape[-2:], options))
+        """How many times larger the network makes the picture.
+
+        That is the scale asked for where the model was trained for it, and else the nearest one,
+        whose result is resampled.
+        """
+        height, width = picture.pixels.shape[-2:]
+        return self.config.trained_scale(asked_scale(height, width, options))
 
     def tile_sizes(self, picture: Picture, options: Options) -> Iterator[int | None]:
         """Tile sides to try, in latent cells; None is the whole picture at once."""
@@ -271,13 +275,14 @@ class Upscaler:
         # The first step's own answer is that of one step: nothing else is computed without detail.
         timesteps = schedule(sampling, options.steps if options.detail else 1)
         scale = self.scale_of(picture, options)
-        size = scaled_size(*picture.pixels.shape[-2:], scale)
+        height, width = picture.pixels.shape[-2:]
+        size = scaled_size(height, width, scale)
         _check_memory(picture, options, size, tile)
         # Two cells at the least: oneDNN's bfloat16 convolution with stride 2 is wrong where its
         # result is one wide.
-        height, width = (max(2, -(-n // self.config.latent.factor)) for n in size)
-        tiles = tuple(_grid(height, width, tile))
-        noise = self._noise(height, width, options.seed)
+        rows, columns = (max(2, -(-n // self.config.latent.factor)) for n in size)
+        tiles = tuple(_grid(rows, columns, tile))
+        noise = self._noise(rows, columns, options.seed)
         return Job(
             picture=picture,
             options=options,

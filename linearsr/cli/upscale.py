@@ -24,8 +24,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "upscale",
         help="upscale pictures",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="--detail is the slider between fidelity and perception: 0 (as --steps 1) is closest to "
-        "the truth and softest, 1 keeps all the detail that the further steps add.",
+        epilog="--detail is the slider between fidelity and perception: 0 is closest to the truth "
+        "and softest (as --steps 1), 1 keeps all the detail that the further steps add.",
     )
     parser.set_defaults(run=_upscale)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
