@@ -155,7 +155,7 @@ def size(config: ModelConfig) -> tuple[int, int]:
 def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> int:
     """Of one result: the steps, what each expert that takes some does once, and decoding."""
     sampling = config.sampling
-    times = schedule(steps or sampling.steps, sampling.flow_shift)[:-1]
+    times = schedule(sampling, steps)[:-1]
     step, once = denoiser(config, side)
     experts = len({segment.expert for segment in plan(times, sampling.boundaries)})
     return len(times) * step + experts * once + autoencoder(config.latent, side)[1]

@@ -135,12 +135,26 @@ class SamplingConfig(Config):
     """How much of the steps goes to high noise (Sana's flow shift)."""
     boundaries: tuple[float, ...] = (0.223, 0.875, 0.939)
     """Timesteps between experts, ascending; the first expert (most noise) lies above the last."""
+    plans: tuple[tuple[float, ...], ...] = ()
+    """Timesteps at which the steps start, from 1.0 down, for requests of as many steps; other
+    requests take the shifted schedule."""
 
     @model_validator(mode="after")
     def _boundaries_rise(self) -> SamplingConfig:
         edges = (0.0, *self.boundaries, 1.0)
         if any(low >= high for low, high in pairwise(edges)):
             raise ValueError(f"boundaries must rise strictly inside (0, 1): {self.boundaries}")
+        return self
+
+    @model_validator(mode="after")
+    def _plans_fall(self) -> SamplingConfig:
+        for plan in self.plans:
+            if not 1 <= len(plan) <= 50 or plan[0] != 1:
+                raise ValueError(f"a plan has 1 to 50 timesteps, the first of them 1.0: {plan}")
+            if any(low >= high for high, low in pairwise((*plan, 0.0))):
+                raise ValueError(f"a plan's timesteps must fall strictly and stay above 0: {plan}")
+        if len({len(plan) for plan in self.plans}) != len(self.plans):
+            raise ValueError(f"plans must differ in their number of steps: {self.plans}")
         return self
 
 
@@ -150,7 +164,10 @@ class ModelConfig(Config):
     name: str
     """What tables and results call it."""
     scale: int = Field(default=4, gt=0)
-    """How many times larger its result is."""
+    """The largest scale that it was trained for: larger results are enlarged by bicubic."""
+    smallest_scale: float | None = Field(default=None, ge=1)
+    """The smallest scale that it was trained for: smaller results are shrunk by bicubic. None means
+    that it was trained for `scale` alone."""
     denoiser: DenoiserConfig
     latent: LatentConfig
     tags: TagEncoderConfig | None = None
@@ -170,20 +187,29 @@ class ModelConfig(Config):
             raise ValueError(f"folding by {factor} gives {folded} latent channels, not {channels}")
         if self.tags is not None and self.denoiser.tag_dim is None:
             raise ValueError("tags need a denoiser with cross-attention: set its tag_dim")
+        if self.smallest_scale is not None and self.smallest_scale > self.scale:
+            raise ValueError(f"smallest_scale {self.smallest_scale} is above scale {self.scale}")
         return self
+
+    def trained_scale(self, scale: float) -> float:
+        """The scale nearest to `scale` that the model was trained for."""
+        smallest = self.scale if self.smallest_scale is None else self.smallest_scale
+        return min(max(scale, smallest), self.scale)
 
 
 class Options(Config):
     """What a request may choose; the same fields everywhere (command line, HTTP, jobs)."""
 
-    scale: Literal[2, 3, 4] = 4
-    """How many times larger the result is."""
+    scale: float = Field(default=4, ge=1, le=4)
+    """How many times larger the result is, such as 2 or 2.5; 1 repairs without enlarging."""
     width: int | None = Field(default=None, ge=1, le=65535)
     """Final width in pixels instead of a scale; without a height it keeps the aspect ratio."""
     height: int | None = Field(default=None, ge=1, le=65535)
     """Final height in pixels, likewise."""
     steps: int | None = Field(default=None, ge=1, le=50)
     """1: closest to the truth (conditional mean). More: sharper, one plausible picture."""
+    detail: float = Field(default=1.0, ge=0, le=1)
+    """How much of what the steps after the first add is kept: 0 is the picture of --steps 1."""
     solver: Solver | None = None
     """None: the model's own. "dpm" and "adams" come further in as many steps (docs/sampling.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

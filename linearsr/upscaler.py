@@ -22,7 +22,6 @@ from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -32,10 +31,11 @@ from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
-from linearsr.imaging.resample import resize
+from linearsr.imaging.resample import enlarged_part, resize
 from linearsr.imaging.tiles import Canvas, Tile, tile_grid
 from linearsr.latent import Autoencoder, load_autoencoder
 from linearsr.noise.experts import Segment, plan
+from linearsr.noise.path import clean_guess
 from linearsr.noise.sampler import Walk, looks_back, sample, schedule
 from linearsr.tags.encoder import tag_encoder
 from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
@@ -84,21 +84,28 @@ def _memory_errors() -> Iterator[None]:
 class Work:
     """What who denoises needs of a request: tensors and plain values, no models.
 
-    lr: (1, 3, h, w) in [-1, 1], edge-padded so that its latent grid is whole.
+    lr: (1, 3, h, w) in [-1, 1].
+    size: height and width to which bicubic enlarges it; what the latent grid has beyond them
+        repeats the last pixels.
     latents: one (1, C, th, tw) per tile, at `timesteps[start of the next segment]`.
     timesteps: steps + 1 of them, from 1 to 0.
     tags: (1, T, tag_dim) embeddings, so that who denoises needs no encoder; None without tags.
     previous: as `latents`, what a solver of second order saw at the step before; empty where the
         next step does not look back.
+    blends: whether the result is blended with the clean latent that the first step guesses.
+    guess: as `latents`, that guess; empty before the first step, and where nothing is blended.
     """
 
     lr: Tensor
+    size: tuple[int, int]
     tiles: tuple[Tile, ...]
     latents: tuple[Tensor, ...]
     timesteps: tuple[float, ...]
     tags: Tensor | None = None
     solver: Solver = "euler"
     previous: tuple[Tensor, ...] = ()
+    blends: bool = False
+    guess: tuple[Tensor, ...] = ()
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
@@ -111,11 +118,16 @@ class Job(Work):
     picture: Picture
     options: Options
     steps: int
+    scale: float
     segments: tuple[Segment, ...]
 
     def work(self) -> Work:
         """Without the picture, which would only be carried along from expert to expert."""
         return Work(**{field.name: getattr(self, field.name) for field in fields(Work)})
+
+    def after(self, work: Work) -> Job:
+        """This request with what its experts have made of the work."""
+        return dataclasses.replace(self, **{f.name: getattr(work, f.name) for f in fields(Work)})
 
 
 class Upscaler:
@@ -165,7 +177,7 @@ class Upscaler:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return load_autoencoder(self.config.latent, self.device, dtype)
 
-    def __call__(self, image: Image.Image, scale: int = 4, **options: object) -> Image.Image:
+    def __call__(self, image: Image.Image, scale: float = 4, **options: object) -> Image.Image:
         """Upscale a PIL image: `upscaler(image, scale=4, steps=..., seed=..., tags=...)`.
 
         `options` are the fields of `Options`. Raises InputError, OptionError, OutOfMemory.
@@ -180,21 +192,28 @@ class Upscaler:
         Out of memory is answered with tiles of half the size, unless the tile was chosen.
         """
         options = self.with_tags(picture, options)
-        for tile in self.tile_sizes(options):
+        for tile in self.tile_sizes(picture, options):
             with contextlib.suppress(OutOfMemory):
                 return self._attempt(picture, options, tile, progress)
         hint = "choose a smaller --tile" if options.tile != "auto" else "free some of its memory"
         raise OutOfMemory(f"out of memory on {self.device}: {hint}")
 
-    def tile_sizes(self, options: Options) -> Iterator[int | None]:
+    def scale_of(self, picture: Picture, options: Options) -> float:
+        """How many times larger the network makes the picture.
+
+        That is the scale asked for where the model was trained for it, and else the nearest one,
+        whose result is resampled.
+        """
+        height, width = picture.pixels.shape[-2:]
+        return self.config.trained_scale(asked_scale(height, width, options))
+
+    def tile_sizes(self, picture: Picture, options: Options) -> Iterator[int | None]:
         """Tile sides to try, in latent cells; None is the whole picture at once."""
         if options.tile == "off":
             yield None
         elif options.tile != "auto":
-            yield max(
-                SMALLEST_TILE // 4,
-                round(options.tile * self.config.scale / self.config.latent.factor),
-            )
+            scale = self.scale_of(picture, options)
+            yield max(SMALLEST_TILE // 4, round(options.tile * scale / self.config.latent.factor))
         else:
             size = AUTO_TILE
             while size >= SMALLEST_TILE:
@@ -238,10 +257,10 @@ class Upscaler:
         Tags are those of `options`: give what `with_tags` returned.
         """
         asked = options.model_dump(exclude_defaults=True, exclude={"tags"})
-        size = {} if options.width or options.height else {"scale": options.scale}
+        size = {} if options.width or options.height else {"scale": f"{options.scale:g}"}
         sampling = self.config.sampling
         steps, solver = options.steps or sampling.steps, options.solver or sampling.solver
-        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "solver": solver}
+        chosen = {"model": self.config.name, **asked, **size, "steps": steps, "solver": solver}
         chosen["seed"] = options.seed
         if options.tags:
             chosen["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
@@ -253,17 +272,24 @@ class Upscaler:
         """Everything before the first step. `tile` in latent cells; None for no tiles."""
         options = self.with_tags(picture, options)
         sampling = self.config.sampling
-        timesteps = schedule(options.steps or sampling.steps, sampling.flow_shift)
-        _check_memory(picture, options, self.config.scale, tile)
-        lr = self._padded(picture.pixels[None] * 2 - 1)
-        height, width = (n * self.config.scale // self.config.latent.factor for n in lr.shape[-2:])
-        tiles = tuple(_grid(height, width, tile))
-        noise = self._noise(height, width, options.seed)
+        # The first step's own answer is that of one step: nothing else is computed without detail.
+        timesteps = schedule(sampling, options.steps if options.detail else 1)
+        scale = self.scale_of(picture, options)
+        height, width = picture.pixels.shape[-2:]
+        size = scaled_size(height, width, scale)
+        _check_memory(picture, options, size, tile)
+        # Two cells at the least: oneDNN's bfloat16 convolution with stride 2 is wrong where its
+        # result is one wide.
+        rows, columns = (max(2, -(-n // self.config.latent.factor)) for n in size)
+        tiles = tuple(_grid(rows, columns, tile))
+        noise = self._noise(rows, columns, options.seed)
         return Job(
             picture=picture,
             options=options,
             steps=len(timesteps) - 1,
-            lr=lr,
+            scale=scale,
+            lr=picture.pixels[None] * 2 - 1,
+            size=size,
             tiles=tiles,
             # Copies, so that a tile sent elsewhere does not take the whole field along.
             latents=tuple(t.crop(noise).clone() for t in tiles),
@@ -271,6 +297,7 @@ class Upscaler:
             segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
             tags=self._encoded(options),
             solver=options.solver or sampling.solver,
+            blends=0 < options.detail < 1 and len(timesteps) > 2,
         )
 
     def _encoded(self, options: Options) -> Tensor | None:
@@ -279,15 +306,6 @@ class Upscaler:
             return None
         encoded = self.encoder([options.tags])
         return encoded.embeddings.cpu() if encoded.mask.all() else None
-
-    def _padded(self, lr: Tensor) -> Tensor:
-        """Edge pixels repeated until scale x side is whole latent cells, two at the least.
-
-        Two: oneDNN's bfloat16 convolution with stride 2 is wrong where its result is one wide.
-        """
-        cell = math.lcm(self.config.scale, self.config.latent.factor) // self.config.scale
-        bottom, right = (max(-n % cell, 2 * cell - n) for n in lr.shape[-2:])
-        return F.pad(lr, (0, right, 0, bottom), mode="replicate") if bottom or right else lr
 
     def _noise(self, height: int, width: int, seed: int) -> Tensor:
         """One field for the whole picture, drawn on the CPU: tiles share it where they overlap."""
@@ -350,7 +368,7 @@ class Upscaler:
     def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Walk]:
         """Where each of the group is after its steps, tensors (1, C, th, tw) on the CPU."""
         model = self._expert(expert)
-        lr_pictures = torch.cat([self._upsampled(p.work.lr, p.tile) for p in group])
+        lr_pictures = torch.cat([self._upsampled(p.work, p.tile) for p in group])
         lr_pictures = lr_pictures.contiguous(memory_format=torch.channels_last)
         joined = self.autoencoder.condition(lr_pictures) if model.config.condition_latent else None
         condition = model.condition(lr_pictures.to(model.embed.weight.dtype), joined)
@@ -358,8 +376,16 @@ class Upscaler:
         timesteps = torch.tensor([p.timesteps for p in group]).T
         walk = self._joined([p.walk for p in group])
         solver, start = group[0].work.solver, group[0].behind
-        done = sample(solver, lambda z, t: model(z, t, condition), walk, timesteps, start)
-        return _split(done, group)
+        guesses: list[Tensor] = []
+
+        def denoise(latent: Tensor, t: Tensor) -> Tensor:
+            v = model(latent, t, condition)
+            if not guesses and any(p.guesses for p in group):
+                guesses.append(clean_guess(latent, v, t))
+            return v
+
+        done = sample(solver, denoise, walk, timesteps, start)
+        return _split(done._replace(guess=guesses[0] if guesses else None), group)
 
     def _joined(self, walks: Sequence[Walk]) -> Walk:
         """Several as one, on the device; all of them look back, or none."""
@@ -371,15 +397,10 @@ class Upscaler:
         joined = torch.cat(list(parts)).to(self.device)
         return joined.contiguous(memory_format=torch.channels_last)
 
-    def _upsampled(self, lr: Tensor, tile: Tile) -> Tensor:
+    def _upsampled(self, work: Work, tile: Tile) -> Tensor:
         """The bicubic picture under one tile, equal to that part of the whole bicubic picture."""
-        factor, scale = self.config.latent.factor, self.config.scale
-        rows = _span(tile.top, tile.bottom, factor, scale, lr.shape[-2])
-        columns = _span(tile.left, tile.right, factor, scale, lr.shape[-1])
-        part = lr[..., rows.start : rows.stop, columns.start : columns.stop].to(self.device)
-        whole = resize(part, part.shape[-2] * scale, part.shape[-1] * scale)
-        inside = Tile(rows.offset, columns.offset, tile.height * factor, tile.width * factor)
-        return inside.crop(whole)
+        pixels = tile.scaled(self.config.latent.factor)
+        return enlarged_part(work.lr, *work.size, pixels, self.device)
 
     def finish(self, job: Job) -> Picture:
         """Decode, join tiles, fix colour, crop or resample to the size asked for.
@@ -398,15 +419,16 @@ class Upscaler:
         """Tiles are decoded where the autoencoder is; the whole picture lies on `device`."""
         factor = self.config.latent.factor
         canvas = Canvas((t.scaled(factor) for t in job.tiles), 3, device=device)
-        for tile, latent in zip(job.tiles, job.latents, strict=True):
-            lr_picture = self._upsampled(job.lr, tile)
+        for number, (tile, latent) in enumerate(zip(job.tiles, job.latents, strict=True)):
+            lr_picture = self._upsampled(job, tile)
+            if job.blends:
+                latent = torch.lerp(job.guess[number], latent, job.options.detail)
             piece = self.autoencoder.decode(latent.to(lr_picture), lr_picture)
             canvas.add(tile.scaled(factor), piece[0])
         restored = canvas.result()[None]
-        height, width = (n * self.config.scale for n in job.picture.pixels.shape[-2:])
-        restored = restored[..., :height, :width]
-        source = resize(job.lr.to(device), *(n * self.config.scale for n in job.lr.shape[-2:]))
-        restored = fix_colour(restored, source[..., :height, :width], job.options.colour_fix)
+        height, width = job.size
+        source = resize(job.lr.to(device), height, width)
+        restored = fix_colour(restored[..., :height, :width], source, job.options.colour_fix)
         return _with_pixels(job, restored)
 
 
@@ -438,7 +460,13 @@ class _Place(NamedTuple):
     def walk(self) -> Walk:
         """Where it has come to."""
         previous = self.work.previous[self.number] if self.work.previous else None
-        return Walk(self.latent, previous)
+        guess = self.work.guess[self.number] if self.work.guess else None
+        return Walk(self.latent, previous, guess)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the guess of the segment's first step is kept."""
+        return self.work.blends and self.segment.start == 0
 
     @property
     def behind(self) -> int:
@@ -467,20 +495,30 @@ def _split(walk: Walk, group: Sequence[_Place]) -> list[Walk]:
 
     Copies, so that one that is sent elsewhere does not take its neighbours along.
     """
-    latents = [latent.clone() for latent in walk.latent.cpu().split(1)]
-    if walk.previous is None:
-        return [Walk(latent) for latent in latents]
-    previous = walk.previous.cpu().split(1)
-    return [
-        Walk(latent, seen.clone() if place.goes_on else None)
-        for latent, seen, place in zip(latents, previous, group, strict=True)
-    ]
+    latents, previous, guesses = (
+        [None] * len(group) if together is None else together.cpu().split(1) for together in walk
+    )
+    walks = []
+    for place, latent, seen, guess in zip(group, latents, previous, guesses, strict=True):
+        assert latent is not None
+        walks.append(
+            Walk(
+                latent.clone(),
+                seen.clone() if seen is not None and place.goes_on else None,
+                guess.clone() if guess is not None and place.guesses else place.walk.guess,
+            )
+        )
+    return walks
 
 
 def _moved(work: AnyWork, walks: Sequence[Walk]) -> AnyWork:
     """The work after its segment."""
-    previous = tuple(walk.previous for walk in walks if walk.previous is not None)
-    return dataclasses.replace(work, latents=tuple(w.latent for w in walks), previous=previous)
+    return dataclasses.replace(
+        work,
+        latents=tuple(walk.latent for walk in walks),
+        previous=tuple(walk.previous for walk in walks if walk.previous is not None),
+        guess=tuple(walk.guess for walk in walks if walk.guess is not None),
+    )
 
 
 def _joined_tags(tags: Sequence[TagKeys | None]) -> TagKeys | None:
@@ -509,22 +547,6 @@ def _grid(height: int, width: int, tile: int | None) -> list[Tile]:
     return tile_grid(height, width, tile, min(OVERLAP, tile // 4))
 
 
-@dataclass(frozen=True)
-class _Span:
-    """LR pixels `start` to `stop`; upsampled, the tile begins `offset` pixels into them."""
-
-    start: int
-    stop: int
-    offset: int
-
-
-def _span(first: int, last: int, factor: int, scale: int, length: int) -> _Span:
-    """The LR pixels that bicubic needs for cells `first` to `last`: two more on each side."""
-    start = max(0, first * factor // scale - 2)
-    stop = min(length, -(-last * factor // scale) + 2)
-    return _Span(start, stop, first * factor - start * scale)
-
-
 def _with_pixels(job: Job, restored: Tensor) -> Picture:
     """The finished picture: final size, [0, 1], alpha and metadata of the original."""
     height, width = job.picture.pixels.shape[-2:]
@@ -548,18 +570,28 @@ def output_size(height: int, width: int, options: Options) -> tuple[int, int]:
     """Height and width of the result that `options` ask for, of a picture of this size."""
     if options.width and options.height:
         return options.height, options.width
-    if options.width:
-        return max(1, round(height * options.width / width)), options.width
-    if options.height:
-        return options.height, max(1, round(width * options.height / height))
-    return height * options.scale, width * options.scale
+    return scaled_size(height, width, asked_scale(height, width, options))
 
 
-def _check_memory(picture: Picture, options: Options, scale: int, tile: int | None) -> None:
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Height and width of a picture of this size made `scale` times larger, in whole pixels."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def asked_scale(height: int, width: int, options: Options) -> float:
+    """The scale that `options` ask for: the larger one, where a width and a height imply two."""
+    if not (options.width or options.height):
+        return options.scale
+    return max((options.height or 0) / height, (options.width or 0) / width)
+
+
+def _check_memory(
+    picture: Picture, options: Options, size: tuple[int, int], tile: int | None
+) -> None:
     """Refuse what cannot fit: past this point Linux would kill the process without a word."""
     height, width = picture.pixels.shape[-2:]
-    computed, final = scale**2 * height * width, math.prod(output_size(height, width, options))
-    need = (BYTES_PER_PIXEL if tile else BYTES_PER_PIXEL_UNTILED) * max(computed, final)
+    pixels = max(math.prod(size), math.prod(output_size(height, width, options)))
+    need = (BYTES_PER_PIXEL if tile else BYTES_PER_PIXEL_UNTILED) * pixels
     free = psutil.virtual_memory().available
     if need > free:
         raise TooLarge(

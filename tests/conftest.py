@@ -66,6 +66,16 @@ def small_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def scaling_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same experts, for every scale from 1 to 4."""
+    folder = tmp_path_factory.mktemp("weights") / "scaling"
+    config = small_config.model_copy(update={"name": "scaling", "smallest_scale": 1.0})
+    experts = [m.state_dict() for m in random_experts(config, 4)]
+    weights.save(folder, config, experts, {"licence": "test"}, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tagged_config(small_config: ModelConfig) -> ModelConfig:
     """The same, guided by tags."""
     denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16, "tag_heads": 2})

@@ -61,6 +61,31 @@ def test_the_solver_is_used_and_told(run, photos: Path, tmp_path: Path) -> None:
     assert not any(np.array_equal(a, b) for a, b in combinations(made, 2))
 
 
+def test_any_scale_and_detail_are_used_and_told(  # type: ignore[no-untyped-def]
+    run, photos: Path, tmp_path: Path, scaling_bundle: Path
+) -> None:
+    asked = ("--model", scaling_bundle, "--steps", 4, "--scale", 1.5, "--detail", 0.5)
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *asked)
+    assert code == 0 and "96x72" in out and "computed" not in out
+    provenance = read_provenance(tmp_path / "out.png")
+    assert provenance is not None
+    assert provenance["scale"] == "1.5" and provenance["detail"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("asked", "note"),
+    [
+        (("--scale", 2), "x4, then shrunk"),
+        (("--width", 300), "x4, then enlarged"),
+    ],
+)
+def test_a_scale_that_the_model_was_not_trained_for_is_told(  # type: ignore[no-untyped-def]
+    run, photos: Path, tmp_path: Path, asked: tuple[object, ...], note: str
+) -> None:
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *asked)
+    assert code == 0 and f"computed at {note}" in out
+
+
 def test_a_folder_keeps_its_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run(photos, "-o", tmp_path / "out", "--scale", 2)[0] == 0
     found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
@@ -120,7 +145,7 @@ def test_running_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypa
     def exhausted(self: object, *_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.upscaler.Upscaler._padded", exhausted)
+    monkeypatch.setattr("linearsr.upscaler.Upscaler._noise", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err
@@ -149,6 +174,8 @@ def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type:
         (["{photos}/a.png", "-o", "x.png", "--steps", "99"], 2, "steps"),
         (["{photos}/a.png", "-o", "x.png", "--tile", "huge"], 2, "tile"),
         (["{photos}/a.png", "-o", "x.png", "--scale", "7"], 2, "scale"),
+        (["{photos}/a.png", "-o", "x.png", "--scale", "0.5"], 2, "scale"),
+        (["{photos}/a.png", "-o", "x.png", "--detail", "2"], 2, "detail"),
         (["{photos}/a.png", "-o", "x.png", "--tags", "cat"], 2, "tags"),
         (["{photos}/a.png", "-o", "x.png", "--model", "nope"], 2, "nope"),
         (["{photos}/a.png", "-o", "x.png", "--device", "nope"], 2, "nope"),

@@ -54,6 +54,144 @@ def test_sizes(
     assert small(photograph, steps=1, **options).size == size
 
 
+@pytest.fixture(scope="module")
+def scaling(scaling_bundle: Path) -> Upscaler:
+    """Trained, so to say, for every scale from 1 to 4; in float32."""
+    return Upscaler(weights.load(scaling_bundle, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "scale"),
+    [
+        ({"scale": 1}, (64, 48), 1),
+        ({"scale": 1.5}, (96, 72), 1.5),
+        ({"scale": 2.3}, (147, 110), 2.3),
+        ({"width": 100}, (100, 75), 100 / 64),
+        ({"height": 131}, (175, 131), 131 / 48),
+        ({"width": 100, "height": 50}, (100, 50), 100 / 64),
+        ({"width": 33}, (33, 25), 1),
+        ({"width": 300}, (300, 225), 4),
+    ],
+)
+def test_the_network_works_at_the_scale_asked_for_where_it_was_trained_for_it(
+    scaling: Upscaler,
+    picture: Picture,
+    options: dict[str, float],
+    size: tuple[int, int],
+    scale: float,
+) -> None:
+    asked = Options.parse(steps=1, **options)
+    job = scaling.prepare(picture, asked)
+    assert job.scale == scale and job.size == (round(48 * scale), round(64 * scale))
+    assert job.latents[0].shape[-2:] == tuple(-(-side // 4) for side in job.size)
+    assert scaling.upscale(picture, asked).pixels.shape[1:] == size[::-1]
+
+
+@pytest.mark.parametrize("scale", [1, 1.5, 2, 2.37, 4])
+def test_at_any_scale_a_tile_sees_its_part_of_the_bicubic_picture(
+    scaling: Upscaler, picture: Picture, scale: float
+) -> None:
+    odd = dataclasses.replace(picture, pixels=picture.pixels[:, :47, :61])
+    job = scaling.prepare(odd, Options(scale=scale), tile=8)
+    assert len(job.tiles) > 4
+    height, width = job.size
+    assert (height, width) == (round(47 * scale), round(61 * scale))
+    whole = resize(odd.pixels[None] * 2 - 1, height, width)
+    below, beside = (4 * (-(-side // 4)) - side for side in job.size)
+    whole = torch.nn.functional.pad(whole, (0, beside, 0, below), mode="replicate")
+    for tile in job.tiles:
+        part = scaling._upsampled(job, tile)
+        torch.testing.assert_close(part, tile.scaled(4).crop(whole), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1, 1.5, 2.37])
+def test_at_any_scale_a_silent_model_is_bicubic_whatever_the_tiles(
+    scaling: Upscaler, picture: Picture, scale: float
+) -> None:
+    bundle = scaling.config, [silent(m) for m in scaling.experts]
+    quiet = Upscaler(upscaler.weights.Bundle(*bundle, {}))
+    bicubic = resize(picture.pixels[None], round(48 * scale), round(64 * scale))[0].clamp(0, 1)
+    for tile in ("off", 20):
+        result = quiet.upscale(picture, Options(scale=scale, steps=1, tile=tile)).pixels
+        torch.testing.assert_close(result, bicubic, atol=2e-5, rtol=0)
+
+
+def test_tile_is_a_side_in_input_pixels_at_any_scale(scaling: Upscaler, picture: Picture) -> None:
+    for scale, cells in ((1, 8), (2, 16), (4, 32)):
+        options = Options(scale=scale, tile=32)
+        assert list(scaling.tile_sizes(picture, options)) == [cells]
+
+
+def test_a_model_of_one_scale_shrinks_what_it_computes(small: Upscaler, picture: Picture) -> None:
+    job = small.prepare(picture, Options(scale=1.5))
+    assert job.scale == 4 and job.size == (192, 256)
+    assert small.upscale(picture, Options(scale=1.5, steps=1)).pixels.shape == (3, 72, 96)
+
+
+def test_detail_leads_from_the_first_steps_answer_to_the_last_ones(
+    scaling: Upscaler, picture: Picture
+) -> None:
+    """Latents are pixels here, so their blend is the pictures'; clamping apart."""
+
+    def made(**options: object) -> torch.Tensor:
+        asked = Options.parse(scale=1.5, seed=5, tile=20, colour_fix="none", **options)
+        return scaling.upscale(grey, asked).pixels
+
+    grey = dataclasses.replace(picture, pixels=0.4 + picture.pixels / 5)
+    for solver in ("euler", "adams"):
+        one, full = made(steps=1), made(steps=5, solver=solver)
+        assert torch.equal(made(steps=5, solver=solver, detail=0), one)
+        assert torch.equal(made(steps=5, solver=solver, detail=1), full)
+        assert min(one.min(), full.min()) > 0 and max(one.max(), full.max()) < 1
+        half = made(steps=5, solver=solver, detail=0.25)
+        torch.testing.assert_close(half, torch.lerp(one, full, 0.25), atol=1e-5, rtol=0)
+        assert (full - one).abs().max() > 1e-2
+
+
+def test_without_detail_one_forward_is_taken(small: Upscaler, picture: Picture) -> None:
+    calls: list[int] = []
+    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in small.experts]
+    small.upscale(picture, Options(steps=20, detail=0))
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 1
+
+
+def test_the_guess_travels_only_with_requests_that_blend(small: Upscaler, picture: Picture) -> None:
+    """Side by side with others, some at their first step and some not."""
+    details = (0.5, 1.0, 0.5)
+    jobs = [
+        small.prepare(picture, Options(seed=seed, steps=6, detail=detail), tile=20)
+        for seed, detail in enumerate(details)
+    ]
+    begun = small.denoise(jobs[2], Segment(0, 0, 2))
+    batch = [(jobs[0], Segment(0, 0, 2)), (jobs[1], Segment(0, 0, 2)), (begun, Segment(0, 2, 4))]
+    results = small.denoise_batch(batch)
+    assert [len(result.guess) for result in results] == [len(job.tiles) for job in jobs[:1]] + [
+        0,
+        len(begun.tiles),
+    ]
+    assert all(map(torch.equal, results[2].guess, begun.guess))
+    alone = small.denoise(jobs[0], Segment(0, 0, 1))
+    for ours, theirs in zip(results[0].guess, alone.guess, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=0)
+        assert ours.untyped_storage().nbytes() == ours.nbytes
+
+
+def test_a_models_plan_is_walked(small: Upscaler, picture: Picture) -> None:
+    """Each expert once, at the timesteps that the config names."""
+    sampling = small.config.sampling.model_copy(update={"plans": ((1.0, 0.9, 0.5, 0.2),)})
+    config = small.config.model_copy(update={"sampling": sampling})
+    planned = Upscaler(weights.Bundle(config, small.experts, {}))
+    job = planned.prepare(picture, Options(steps=4))
+    assert job.timesteps == (1.0, 0.9, 0.5, 0.2, 0.0)
+    assert job.segments == ((0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 3, 4))
+    assert (
+        planned.prepare(picture, Options(steps=3)).timesteps
+        == small.prepare(picture, Options(steps=3)).timesteps
+    )
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (200, 3), (5, 5)])
 def test_odd_pictures(small: Upscaler, size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
@@ -294,7 +432,7 @@ def test_a_tile_sees_its_part_of_the_whole_bicubic_picture(
     assert len(job.tiles) > 4
     whole = resize(job.lr, *(4 * n for n in job.lr.shape[-2:]))
     for tile in job.tiles:
-        torch.testing.assert_close(small._upsampled(job.lr, tile), tile.scaled(4).crop(whole))
+        torch.testing.assert_close(small._upsampled(job, tile), tile.scaled(4).crop(whole))
 
 
 def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture) -> None:
@@ -384,6 +522,10 @@ def _limit_memory(
     "fields",
     [
         {"scale": 5},
+        {"scale": 0.9},
+        {"scale": float("nan")},
+        {"detail": 1.1},
+        {"detail": -0.1},
         {"steps": 0},
         {"steps": 51},
         {"seed": -1},

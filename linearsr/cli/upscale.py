@@ -14,6 +14,7 @@ from linearsr.config import FileOptions, Options, Solver
 from linearsr.errors import InputError, LinearSRError, OptionError, OutputError
 
 if TYPE_CHECKING:
+    from linearsr.imaging.files import Picture
     from linearsr.upscaler import Upscaler
 
 
@@ -23,8 +24,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "upscale",
         help="upscale pictures",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="--steps is the knob between fidelity and perception: 1 is closest to the truth and "
-        "softest, more steps are sharper but invent texture.",
+        epilog="--detail is the slider between fidelity and perception: 0 is closest to the truth "
+        "and softest (as --steps 1), 1 keeps all the detail that the further steps add.",
     )
     parser.set_defaults(run=_upscale)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
@@ -36,12 +37,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def add_options(add: argparse.ArgumentParser) -> None:
     """The options of a single picture, here and in ray_jobs/upscale_dataset.py."""
     add.add_argument(
-        "--scale", type=int, choices=(2, 3, 4), default=4, help="how many times larger"
+        "--scale",
+        type=float,
+        default=4,
+        help="how many times larger, 1 to 4; 1 repairs without enlarging",
     )
     add.add_argument("--width", type=int, help="final width in pixels instead of --scale")
     add.add_argument("--height", type=int, help="final height in pixels instead of --scale")
     add.add_argument("--model", default="linearsr-tiny", help="a bundled model's name or a folder")
     add.add_argument("--steps", type=int, help="1 (fidelity) to 50; default: the model's own")
+    add.add_argument(
+        "--detail",
+        type=float,
+        default=1.0,
+        help="0 (fidelity, as --steps 1) to 1 (all that the further steps add)",
+    )
     add.add_argument(
         "--solver",
         choices=get_args(Solver),
@@ -131,7 +141,20 @@ def _one(
     provenance = upscaler.describe(options)
     write(result, target, quality=files.quality, provenance=provenance)
     height, width = result.pixels.shape[-2:]
-    bar.done(f"{target}  {width}x{height}  {time.perf_counter() - began:.1f} s")
+    note = _resampled(upscaler, picture, options)
+    bar.done(f"{target}  {width}x{height}  {time.perf_counter() - began:.1f} s{note}")
+
+
+def _resampled(upscaler: Upscaler, picture: Picture, options: Options) -> str:
+    """A note for a scale that the model was not trained for."""
+    from linearsr.upscaler import asked_scale
+
+    height, width = picture.pixels.shape[-2:]
+    asked = asked_scale(height, width, options)
+    scale = upscaler.scale_of(picture, options)
+    if asked == scale:
+        return ""
+    return f"  computed at x{scale:g}, then {'enlarged' if asked > scale else 'shrunk'}"
 
 
 def _make_folder(folder: Path) -> None:

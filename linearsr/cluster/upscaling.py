@@ -142,7 +142,9 @@ def _claim(output: Location, config: UpscaleConfig) -> None:
         before = json.loads(note.read())
     except ValueError as error:
         raise OptionError(f"{note.path}: not a job's settings; choose another output") from error
-    now, then = _flat(settings), _flat(before)
+    # An option that an earlier version did not have is at its default there.
+    defaults = {"options": Options().model_dump(mode="json")}
+    now, then = _flat(settings), _flat(defaults) | _flat(before)
     other = [f"{k} ({then.get(k)}, now {now[k]})" for k in now if then.get(k) != now[k]]
     if other:
         raise OptionError(

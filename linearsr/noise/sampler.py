@@ -11,18 +11,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearsr.config import Solver
+from linearsr.config import SamplingConfig, Solver
 from linearsr.errors import OptionError
 from linearsr.noise.path import clean_guess, euler_step
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def schedule(steps: int, flow_shift: float) -> list[float]:
-    """The timesteps of as many steps as may be asked for. Raises OptionError for others."""
+def schedule(sampling: SamplingConfig, steps: int | None = None) -> list[float]:
+    """The timesteps of so many steps (by default the model's own number), from 1 to 0.
+
+    They are those of the model's plan of that length, or else the shifted schedule. Raises
+    OptionError for steps that are not 1 to 50.
+    """
+    steps = sampling.steps if steps is None else steps
     if not 1 <= steps <= 50:
         raise OptionError(f"steps must be 1 to 50, not {steps}")
-    return shifted(steps, flow_shift)
+    for plan in sampling.plans:
+        if len(plan) == steps:
+            return [*plan, 0.0]
+    return shifted(steps, sampling.flow_shift)
 
 
 def shifted(steps: int, flow_shift: float) -> list[float]:
@@ -61,10 +69,13 @@ class Walk(NamedTuple):
     latent: (B, C, h, w). previous: of the same shape, what a solver of second order saw at the step
     before (the velocity, or the guess of the clean latent); None where there was no step, or the
     next one has no use for it (`looks_back`).
+    guess: of the same shape, the clean latent as the first step of all guessed it; None where it is
+    not asked for. `sample` neither reads nor returns it.
     """
 
     latent: Tensor
     previous: Tensor | None = None
+    guess: Tensor | None = None
 
 
 def sample(
@@ -91,7 +102,7 @@ def sample(
     if solver == "euler":
         return Walk(euler(denoise, walk.latent, timesteps, start, stop))
     stop = len(timesteps) - 1 if stop is None else stop
-    latent, previous = walk
+    latent, previous = walk.latent, walk.previous
     t = torch.as_tensor(timesteps)
     t = t if t.ndim == 2 else t[:, None].expand(-1, latent.shape[0])
     weights = _weights(solver, t).to(latent.dtype).to(latent.device)

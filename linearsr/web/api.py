@@ -45,7 +45,7 @@ ABOUT = """Super-resolution: a picture in, the same picture larger out.
 
 Errors are problems (RFC 9457). With `Accept: text/event-stream` an upload is answered by events:
 `progress` (expert, step, steps, percent) as the work goes on, then `result` (image in base64,
-media_type, filename, width, height, model, seed, steps, timing in milliseconds) or `error`
+media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds) or `error`
 (a problem). Who closes the connection gives the work up."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -89,6 +89,7 @@ PICTURE: dict[int | str, dict[str, Any]] = {
                 "X-LinearSR-Model": "its name",
                 "X-LinearSR-Seed": "the same gives the same pixels",
                 "X-LinearSR-Steps": "as taken",
+                "X-LinearSR-Scale": "at which the network worked; other sizes are resampled",
                 "Content-Disposition": "a name for the file",
             }.items()
         },
@@ -299,6 +300,7 @@ def _response(result: Result, name: str) -> Response:
         "X-LinearSR-Model": quote(result.model),
         "X-LinearSR-Seed": str(result.seed),
         "X-LinearSR-Steps": str(result.steps),
+        "X-LinearSR-Scale": f"{result.scale:.4g}",
         "X-Content-Type-Options": "nosniff",
         "Server-Timing": timing,
         "Content-Disposition": f"inline; filename*=UTF-8''{file_name}",

@@ -30,9 +30,13 @@ class ModelInfo(Config):
     """What a client needs to know of a model."""
 
     name: str
-    scale: int
+    scale: int = Field(description="the largest that it was trained for; larger ones are enlarged")
+    smallest_scale: float = Field(description="smaller ones cost as much and are shrunk")
     experts: tuple[str, ...] = Field(description="from highest noise to lowest")
     steps: int = Field(description="taken by default")
+    plans: tuple[tuple[float, ...], ...] = Field(
+        default=(), description="timesteps of requests with as many steps; others are shifted"
+    )
     tags: bool = Field(description="whether tags guide it")
 
 
@@ -73,6 +77,8 @@ class Result:
     model: str
     seed: int
     steps: int
+    # How many times larger the network made the picture, before any resampling.
+    scale: float
     # Milliseconds of each part: prepare, queue, experts by name, decode, encode, travel.
     timing: dict[str, float] = field(default_factory=dict)
 
@@ -126,7 +132,9 @@ def model_info(config: ModelConfig) -> ModelInfo:
     return ModelInfo(
         name=config.name,
         scale=config.scale,
+        smallest_scale=config.trained_scale(1),
         experts=tuple(expert_names(config)),
         steps=config.sampling.steps,
+        plans=config.sampling.plans,
         tags=config.tags is not None,
     )

@@ -44,10 +44,11 @@ class Upload(BaseModel):
     image: Annotated[UploadFile, BeforeValidator(_no_text)] = Field(
         description="PNG, JPEG, WebP, TIFF, AVIF or GIF", json_schema_extra={"minLength": 1}
     )
-    scale: int = Field(default=4, ge=2, le=4)
+    scale: float = Field(default=4, ge=1, le=4, description="1 repairs without enlarging")
     width: Side | Absent = Field(default=None, description="instead of scale")
     height: Side | Absent = Field(default=None, description="instead of scale")
     steps: Steps | Absent = Field(default=None, description="1 is closest to the truth")
+    detail: float = Field(default=1, ge=0, le=1, description="0 is the picture of steps=1")
     solver: Solver | Absent = Field(
         default=None, description="dpm and adams come further in as many steps"
     )

@@ -138,7 +138,7 @@ class FakeCall:
         self.router.cancelled += 1
 
 
-RESULT = Result(b"", "png", 1, 1, "small", 0, 4)
+RESULT = Result(b"", "png", 1, 1, "small", 0, 4, 4.0)
 BEGUN = Progress("structure", 0, 4)
 
 

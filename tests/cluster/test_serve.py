@@ -56,10 +56,10 @@ class Endpoint(NamedTuple):
 def endpoint(
     request: pytest.FixtureRequest,
     cluster: Cluster,
-    small_bundle: Path,
+    scaling_bundle: Path,
 ) -> Iterator[Endpoint]:
     port = _free_port()
-    config = config_of(small_bundle, request.param)
+    config = config_of(scaling_bundle, request.param)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(config))
     yield Endpoint(f"http://127.0.0.1:{port}", config)
@@ -84,23 +84,24 @@ class Case(NamedTuple):
     """A request and the pixels it must get."""
 
     picture: bytes
-    options: dict[str, int | str]
+    options: dict[str, float | str]
     pixels: NDArray[np.int16]
 
 
 @pytest.fixture(scope="module")
-def cases(small_bundle: Path) -> list[Case]:
-    return answered_by(small_bundle)
+def cases(scaling_bundle: Path) -> list[Case]:
+    return answered_by(scaling_bundle)
 
 
 def answered_by(model: Path) -> list[Case]:
-    """Three sizes, with seeds, steps and solvers of their own, answered in this process."""
+    """Three sizes, with options of their own, answered in this process."""
     upscaler = Upscaler.load(model, "cpu")
     found = []
     for number in range(12):
         picture = photograph(number, *SIZES[number % len(SIZES)])
         solver = ("euler", "dpm", "adams")[number // 4]
         options = {"seed": number, "steps": 4 + number % 2, "solver": solver}
+        options |= {"scale": (4, 1.5)[number % 2], "detail": (1, 0.5)[number // 2 % 2]}
         result = upscaler.upscale(read_picture(picture), Options.parse(**options))
         found.append(Case(picture, options, pixels_of(encode(result, "png"))))
     return found
@@ -132,7 +133,7 @@ async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, case: Case) ->
         return Answer(response.status, await response.read(), headers)
 
 
-def form_of(picture: bytes, **options: int) -> aiohttp.FormData:
+def form_of(picture: bytes, **options: float | str) -> aiohttp.FormData:
     form = aiohttp.FormData({name: str(value) for name, value in options.items()})
     form.add_field("image", picture, filename="photo.png")
     return form
@@ -232,11 +233,11 @@ def expert_names_of(endpoint: Endpoint) -> list[str]:
 
 
 def test_whoever_dies_in_the_middle_of_its_steps_is_replaced(
-    endpoint: Endpoint, small_bundle: Path
+    endpoint: Endpoint, scaling_bundle: Path
 ) -> None:
     """Every replica of an expert, as soon as it has begun."""
     options = Options(steps=50, seed=3)
-    upscaler = Upscaler.load(small_bundle, "cpu")
+    upscaler = Upscaler.load(scaling_bundle, "cpu")
     picture = photograph(0, 96, 96)
     expected = pixels_of(encode(upscaler.upscale(read_picture(picture), options), "png"))
     split = endpoint.config.layout == "split"
@@ -329,16 +330,17 @@ def test_healthy_once_all_experts_are(endpoint: Endpoint) -> None:
 
 
 def test_other_weights_replace_the_old_without_a_failed_request(
-    endpoint: Endpoint, small_config: ModelConfig, cases: list[Case], tmp_path: Path
+    endpoint: Endpoint, cases: list[Case], tmp_path: Path
 ) -> None:
     """In place and under load: each answer is of one model or the other.
 
     The last of a layout's tests: its endpoint has the other weights from now on.
     """
-    experts = [model.state_dict() for model in random_experts(small_config, 8)[4:]]
+    config = read_config(endpoint.config.model)
+    experts = [model.state_dict() for model in random_experts(config, 8)[4:]]
     if endpoint.config.layout == "together":  # another config as well
-        small_config = small_config.model_copy(update={"name": "other"})
-    save(tmp_path, small_config, experts, {}, torch.float32)
+        config = config.model_copy(update={"name": "other"})
+    save(tmp_path, config, experts, {}, torch.float32)
     new = answered_by(tmp_path)
     app = build_app(config_of(tmp_path, endpoint.config.layout))
 

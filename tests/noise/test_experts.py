@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from linearsr.config import SamplingConfig
 from linearsr.errors import OptionError
 from linearsr.noise.experts import boundaries, expert_at, log_snr, plan, ranges, timestep
-from linearsr.noise.sampler import schedule
+from linearsr.noise.sampler import shifted
 
 PAPER = (0.223, 0.875, 0.939)
 
@@ -32,14 +32,14 @@ def test_timestep_inverts_log_snr(x: float) -> None:
 )
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_load_of_each_expert_with_shift_three(steps: int, load: list[int], dtype: type) -> None:
-    timesteps = [float(dtype(t)) for t in schedule(steps, 3.0)[:-1]]
+    timesteps = [float(dtype(t)) for t in shifted(steps, 3.0)[:-1]]
     segments = plan(timesteps, PAPER)
     assert [s.expert for s in segments] == [0, 1, 2, 3]
     assert [s.stop - s.start for s in segments] == load
 
 
 def test_a_step_on_a_boundary_belongs_to_the_lower_noise_expert() -> None:
-    assert schedule(20, 3.0)[6] == pytest.approx(0.875)
+    assert shifted(20, 3.0)[6] == pytest.approx(0.875)
     for t in (0.875, float(np.float32(0.875)), 0.875 + 5e-8):
         assert expert_at(t, PAPER) == 2
     assert expert_at(float(np.float32(0.939)), PAPER) == 1
@@ -47,16 +47,16 @@ def test_a_step_on_a_boundary_belongs_to_the_lower_noise_expert() -> None:
 
 
 def test_one_step_stays_with_the_first_expert() -> None:
-    assert plan(schedule(1, 3.0)[:-1], PAPER) == [(0, 0, 1)]
+    assert plan(shifted(1, 3.0)[:-1], PAPER) == [(0, 0, 1)]
 
 
 def test_no_boundaries_is_one_expert() -> None:
-    assert plan(schedule(7, 3.0)[:-1], ()) == [(0, 0, 7)]
+    assert plan(shifted(7, 3.0)[:-1], ()) == [(0, 0, 7)]
 
 
 @given(st.integers(1, 50), st.floats(0.5, 10))
 def test_a_plan_covers_every_step_once_in_order_of_falling_noise(steps: int, shift: float) -> None:
-    timesteps = schedule(steps, shift)[:-1]
+    timesteps = shifted(steps, shift)[:-1]
     segments = plan(timesteps, PAPER)
     assert [i for s in segments for i in range(s.start, s.stop)] == list(range(steps))
     experts = [s.expert for s in segments]

@@ -13,9 +13,9 @@ from diffusers import (
     LMSDiscreteScheduler,
 )
 
-from linearsr.config import Solver
+from linearsr.config import SamplingConfig, Solver
 from linearsr.errors import OptionError
-from linearsr.noise.sampler import Walk, euler, looks_back, sample, schedule
+from linearsr.noise.sampler import Walk, euler, looks_back, sample, schedule, shifted
 
 SECOND_ORDER: tuple[Solver, ...] = ("dpm", "adams")
 
@@ -30,7 +30,7 @@ def _field(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def test_schedule_and_steps_equal_diffusers(steps: int, shift: float) -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
-    ours = schedule(steps, shift)
+    ours = shifted(steps, shift)
     np.testing.assert_allclose(ours, theirs.sigmas.numpy(), atol=1e-6)
 
     def field(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def test_schedule_and_steps_equal_diffusers(steps: int, shift: float) -> None:
 
 
 def test_segments_in_turn_equal_one_run() -> None:
-    timesteps = schedule(9, 3.0)
+    timesteps = shifted(9, 3.0)
     z = torch.randn(1, 2, 3, 3)
     whole = euler(lambda z, t: z * 0.3, z, timesteps)
     first = euler(lambda z, t: z * 0.3, z, timesteps, 0, 4)
@@ -54,7 +54,36 @@ def test_segments_in_turn_equal_one_run() -> None:
 @pytest.mark.parametrize("steps", [0, 51, -1])
 def test_steps_out_of_range_are_refused(steps: int) -> None:
     with pytest.raises(OptionError):
-        schedule(steps, 3.0)
+        schedule(SamplingConfig(), steps)
+
+
+def test_a_plan_serves_requests_of_its_length_and_the_shifted_schedule_all_others() -> None:
+    sampling = SamplingConfig(steps=4, flow_shift=2.0, plans=((1.0, 0.5), (1.0, 0.9, 0.5, 0.2)))
+    assert schedule(sampling) == schedule(sampling, 4) == [1.0, 0.9, 0.5, 0.2, 0.0]
+    assert schedule(sampling, 2) == [1.0, 0.5, 0.0]
+    for steps in (1, 3, 50):
+        assert schedule(sampling, steps) == shifted(steps, 2.0)
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [
+        ((),),
+        ((0.9, 0.5),),
+        ((1.0, 0.5, 0.5),),
+        ((1.0, 0.5, 0.6),),
+        ((1.0, 0.0),),
+        ((1.0, -0.1),),
+        ((1.0, float("nan")),),
+        ((1.0, 0.5), (1.0, 0.4)),
+        (tuple(1 - i / 51 for i in range(51)),),
+    ],
+)
+def test_plans_that_do_not_lead_from_noise_to_picture_are_refused(
+    plans: tuple[tuple[float, ...], ...],
+) -> None:
+    with pytest.raises(OptionError, match="plan"):
+        SamplingConfig.parse(plans=plans)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 20, 50])
@@ -65,7 +94,7 @@ def test_dpm_equals_diffusers(steps: int, shift: float) -> None:
         use_flow_sigmas=True, prediction_type="flow_prediction", final_sigmas_type="zero"
     )
     theirs.set_timesteps(steps)
-    ours = torch.tensor(schedule(steps, shift), dtype=torch.float64)
+    ours = torch.tensor(shifted(steps, shift), dtype=torch.float64)
     theirs.sigmas = ours
     z = start = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     for i, t in enumerate(theirs.timesteps):
@@ -80,7 +109,7 @@ def test_adams_equals_diffusers(steps: int, shift: float) -> None:
     """Its linear multistep method of order two, which walks along whatever it is given."""
     theirs = LMSDiscreteScheduler()
     theirs.set_timesteps(steps)
-    ours = torch.tensor(schedule(steps, shift), dtype=torch.float64)
+    ours = torch.tensor(shifted(steps, shift), dtype=torch.float64)
     theirs.sigmas = ours
     z = start = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     for i, t in enumerate(theirs.timesteps):
@@ -137,7 +166,7 @@ def _in_turn(
 @pytest.mark.parametrize("solver", ["euler", *SECOND_ORDER])
 @pytest.mark.parametrize("steps", [2, 3, 4, 9])
 def test_segments_in_turn_equal_one_run_of_any_solver(solver: Solver, steps: int) -> None:
-    timesteps, z = schedule(steps, 3.0), torch.randn(2, 3, 4, 5)
+    timesteps, z = shifted(steps, 3.0), torch.randn(2, 3, 4, 5)
     whole = sample(solver, _field, Walk(z), timesteps).latent
     for cut in range(1, steps):
         assert torch.equal(whole, _in_turn(solver, z, timesteps, [cut]))
@@ -146,7 +175,7 @@ def test_segments_in_turn_equal_one_run_of_any_solver(solver: Solver, steps: int
 
 @pytest.mark.parametrize("solver", ["euler", *SECOND_ORDER])
 def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solver) -> None:
-    z, all_timesteps = torch.randn(3, 2, 4, 4), [schedule(5, shift) for shift in (1.0, 2.0, 3.0)]
+    z, all_timesteps = torch.randn(3, 2, 4, 4), [shifted(5, shift) for shift in (1.0, 2.0, 3.0)]
     together = sample(solver, _field, Walk(z), torch.tensor(all_timesteps).T).latent
     for i, timesteps in enumerate(all_timesteps):
         alone = sample(solver, _field, Walk(z[i : i + 1]), timesteps).latent
@@ -154,7 +183,7 @@ def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solve
 
 
 def test_which_steps_look_back() -> None:
-    timesteps = schedule(5, 3.0)
+    timesteps = shifted(5, 3.0)
     for solver, steps in (("euler", []), ("dpm", [2, 3]), ("adams", [1, 2, 3, 4])):
         assert [i for i in range(6) if looks_back(solver, timesteps, i)] == steps
 
@@ -163,6 +192,6 @@ def test_which_steps_look_back() -> None:
 def test_so_few_steps_are_eulers(solver: Solver, most: int) -> None:
     z = torch.randn(1, 2, 3, 3)
     for steps in range(1, most + 2):
-        timesteps = schedule(steps, 3.0)
+        timesteps = shifted(steps, 3.0)
         found = sample(solver, _field, Walk(z), timesteps).latent
         assert torch.equal(found, euler(_field, z, timesteps)) == (steps <= most)

@@ -81,7 +81,7 @@ class Local:
             )
             height, width = picture.pixels.shape[-2:]
             model, seed = self.upscaler.config.name, job.options.seed
-            yield Result(image, format, width, height, model, seed, job.steps, timing)
+            yield Result(image, format, width, height, model, seed, job.steps, job.scale, timing)
         finally:
             self._take(-1)
 
@@ -107,7 +107,9 @@ class Local:
     def _prepare(self, request: Request) -> Job:
         picture = read(request.data, max_pixels=request.files.max_pixels)
         options = self.upscaler.with_tags(picture, request.options)
-        return self.upscaler.prepare(picture, options, next(self.upscaler.tile_sizes(options)))
+        return self.upscaler.prepare(
+            picture, options, next(self.upscaler.tile_sizes(picture, options))
+        )
 
     def _denoise(self, job: Job, segment: Segment) -> Job:
         assert self._gate.wait(PATIENCE)

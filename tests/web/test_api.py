@@ -129,6 +129,23 @@ def test_the_same_bytes_as_the_command(
     assert result.suffix[1:] in answer.headers["Content-Disposition"]
 
 
+def test_at_any_scale_and_detail_the_same_bytes_as_the_command(
+    scaling_bundle: Path, png: bytes, tmp_path: Path
+) -> None:
+    client = TestClient(create_app(Local(Upscaler.load(scaling_bundle, "cpu")), Limits()))
+    given, result = tmp_path / "in.png", tmp_path / "out.png"
+    given.write_bytes(png)
+    command = ["upscale", str(given), "-o", str(result), "--model", str(scaling_bundle)]
+    for options in ({"scale": 1}, {"scale": 1.5, "detail": 0.4, "tile": 16}, {"width": 31}):
+        flags = [f"--{name}={value}" for name, value in options.items()]
+        assert cli.main([*command, "--device=cpu", "--steps=4", *flags]) == 0
+        answer = upload(client, png, steps=4, **options)
+        assert answer.status_code == 200, answer.text
+        assert answer.content == result.read_bytes()
+        scale = answer.headers["X-LinearSR-Scale"]
+        assert scale == f"{options.get('scale', 31 / 12):.4g}"
+
+
 def test_what_the_file_knew_comes_along(client: TestClient, image: Image.Image) -> None:
     deep = read(upload(client, sixteen_bits(image)).content)
     assert deep.bits == 16 and deep.alpha is not None and deep.pixels.shape == (3, 36, 48)
@@ -154,6 +171,8 @@ def test_headers_tell_how_it_came_about(client: TestClient, png: bytes) -> None:
     answer = upload(client, png, steps=20, seed=3)
     told = {name: answer.headers[f"X-LinearSR-{name}"] for name in ("Model", "Seed", "Steps")}
     assert told == {"Model": "small", "Seed": "3", "Steps": "20"}
+    # The network's, whatever the result was shrunk to.
+    assert upload(client, png, scale=2).headers["X-LinearSR-Scale"] == "4"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     parts = re.findall(r"([\w-]+);dur=([\d.]+)", answer.headers["Server-Timing"])
     experts = ["structure", "refinement", "texture", "polish"]
@@ -225,8 +244,11 @@ def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
     ("fields", "told"),
     [
         ({"scale": 5}, "scale: .*less than or equal to 4"),
-        ({"scale": 1}, "scale"),
-        ({"scale": "four"}, "scale: .*integer"),
+        ({"scale": 0.9}, "scale: .*greater than or equal to 1"),
+        ({"scale": "four"}, "scale: .*number"),
+        ({"scale": "NaN"}, "scale"),
+        ({"detail": 1.5}, "detail: .*less than or equal to 1"),
+        ({"detail": "inf"}, "detail"),
         ({"steps": 0}, "steps"),
         ({"steps": 51}, "steps"),
         ({"steps": "NaN"}, "steps"),
@@ -677,7 +699,7 @@ PROGRESS = Progress("structure", 0, 4)
 
 
 def result() -> Result:
-    return Result(b"...", "png", 48, 36, "modèle 模型", 0, 4, {"queue": 1.0})
+    return Result(b"...", "png", 48, 36, "modèle 模型", 0, 4, 4.0, {"queue": 1.0})
 
 
 def raising(error: Exception, *before: Progress) -> Callable[[], Events]:

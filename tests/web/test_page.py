@@ -263,6 +263,39 @@ def test_photo_to_file_by_mouse(open_page: Open, url: str, small: Upscaler, phot
         expect(expert(page, idle)).to_contain_text("no steps")
 
 
+def test_any_scale_and_some_of_the_detail(
+    open_page: Open, scaling_bundle: Path, photo: Path
+) -> None:
+    upscaler = Upscaler.load(scaling_bundle, "cpu")
+    with served(Local(upscaler)) as url:
+        page = open_page(url)
+        choose(page, photo)
+        page.get_by_label("Any scale").fill("1.7")
+        page.get_by_label("Detail").fill("0.3")
+        expect(page.get_by_role("radio", name=f"4{TIMES}")).not_to_be_checked()
+        expect(page.get_by_text(f"64 {TIMES} 48 → 109 {TIMES} 82")).to_be_visible()
+        start(page)
+        _, data = download(page)
+        assert_same_picture(data, upscaler, photo, scale=1.7, detail=0.3)
+        expect(page.get_by_text("resampled")).to_be_hidden()
+        page.get_by_text(f"1.5{TIMES}", exact=True).click()
+        expect(page.get_by_label("Any scale")).to_have_value("1.5")
+        page.get_by_label("Any scale").fill("4.1")
+        start_again = page.get_by_role("button", name="Upscale again")
+        start_again.click()
+        expect(alert(page)).to_have_text("Give a number from 1 to 4.")
+
+
+def test_it_is_told_when_the_result_was_resampled(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    page.get_by_text(f"2{TIMES}", exact=True).click()
+    start(page)
+    expect(page.get_by_role("status").filter(has_text="Done")).to_contain_text(
+        f"The model worked at 4{TIMES}; its result was resampled."
+    )
+
+
 def test_photo_to_file_by_keyboard(
     open_page: Open, url: str, small: Upscaler, photo: Path, tmp_path: Path
 ) -> None:
@@ -791,7 +824,7 @@ def test_everything_has_a_name(open_page: Open, url: str, photo: Path) -> None:
     assert len(seen) > 15
     for control in seen:
         expect(control).to_have_accessible_name(re.compile("."))
-    assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 3
+    assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 5
 
 
 def test_nothing_inline(url: str, open_page: Open) -> None:

@@ -107,7 +107,7 @@ def learned(model: ModelConfig) -> bool:
 
 def steps_of(model: ModelConfig) -> list[int]:
     """The steps that each expert takes by default."""
-    timesteps = schedule(model.sampling.steps, model.sampling.flow_shift)
+    timesteps = schedule(model.sampling)
     segments = plan(timesteps[:-1], model.sampling.boundaries)
     return shares(segments, len(model.sampling.boundaries) + 1)
 

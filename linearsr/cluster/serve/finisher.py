@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 
 from linearsr.cluster.serve.config import ServeConfig
 from linearsr.cluster.serve.experts import Passed, check_planned_for
@@ -36,7 +35,7 @@ class Finisher:
 
     def _finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
         began = time.perf_counter()
-        picture = self.upscaler.finish(replace(job, latents=passed.work.latents))
+        picture = self.upscaler.finish(job.after(passed.work))
         decoded = time.perf_counter()
         format = result_format(job.picture.format, files.format)
         told = self.upscaler.describe(job.options)
@@ -46,4 +45,4 @@ class Finisher:
         timing = {"queue": passed.queue, **passed.denoise}
         timing |= {"decode": 1000 * (decoded - began), "encode": 1000 * (ended - decoded)}
         model, seed = self.upscaler.config.name, job.options.seed
-        return Result(image, format, width, height, model, seed, job.steps, timing)
+        return Result(image, format, width, height, model, seed, job.steps, job.scale, timing)

@@ -69,7 +69,7 @@ class Router:
         began = time.perf_counter()
         picture = await self._threaded(read, request.data, max_pixels=request.files.max_pixels)
         options = await self._threaded(self.upscaler.with_tags, picture, request.options)
-        for tile in self.upscaler.tile_sizes(options):
+        for tile in self.upscaler.tile_sizes(picture, options):
             with contextlib.suppress(OutOfMemory):
                 job = await self._threaded(self.upscaler.prepare, picture, options, tile)
                 prepared = 1000 * (time.perf_counter() - began)

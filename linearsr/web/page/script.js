@@ -135,6 +135,8 @@ async function request(signal) {
 function fields() {
   const data = new FormData($("form"));
   for (const [name, value] of [...data]) if (value === "") data.delete(name);
+  // The number field has the scale.
+  data.delete("preset");
   data.set("image", photo.file, photo.file.name);
   return data;
 }
@@ -147,6 +149,7 @@ function headers() {
 function isValid() {
   const words = {
     token: "This server asks for an access token.",
+    scale: "Give a number from 1 to 4.",
     steps: `Give a whole number from 1 to ${$("steps").max}.`,
     seed: "Give a whole number, zero or more.",
   };
@@ -224,11 +227,13 @@ function showTimes() {
 }
 
 function report() {
-  const { timing, steps, seed, drawn } = result;
+  const { timing, steps, seed, scale, drawn, width } = result;
   const all = Object.values(timing).reduce((sum, time) => sum + time, 0);
   const walk = steps === 1 ? "1 step" : `${steps} steps`;
+  const resampled = photo.drawn && width !== even(photo.width * scale)
+    ? ` The model worked at ${number(scale)}×; its result was resampled.` : "";
   const unseen = drawn ? "" : " This browser cannot show the result; download it.";
-  say(`Done in ${seconds(all)} with ${walk} and seed ${seed}.${unseen}`);
+  say(`Done in ${seconds(all)} with ${walk} and seed ${seed}.${resampled}${unseen}`);
 }
 
 // Problems, each beside what caused it
@@ -321,8 +326,8 @@ function measure() {
 
 function outcome() {
   if (result) return [result.width, result.height];
-  const scale = Number(new FormData($("form")).get("scale"));
-  return photo ? [photo.width * scale, photo.height * scale] : [0, 0];
+  const scale = $("scale").validity.valid ? $("scale").valueAsNumber : 1;
+  return photo ? [even(photo.width * scale), even(photo.height * scale)] : [0, 0];
 }
 
 const FORMATS = {
@@ -390,6 +395,8 @@ function say(words) {
 
 // Quantities
 
+// The nearest whole number, halves to the even one: so the server rounds sides.
+const even = (x) => (x % 2 === 0.5 ? Math.floor(x) : Math.round(x));
 const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 const megapixels = (pixels) => `${number(pixels / 1e6)} megapixels`;
@@ -415,7 +422,14 @@ on("form", "submit", (event) => {
 });
 // Not for the second half of a double click on what was there before.
 on("cancel", "click", ({ detail }) => detail < 2 && running.abort());
-on("scale", "change", show);
+on("scales", "input", ({ target }) => {
+  if (target !== $("scale")) $("scale").value = target.value;
+  for (const preset of document.getElementsByName("preset")) {
+    preset.checked = Number(preset.value) === $("scale").valueAsNumber;
+  }
+});
+on("scales", "change", show);
+on("detail", "input", () => ($("detail-value").value = $("detail").value));
 on("steps", "input", () => ($("steps-range").value = $("steps").value));
 on("steps-range", "input", () => ($("steps").value = $("steps-range").value));
 on("slider", "input", () => {
