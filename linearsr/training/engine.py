@@ -224,7 +224,7 @@ class ZeroEngine:
             raise WeightsError(f"{saved}: no weights")
 
     def _universal(self, saved: Path, scratch: Path) -> Path:
-        """Shards for any number of ranks and either precision, by the first rank of each machine."""
+        """Shards for any ranks and either precision, made by the first rank of each machine."""
         import torch.distributed as dist
 
         machines, copies = [""] * self.world, [""] * self.world
