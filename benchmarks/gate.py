@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.machine import Machine
 from linearsr.denoiser import Condition
 
 SIDE = 256
+TOKENS = 5000  # of the operator alone
 ALLOWED = 2.0
 ALLOWED_OF_OTHERS = 10.0
 NOT_THE_SAME = "softmax attention"  # another function, for its cost alone
@@ -48,18 +50,26 @@ def check(contestants: Contestants, compiled: bool) -> dict[str, float]:
 
 
 def check_operator(attend: Callable[[Tensor, Tensor, Tensor], Tensor], machine: Machine) -> None:
-    """Raises GateError where the attention operator is further from float64 than its results'
-    precision explains: relu(q) (relu(k)^T v) over relu(q) . sum relu(k).
+    """Raises GateError where the attention operator is further from float64 than rounding explains:
+    relu(q) (relu(k)^T v) over relu(q) . sum relu(k).
+
+    Explained are one rounding of the result, and sums in float32 in whatever order the processor
+    takes. Rounding errors of n additions grow like sqrt(n) units (Higham and Mary, "A new approach
+    to probabilistic rounding error analysis", 2019).
     """
-    shape = (1, 5000, 3, 32)
+    shape = (1, TOKENS, 3, 32)
     q, k, v = (torch.randn(shape, device=machine.device, dtype=machine.dtype) for _ in "qkv")
     query, key, value = q.double().relu(), k.double().relu(), v.double()
     state = torch.einsum("bnhd,bnhe->bhde", key, value)
     total = torch.einsum("bnhd,bhd->bnh", query, key.sum(1))
     truth = torch.einsum("bnhd,bhde->bnhe", query, state) / total[..., None]
     error = float((attend(q, k, v).double() - truth).norm() / truth.norm())
-    if not error <= torch.finfo(machine.dtype).eps:
-        raise GateError(f"linear attention: error {error:.2g} in {machine.dtype}")
+    result, term = (torch.finfo(dtype).eps / 2 for dtype in (machine.dtype, torch.float32))
+    allowed = result + math.sqrt(TOKENS) * term
+    if not error <= allowed:
+        raise GateError(
+            f"linear attention: error {error:.2g} in {machine.dtype}, allowed are {allowed:.2g}"
+        )
 
 
 def finite(name: str, run: Forward, side: int) -> Forward:

@@ -3,12 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from linearsr.threads import wait_briefly
+
 if TYPE_CHECKING:
     from linearsr.config import Options
     from linearsr.upscaler import Upscaler
 
 __version__ = "0.1.0"
 __all__ = ["Options", "Upscaler", "__version__"]
+
+# Here, because commands, jobs, training, actors and replicas all import this package before torch.
+wait_briefly()
 
 
 def __getattr__(name: str) -> Any:

@@ -625,7 +625,11 @@ def pick_device(device: str) -> torch.device:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where matrix units take it (CUDA, or a CPU with AMX), else float32."""
-    if device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
+    """bfloat16 where the processor multiplies it in hardware, else float32.
+
+    That is CUDA, and CPUs with AMX or AVX512-BF16; on other CPUs bfloat16 is converted, and slower.
+    """
+    if device.type == "cuda":
         return torch.bfloat16
-    return torch.float32
+    multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type == "cpu" and multiplies else torch.float32

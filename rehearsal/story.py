@@ -20,7 +20,9 @@ TINY = (
 )
 PRETRAINING = (
     *('validation.metrics=["psnr@1", "ssim@1"]', 'validation.knee={"psnr@1":true,"ssim@1":true}'),
-    *("pretrain.steps=600", "pretrain.report_every=15", "pretrain.checkpoint_every=15"),
+    # A bound: `--patience 0` ends the run where its knee is confirmed, which processors that round
+    # differently do at different steps.
+    *("pretrain.steps=2400", "pretrain.report_every=15", "pretrain.checkpoint_every=15"),
     *("pretrain.learning_rate=4e-3", "pretrain.warmup=20", "pretrain.decay=0", "pretrain.ema=0.9"),
 )
 # One step would be the first expert's alone.

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import attention
+from benchmarks import attention, gate
+from benchmarks.gate import GateError
+from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
 from benchmarks.timing import Expected, in_turn
 from linearsr.denoiser import strips
@@ -66,6 +68,26 @@ def test_what_is_numerically_wrong_is_not_timed(
     assert run(monkeypatch, tmp_path, "--only", "forward") == 1
     assert "refusing to time it: LinearSR" in capsys.readouterr().err
     assert not (tmp_path / "here" / "README.md").exists()
+
+
+def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> Tensor:
+    """Linear attention that adds up its tokens in the order in which rounding errs most."""
+    query, key, value = (x.to(sums) for x in (q.relu(), k.relu(), v))
+    state = torch.zeros(*q.shape[:1], *q.shape[2:], q.shape[-1], dtype=sums)
+    total = torch.zeros(*q.shape[:1], *q.shape[2:], dtype=sums)
+    for token in range(q.shape[1]):
+        state += key[:, token, :, :, None] * value[:, token, :, None, :]
+        total += key[:, token]
+    below = torch.einsum("bnhd,bhd->bnh", query, total)
+    return (torch.einsum("bnhd,bhde->bnhe", query, state) / below[..., None]).to(q.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_lets_any_order_of_sums_pass_but_not_shorter_numbers(dtype: torch.dtype) -> None:
+    machine = Machine("any", CPU, dtype, threads=1, memory=0, peak=0.0)
+    gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.float32), machine)
+    with pytest.raises(GateError, match="linear attention"):
+        gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.bfloat16), machine)
 
 
 def test_what_would_take_too_long_is_not_started() -> None:

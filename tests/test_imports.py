@@ -15,7 +15,7 @@ PACKAGE = Path(linearsr.__file__).parent
 
 # Each layer may import itself and those before it (design: layout).
 LAYERS = [
-    ["errors"],
+    ["errors", "threads"],
     ["config", "noise.experts"],
     ["kernels"],
     ["imaging", "noise"],

@@ -660,8 +660,26 @@ def test_unusable_device_is_named(small_bundle: Path) -> None:
         Upscaler.load(small_bundle, "nonsense")
 
 
+@pytest.mark.parametrize(
+    ("amx", "avx512", "best"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, best: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert upscaler.best_dtype(torch.device("cpu")) == best
+    assert upscaler.best_dtype(torch.device("cuda")) == torch.bfloat16
+    assert upscaler.best_dtype(torch.device("mps")) == torch.float32
+
+
 def test_bfloat16_stays_close_and_finite(small: Upscaler, small_bundle: Path) -> None:
-    """The default on CUDA and on CPUs with AMX."""
+    """The default on CUDA and on CPUs with AMX or AVX512-BF16."""
     half = Upscaler(upscaler.weights.load(small_bundle, dtype=torch.bfloat16))
     for size in [(1, 1), (7, 5), (40, 33)]:
         given = from_pil(Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from linearsr.config import Config
@@ -58,8 +60,9 @@ class TrainConfig(Config):
     """A multiple of report_every; each checkpoint is also validated."""
     seed: int = Field(default=0, ge=0)
     """Of crops, timesteps and noise."""
-    bfloat16: bool = False
-    """Compute in bfloat16 over float32 weights: for GPUs, and CPUs with AMX."""
+    bfloat16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16 over float32 weights; "auto" where every worker's processor multiplies it
+    in hardware: GPUs, and CPUs with AMX or AVX512-BF16."""
 
     @model_validator(mode="after")
     def _checkpoints_are_reports(self) -> TrainConfig:

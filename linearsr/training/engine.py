@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError, one_line
 from linearsr.training.config import TrainConfig
+from linearsr.upscaler import best_dtype
 
 # DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.
 TAG = "zero-of-"
@@ -104,11 +105,12 @@ class TorchEngine:
         self.module = model.to(device).to(memory_format=torch.channels_last)
         self.device = device
         self.config = config
+        self.bfloat16 = in_bfloat16(config, device)
         self.optimizer = adamw(self.module, config)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast to bfloat16 if the config says so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+        """Autocast to bfloat16 if the config says so, or if it is fast here."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def share(self, mean: float, largest: float) -> tuple[float, float]:
         """There is one rank: both as they are."""
@@ -145,7 +147,7 @@ class TorchEngine:
 class ZeroEngine:
     """All ranks of the current torch.distributed group; each keeps its part of AdamW's state.
 
-    With `config.bfloat16` the weights are bfloat16 and ZeRO keeps float32 masters, shared out too.
+    In bfloat16 the weights are bfloat16 too, and ZeRO keeps float32 masters, shared out as well.
     """
 
     def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
@@ -159,11 +161,13 @@ class ZeroEngine:
         deepspeed.ops.__compatible_ops__ = {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
+        # Ranks add up each other's gradients, so one slow processor decides for all.
+        _, slowest = self.share(0.0, float(not in_bfloat16(config, device)))
         model = model.to(device)
         self.zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=adamw(model, config),
-            config=zero_config(config),
+            config=zero_config(config, bfloat16=not slowest),
             dist_init_required=False,
         )
         self.module: LinearSR = self.zero.module
@@ -194,7 +198,7 @@ class ZeroEngine:
         self.zero.save_checkpoint(str(folder), tag=f"{TAG}{self.world:05d}", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Collective, of a checkpoint of any number of ranks; all ranks raise or none does."""
+        """Collective: of any number of ranks, in either precision; all ranks raise or none does."""
         problem: WeightsError | None = None
         with tempfile.TemporaryDirectory(prefix="linearsr-") as scratch:
             try:
@@ -211,7 +215,8 @@ class ZeroEngine:
 
     def _load(self, saved: Path, scratch: Path) -> None:
         # Known only now, long after DeepSpeed read its configuration.
-        universal = saved.name != f"{TAG}{self.world:05d}"
+        shards = "bf16_zero_*" if self.zero.bfloat16_enabled() else "zero_*"
+        universal = saved.name != f"{TAG}{self.world:05d}" or not any(saved.glob(shards))
         self.zero._config.load_universal_checkpoint = universal
         source = self._universal(saved, scratch) if universal else saved
         loaded, _ = self.zero.load_checkpoint(str(source.parent), tag=source.name)
@@ -219,7 +224,7 @@ class ZeroEngine:
             raise WeightsError(f"{saved}: no weights")
 
     def _universal(self, saved: Path, scratch: Path) -> Path:
-        """Shards that fit any number of ranks, made by the first rank of each machine."""
+        """Shards for any ranks and either precision, made by the first rank of each machine."""
         import torch.distributed as dist
 
         machines, copies = [""] * self.world, [""] * self.world
@@ -246,7 +251,14 @@ class ZeroEngine:
         self.zero.destroy()
 
 
-def zero_config(config: TrainConfig) -> dict[str, Any]:
+def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether this rank would compute in bfloat16; "auto" leaves it to the processor."""
+    if config.bfloat16 == "auto":
+        return best_dtype(device) == torch.bfloat16
+    return config.bfloat16
+
+
+def zero_config(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration; it ignores keys it does not know, so there are few."""
     return {
         # Loss is averaged per sample by us; DeepSpeed only wants a number here.
@@ -256,7 +268,7 @@ def zero_config(config: TrainConfig) -> dict[str, Any]:
         # A buffer of this many numbers is taken at once; ten times as many unless told.
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.bfloat16},
+        "bf16": {"enabled": bfloat16},
     }
 
 

@@ -29,6 +29,9 @@ SMALL = DenoiserConfig(
     stem_strides=(2, 2, 1),
 )
 
+# In float64: a network adds to its rounding of 1e-16, and no mistake is as small as this.
+EXACT = 1e-10
+
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     """Every parameter random, so that no zero bias or unit norm hides a mistake."""
@@ -191,41 +194,43 @@ def test_missing_lr_latent_is_refused_and_present_one_steers() -> None:
 
 def test_preconditioned_prediction_is_the_formula() -> None:
     """The same weights as a bare network give F; skip, scale and input follow EDM by hand."""
-    bare, model = small(), small(prediction="preconditioned")
-    latent, picture = normal(3, 6, 4, 5), normal(3, 3, 16, 20)
-    t = torch.tensor([0.0, 0.35, 1.0])
+    bare, model = small().double(), small(prediction="preconditioned").double()
+    latent, picture = normal(3, 6, 4, 5).double(), normal(3, 3, 16, 20).double()
+    t = torch.tensor([0.0, 0.35, 1.0], dtype=torch.float64)
     s = t.view(-1, 1, 1, 1)
     power = (1 - s) ** 2 + s**2
     with torch.no_grad():
         inner = bare((1 - s) / power * latent, t, bare.condition(picture))
         ours = model(latent, t, model.condition(picture))
-    assert relative(ours, (2 * s - 1) / power * latent - inner / power.sqrt()) < 1e-6
+    assert relative(ours, (2 * s - 1) / power * latent - inner / power.sqrt()) < EXACT
     c = Preconditioning.at(t)
-    assert relative(ours, c.skip * latent + c.output_scale * inner) < 1e-6
+    assert relative(ours, c.skip * latent + c.output_scale * inner) < EXACT
 
 
 def test_clean_estimate_at_t_one_does_not_see_the_noise() -> None:
-    model = small(prediction="preconditioned")
-    condition, t = model.condition(normal(1, 3, 16, 20)), torch.ones(1)
+    model = small(prediction="preconditioned").double()
+    t = torch.ones(1, dtype=torch.float64)
     with torch.no_grad():
-        noises = normal(1, 6, 4, 5, seed=2), normal(1, 6, 4, 5, seed=3)
+        condition = model.condition(normal(1, 3, 16, 20).double())
+        noises = normal(1, 6, 4, 5, seed=2).double(), normal(1, 6, 4, 5, seed=3).double()
         a, b = (z - model(z, t, condition) for z in noises)
     assert a.norm() > 0.1
-    assert (a - b).abs().max() < 1e-5
+    assert relative(a, b) < EXACT
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "preconditioned"])
 def test_samples_of_a_batch_do_not_meet(prediction: str) -> None:
-    model = small(prediction=prediction, condition_latent=True)
-    latent, picture, tags = normal(3, 6, 4, 5), normal(3, 3, 16, 20), normal(3, 2, 10)
-    t = torch.tensor([0.05, 0.5, 1.0])
+    model = small(prediction=prediction, condition_latent=True).double()
+    shapes = (3, 6, 4, 5), (3, 3, 16, 20), (3, 2, 10)
+    latent, picture, tags = (normal(*shape).double() for shape in shapes)
+    t = torch.tensor([0.05, 0.5, 1.0], dtype=torch.float64)
     with torch.no_grad():
         together = model(latent, t, model.condition(picture, latent, tags))
         apart = [
             model(latent[i], t[i], model.condition(picture[i], latent[i], tags[i]))
             for i in torch.arange(3).split(1)
         ]
-    assert relative(together, torch.cat(apart)) < 1e-5
+    assert relative(together, torch.cat(apart)) < EXACT
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "preconditioned"])

@@ -4,6 +4,8 @@ Triton runs on its CPU interpreter (see conftest.py): this tests arithmetic, mas
 what a GPU compiler makes of them.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -60,12 +62,17 @@ def error(result, plain, tensors):
     return ((result.double() - truth).abs().max() / truth.abs().max()).item()
 
 
+def rounding(terms):
+    """As of attention: sums of so many terms in float32, in any processor's order."""
+    return (16 + 4 * math.sqrt(terms)) * torch.finfo(torch.float32).eps / 2
+
+
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_matches_float64(function, plain, inputs, shape, backend):
     tensors = inputs(*shape)
-    assert error(function(*tensors, backend=backend), plain, tensors) < 2e-6
+    assert error(function(*tensors, backend=backend), plain, tensors) < rounding(shape[-1])
 
 
 @both
@@ -83,7 +90,7 @@ def test_bfloat16_triton_rounds_no_worse_than_torch(function, plain, inputs, sha
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wide_rows(function, plain, inputs, backend):
     tensors = inputs(1, 1, 2, 5600)
-    assert error(function(*tensors, backend=backend), plain, tensors) < 2e-6
+    assert error(function(*tensors, backend=backend), plain, tensors) < rounding(5600)
 
 
 @both
@@ -100,7 +107,7 @@ def test_any_strides(function, plain, inputs, backend):
     for view in views:
         assert not view.is_contiguous() and torch.equal(view, x)
         result = function(view, *strided, backend=backend)
-        assert error(result, plain, [x, *others]) < 2e-6
+        assert error(result, plain, [x, *others]) < rounding(16)
 
 
 @both
@@ -117,7 +124,7 @@ def test_nan_is_not_hidden(function, plain, inputs, backend):
 def test_gates_far_from_zero_stay_finite(function, plain, inputs):
     tensors = inputs(1, 2, 2, 16)
     tensors[0].mul_(1e4)
-    assert error(function(*tensors, backend="triton"), plain, tensors) < 2e-6
+    assert error(function(*tensors, backend="triton"), plain, tensors) < rounding(16)
 
 
 @both

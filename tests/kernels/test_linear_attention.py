@@ -4,6 +4,7 @@ Triton runs on its CPU interpreter (see conftest.py): this tests arithmetic, mas
 what a GPU compiler makes of them.
 """
 
+import math
 import subprocess
 import sys
 
@@ -66,6 +67,16 @@ def errors(results, truths, least_scale=0.0):
     ]
 
 
+def rounding(tokens):
+    """The error that float32 may have after sums over so many tokens, in any processor's order.
+
+    Rounding errors of n additions grow like sqrt(n) units (Higham and Mary, 2019); the largest of
+    some thousand values lies within four deviations. Sixteen units are for all that is no sum.
+    """
+    unit = torch.finfo(torch.float32).eps / 2
+    return (16 + 4 * math.sqrt(tokens)) * unit
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dim", [16, 32, 64])
 @pytest.mark.parametrize("tokens", [1, 63, 500])
@@ -73,7 +84,7 @@ def test_float32_matches_float64(tokens, dim, backend):
     packed, grad = projection(tokens, dim), upstream(tokens, dim)
     truths = run(plain_formula, packed.double(), grad.double())
     results = run(with_backend(backend), packed, grad)
-    assert max(errors(results, truths, least_scale=float(tokens == 1))) < 2e-6
+    assert max(errors(results, truths, least_scale=float(tokens == 1))) < rounding(tokens)
 
 
 @pytest.mark.parametrize("dim", [16, 32, 64])
@@ -93,7 +104,7 @@ def test_bfloat16_triton_rounds_no_worse_than_torch(tokens, dim):
 def test_largest_head_dim_and_several_chunks():
     packed, grad = projection(300, 128, batch=1, heads=1), upstream(300, 128)[:1, :, :1]
     truths = run(plain_formula, packed.double(), grad.double())
-    assert max(errors(run(with_backend("triton"), packed, grad), truths)) < 2e-6
+    assert max(errors(run(with_backend("triton"), packed, grad), truths)) < rounding(300)
 
 
 def test_repeats_bit_for_bit():
@@ -113,7 +124,7 @@ def test_any_strides(backend):
         assert v.stride(-1) != 1 and q.stride(1) < q.stride(2)
         return relu_linear_attention(q, k, v, backend=backend)
 
-    assert max(errors(run(transposed, packed, grad), truths)) < 2e-6
+    assert max(errors(run(transposed, packed, grad), truths)) < rounding(20)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,7 +133,7 @@ def test_expanded_output_gradient(expanded_from, backend):
     grad = upstream(20, 16)[tuple(slice(n) for n in expanded_from)].expand(BATCH, 20, HEADS, 16)
     packed = projection(20, 16)
     truths = run(plain_formula, packed.double(), grad.double())
-    assert max(errors(run(with_backend(backend), packed, grad), truths)) < 2e-6
+    assert max(errors(run(with_backend(backend), packed, grad), truths)) < rounding(20)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -133,7 +144,7 @@ def test_extreme_magnitudes(q_scale, k_scale, dtype, backend):
     scales = torch.tensor([q_scale, k_scale, 1e4]).repeat_interleave(HEADS * 16)
     packed, grad = (projection(70, 16) * scales).to(dtype), upstream(70, 16).to(dtype)
     truths = run(plain_formula, packed.double(), grad.double())
-    limit = 2e-6 if dtype == torch.float32 else 0.01
+    limit = rounding(70) if dtype == torch.float32 else 0.01
     assert max(errors(run(with_backend(backend), packed, grad), truths)) < limit
 
 
@@ -145,7 +156,7 @@ def test_rows_with_nothing_above_zero(backend):
     k[1, :, 2].abs_().neg_()  # all keys of one head
     truths = run(plain_formula, packed.double(), grad.double())
     results = run(with_backend(backend), packed, grad)
-    assert max(errors(results, truths)) < 2e-6
+    assert max(errors(results, truths)) < rounding(20)
     assert results[0][0, 5].count_nonzero() == results[0][1, :, 2].count_nonzero() == 0
 
 

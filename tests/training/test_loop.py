@@ -50,7 +50,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(**changes: object) -> TrainConfig:
-    base = {"steps": 6, "warmup": 2, "report_every": 2, "checkpoint_every": 2}
+    base = {"steps": 6, "warmup": 2, "report_every": 2, "checkpoint_every": 2, "bfloat16": False}
     return TrainConfig.model_validate({**base, "learning_rate": 2e-3, **changes})
 
 

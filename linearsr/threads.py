@@ -1,0 +1,26 @@
+"""How OpenMP's threads wait for each other. Knows nothing of torch, which reads it when it loads.
+
+A team of threads that waits by spinning keeps a core busy that its own slowest member may need:
+beside other work a picture then takes many times as long as with one thread. Threads that go to
+sleep at once have to be woken for each of many short loops. docs/speed.md has what both cost.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Rounds of GNU OpenMP's waiting loop before a thread sleeps: some tens of microseconds.
+SPIN_ROUNDS = "10000"
+# Any of these says that the user has chosen.
+CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def wait_briefly() -> None:
+    """Have the threads of this process and its children spin briefly, then sleep.
+
+    Sets GOMP_SPINCOUNT unless the user has set how threads wait. Does nothing once torch is loaded,
+    because GNU OpenMP has read its environment by then. Other OpenMP libraries ignore the variable.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in CHOSEN):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_ROUNDS

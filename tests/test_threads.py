@@ -1,0 +1,62 @@
+"""How threads wait: set before torch is loaded, and left as the user has it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from linearsr.threads import CHOSEN, SPIN_ROUNDS
+
+TELL = "import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+def told(code: str, **chosen: str) -> str:
+    """What a fresh interpreter prints whose user has set `chosen` and nothing else of this."""
+    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; {TELL}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, **chosen},
+    )
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["linearsr.cli", "linearsr.cli.job", "linearsr.training.loop", "linearsr.cluster.train"],
+)
+def test_threads_spin_briefly_wherever_a_process_of_ours_begins(module: str) -> None:
+    assert told(f"import {module}") == SPIN_ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_what_the_user_has_set_stays(chosen: dict[str, str], left: str) -> None:
+    assert told("import linearsr", **chosen) == left
+
+
+def test_a_process_that_has_loaded_torch_is_left_alone() -> None:
+    assert told("import torch, linearsr") == "None"
+
+
+def test_openmp_has_read_it_when_torch_has_loaded() -> None:
+    """GNU OpenMP tells its settings as it loads, which is when it reads them."""
+    code = "import linearsr.upscaler"
+    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "OMP_DISPLAY_ENV": "verbose"},
+    )
+    if "GOMP_SPINCOUNT" not in run.stderr:
+        pytest.skip("torch has another OpenMP than GNU's here")
+    assert f"GOMP_SPINCOUNT = '{SPIN_ROUNDS}'" in run.stderr
