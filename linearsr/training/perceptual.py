@@ -195,7 +195,7 @@ class Perceptual:
                 start, begin = latent[chosen], middle[chosen]
                 v = other(start, begin, given.only(chosen).condition(other))
                 latent[chosen] = euler_step(start, v, begin, t[chosen])
-        # Weights that were cast here without gradients must not be taken for those with.
+        # Weights that were cast here, without gradients, must not be found again later.
         torch.clear_autocast_cache()
         return latent, t
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -410,3 +410,66 @@ def test_learning_rate_warms_up_holds_falls_to_zero_and_is_lowered_by_restarts()
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[49] == 1
     assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
     assert loop.learning_rate(20, train, attempt=2) == pytest.approx(0.09)
+
+
+def test_the_rate_follows_steps_or_minutes_whichever_is_further() -> None:
+    train = _config(steps=100, warmup=1, decay=0.5, learning_rate=1.0, minutes=10)
+    assert loop.learning_rate(20, train, minutes=2.0) == 1
+    assert loop.learning_rate(20, train, minutes=7.5) == pytest.approx(0.5)
+    assert loop.learning_rate(75, train, minutes=2.0) == pytest.approx(0.5)
+    assert loop.learning_rate(90, train, minutes=7.5) == pytest.approx(0.2)
+    assert loop.learning_rate(20, train, minutes=11.0) == 0
+
+
+def _clock(seconds: float) -> Callable[[], float]:
+    """Each look at it is so many seconds later."""
+    return map(seconds.__mul__, itertools.count()).__next__
+
+
+def test_a_stage_ends_with_its_minutes_and_goes_on_with_what_is_left(
+    small_config: ModelConfig, photos: Path, tmp_path: Path
+) -> None:
+    train = _config(steps=50, minutes=2.0, report_every=1, checkpoint_every=1)
+
+    def begin() -> loop.Stage:
+        stage = _stage(small_config, train)
+        stage.clock = _clock(20)
+        return stage
+
+    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
+        if report.step == 4:
+            stage.save(tmp_path)
+        return report.step == 4
+
+    whole = loop.run(begin(), _batches(photos), _quiet)
+    assert whole.progress.step == 6 and whole.finished
+    assert [h["step"] for h in whole.progress.history] == [1, 2, 3, 4, 5, 6]
+    loop.run(begin(), _batches(photos), save_at_four)
+    resumed = begin()
+    resumed.load(tmp_path)
+    assert resumed.progress.minutes == pytest.approx(4 / 3) and not resumed.finished
+    loop.run(resumed, _batches(photos, start=resumed.progress.seen), _quiet)
+    assert resumed.progress.step == 6 and torch.equal(_weights(whole), _weights(resumed))
+    # Nothing is left of the same budget, and something of a larger one.
+    again = loop.run(resumed, iter(()), _quiet)
+    assert again.progress.step == 6
+    resumed.config = train.model_copy(update={"minutes": 2.5})
+    assert not resumed.finished
+
+
+def test_a_stage_with_time_left_ends_with_its_steps(
+    small_config: ModelConfig, photos: Path
+) -> None:
+    stage = _stage(small_config, _config(minutes=60.0))
+    stage.clock = _clock(1)
+    loop.run(stage, _batches(photos), _quiet)
+    assert stage.progress.step == 6 and stage.progress.minutes == pytest.approx(0.1)
+
+
+def test_checkpoints_without_minutes_are_read(small_config: ModelConfig, tmp_path: Path) -> None:
+    """Those that were written before there was a budget."""
+    _stage(small_config, _config()).save(tmp_path)
+    told = json.loads((tmp_path / loop.PROGRESS).read_text())
+    del told["minutes"]
+    (tmp_path / loop.PROGRESS).write_text(json.dumps(told))
+    assert loop.read_progress(tmp_path).minutes == 0
