@@ -80,6 +80,7 @@ def _recipe() -> str:
     parts += _sections(recipes.Recipe.model_json_schema(), skip=("pretrain", "perceptual_data"))
     parts += [f"## Fields of a stage: {stages}", *_sections(TrainConfig.model_json_schema())]
     parts += [f"## Further fields of {judged}"]
+    parts += ["`perceptual_data` has the fields of `data`, for these stages alone."]
     parts += [*_sections(PerceptualConfig.model_json_schema(), without=TrainConfig)]
     given = {name: dict(_leaves(recipe.model_dump(mode="json"))) for name, recipe in made.items()}
     rows = []
