@@ -184,7 +184,7 @@ def _worker(config: dict[str, str]) -> str | None:
 def _build(job: StageConfig) -> loop.Stage:
     torch.manual_seed(job.train.seed)
     model, train, expert = LinearSR(job.recipe.model.denoiser), job.train, job.expert or 0
-    states = [] if job.start is None else start_weights(job)
+    states = [] if job.start is None else start_weights(job, {expert - 1, expert})
     if states:
         model.load_state_dict(states[expert])
     device, config = get_device(), job.recipe.model

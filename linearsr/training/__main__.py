@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -42,7 +41,7 @@ KINDS: dict[str, Kind] = {
     "finetune": "finetune",
     "perceptual": "perceptual",
 }
-FOLDERS = list(KINDS)
+STAGES = list(KINDS)
 
 
 def main() -> int:
@@ -50,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stage", choices=(*FOLDERS, "bundle"))
+    parser.add_argument("stage", choices=(*STAGES, "bundle"))
     parser.add_argument("--recipe", choices=RECIPES, default="tiny_cpu")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings"
@@ -64,8 +63,8 @@ def main() -> int:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
-        help="processes that make training pairs (default: one for each core)",
+        default=torch.get_num_threads(),
+        help="processes that make training pairs (default: one for each core that torch uses)",
     )
     parser.add_argument("--folder", type=Path, help="where the bundle goes")
     options = parser.parse_args()
@@ -133,13 +132,12 @@ def _name(stage: str, index: int | None) -> str:
 
 
 def _latest(out: Path, stage: str, index: int) -> Path:
-    """The folder that an expert has come to by the stages before `stage`."""
-    before = FOLDERS[: FOLDERS.index(stage)] if stage in FOLDERS else FOLDERS
-    folders = [out / _name(one, None if one == "pretrain" else index) for one in before]
-    there = [folder for folder in folders if folder.is_dir()]
-    # Without experts, one model would stand for all of them unnoticed.
-    needed = out / _name("expert", index)
-    return there[-1] if there and (stage == "expert" or needed in there) else needed
+    """The folder of the last stage before `stage` that an expert has been through."""
+    if stage == "expert":
+        return out / "pretrain"
+    before = STAGES[1 : STAGES.index(stage)] if stage in STAGES else STAGES[1:]
+    folders = [out / _name(one, index) for one in before]
+    return next((folder for folder in reversed(folders) if folder.is_dir()), folders[0])
 
 
 def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:

@@ -150,7 +150,7 @@ def parameters(model: torch.nn.Module) -> list[torch.Tensor]:
 def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    missing = override(recipe, [f"perceptual.2.trunk={tmp_path}/gone.pth"])
+    missing = override(recipe, [f"perceptual.{i}.trunk={tmp_path}/gone.pth" for i in range(3)])
     with pytest.raises(WeightsError, match=r"gone\.pth"):
         check_stages(["experts", "perceptual"], missing)
     with pytest.raises(OptionError, match="no perceptual stage"):

@@ -40,7 +40,11 @@ SMALL = (
 
 
 def test_all_stages_and_the_bundle(
-    photograph: Image.Image, lpips_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photograph: Image.Image,
+    lpips_trunk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     photos, out = tmp_path / "photos", tmp_path / "runs"
     photos.mkdir()
@@ -53,6 +57,8 @@ def test_all_stages_and_the_bundle(
         monkeypatch.setattr("sys.argv", ["training", *arguments])
         return main()
 
+    assert run("expert") == 1, "there is nothing to start from yet"
+    assert "runs/pretrain" in capsys.readouterr().err
     assert run("pretrain") == 0
     assert all(run("expert", f"--index={i}") == 0 for i in range(4))
     assert run("finetune", "--index=1") == 0
