@@ -23,7 +23,7 @@ from linearsr.config import MODELS, LatentConfig, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.noise.experts import plan
 from linearsr.noise.sampler import schedule
-from linearsr.training.config import TrainConfig
+from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.recipes import RECIPES, Recipe, split_metric
 
 # Of the tag encoder's 300, what a handful of names takes.
@@ -164,8 +164,14 @@ def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> i
 def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
     """Of one training pair: denoiser there and back, encoding, and the decoded guess if asked for.
 
-    Of the guess the gradient goes back to the latent only: as much as decoding again.
+    Of the guess the gradient goes back to the latent only: as much as decoding again. A perceptual
+    pair encodes nothing, and comes by one frozen forward or two; its judges are not counted.
     """
+    if isinstance(stage, PerceptualConfig):
+        side, latent = recipe.data_of("perceptual").patch, recipe.model.latent
+        cut = side if stage.crop is None else min(side, stage.crop * latent.factor)
+        forwards = FORWARD_AND_BACKWARD + 1 + stage.detour
+        return round(forwards * sum(denoiser(recipe.model, side))) + 2 * autoencoder(latent, cut)[1]
     side = recipe.data.patch
     encode, decode = autoencoder(recipe.model.latent, side)
     guess = stage.pixel_weight > 0 and stage.timesteps.high <= stage.pixel_below
@@ -186,6 +192,7 @@ def stages(recipe: Recipe) -> dict[str, tuple[TrainConfig, ...]]:
         "pretraining": (recipe.pretrain,),
         "experts": recipe.experts,
         "fine-tuning": recipe.finetune,
+        "perceptual": recipe.perceptual,
     }
 
 
@@ -210,7 +217,8 @@ def training() -> str:
     for name, make in RECIPES.items():
         recipe = make()
         for stage, runs in stages(recipe).items():
-            pairs = [run.steps * recipe.data.batch for run in runs]
+            data = recipe.data_of("perceptual" if stage == "perceptual" else "pretrain")
+            pairs = [run.steps * data.batch for run in runs]
             trained = sum(n * pair_flops(recipe, run) for n, run in zip(pairs, runs, strict=True))
             judged = sum(validation_flops(recipe, run) for run in runs)
             hours = [_number((trained + judged) / rate / 3.6e15) for rate in SUSTAINED]

@@ -29,7 +29,7 @@ from linearsr.config import Config, FileOptions, Options
 from linearsr.evaluation.run import Request
 from linearsr.tags.tagger import TaggerConfig
 from linearsr.training import recipes
-from linearsr.training.config import TrainConfig
+from linearsr.training.config import PerceptualConfig, TrainConfig
 
 FOLDER = Path(__file__).parent / "jobs"
 # The configs that check each job's flags: their fields have the flags' names.
@@ -74,10 +74,14 @@ def _recipe() -> str:
     made = {name: make() for name, make in recipes.RECIPES.items()}
     told = (f"- `{name}`: {_line(make.__doc__)}" for name, make in recipes.RECIPES.items())
     stages = "`pretrain`, `experts.0` to `experts.3`, `finetune.0` to `finetune.3`"
+    judged = "`perceptual.0` to `perceptual.2`, of the experts 1 to 3"
     parts = ["# Recipes", NOTICE, markdown(recipes.__doc__, "text"), "\n".join(told), "## Fields"]
     parts += ["`--set PATH=VALUE` sets any of them, as in `--set pretrain.steps=1000`."]
-    parts += _sections(recipes.Recipe.model_json_schema(), skip=("pretrain",))
+    parts += _sections(recipes.Recipe.model_json_schema(), skip=("pretrain", "perceptual_data"))
     parts += [f"## Fields of a stage: {stages}", *_sections(TrainConfig.model_json_schema())]
+    parts += [f"## Further fields of {judged}"]
+    parts += ["`perceptual_data` has the fields of `data`, for these stages alone."]
+    parts += [*_sections(PerceptualConfig.model_json_schema(), without=TrainConfig)]
     given = {name: dict(_leaves(recipe.model_dump(mode="json"))) for name, recipe in made.items()}
     rows = []
     for path in dict.fromkeys(path for leaves in given.values() for path in leaves):
@@ -120,19 +124,27 @@ def _taken(action: argparse.Action, known: Mapping[str, Schema]) -> str:
 
 
 def _sections(
-    schema: Schema, defs: Schema | None = None, at: str = "", skip: tuple[str, ...] = ()
+    schema: Schema,
+    defs: Schema | None = None,
+    at: str = "",
+    skip: tuple[str, ...] = (),
+    without: type[Config] = Config,
 ) -> Iterator[str]:
-    """The description, a table of the fields, and the same of each config inside."""
+    """The description, a table of the fields, and the same of each config inside.
+
+    Fields that `without` has as well are left out.
+    """
+    known = without.model_fields
     defs = schema.get("$defs", {}) if defs is None else defs
     if at:
         yield f"### `{at}`"
     yield markdown(schema["description"])
     inside, rows = {}, []
     for name, field in schema["properties"].items():
-        of = _config(field, defs)
+        of = None if name in known else _config(field, defs)
         if of is not None:
             inside[name] = of
-        elif name not in ("experts", "finetune"):
+        elif name not in ("experts", "finetune", "perceptual", *known):
             default = _value(field["default"]) if "default" in field else ""
             rows.append([f"`{name}`", _range(field), default, _line(field.get("description"))])
     if rows:

@@ -1,10 +1,11 @@
-"""Fine-tune four experts from the knee of a pretraining run (ESGF, second and third stage).
+"""Fine-tune four experts from the knee of a pretraining run (ESGF, second to fourth stage).
 
     ray job submit --working-dir . -- python ray_jobs/finetune_experts.py --from RUNS/pretrain \\
         --recipe tiny_cpu --data PHOTOS --validation VAL --storage RUNS --name experts
 
-Writes RUNS/NAME/experts-* and finetune-*, a run each, and RUNS/NAME/weights, ready for
-`linearsr upscale --model`. Started again it goes on where it stopped.
+Writes RUNS/NAME/experts-*, finetune-* and perceptual-*, a run each, and RUNS/NAME/weights, ready
+for `linearsr upscale --model`. `--stages experts finetune perceptual` trains all of them; the last
+needs LPIPS and leaves the first expert as it is. Started again it goes on where it stopped.
 Exit codes: 0 all done, 1 failed, 2 usage.
 
 More: docs/training.md, docs/knee.md, docs/sizing.md.
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--stages",
         nargs="+",
-        choices=("experts", "finetune"),
+        choices=("experts", "finetune", "perceptual"),
         default=["experts"],
         help="which to train, in this order",
     )
@@ -43,9 +44,10 @@ def main() -> None:
 
     recipe, cluster = job.configs(options)
     job.connect()
-    from linearsr.cluster.stages import export_outcomes, run_stage
+    from linearsr.cluster.stages import check_stages, export_outcomes, run_stage
     from linearsr.cluster.storage import locate, url
 
+    check_stages(options.stages, recipe)
     before = [locate(options.before)]
     target = locate(cluster.storage) / cluster.name / "weights"
     for kind in options.stages:

@@ -87,3 +87,14 @@ def tagged_config(small_config: ModelConfig) -> ModelConfig:
 def photograph() -> Image.Image:
     """A real photograph, 64 x 48, that no model of ours was trained on."""
     return Image.fromarray(np.asarray(skimage.data.astronaut())).resize((64, 48), Image.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def lpips_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of SqueezeNet's shapes with random weights: a distance, if not that of people."""
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(2)
+    path = tmp_path_factory.mktemp("lpips") / "squeezenet.pth"
+    torch.save(squeezenet1_1().features.state_dict(), path)
+    return path

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, field_validator
 
 from linearsr.cluster.storage import Location, locate, url
 from linearsr.config import Config
 from linearsr.training.config import TrainConfig
-from linearsr.training.recipes import Recipe
+from linearsr.training.data import DataConfig
+from linearsr.training.recipes import Kind, Recipe
 
 
 class ClusterConfig(Config):
@@ -68,16 +67,19 @@ class StageConfig(Config):
 
     recipe: Recipe
     cluster: ClusterConfig
-    kind: Literal["pretrain", "experts", "finetune"]
+    kind: Kind
     expert: int | None = None
     start: str | None = None
 
     @property
     def train(self) -> TrainConfig:
         """This stage's own configuration."""
-        if self.expert is None:
-            return self.recipe.pretrain
-        return getattr(self.recipe, self.kind)[self.expert]
+        return self.recipe.stage(self.kind, self.expert)
+
+    @property
+    def data(self) -> DataConfig:
+        """The data that this stage is trained on."""
+        return self.recipe.data_of(self.kind)
 
     @property
     def run(self) -> Location:

@@ -8,6 +8,7 @@ change the data order.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Mapping
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
@@ -148,7 +149,8 @@ class Shards:
             photo = self._photo(*divmod(candidate, self.rows))
             if photo is not None:
                 rng = np.random.default_rng([self.seed, number])
-                return cut_pair(partial(same, photo), self.config, rng)
+                scale = self.config.scale_of(self.seed, number)
+                return cut_pair(partial(same, photo), self.config, scale, rng)
         raise InputError(
             f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at least "
             f"{self.config.needs} px on its shorter side; build larger shards"
@@ -230,8 +232,9 @@ class _PairMaker:
         return {
             "number": np.array(numbers),
             "hr": np.stack([picture.numpy() for picture in hr]),
-            "lr": np.stack([picture.numpy() for picture in lr]),
-            # As text: lists of unlike lengths are no column.
+            # As bytes: another step's are of another size. Tags as text: lists of unlike lengths
+            # are no column.
+            "lr": np.array([picture.numpy().tobytes() for picture in lr], dtype=object),
             "tags": np.array([json.dumps(names) for names in tags]),
         }
 
@@ -268,6 +271,14 @@ def batches(
 
 
 def _batch(rows: dict[str, np.ndarray]) -> Batch:
-    hr, lr = (torch.from_numpy(np.array(rows[side])).float() / 127.5 - 1 for side in ("hr", "lr"))
+    hr = torch.from_numpy(np.array(rows["hr"]))
+    lr = torch.stack([_square(picture) for picture in rows["lr"]])
+    hr, lr = (side.float() / 127.5 - 1 for side in (hr, lr))
     tags = tuple(tuple(json.loads(names)) for names in rows["tags"])
     return Batch(hr, lr, torch.from_numpy(np.array(rows["number"])), tags)
+
+
+def _square(pixels: bytes) -> Tensor:
+    """(3, n, n) uint8 from its bytes."""
+    side = math.isqrt(len(pixels) // 3)
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, side, side)

@@ -1,6 +1,7 @@
 """ESGF: four experts from the knee of pretraining, then each polished from its own knee.
 
     pretraining ─knee─▶ experts (four runs, side by side where there is room) ─knees─▶ fine-tuning
+                ─knees─▶ perceptual (of all but the first, which goes on as it is)
 
 Which checkpoint a stage may start from is decided in `linearsr.cluster.knee` alone.
 """
@@ -11,24 +12,34 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import ray
 from ray.util import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from linearsr.cluster.config import ClusterConfig, StageConfig
-from linearsr.cluster.knee import last_checkpoint, start_from_knee, summary
+from linearsr.cluster.knee import last_checkpoint, read_knee, start_from_knee, summary
 from linearsr.cluster.room import places
 from linearsr.cluster.storage import Location, locate, url
 from linearsr.cluster.train import Outcome, check, train
 from linearsr.config import ModelConfig
 from linearsr.errors import LinearSRError
-from linearsr.training import export
-from linearsr.training.recipes import Recipe
+from linearsr.training import export, perceptual
+from linearsr.training.config import PerceptualConfig
+from linearsr.training.recipes import Kind, Recipe
 from linearsr.weights.bundle import expert_names
 
-Kind = Literal["experts", "finetune"]
+
+def check_stages(kinds: Sequence[Kind], recipe: Recipe) -> None:
+    """Raise for a stage that the recipe or this machine cannot do, before those ahead of it run.
+
+    Raises OptionError, MissingExtra or WeightsError.
+    """
+    for kind in kinds:
+        for expert in recipe.trained(kind):
+            train = recipe.stage(kind, expert)
+            if isinstance(train, PerceptualConfig):
+                perceptual.check(train)
 
 
 def run_stage(
@@ -43,9 +54,11 @@ def run_stage(
     """Train every expert of one stage, each from the knee of the run before it.
 
     before: the pretraining run, or the four runs of the experts. Runs lie in a folder each under
-    `cluster.storage`/`cluster.name`. Raises WeightsError where no knee is confirmed (unless
-    `anyway`), and LinearSRError naming the experts that failed, after all have ended.
+    `cluster.storage`/`cluster.name`. An expert that the stage does not train has the outcome of the
+    run before it. Raises WeightsError where no knee is confirmed (unless `anyway`), and
+    LinearSRError naming the experts that failed, after all have ended.
     """
+    trained = recipe.trained(kind)
     starts = [start_from_knee(run, anyway=anyway) for run in before]
     home = locate(cluster.storage) / cluster.name
     model = recipe.model if len(starts) > 1 else export.single(recipe.model)
@@ -55,9 +68,22 @@ def run_stage(
     stages = [
         _stage(kind, recipe, cluster, i, name, home, start)
         for i, name in enumerate(expert_names(recipe.model))
+        if i in trained
     ]
     check(stages[0])
-    return _train_all(stages, say)
+    outcomes = dict(zip(trained, _train_all(stages, say), strict=True))
+    return [
+        outcomes[i] if i in outcomes else _kept(before, starts, i)
+        for i in range(len(recipe.experts))
+    ]
+
+
+def _kept(
+    before: Sequence[Location], starts: Sequence[tuple[Location, int | None]], expert: int
+) -> Outcome:
+    """The outcome of an expert that goes on as it is; that of the one model, if there is one."""
+    at = expert if len(starts) > 1 else 0
+    return Outcome(before[at], read_knee(before[at]), {}, starts[at])
 
 
 def _stage(
@@ -122,14 +148,20 @@ def write_bundle(
 
 
 def export_outcomes(outcomes: Sequence[Outcome], recipe: Recipe, target: Location) -> None:
-    """Publish finished runs as weights: each one's confirmed knee, else its last checkpoint."""
-    chosen = [
-        start_from_knee(o.run) if o.knee.status == "confirmed" else last_checkpoint(o.run)
-        for o in outcomes
-    ]
+    """Publish finished runs as weights: each one's confirmed knee, else its last checkpoint.
+
+    Of an expert that was not trained, what the others were trained with.
+    """
+    chosen = [o.kept or _result(o) for o in outcomes]
     told = [
         {"run": o.run.name, "step": step, "knee": o.knee.status}
         for o, (_, step) in zip(outcomes, chosen, strict=True)
     ]
     notes = {"experts": json.dumps(told), "recipe": recipe.model_dump_json()}
     write_bundle(target, recipe.model, [folder for folder, _ in chosen], notes)
+
+
+def _result(outcome: Outcome) -> tuple[Location, int | None]:
+    if outcome.knee.status == "confirmed":
+        return start_from_knee(outcome.run)
+    return last_checkpoint(outcome.run)

@@ -44,7 +44,8 @@ from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, OptionError, one_line, require
 from linearsr.latent import load_autoencoder
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import loop
+from linearsr.training import loop, perceptual
+from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.guard import Diverged
@@ -54,11 +55,15 @@ ADVICE = "lower learning_rate, or start from an earlier checkpoint"
 
 
 class Outcome(NamedTuple):
-    """Where a finished stage lies, its knee, and what it last reported."""
+    """Where a finished stage lies, its knee, and what it last reported.
+
+    kept: the checkpoint and step of an expert that a stage has left as it was.
+    """
 
     run: Location
     knee: Knee
     metrics: dict[str, Any]
+    kept: tuple[Location, int | None] | None = None
 
 
 def train(stage: StageConfig) -> Outcome:
@@ -83,15 +88,17 @@ def check(stage: StageConfig) -> None:
     """Refuse what cannot work, before any worker or GPU is taken."""
     require("train", "deepspeed", "tensorboard", "matplotlib")
     cluster, recipe = stage.cluster, stage.recipe
-    if recipe.data.batch % cluster.workers:
+    if stage.data.batch % cluster.workers:
         raise OptionError(
-            f"data.batch {recipe.data.batch} cannot be shared by {cluster.workers} workers evenly"
+            f"data.batch {stage.data.batch} cannot be shared by {cluster.workers} workers evenly"
         )
     check_writable(locate(cluster.storage))
-    open_source(cluster.data, recipe.data, stage.train.seed)
+    open_source(cluster.data, stage.data, stage.train.seed)
     validation_pictures(cluster.validation, recipe.validation)
     if stage.start is not None:
         start_weights(stage)
+    if isinstance(stage.train, PerceptualConfig):
+        perceptual.check(stage.train)
     advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
     worker = Needs(cluster.worker_cpus, int(cluster.gpu))
     check_room("the stage", Needs(cluster.cpus(), cluster.gpus()), worker, advice)
@@ -176,20 +183,24 @@ def _worker(config: dict[str, str]) -> str | None:
 
 def _build(job: StageConfig) -> loop.Stage:
     torch.manual_seed(job.train.seed)
-    model = LinearSR(job.recipe.model.denoiser)
-    if job.start is not None:
-        model.load_state_dict(start_weights(job)[job.expert or 0])
+    model, train, expert = LinearSR(job.recipe.model.denoiser), job.train, job.expert or 0
+    states = [] if job.start is None else start_weights(job, {expert - 1, expert})
+    if states:
+        model.load_state_dict(states[expert])
     device, config = get_device(), job.recipe.model
-    engine = ZeroEngine(model, job.train, device)
+    engine = ZeroEngine(model, train, device)
+    objective: loop.Objective | None = None
+    if isinstance(train, PerceptualConfig):
+        objective = perceptual.objective(config, train, expert, states, engine)
     autoencoder, encoder = load_autoencoder(config.latent, device), tag_encoder(config, device)
-    return loop.Stage.start(engine, autoencoder, job.train, encoder)
+    return loop.Stage.start(engine, autoencoder, train, encoder, objective)
 
 
 def _stream(
     job: StageConfig, progress: loop.Progress, share: Share
 ) -> Generator[Batch, None, None]:
     steps = job.train.steps - progress.step
-    return batches(job.cluster.data, job.recipe.data, job.train.seed, progress.seen, steps, share)
+    return batches(job.cluster.data, job.data, job.train.seed, progress.seen, steps, share)
 
 
 def _go_back(
@@ -204,6 +215,7 @@ def _go_back(
         with Location(job.run.filesystem, knee).local() as folder:
             stage.load(folder)
     stage.progress.attempt, stage.progress.seen = attempt, failed.progress.seen
+    stage.progress.minutes = failed.progress.minutes
     reporter.say(f"{error}; back to step {stage.progress.step} at a lower rate (try {attempt})")
     reporter.checkpoint(stage, {"diverged": str(error)}, validation=False)
     return stage
@@ -237,7 +249,7 @@ class _Reporter:
         # Once per notice: the nodes named in it have minutes, and an upload takes its time.
         preempted = notice is not None and notice.preempted_node_ids != self.warned
         self.warned = notice.preempted_node_ids if notice else []
-        due = report.step % stage.config.checkpoint_every == 0 or report.step == stage.config.steps
+        due = report.step % stage.config.checkpoint_every == 0 or stage.finished
         if not (due or preempted):
             return False
         self.checkpoint(stage, report._asdict(), validation=due)

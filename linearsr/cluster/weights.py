@@ -15,12 +15,12 @@ from linearsr.errors import OptionError, WeightsError
 from linearsr.upscaler import Upscaler
 
 
-def load_bundle(path: str) -> weights.Bundle:
-    """A weights bundle. Raises WeightsError for what is none."""
+def load_bundle(path: str, only: Collection[int] | None = None) -> weights.Bundle:
+    """A weights bundle, or `only` some of its experts. Raises WeightsError for what is none."""
     if path in weights.available():
-        return weights.load(path)
+        return weights.load(path, only=only)
     with locate(path).local(".safetensors") as folder:
-        return weights.load(folder)
+        return weights.load(folder, only=only)
 
 
 def load_upscaler(
@@ -54,12 +54,14 @@ def check_model(model: str) -> None:
         raise WeightsError(f"{model}: no .safetensors file in this folder")
 
 
-def start_weights(job: StageConfig) -> list[dict[str, Tensor]]:
+def start_weights(job: StageConfig, only: Collection[int] | None = None) -> list[dict[str, Tensor]]:
     """One state dict per expert; the one model's for each of them if the start has no experts.
 
+    only: the experts that are needed, where not all are; the first always is, for it may be the
+    one model. The others have no data.
     Raises OptionError when the start's denoiser is not the recipe's.
     """
-    bundle = load_bundle(str(job.start))
+    bundle = load_bundle(str(job.start), None if only is None else {0, *only})
     if bundle.config.denoiser != job.recipe.model.denoiser:
         raise OptionError(f"{job.start}: weights of another denoiser config than the recipe's")
     states = [model.state_dict() for model in bundle.experts]

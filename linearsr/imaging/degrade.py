@@ -23,13 +23,18 @@ Range = tuple[float, float]
 
 
 class Stage(Config):
-    """One round of blur, resize, noise and JPEG. Probabilities in [0, 1]; noise in 1/255."""
+    """One round of blur, resize, noise and JPEG. Probabilities in [0, 1]; noise in 1/255.
+
+    Resize factors count from the size before, or from that of LR with `resize_from_lr`. A share
+    `webp_probability` of what would be a JPEG is a WebP instead.
+    """
 
     blur_probability: float = 1.0
     blur_sigma: Range = (0.2, 3.0)
     sinc_probability: float = 0.1
     resize_up_down_keep: tuple[float, float, float] = (0.2, 0.7, 0.1)
     resize_range: Range = (0.15, 1.5)
+    resize_from_lr: bool = False
     noise_probability: float = 1.0
     gaussian_probability: float = 0.5
     gaussian_sigma: Range = (1.0, 30.0)
@@ -37,6 +42,8 @@ class Stage(Config):
     gray_noise_probability: float = 0.4
     jpeg_probability: float = 1.0
     jpeg_quality: Range = (30.0, 95.0)
+    webp_probability: float = 0.0
+    webp_quality: Range = (50.0, 95.0)
 
 
 class Degradation(Config):
@@ -77,7 +84,7 @@ SEESR = Degradation(
     ),
     final_sinc_probability=0.8,
 )
-# A single camera-to-web round: blur before the downscale, noise and JPEG after it, each on half.
+# A single camera-to-web round: blur before the resize to LR, noise and JPEG after it, each on half.
 MILD = Degradation(
     stages=(
         Stage(
@@ -85,7 +92,8 @@ MILD = Degradation(
             blur_sigma=(0.4, 2.4),
             sinc_probability=0.0,
             resize_up_down_keep=(0.0, 1.0, 0.0),
-            resize_range=(0.25, 0.25),
+            resize_range=(1.0, 1.0),
+            resize_from_lr=True,
             noise_probability=0.5,
             gaussian_sigma=(1.0, 10.0),
             poisson_scale=(0.05, 0.5),
@@ -102,13 +110,43 @@ CAMERA = Degradation(
         ),
     )
 )
-Preset = Literal["clean", "mild", "camera", "seesr", "real-esrgan"]
+# A picture from the web: compressed at about the size it is found in, most of them twice, with a
+# resize in between. The last compression is not resized any more, so its blocks are whole.
+_UPLOAD = Stage(
+    blur_probability=1 / 3,
+    blur_sigma=(0.4, 2.4),
+    sinc_probability=0.0,
+    resize_up_down_keep=(0.3, 0.4, 0.3),
+    resize_range=(0.7, 1.4),
+    resize_from_lr=True,
+    noise_probability=0.3,
+    gaussian_sigma=(1.0, 5.0),
+    poisson_scale=(0.05, 0.3),
+    jpeg_probability=0.7,
+    jpeg_quality=(40.0, 95.0),
+    webp_probability=0.15,
+)
+WEB = Degradation(
+    stages=(
+        _UPLOAD,
+        _UPLOAD.model_copy(
+            update={
+                "blur_probability": 0.0,
+                "resize_up_down_keep": (0.0, 0.0, 1.0),
+                "noise_probability": 0.0,
+                "jpeg_probability": 1.0,
+            }
+        ),
+    )
+)
+Preset = Literal["clean", "mild", "camera", "seesr", "real-esrgan", "web"]
 PRESETS: dict[Preset, Degradation] = {
     "clean": CLEAN,
     "mild": MILD,
     "camera": CAMERA,
     "seesr": SEESR,
     "real-esrgan": REAL_ESRGAN,
+    "web": WEB,
 }
 
 
@@ -155,10 +193,18 @@ def _add_noise(picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tenso
     return picture + rng.uniform(*stage.poisson_scale) * (counts / 255 - light)
 
 
-def _jpeg(picture: Tensor, quality: int) -> Tensor:
+def _compress(picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tensor:
+    # Without WebP nothing more is drawn: the other presets keep their pixels.
+    if stage.webp_probability and rng.random() < stage.webp_probability:
+        return _through(picture, "WEBP", int(rng.uniform(*stage.webp_quality)))
+    return _through(picture, "JPEG", int(rng.uniform(*stage.jpeg_quality)))
+
+
+def _through(picture: Tensor, kind: str, quality: int) -> Tensor:
+    """The picture as a file of that kind shows it; JPEGs have Pillow's 4:2:0, as on the web."""
     pixels = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(buffer, kind, quality=quality)
     decoded = torch.from_numpy(np.array(Image.open(buffer)))
     return decoded.permute(2, 0, 1)[None].float() / 255
 
@@ -169,34 +215,40 @@ def _resize_factor(stage: Stage, rng: np.random.Generator) -> float:
     return (rng.uniform(1, max(high, 1)), rng.uniform(low, min(high, 1)), 1.0)[way]
 
 
-def _apply(picture: Tensor, stage: Stage, size: int, rng: np.random.Generator) -> Tensor:
+def _apply(
+    picture: Tensor, stage: Stage, size: int, lr_sides: list[int], rng: np.random.Generator
+) -> Tensor:
     if rng.random() < stage.blur_probability:
         sinc = rng.random() < stage.sinc_probability
         kernel = _random_sinc(size, rng) if sinc else _gaussian_kernel(size, rng, stage.blur_sigma)
         picture = _filter(picture, kernel)
     factor = _resize_factor(stage, rng)
-    height, width = (max(1, round(n * factor)) for n in picture.shape[-2:])
+    before = lr_sides if stage.resize_from_lr else picture.shape[-2:]
+    height, width = (max(1, round(n * factor)) for n in before)
     picture = resize(picture, height, width)
     if rng.random() < stage.noise_probability:
         picture = _add_noise(picture, stage, rng)
     if rng.random() < stage.jpeg_probability:
-        picture = _jpeg(picture, int(rng.uniform(*stage.jpeg_quality)))
+        picture = _compress(picture, stage, rng)
     return picture
 
 
-def degrade(hr: Tensor, scale: int, config: Degradation, rng: np.random.Generator) -> Tensor:
-    """HR (3, H, W) in [0, 1] -> LR (3, H // scale, W // scale) in [0, 1], rounded to 8 bits.
+def degrade(hr: Tensor, scale: float, config: Degradation, rng: np.random.Generator) -> Tensor:
+    """HR (3, H, W) in [0, 1] -> LR (3, H / scale, W / scale) in [0, 1], rounded to 8 bits.
 
-    The same `rng` state gives the same pixels. H and W must be multiples of `scale`.
+    scale: from 1. The same `rng` state gives the same pixels. Raises ValueError unless H and W are
+    whole multiples of `scale`.
     """
-    if hr.ndim != 3 or hr.shape[0] != 3 or hr.shape[1] % scale or hr.shape[2] % scale:
+    sides = [round(n / scale) for n in hr.shape[1:]]
+    exact = all(abs(n - m * scale) < 1e-6 for n, m in zip(hr.shape[1:], sides, strict=True))
+    if hr.ndim != 3 or hr.shape[0] != 3 or not exact:
         raise ValueError(
-            f"hr must be (3, H, W) with sides a multiple of {scale}: {tuple(hr.shape)}"
+            f"hr must be (3, H, W) with sides a multiple of {scale:g}: {tuple(hr.shape)}"
         )
     picture = hr[None]
     for stage in config.stages:
-        picture = _apply(picture, stage, config.kernel_size, rng)
-    picture = resize(picture, hr.shape[1] // scale, hr.shape[2] // scale)
+        picture = _apply(picture, stage, config.kernel_size, sides, rng)
+    picture = resize(picture, *sides)
     if rng.random() < config.final_sinc_probability:
         picture = _filter(picture, _random_sinc(config.kernel_size, rng))
     return (picture[0].clamp(0, 1) * 255).round() / 255

@@ -2,15 +2,20 @@
 
     python -m linearsr.training pretrain --photos PHOTOS --out runs/tiny
     python -m linearsr.training expert --index 0 --photos PHOTOS --out runs/tiny   (0, 1, 2, 3)
+    python -m linearsr.training finetune --index 0 --photos PHOTOS --out runs/tiny   (likewise)
+    python -m linearsr.training perceptual --index 1 --photos PHOTOS --out runs/tiny   (1, 2, 3)
     python -m linearsr.training bundle --out runs/tiny --folder my-weights
 
-Each stage writes OUT/STAGE as it goes and continues from it when started again. Knees are found by
-the jobs in ray_jobs/; here an expert starts from wherever pretraining stands.
+Each stage writes OUT/STAGE as it goes and continues from it when started again, with what is left
+of its steps and minutes. A bundle needs the four experts; each is taken from the last stage that it
+has been through. Knees are found by the jobs in ray_jobs/; here a stage starts from wherever the
+one before it stands.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,13 +25,23 @@ import torch
 
 from linearsr import weights
 from linearsr.denoiser import LinearSR
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import export, loop
+from linearsr.training import export, loop, perceptual
+from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.data import stream
 from linearsr.training.engine import TorchEngine
-from linearsr.training.recipes import RECIPES, Recipe, override
+from linearsr.training.recipes import RECIPES, Kind, Recipe, override
+
+# Stages in order, by the names of their folders, and what recipes call them.
+KINDS: dict[str, Kind] = {
+    "pretrain": "pretrain",
+    "expert": "experts",
+    "finetune": "finetune",
+    "perceptual": "perceptual",
+}
+STAGES = list(KINDS)
 
 
 def main() -> int:
@@ -34,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stage", choices=("pretrain", "expert", "bundle"))
+    parser.add_argument("stage", choices=(*STAGES, "bundle"))
     parser.add_argument("--recipe", choices=RECIPES, default="tiny_cpu")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings"
@@ -42,14 +57,21 @@ def main() -> int:
     parser.add_argument("--photos", type=Path, help="folder of training photographs")
     parser.add_argument("--out", type=Path, required=True, help="where checkpoints go")
     parser.add_argument("--index", type=int, default=0, help="which expert, 0 being highest noise")
+    parser.add_argument(
+        "--minutes", type=float, help="end the stage after so many minutes, all starts together"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=torch.get_num_threads(),
+        help="processes that make training pairs (default: one for each core that torch uses)",
+    )
     parser.add_argument("--folder", type=Path, help="where the bundle goes")
     options = parser.parse_args()
     if options.stage != "bundle" and options.photos is None:
         parser.error("--photos is needed to train")
     try:
         recipe = override(RECIPES[options.recipe](), options.settings)
-        if not 0 <= options.index < len(recipe.experts):
-            parser.error(f"--index must be 0 to {len(recipe.experts) - 1}")
         if options.stage == "bundle":
             _bundle(recipe, options.out, options.folder or options.out / recipe.model.name)
         else:
@@ -61,36 +83,73 @@ def main() -> int:
 
 
 def _train(recipe: Recipe, options: argparse.Namespace) -> None:
-    expert = options.stage == "expert"
-    config = recipe.experts[options.index] if expert else recipe.pretrain
-    folder = options.out / (f"expert-{options.index}" if expert else "pretrain")
-    torch.manual_seed(config.seed)
-    model = LinearSR(recipe.model.denoiser)
-    if expert:
-        model.load_state_dict(export.average(options.out / "pretrain", recipe.model))
-    elif recipe.start:
-        model.load_state_dict(weights.load(recipe.start).experts[0].state_dict())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = TorchEngine(model, config, device)
-    autoencoder = load_autoencoder(recipe.model.latent, device)
-    stage = loop.Stage.start(engine, autoencoder, config, tag_encoder(recipe.model, device))
+    kind, index = KINDS[options.stage], None if options.stage == "pretrain" else options.index
+    if index is not None and index not in recipe.trained(kind):
+        which = ", ".join(map(str, recipe.trained(kind)))
+        raise OptionError(f"--index: {options.stage} trains the experts {which}, not {index}")
+    config = recipe.stage(kind, index)
+    if options.minutes is not None:
+        config = type(config).parse(**{**config.model_dump(), "minutes": options.minutes})
+    folder = options.out / _name(options.stage, index)
+    stage = _start(recipe, config, options, index)
     # The second one: what is left if the program was ended while it replaced the first.
     for saved in (folder, folder.with_name(f"{folder.name}.old")):
         if saved.is_dir():
             stage.load(saved)
             break
-    batches = stream(options.photos, recipe.data, config.seed, stage.progress.seen)
+    data = recipe.data_of(kind)
+    batches = stream(options.photos, data, config.seed, stage.progress.seen, options.workers)
     loop.run(stage, batches, _reporter(folder))
+
+
+def _start(
+    recipe: Recipe, config: TrainConfig, options: argparse.Namespace, index: int | None
+) -> loop.Stage:
+    """The stage at its first step, from the stages before it."""
+    torch.manual_seed(config.seed)
+    model = LinearSR(recipe.model.denoiser)
+    if index is not None:
+        before = _latest(options.out, options.stage, index)
+        model.load_state_dict(export.average(before, recipe.model))
+    elif recipe.start:
+        model.load_state_dict(weights.load(recipe.start).experts[0].state_dict())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = TorchEngine(model, config, device)
+    objective: loop.Objective | None = None
+    if isinstance(config, PerceptualConfig) and index is not None:
+        states = [
+            export.average(_latest(options.out, options.stage, i), recipe.model)
+            for i in range(index)
+        ]
+        objective = perceptual.objective(recipe.model, config, index, states, engine)
+    autoencoder = load_autoencoder(recipe.model.latent, device)
+    encoder = tag_encoder(recipe.model, device)
+    return loop.Stage.start(engine, autoencoder, config, encoder, objective)
+
+
+def _name(stage: str, index: int | None) -> str:
+    return stage if index is None else f"{stage}-{index}"
+
+
+def _latest(out: Path, stage: str, index: int) -> Path:
+    """The folder of the last stage before `stage` that an expert has been through."""
+    if stage == "expert":
+        return out / "pretrain"
+    before = STAGES[1 : STAGES.index(stage)] if stage in STAGES else STAGES[1:]
+    folders = [out / _name(one, index) for one in before]
+    return next((folder for folder in reversed(folders) if folder.is_dir()), folders[0])
 
 
 def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
     def report(stage: loop.Stage, r: loop.Report) -> None:
-        steps = stage.config.steps
-        if r.step % stage.config.checkpoint_every == 0 or r.step == steps:
+        if r.step % stage.config.checkpoint_every == 0 or stage.finished:
             _save(stage, folder)
+        minutes = "" if stage.config.minutes is None else f" of {stage.config.minutes:g}"
         print(
-            f"{folder.name} {r.step}/{steps}  loss {r.loss:.4f}  at one {r.loss_at_one:.4f}  "
-            f"gradient {r.gradient_norm:.2f}  rate {r.learning_rate:.1e}  "
+            f"{folder.name} {r.step}/{stage.config.steps}  "
+            f"{stage.progress.minutes:.1f}{minutes} min  loss {r.loss:.4f}  "
+            f"at one {r.loss_at_one:.4f}  gradient {r.gradient_norm:.2f}  "
+            f"rate {r.learning_rate:.1e}  "
             f"{r.images_per_second:.1f} images/s",
             flush=True,
         )
@@ -111,8 +170,9 @@ def _save(stage: loop.Stage, folder: Path) -> None:
 
 
 def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:
-    experts = [out / f"expert-{i}" for i in range(len(recipe.experts))]
-    provenance = {"stage": "experts", "recipe": recipe.model_dump_json()}
+    experts = [_latest(out, "bundle", i) for i in range(len(recipe.experts))]
+    stages = json.dumps([expert.name for expert in experts])
+    provenance = {"stages": stages, "recipe": recipe.model_dump_json()}
     export.bundle(folder, recipe.model, experts, provenance)
     single = folder.with_name(f"{folder.name}-single")
     export.bundle(single, export.single(recipe.model), [out / "pretrain"], provenance)

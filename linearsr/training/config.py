@@ -36,6 +36,9 @@ class TrainConfig(Config):
 
     steps: int = Field(gt=0)
     """Optimizer steps, each of one global batch."""
+    minutes: float | None = Field(default=None, gt=0)
+    """The stage ends after so many minutes of training, over all restarts, if not by its steps; the
+    rate follows whichever is further on."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Of AdamW, after the warm-up."""
     warmup: int = Field(default=50, ge=0)
@@ -44,6 +47,8 @@ class TrainConfig(Config):
     """The share of the stage, at its end, over which the rate falls to zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW: a short second moment suits small batches and noise levels of unlike gradients."""
     clip: float = Field(default=1.0, gt=0)
     """The gradient's norm is clipped to this."""
     ema: float = Field(default=0.999, ge=0, lt=1)
@@ -72,3 +77,34 @@ class TrainConfig(Config):
                 f"{self.report_every}"
             )
         return self
+
+
+class PerceptualConfig(TrainConfig):
+    """A perceptual stage of one expert: its picture is judged, from where sampling brings it.
+
+    The expert's guess of the clean latent is decoded and compared with the truth by L1 and LPIPS,
+    and a discriminator tells it from real pictures.
+    """
+
+    l1: float = Field(default=4.0, ge=0)
+    """Weight of the mean absolute difference, pictures being in [-1, 1]."""
+    lpips: float = Field(default=1.0, ge=0)
+    """Weight of LPIPS; 0 does without its trunk."""
+    net: Literal["squeeze", "alex", "vgg"] = "squeeze"
+    """The trunk of LPIPS."""
+    trunk: str | None = None
+    """A file with torchvision's weights of the trunk, which all nodes see; without, the one that
+    LINEARSR_LPIPS_TRUNK names, or torchvision's own in its cache."""
+    gan: float = Field(default=0.03, ge=0)
+    """Weight of the hinge loss against the discriminator; 0 does without one."""
+    gan_warmup: int = Field(default=150, ge=0)
+    """Steps over which that weight rises from zero."""
+    channels: tuple[int, int, int, int, int] = (48, 48, 96, 192, 192)
+    """Channels of the discriminator's convolutions."""
+    discriminator_rate: float = Field(default=4e-4, gt=0)
+    """The discriminator's learning rate, where this stage's is learning_rate."""
+    detour: float = Field(default=0.3, ge=0, le=1)
+    """The share of pairs that come by one more step than the first expert's: by the expert before
+    the trained one, or by the trained one itself."""
+    crop: int | None = Field(default=None, gt=0)
+    """Side, in latent cells, of the part that is decoded and judged; without, all of it."""

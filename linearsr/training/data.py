@@ -7,6 +7,7 @@ restarts and other numbers of workers without any state. Knows nothing of where 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,13 +29,15 @@ Tags = tuple[str, ...]
 
 # What the photographs of a folder show: `linearsr tag FOLDER --json > FOLDER/tags.jsonl`.
 SIDECAR = "tags.jsonl"
+# Below this scale a clean LR picture is almost its HR.
+NEAR_ONE = 1.5
 
 
 class Batch(NamedTuple):
-    """hr (B, 3, H, W) and lr (B, 3, H/scale, W/scale) in [-1, 1]; numbers (B,) int64 of the pairs.
+    """hr (B, 3, H, W) and lr (B, 3, H/s, W/s) in [-1, 1]; numbers (B,) int64 of the pairs.
 
-    The numbers also seed timesteps and noise, so a step depends on nothing but its pairs. tags: B
-    lists, or none at all.
+    All pairs of a batch have one scale s. The numbers also seed timesteps and noise, so a step
+    depends on nothing but its pairs. tags: B lists, or none at all.
     """
 
     hr: Tensor
@@ -51,7 +54,7 @@ class Photo(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """hr (3, patch, patch) and lr (3, patch/scale, patch/scale), uint8; the photograph's tags."""
+    """hr (3, patch, patch) and lr (3, patch/s, patch/s), uint8; the photograph's tags."""
 
     hr: Tensor
     lr: Tensor
@@ -65,14 +68,23 @@ class DataConfig(Config):
     """Side of HR crops in pixels."""
     batch: int = 8
     """Pairs of one step, of all workers together."""
-    scale: int = 4
-    """How many times smaller LR is."""
+    scale: int = Field(default=4, ge=1)
+    """How many times smaller LR is, at most."""
+    scales: tuple[float, float] = (4.0, 4.0)
+    """The scales that batches have, from the least to `scale`, as far as patch and margin are whole
+    numbers of LR pixels at them."""
+    at_largest: float = Field(default=0.6, ge=0, le=1)
+    """The share of batches at the largest scale, if there are others; those are drawn evenly in
+    the logarithm of the scale."""
     shrink: tuple[float, float] = (0.25, 1.0)
     """Random factor that photographs are shrunk by first: sharpens soft ones, multiplies few."""
     degradations: dict[Preset, float] = Field(
         default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
     )
     """How often each degradation preset is drawn; must sum to one."""
+    clean_near_one: float = Field(default=0.1, ge=0, le=1)
+    """The largest share of the clean preset at scales below 1.5, where it leaves hardly anything to
+    do; the other presets, if there are any, share the rest."""
     margin: int = 16
     """Pixels around the patch that blur and resize may look at."""
     tag_dropout: float = Field(default=0.1, ge=0, le=1)
@@ -83,8 +95,42 @@ class DataConfig(Config):
         """The shortest side, in pixels, that a photograph must have."""
         return self.patch + 2 * self.margin
 
+    def scale_of(self, seed: int, number: int) -> float:
+        """The scale of pair `number`, which is that of its whole batch."""
+        smaller = self._smaller
+        if not smaller:
+            return float(self.scale)
+        rng = np.random.default_rng([seed, number // self.batch, 2])
+        if rng.random() < self.at_largest:
+            return float(self.scale)
+        share = np.array(smaller) / sum(smaller)
+        return float(rng.choice(smaller, p=share))
+
+    @property
+    def _smaller(self) -> list[float]:
+        """The scales below the largest.
+
+        LR pixels that divide what divides patch and margin make both whole. As many of them lie
+        between s and s + ds as 1 / s^2 says, so a weight of s makes the draw even in log s.
+        """
+        common = math.gcd(self.patch, self.margin)
+        sides = range(common // self.scale + 1, math.floor(common / self.scales[0] + 1e-6) + 1)
+        return [common / side for side in sides]
+
+    def presets_at(self, scale: float) -> dict[Preset, float]:
+        """How often each preset is drawn at that scale."""
+        clean = self.degradations.get("clean", 0.0)
+        if scale >= NEAR_ONE or clean in (0.0, 1.0) or clean <= self.clean_near_one:
+            return self.degradations
+        kept = {"clean": self.clean_near_one / clean}
+        others = (1 - self.clean_near_one) / (1 - clean)
+        return {name: p * kept.get(name, others) for name, p in self.degradations.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        least, largest = self.scales
+        if not 1 <= least <= largest == self.scale:
+            raise ValueError(f"scales {self.scales} must lie from 1 to the scale, {self.scale}")
         if self.patch % self.scale or self.margin % self.scale:
             raise ValueError(f"patch and margin must be multiples of the scale {self.scale}")
         if abs(sum(self.degradations.values()) - 1) > 1e-6 or set(self.degradations) - set(PRESETS):
@@ -109,22 +155,23 @@ class Photos:
     def pair(self, number: int) -> Pair:
         """Pair `number`."""
         rng = np.random.default_rng([self.seed, number])
+        scale = self.config.scale_of(self.seed, number)
         return cut_pair(
-            lambda: self.photos[int(rng.integers(len(self.photos)))](), self.config, rng
+            lambda: self.photos[int(rng.integers(len(self.photos)))](), self.config, scale, rng
         )
 
 
-def cut_pair(photo: Callable[[], Photo], config: DataConfig, rng: np.random.Generator) -> Pair:
-    """One degraded crop of what `photo()` returns."""
+def cut_pair(
+    photo: Callable[[], Photo], config: DataConfig, scale: float, rng: np.random.Generator
+) -> Pair:
+    """One degraded crop of what `photo()` returns; scale: one that `config.scale_of` gives."""
     crop, tags = _crop(photo, config, rng)
     hr = _augment(crop, rng)
-    preset = rng.choice(list(config.degradations), p=list(config.degradations.values()))
-    lr = degrade(hr, config.scale, PRESETS[preset], rng)
-    inner = config.margin // config.scale
-    hr, lr = (
-        _centre(hr, config.margin, config.patch),
-        _centre(lr, inner, config.patch // config.scale),
-    )
+    presets = config.presets_at(scale)
+    preset = rng.choice(list(presets), p=list(presets.values()))
+    lr = degrade(hr, scale, PRESETS[preset], rng)
+    inner, side = round(config.margin / scale), round(config.patch / scale)
+    hr, lr = _centre(hr, config.margin, config.patch), _centre(lr, inner, side)
     # Drawn last: the same pixels with tags and without.
     dropped = rng.random() < config.tag_dropout
     return Pair(_as_bytes(hr), _as_bytes(lr), () if dropped else tags)

@@ -62,6 +62,10 @@ class Engine(Protocol):
         """The mean of one number and the maximum of another over all ranks."""
         ...
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over all ranks; they must have the same shapes there."""
+        ...
+
     def step(self, loss: Tensor, rate: float) -> float:
         """One update; returns the norm of the whole gradient before clipping.
 
@@ -83,15 +87,12 @@ class Engine(Protocol):
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a short second moment: small batches, and noise levels of unlike gradients.
-
-    torch's own, since DeepSpeed's would have to be compiled on the user's machine.
-    """
+    """torch's own AdamW, since DeepSpeed's would have to be compiled on the user's machine."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        betas=(0.9, 0.99),
+        betas=config.betas,
         fused=True,
     )
 
@@ -116,6 +117,9 @@ class TorchEngine:
         """There is one rank: both as they are."""
         return mean, largest
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """There is one rank: all as they are."""
+
     def step(self, loss: Tensor, rate: float) -> float:
         """Backward, clip, AdamW."""
         loss.backward()
@@ -134,7 +138,7 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         """Tensors only: nothing else is unpickled."""
-        with _as_weights_error(folder):
+        with as_weights_error(folder):
             path = folder / "torch.pt"
             payload = torch.load(path, weights_only=True, map_location=self.device)
             self.module.load_state_dict(payload["model"])
@@ -185,6 +189,16 @@ class ZeroEngine:
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         return total.item() / self.world, peak.item()
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """One all-reduce for all of them."""
+        import torch.distributed as dist
+
+        joined = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(joined)
+        parts = (joined / self.world).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def step(self, loss: Tensor, rate: float) -> float:
         """DeepSpeed averages gradients over ranks, clips, and steps this rank's partition."""
         for group in self.zero.optimizer.param_groups:
@@ -202,7 +216,7 @@ class ZeroEngine:
         problem: WeightsError | None = None
         with tempfile.TemporaryDirectory(prefix="linearsr-") as scratch:
             try:
-                with _as_weights_error(folder):
+                with as_weights_error(folder):
                     self._load(_zero_folder(folder), Path(scratch))
             except WeightsError as error:
                 problem = error
@@ -303,7 +317,8 @@ def _convert(saved: Path, target: Path) -> str:
 
 
 @contextlib.contextmanager
-def _as_weights_error(folder: Path) -> Any:
+def as_weights_error(folder: Path) -> Any:
+    """What goes wrong inside, when a checkpoint's files are read, becomes a WeightsError."""
     try:
         yield
     except DAMAGED as error:

@@ -9,17 +9,19 @@ does the same on one rank as on several.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from linearsr.denoiser import LinearSR
+from linearsr.denoiser.model import Condition
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import Autoencoder
@@ -35,7 +37,10 @@ PROGRESS = "progress.json"
 
 
 class Report(NamedTuple):
-    """What a stage tells its caller every `report_every` steps (means since the last one)."""
+    """What a stage tells its caller every `report_every` steps (means since the last one).
+
+    discriminator: its loss, 0 in stages without one.
+    """
 
     step: int
     loss: float
@@ -44,6 +49,7 @@ class Report(NamedTuple):
     activation: float
     learning_rate: float
     images_per_second: float
+    discriminator: float = 0.0
 
 
 @dataclass
@@ -52,18 +58,78 @@ class Progress:
 
     seen: pairs consumed, over all attempts: the number of the next one.
     attempt: how often the guard has sent the stage back; the rate falls with each.
+    minutes: spent in training, over all attempts and restarts.
     """
 
     step: int = 0
     seen: int = 0
     attempt: int = 0
     world: int = 1
+    minutes: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Losses(NamedTuple):
+    """What a batch of B pairs costs.
+
+    total: (B,), whose mean is minimised. told: (B,), the part of it that is reported and guarded,
+    never negative. t: (B,), the pairs' timesteps.
+    """
+
+    total: Tensor
+    told: Tensor
+    t: Tensor
+
+
+class Objective(Protocol):
+    """What a stage minimises, and what it has to learn for that beside the model."""
+
+    def losses(self, stage: Stage, batch: Batch) -> Losses:
+        """Of this rank's part of a global batch, in the engine's precision."""
+        ...
+
+    def learn(self, stage: Stage, fraction: float) -> float:
+        """One step of what learns beside the model, after the model's own; its loss.
+
+        fraction: the learning rate as a part of the config's. Raises Diverged, on all ranks alike.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what has been learnt beside the model; called on the first rank only."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read it back, on every rank. Raises WeightsError."""
+        ...
+
+
+class FlowMatching:
+    """The objective of most stages: `flow_loss`, and nothing that learns beside the model."""
+
+    def losses(self, stage: Stage, batch: Batch) -> Losses:
+        """The same losses are minimised and reported."""
+        model, autoencoder = stage.engine.module, stage.autoencoder
+        losses, t = flow_loss(model, autoencoder, batch, stage.config, stage.encoder)
+        return Losses(losses, losses, t)
+
+    def learn(self, stage: Stage, fraction: float) -> float:  # noqa: ARG002
+        """There is nothing to learn."""
+        return 0.0
+
+    def save(self, folder: Path) -> None:
+        """There is nothing to save."""
+
+    def load(self, folder: Path) -> None:
+        """There is nothing to load."""
 
 
 @dataclass
 class Stage:
-    """A stage under way: what steps, what is averaged, what is done."""
+    """A stage under way: what steps, what is averaged, what is done.
+
+    clock: seconds from any start; a stage counts the minutes that it takes.
+    """
 
     engine: Engine
     autoencoder: Autoencoder
@@ -72,6 +138,8 @@ class Stage:
     guard: Guard
     progress: Progress
     encoder: TagEncoder | None = None
+    objective: Objective = field(default_factory=FlowMatching)
+    clock: Callable[[], float] = time.monotonic
 
     @classmethod
     def start(
@@ -80,14 +148,23 @@ class Stage:
         autoencoder: Autoencoder,
         config: TrainConfig,
         encoder: TagEncoder | None = None,
+        objective: Objective | None = None,
     ) -> Stage:
         """A stage at its first step, from the weights that `engine` holds.
 
         encoder: of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
+        objective: flow matching, if no other is given.
         """
         ema = EMA(engine.module, config.ema, engine.rank, engine.world)
         guard, progress = Guard(config.guard), Progress(world=engine.world)
-        return cls(engine, autoencoder, config, ema, guard, progress, encoder)
+        objective = objective or FlowMatching()
+        return cls(engine, autoencoder, config, ema, guard, progress, encoder, objective)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its steps or its minutes are spent."""
+        spent = self.config.minutes is not None and self.progress.minutes >= self.config.minutes
+        return spent or self.progress.step >= self.config.steps
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of a checkpoint; call on all ranks alike.
@@ -101,6 +178,7 @@ class Stage:
         self.engine.save(folder)
         self.ema.save(folder)
         if self.engine.rank == 0:
+            self.objective.save(folder)
             (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
 
     def load(self, folder: Path) -> None:
@@ -108,6 +186,7 @@ class Stage:
         self.progress = read_progress(folder)
         self.engine.load(folder)
         self.ema.load(folder)
+        self.objective.load(folder)
         self.progress.world = self.engine.world
 
 
@@ -119,13 +198,15 @@ def read_progress(folder: Path) -> Progress:
         raise WeightsError(f"{folder}: not a checkpoint of a training stage: {error}") from error
 
 
-def learning_rate(step: int, config: TrainConfig, attempt: int = 0) -> float:
+def learning_rate(step: int, config: TrainConfig, attempt: int = 0, minutes: float = 0.0) -> float:
     """Warm-up, plateau, then a straight line to zero over the last `decay` of the stage.
 
-    Each restart after a divergence lowers all of it.
+    The stage is as far as its steps or its minutes, whichever is further. Each restart after a
+    divergence lowers all of it.
     """
     up = min(1.0, (step + 1) / max(config.warmup, 1))
-    down = min(1.0, (config.steps - step) / max(config.decay * config.steps, 1))
+    used = max(float(step), config.steps * min(1.0, minutes / (config.minutes or math.inf)))
+    down = min(1.0, (config.steps - used) / max(config.decay * config.steps, 1))
     return config.learning_rate * config.guard.slow_down**attempt * min(up, down)
 
 
@@ -152,6 +233,37 @@ def draw(numbers: Tensor, shape: torch.Size, config: TrainConfig) -> tuple[Tenso
     return t, torch.from_numpy(np.stack(noise))
 
 
+class Given(NamedTuple):
+    """What the denoisers of a batch are given beside the noisy latent.
+
+    lr_picture: (B, 3, H, W), LR at HR's size. joined: the same, encoded, for models that want it.
+    tags, mask: embeddings (B, T, tag_dim) and which of them are real, for models that take tags.
+    """
+
+    lr_picture: Tensor
+    joined: Tensor | None
+    tags: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(
+        cls, batch: Batch, model: LinearSR, autoencoder: Autoencoder, encoder: TagEncoder | None
+    ) -> Given:
+        """Of all pairs of the batch; call without gradients."""
+        lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
+        joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
+        return cls(lr_picture, joined, *_encoded(batch, encoder, model.embed.weight.dtype))
+
+    def only(self, chosen: Tensor) -> Given:
+        """Of the pairs that `chosen` (B,), a mask, keeps."""
+        return Given(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
+
+    def condition(self, model: LinearSR) -> Condition:
+        """As `model` takes it."""
+        picture = self.lr_picture.to(model.embed.weight.dtype)
+        return model.condition(picture, self.joined, self.tags, self.mask)
+
+
 def flow_loss(
     model: LinearSR,
     autoencoder: Autoencoder,
@@ -164,15 +276,14 @@ def flow_loss(
     With `config.pixel_weight`, plus the L1 distance of the decoded guess z_t - t v to the HR
     picture where t <= `config.pixel_below`. An `encoder` has the tags of the batch guide the model.
     """
-    device, dtype = batch.hr.device, model.embed.weight.dtype
+    device = batch.hr.device
     with torch.no_grad():
-        lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
+        given = Given.of(batch, model, autoencoder, encoder)
+        lr_picture = given.lr_picture
         clean = autoencoder.encode(batch.hr, lr_picture)
         t, noise = (x.to(device) for x in draw(batch.numbers, clean.shape[1:], config))
         latent = add_noise(clean, noise, t)
-        joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
-        tags, mask = _encoded(batch, encoder, dtype)
-    v = model(latent, t, model.condition(lr_picture.to(dtype), joined, tags, mask))
+    v = model(latent, t, given.condition(model))
     losses = (v - velocity(clean, noise)).square().mean(dim=(1, 2, 3))
     near = t <= config.pixel_below
     if config.pixel_weight and near.any():
@@ -208,42 +319,45 @@ class _Sums:
 
     def __init__(self) -> None:
         self.began, self.steps, self.images = time.perf_counter(), 0, 0
-        self.loss = self.gradient = self.at_one = 0.0
+        self.loss = self.gradient = self.at_one = self.discriminator = 0.0
         self.activation, self.at_one_count = 0.0, 0
 
-    def add(self, signals: Signals, losses: Tensor, t: Tensor, world: int) -> None:
+    def add(self, signals: Signals, losses: Losses, discriminator: float, world: int) -> None:
+        told, t = losses.told, losses.t
         self.steps += 1
         self.images += len(t) * world
+        self.discriminator += discriminator
         self.loss += signals.loss
         self.gradient += signals.gradient
         self.activation = max(self.activation, signals.activation)
-        at_one = losses.detach()[t == 1]
+        at_one = told.detach()[t == 1]
         self.at_one += at_one.sum().item()
         self.at_one_count += len(at_one)
 
     def report(self, step: int, rate: float) -> Report:
         n, speed = self.steps, self.images / (time.perf_counter() - self.began)
         at_one = self.at_one / max(self.at_one_count, 1)
-        return Report(step, self.loss / n, at_one, self.gradient / n, self.activation, rate, speed)
+        means = self.loss / n, at_one, self.gradient / n
+        return Report(step, *means, self.activation, rate, speed, self.discriminator / n)
 
 
 def run(
     stage: Stage, batches: Iterator[Batch], report: Callable[[Stage, Report], bool | None]
 ) -> Stage:
-    """Train to `config.steps`, calling `report` every `report_every` steps and at the end.
+    """Train until the stage has finished, calling `report` every `report_every` steps and then.
 
     `batches`: this rank's part of each global batch, in order. `report` may return True to end the
     stage early. Raises Diverged when the guard fires: before the weights change for what is not
     finite, after it for what has merely grown.
     """
     config, progress = stage.config, stage.progress
-    largest, sums = _Largest(stage.engine.module), _Sums()
+    largest, sums, watch = _Largest(stage.engine.module), _Sums(), _Watch(stage)
     try:
-        while progress.step < config.steps:
-            signals, losses, t = _step(stage, next(batches), largest)
-            sums.add(signals, losses, t, stage.engine.world)
-            if progress.step % config.report_every == 0 or progress.step == config.steps:
-                rate = learning_rate(progress.step - 1, config, progress.attempt)
+        while not stage.finished:
+            rate = learning_rate(progress.step, config, progress.attempt, progress.minutes)
+            sums.add(*_step(stage, next(batches), largest, rate), stage.engine.world)
+            watch.look()
+            if progress.step % config.report_every == 0 or stage.finished:
                 summary = sums.report(progress.step, rate)
                 progress.history.append(dict(summary._asdict(), attempt=progress.attempt))
                 if report(stage, summary):
@@ -254,7 +368,23 @@ def run(
     return stage
 
 
-def _step(stage: Stage, batch: Batch, largest: _Largest) -> tuple[Signals, Tensor, Tensor]:
+class _Watch:
+    """Adds the minutes that go by to a stage's progress, the same on all ranks."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.before, self.began = stage.progress.minutes, stage.clock()
+
+    def look(self) -> None:
+        minutes = self.before + (self.stage.clock() - self.began) / 60
+        if self.stage.config.minutes is not None:  # all ranks must end together
+            _, minutes = self.stage.engine.share(0.0, minutes)
+        self.stage.progress.minutes = minutes
+
+
+def _step(
+    stage: Stage, batch: Batch, largest: _Largest, rate: float
+) -> tuple[Signals, Losses, float]:
     engine, config, progress = stage.engine, stage.config, stage.progress
     progress.seen += len(batch.numbers) * engine.world
     batch = batch._replace(
@@ -262,13 +392,12 @@ def _step(stage: Stage, batch: Batch, largest: _Largest) -> tuple[Signals, Tenso
         lr=batch.lr.to(engine.device, non_blocking=True),
     )
     with engine.precision():
-        losses, t = flow_loss(engine.module, stage.autoencoder, batch, config, stage.encoder)
-    loss = losses.mean()
-    mean, peak = engine.share(loss.item(), largest.value.item())
+        losses = stage.objective.losses(stage, batch)
+    mean, peak = engine.share(losses.told.mean().item(), largest.value.item())
     check_finite(progress.step, Signals(mean, 0.0, peak))
-    rate = learning_rate(progress.step, config, progress.attempt)
-    signals = Signals(mean, engine.step(loss, rate), peak)
+    signals = Signals(mean, engine.step(losses.total.mean(), rate), peak)
     stage.guard.check(progress.step, signals)
+    beside = stage.objective.learn(stage, rate / config.learning_rate)
     progress.step += 1
     stage.ema.update(progress.step)
-    return signals, losses, t
+    return signals, losses, beside

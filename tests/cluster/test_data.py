@@ -19,10 +19,13 @@ from ray.cluster_utils import Cluster
 
 from linearsr.cluster.data import Shards, Share, batches, open_source
 from linearsr.errors import InputError
-from linearsr.training.data import Batch, DataConfig, Photos, load_photos
+from linearsr.training.data import Batch, Batches, DataConfig, Photos, load_photos
 
 DATA = DataConfig(patch=32, batch=4, margin=8, degradations={"clean": 0.5, "mild": 0.5})
 ROWS = (5, 3, 4)
+
+
+MIXED = DATA.model_copy(update={"scales": (1.0, 4.0), "at_largest": 0.3})
 
 
 def _png(shade: int, size: int = 64) -> bytes:
@@ -164,7 +167,9 @@ def test_tags_of_shards_are_their_rows(tmp_path: Path) -> None:
 
 @ray.remote(num_cpus=0.25)
 def _streams(path: str, parts: dict[str, tuple[int, int, Share]]) -> dict[str, list[Batch]]:
-    return {name: list(batches(path, DATA, 3, *part)) for name, part in parts.items()}
+    mixed = list(batches(path, MIXED, 3, 0, 20, Share(0, 1, 0.25)))
+    told = {name: list(batches(path, DATA, 3, *part)) for name, part in parts.items()}
+    return {**told, "mixed": mixed}
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +220,13 @@ def test_a_stream_that_starts_later_goes_on_exactly(streams: dict[str, list[Batc
     for ours, theirs in zip(streams["later"], streams["one"][16:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
         assert ours.tags == theirs.tags
+
+
+def test_batches_of_many_scales_are_those_of_local_training(
+    streams: dict[str, list[Batch]], named: Path
+) -> None:
+    sides = {batch.lr.shape[-1] for batch in streams["mixed"]}
+    assert len(sides) > 2 and len(streams["mixed"]) == 20
+    local = iter(Batches(load_photos(named, MIXED, 3), 0))
+    for ours, theirs in zip(streams["mixed"], local, strict=False):
+        assert torch.equal(ours.lr, theirs.lr) and torch.equal(ours.hr, theirs.hr)

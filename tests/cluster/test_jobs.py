@@ -11,19 +11,28 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 from ray.job_submission import JobStatus
 
 from linearsr.cli.job import configs, parser
 from linearsr.cluster.config import ClusterConfig
 from linearsr.cluster.knee import read_knee
+from linearsr.cluster.stages import check_stages
 from linearsr.cluster.storage import locate
 from linearsr.cluster.train import Outcome
-from linearsr.errors import OptionError
+from linearsr.errors import OptionError, WeightsError
+from linearsr.training.perceptual import DISCRIMINATOR
+from linearsr.training.recipes import Recipe, override
 from linearsr.upscaler import Upscaler
-from tests.cluster.conftest import ROOT, SMALL, STEPS, Jobs, losses, reported, until
+from tests.cluster.conftest import ROOT, SMALL, STEPS, Jobs, checkpoints, losses, reported, until
 
 EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
+
+
+# A discriminator and pairs as small as the rest.
+JUDGED = ("channels=[8, 8, 8, 8, 8]", "gan_warmup=1", "detour=0.5")
+JUDGED_DATA = tuple(f"perceptual_data.{name}" for name in ("patch=32", "batch=4", "margin=8"))
 
 
 def _command(job: str, photos: Path, runs: Path, name: str, *more: str) -> list[str]:
@@ -96,12 +105,16 @@ def test_a_job_whose_machine_died_goes_on_when_submitted_again(
 
 
 def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
-    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image
+    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image, lpips_trunk: Path
 ) -> None:
+    """Experts, and then all of them but the first by the perceptual stage."""
     assert (runs / "pretrain").exists(), "the pretraining test has to run first"
     command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
     # Two of the four runs fit on the cluster at once.
-    command += ["--worker-cpus=1"]
+    command += ["--worker-cpus=1", "--stages", "experts", "perceptual"]
+    fields = (*EXPERT, *JUDGED, f"trunk={lpips_trunk}")
+    judged = [f"--set=perceptual.{i}.{field}" for i in range(3) for field in fields]
+    command += [*judged, *(f"--set={field}" for field in JUDGED_DATA)]
     refused, allowed = (
         jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
     )
@@ -113,8 +126,36 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
     assert status == JobStatus.SUCCEEDED, output
     for name in ("0-structure", "3-"):
         assert any(name in folder.name for folder in (runs / "experts").glob("experts-*"))
-    upscaler = Upscaler.load(runs / "experts" / "weights", "cpu")
+    home = runs / "experts"
+    upscaler = Upscaler.load(home / "weights", "cpu")
     assert upscaler(photograph, steps=4).size == (256, 192)
+    judged = sorted(folder.name for folder in home.glob("perceptual-[0-9]-*"))
+    assert judged == ["perceptual-1-refinement", "perceptual-2-texture", "perceptual-3-polish"]
+    for run in (home / name for name in judged):
+        assert [m["step"] for m in reported(run)] == [2] and reported(run)[0]["psnr@1"] > 5
+        assert read_knee(locate(run)).history
+        assert all((c / DISCRIMINATOR).exists() for c in checkpoints(run))
+    start = Upscaler.load(home / "perceptual-start", "cpu")
+    kept = [
+        all(torch.equal(a, b) for a, b in zip(*map(parameters, pair), strict=True))
+        for pair in zip(start.experts, upscaler.experts, strict=True)
+    ]
+    assert kept == [True, False, False, False]
+
+
+def parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    return list(model.parameters())
+
+
+def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    missing = override(recipe, [f"perceptual.{i}.trunk={tmp_path}/gone.pth" for i in range(3)])
+    with pytest.raises(WeightsError, match=r"gone\.pth"):
+        check_stages(["experts", "perceptual"], missing)
+    with pytest.raises(OptionError, match="no perceptual stage"):
+        check_stages(["experts", "perceptual"], override(recipe, ["perceptual=[]"]))
+    check_stages(["experts", "finetune"], missing)
 
 
 def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs: Path) -> None:

@@ -23,13 +23,15 @@ from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
+from linearsr.noise.experts import ranges
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import loop
-from linearsr.training.config import TrainConfig
+from linearsr.training import loop, perceptual
+from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.data import Batch
 from linearsr.training.ema import load_average
 from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
 from linearsr.training.guard import Diverged
+from tests.conftest import random_experts
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, SAVED_AT = 4, 50, 25
@@ -158,6 +160,55 @@ def _tagged(model: ModelConfig, engine: type[TorchEngine] | type[ZeroEngine]) ->
         for batch in _batches(stage.engine)
     )
     return {"losses": _losses(loop.run(stage, batches, _quiet))}
+
+
+def _perceptual(
+    model: ModelConfig, engine: type[TorchEngine] | type[ZeroEngine], trunk: Path, folder: Path
+) -> dict[str, Any]:
+    """A perceptual stage of eight steps, and its last four again, from a checkpoint."""
+    low, high = ranges(model.sampling.boundaries)[2]
+    train = PerceptualConfig.model_validate(
+        {
+            **_train(steps=8).model_dump(),
+            "timesteps": {"low": low, "high": high},
+            "channels": (8, 8, 8, 8, 8),
+            **{"trunk": str(trunk), "gan": 0.1, "gan_warmup": 2, "detour": 0.5},
+        }
+    )
+
+    def begin() -> loop.Stage:
+        experts = random_experts(model, 4)
+        states = [expert.state_dict() for expert in experts]
+        held = engine(experts[2].requires_grad_(True), train, CPU)
+        objective = perceptual.objective(model, train, 2, states, held)
+        autoencoder = SpaceToDepth(model.latent)
+        return loop.Stage.start(held, autoencoder, train, None, objective)
+
+    def save(stage: loop.Stage, report: loop.Report) -> None:
+        if report.step == 4:
+            stage.save(folder)
+
+    stage = begin()
+    loop.run(stage, _batches(stage.engine), save)
+    stage.engine.close()
+    again = begin()
+    again.load(folder)
+    loop.run(again, _batches(again.engine, again.progress.seen), _quiet)
+    told = {"losses": _losses(stage), "again": _losses(again)}
+    assert isinstance(stage.objective, perceptual.Perceptual) and stage.objective.critic
+    critic = [p.detach().double().norm().item() for p in stage.objective.critic.model.parameters()]
+    beside = [entry["discriminator"] for entry in stage.progress.history]
+    return {**told, "critic": critic, "discriminator": beside}
+
+
+def _timed(model: ModelConfig) -> dict[str, Any]:
+    """A budget of two minutes by clocks that differ: the second rank's is twice as fast."""
+    stage = _stage(model, _train(minutes=2.0), ZeroEngine)
+    pace = 10.0 * (1 + stage.engine.rank)
+    stage.clock = map(pace.__mul__, itertools.count()).__next__
+    loop.run(stage, _batches(stage.engine), _quiet)
+    rates = [entry["learning_rate"] for entry in stage.progress.history]
+    return {"steps": stage.progress.step, "minutes": stage.progress.minutes, "rates": rates}
 
 
 def _stopped(stage: loop.Stage, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -374,3 +425,23 @@ def test_a_rank_without_tags_keeps_in_step_with_one_that_has_some(
     alone = _tagged(tagged_config, TorchEngine)["losses"]
     for rank in _launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
         assert _difference(rank["losses"], alone) < 1e-4
+
+
+def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
+    small_config: ModelConfig, lpips_trunk: Path, tmp_path: Path
+) -> None:
+    """The discriminator is a plain copy on each rank, and stays one."""
+    for name in ("plain", "zero"):
+        (tmp_path / name).mkdir()
+    plain = _perceptual(small_config, TorchEngine, lpips_trunk, tmp_path / "plain")
+    arguments = (small_config, ZeroEngine, lpips_trunk, tmp_path / "zero")
+    first, second = _launch(tmp_path / "run", _perceptual, 2, *arguments)
+    assert first == second and first["again"] == first["losses"]
+    assert _difference(first["losses"], plain["losses"]) < 1e-3
+    assert _difference(first["discriminator"], plain["discriminator"]) < 1e-3
+    assert _difference(first["critic"], plain["critic"]) < 1e-2  # of biases that are small
+
+
+def test_ranks_whose_clocks_differ_end_together(small_config: ModelConfig, tmp_path: Path) -> None:
+    first, second = _launch(tmp_path / "run", _timed, 2, small_config)
+    assert first == second and first["minutes"] == 2.0 and first["steps"] == 6

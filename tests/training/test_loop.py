@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -188,6 +188,70 @@ def test_lr_lies_under_its_hr(photos: Path) -> None:
     assert error < 0.03 and error < shifted_error / 2
 
 
+MIXED = DATA.model_copy(update={"scales": (1.0, 4.0), "at_largest": 0.5})
+
+
+def test_a_batch_has_one_scale_that_its_number_alone_decides(photos: Path) -> None:
+    ours = list(itertools.islice(iter(Batches(load_photos(photos, MIXED, 0), 0)), 40))
+    sides = [batch.lr.shape[-1] for batch in ours]
+    assert set(sides) <= {8, 12, 16, 20, 24, 28, 32} and len(set(sides)) > 3
+    assert 10 <= sides.count(8) <= 30
+    assert all(batch.hr.shape == (2, 3, 32, 32) for batch in ours)
+    later = itertools.islice(stream(photos, MIXED, 0, start=20, workers=2), 10)
+    for batch, same_batch in zip(ours[10:20], later, strict=True):
+        assert torch.equal(batch.lr, same_batch.lr)
+    # Another number of pairs in a batch is another run: the largest scale alone is not changed.
+    assert [MIXED.scale_of(0, n) for n in (0, 1)] == [4 * 8 / sides[0]] * 2
+
+
+def test_scales_below_the_largest_are_even_in_their_logarithm() -> None:
+    config = DataConfig(batch=1, scales=(1.0, 4.0), at_largest=0.25)
+    drawn = [config.scale_of(7, n) for n in range(4000)]
+    smaller = np.array([s for s in drawn if s < 4])
+    assert len(smaller) / 4000 == pytest.approx(0.75, abs=0.02)
+    assert set(np.round(96 / smaller, 6) % 6) == {0.0} and smaller.min() == 1
+    # Between 1 and 4 (edges of bins): half of them below 2.
+    assert (smaller < 1.94).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_lr_lies_under_its_hr_at_every_scale(photos: Path) -> None:
+    clean = MIXED.model_copy(update={"degradations": {"clean": 1.0}})
+    for batch in itertools.islice(iter(Batches(load_photos(photos, clean, 3), 0)), 12):
+        up = torch.nn.functional.interpolate(batch.lr, (32, 32), mode="bicubic", antialias=True)
+        errors = [
+            (torch.roll(up, shift, dims=-1) - batch.hr)[..., 4:-4, 4:-4].abs().mean().item()
+            for shift in (0, 1, -1)
+        ]
+        assert errors[0] == min(errors)
+
+
+def test_only_the_largest_scale_gives_the_pairs_of_before(photos: Path) -> None:
+    """The draws of a scale are no part of a pair's: crops and pixels stay what they were."""
+    alone, often = (
+        load_photos(photos, config, 0)
+        for config in (DATA, MIXED.model_copy(update={"at_largest": 1.0}))
+    )
+    for number in range(6):
+        for a, b in zip(alone.pair(number)[:2], often.pair(number)[:2], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_clean_pairs_are_rare_where_they_would_be_the_truth_itself() -> None:
+    config = DataConfig(scales=(1.0, 4.0), clean_near_one=0.05)
+    near, far = config.presets_at(1.2), config.presets_at(1.5)
+    assert far == config.degradations
+    assert near["clean"] == pytest.approx(0.05) and sum(near.values()) == pytest.approx(1)
+    assert near["mild"] / near["seesr"] == pytest.approx(far["mild"] / far["seesr"])
+    only = DataConfig(scales=(1.0, 4.0), degradations={"clean": 1.0})
+    assert only.presets_at(1.0) == {"clean": 1.0}
+
+
+@pytest.mark.parametrize("scales", [(0.5, 4.0), (1.0, 3.0), (3.0, 2.0)])
+def test_scales_that_cannot_be_drawn_are_refused(scales: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="must lie from 1 to the scale, 4"):
+        DataConfig(scales=scales)
+
+
 def test_too_small_or_no_photographs_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="photograph"):
         load_photos(tmp_path, DATA, 0)
@@ -346,3 +410,66 @@ def test_learning_rate_warms_up_holds_falls_to_zero_and_is_lowered_by_restarts()
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[49] == 1
     assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
     assert loop.learning_rate(20, train, attempt=2) == pytest.approx(0.09)
+
+
+def test_the_rate_follows_steps_or_minutes_whichever_is_further() -> None:
+    train = _config(steps=100, warmup=1, decay=0.5, learning_rate=1.0, minutes=10)
+    assert loop.learning_rate(20, train, minutes=2.0) == 1
+    assert loop.learning_rate(20, train, minutes=7.5) == pytest.approx(0.5)
+    assert loop.learning_rate(75, train, minutes=2.0) == pytest.approx(0.5)
+    assert loop.learning_rate(90, train, minutes=7.5) == pytest.approx(0.2)
+    assert loop.learning_rate(20, train, minutes=11.0) == 0
+
+
+def _clock(seconds: float) -> Callable[[], float]:
+    """Each look at it is so many seconds later."""
+    return map(seconds.__mul__, itertools.count()).__next__
+
+
+def test_a_stage_ends_with_its_minutes_and_goes_on_with_what_is_left(
+    small_config: ModelConfig, photos: Path, tmp_path: Path
+) -> None:
+    train = _config(steps=50, minutes=2.0, report_every=1, checkpoint_every=1)
+
+    def begin() -> loop.Stage:
+        stage = _stage(small_config, train)
+        stage.clock = _clock(20)
+        return stage
+
+    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
+        if report.step == 4:
+            stage.save(tmp_path)
+        return report.step == 4
+
+    whole = loop.run(begin(), _batches(photos), _quiet)
+    assert whole.progress.step == 6 and whole.finished
+    assert [h["step"] for h in whole.progress.history] == [1, 2, 3, 4, 5, 6]
+    loop.run(begin(), _batches(photos), save_at_four)
+    resumed = begin()
+    resumed.load(tmp_path)
+    assert resumed.progress.minutes == pytest.approx(4 / 3) and not resumed.finished
+    loop.run(resumed, _batches(photos, start=resumed.progress.seen), _quiet)
+    assert resumed.progress.step == 6 and torch.equal(_weights(whole), _weights(resumed))
+    # Nothing is left of the same budget, and something of a larger one.
+    again = loop.run(resumed, iter(()), _quiet)
+    assert again.progress.step == 6
+    resumed.config = train.model_copy(update={"minutes": 2.5})
+    assert not resumed.finished
+
+
+def test_a_stage_with_time_left_ends_with_its_steps(
+    small_config: ModelConfig, photos: Path
+) -> None:
+    stage = _stage(small_config, _config(minutes=60.0))
+    stage.clock = _clock(1)
+    loop.run(stage, _batches(photos), _quiet)
+    assert stage.progress.step == 6 and stage.progress.minutes == pytest.approx(0.1)
+
+
+def test_checkpoints_without_minutes_are_read(small_config: ModelConfig, tmp_path: Path) -> None:
+    """Those that were written before there was a budget."""
+    _stage(small_config, _config()).save(tmp_path)
+    told = json.loads((tmp_path / loop.PROGRESS).read_text())
+    del told["minutes"]
+    (tmp_path / loop.PROGRESS).write_text(json.dumps(told))
+    assert loop.read_progress(tmp_path).minutes == 0

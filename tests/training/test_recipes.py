@@ -16,6 +16,10 @@ def test_recipes_train_each_expert_on_its_own_range(name: str) -> None:
     for stage in (recipe.experts, recipe.finetune):
         spans = [(e.timesteps.low, e.timesteps.high) for e in stage]
         assert spans == ranges(recipe.model.sampling.boundaries)
+    judged = [recipe.stage("perceptual", i) for i in recipe.trained("perceptual")]
+    spans = [(e.timesteps.low, e.timesteps.high) for e in judged]
+    assert spans == ranges(recipe.model.sampling.boundaries)[1:]
+    assert recipe.data.scales == (1, 4) and recipe.data.degradations["web"] > 0
     assert set(recipe.validation.knee) <= set(recipe.validation.metrics)
     if recipe.model.denoiser.width < 500:
         LinearSR(recipe.model.denoiser)
@@ -53,3 +57,18 @@ def test_any_field_can_be_overridden() -> None:
 def test_bad_settings_are_refused_by_name(setting: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         override(RECIPES["tiny_cpu"](), [setting])
+
+
+def test_stages_are_found_by_the_experts_that_they_train() -> None:
+    recipe = RECIPES["tiny_cpu"]()
+    assert recipe.trained("experts") == [0, 1, 2, 3] and recipe.trained("perceptual") == [1, 2, 3]
+    assert recipe.stage("perceptual", 3) is recipe.perceptual[2]
+    assert recipe.stage("finetune", 3) is recipe.finetune[3]
+    assert recipe.stage("pretrain") is recipe.pretrain
+    assert recipe.data_of("perceptual").batch == 12 and recipe.data_of("finetune").batch == 8
+    without = override(recipe, ["perceptual=[]", "perceptual_data=null"])
+    assert without.data_of("perceptual") == without.data
+    with pytest.raises(OptionError, match="no perceptual stage"):
+        without.trained("perceptual")
+    with pytest.raises(OptionError, match="perceptual train timesteps"):
+        override(recipe, ["perceptual.0.timesteps.high=0.9"])
