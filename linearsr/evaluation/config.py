@@ -40,7 +40,8 @@ class Item(Config):
 class Settings(Config):
     """What decides the numbers, besides the pictures.
 
-    models: weights by the names they get in tables. solvers: by which each takes its steps; none is
+    models: bundled names, folders of weights or checkpoints of other programs, by the names they get
+    in tables. solvers: by which each takes its steps; none is
     the model's own. degradation: how LR is made, a name of
     `linearsr.evaluation.judge.DEGRADATIONS`; None where it is given, or needed for nothing.
     """
