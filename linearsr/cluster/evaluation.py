@@ -32,7 +32,7 @@ from linearsr.cluster.storage import (
     write_table,
 )
 from linearsr.cluster.weights import absolute, check_model, load_upscaler
-from linearsr.errors import InputError, LinearSRError, WeightsError, one_line, require
+from linearsr.errors import InputError, LinearSRError, one_line
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
@@ -128,12 +128,10 @@ def _absolute(request: Request) -> Request:
 
 def _check(model: str) -> None:
     """Raise WeightsError for what is no model, and MissingExtra for a package that it needs."""
-    if not is_checkpoint(model):
+    if is_checkpoint(model):  # small enough to be loaded where the job begins
+        _load(model, "cpu")
+    else:
         check_model(model)
-        return
-    require("quality", "spandrel")
-    if not locate(model).exists():
-        raise WeightsError(f"{model}: there is no such file; correct the path")
 
 
 def _load(model: str, device: str) -> Upscaler | Checkpoint:
