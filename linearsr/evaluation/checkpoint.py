@@ -122,8 +122,8 @@ def _tensors(path: Path) -> dict[str, Any]:
         # torch's own advice is to run the file's code.
         if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
             raise WeightsError(
-                f"{path}: holds more than tensors, and the code of a file is not run here; get the "
-                "model as .safetensors, or save its state dict alone"
+                f"{path}: holds more than tensors, or is damaged; the code of a file is not run here: "
+                "get the model as .safetensors, or save its state dict alone"
             ) from error
         reason = one_line(error) or type(error).__name__
         raise WeightsError(f"{path}: cannot be read ({reason}); copy it again") from error
