@@ -122,7 +122,7 @@ def _tensors(path: Path) -> dict[str, Any]:
         # torch's own advice is to run the file's code.
         if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
             raise WeightsError(
-                f"{path}: holds more than tensors, or is damaged; the code of a file is not run here: "
+                f"{path}: holds more than tensors, or is damaged; code in a file is not run here: "
                 "get the model as .safetensors, or save its state dict alone"
             ) from error
         reason = one_line(error) or type(error).__name__
