@@ -39,6 +39,8 @@ HEAVY = {
     "matplotlib": ["training.plot"],
     "diffusers": ["latent", "weights.convert"],
     "pyiqa": ["quality"],
+    "lpips": ["quality"],
+    "spandrel": ["evaluation.checkpoint"],
     "pyvips": ["imaging"],
     "imagehash": ["imaging.filters"],
     "fastapi": ["web"],

@@ -151,7 +151,7 @@ def test_extras_keep_the_base_small(about: Metadata) -> None:
     everything = _brought(about, "all")
     for extra in ("sana", "quality", "tags", "data", "train", "serve"):
         assert _brought(about, extra) <= everything
-    assert not everything & {"pytest", "scikit-image", "spandrel"}
+    assert not everything & {"pytest", "scikit-image"}
 
 
 def _asked() -> Iterator[tuple[str, list[str]]]:

@@ -15,7 +15,7 @@ from linearsr.config import Solver
 from linearsr.errors import OptionError, OutputError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from linearsr.evaluation.config import Score, Source
     from linearsr.evaluation.judge import Judge
@@ -33,8 +33,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure models and results",
-        epilog="Metrics go by pyiqa's names. Those whose weights cannot be had here are listed as "
-        "skipped, and the rest go on.",
+        epilog="Metrics go by pyiqa's names, but lpips has SqueezeNet as its trunk. Those whose "
+        "weights cannot be had here are listed as skipped, and the rest go on.",
     )
     parser.set_defaults(run=_evaluate)
     add_options(parser)
@@ -54,7 +54,8 @@ def add_options(add: argparse.ArgumentParser) -> None:
         "--models",
         nargs="*",
         metavar="[NAME=]MODEL",
-        help="bundled models or folders of weights; default linearsr-tiny, none with results",
+        help="bundled models, folders of weights, or checkpoints of other programs that spandrel "
+        "loads (.safetensors, .pth, .pt, .ckpt); default linearsr-tiny, none with results",
     )
     add.add_argument("--steps", nargs="+", type=int, default=[1, 4], help="of each model")
     add.add_argument(
@@ -71,7 +72,9 @@ def add_options(add: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="of others: pictures, or shards with columns id and hr or image",
     )
-    add.add_argument("--metrics", nargs="+", help="default: all quick ones without a download")
+    add.add_argument(
+        "--metrics", nargs="+", help="default: all quick ones that need no download here"
+    )
     add.add_argument("--device", default="auto", help="for models: auto, cpu, cuda, mps")
     add.add_argument("--scale", type=int, choices=(2, 3, 4), default=4, help="of HR to LR")
     add.add_argument("--seed", type=int, default=0, help="of the models' noise")
@@ -91,7 +94,17 @@ def parse(arguments: argparse.Namespace) -> Request:
     if models is None:
         models = [] if results else ["linearsr-tiny"]
     fields = {name: getattr(arguments, name) for name in FIELDS}
-    return Request.parse(**fields, results=results, models=dict(_model(name) for name in models))
+    return Request.parse(**fields, results=results, models=_models(models, results))
+
+
+def _models(texts: Sequence[str], results: Mapping[str, str]) -> dict[str, str]:
+    """Models by their names in tables, which differ from each other's and from those of results."""
+    models: dict[str, str] = {}
+    for name, model in map(_model, texts):
+        if name in models or name in results:
+            raise OptionError(f"--models {name}: two methods of this name; give one as NAME=MODEL")
+        models[name] = model
+    return models
 
 
 def _named(text: str, flag: str) -> tuple[str, str]:
@@ -102,7 +115,11 @@ def _named(text: str, flag: str) -> tuple[str, str]:
 
 
 def _model(text: str) -> tuple[str, str]:
-    return _named(text, "--models") if "=" in text else (text, text)
+    from linearsr.evaluation.checkpoint import is_checkpoint
+
+    if "=" in text:
+        return _named(text, "--models")
+    return (Path(text).stem if is_checkpoint(text) else text, text)
 
 
 def tell(report: Report, output: str) -> int:
@@ -120,16 +137,15 @@ def tell(report: Report, output: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     # Better before hours of work than after.
-    require("quality", "pyiqa", "pyarrow", "tqdm")
+    require("quality", "pyiqa", "lpips", "pyarrow", "tqdm")
     request = parse(arguments)
-    from linearsr.evaluation.judge import Judge
+    from linearsr.evaluation.judge import Judge, load_model
     from linearsr.evaluation.run import Seen, finish, plan
-    from linearsr.upscaler import Upscaler
 
     list_pictures, read_source = _access(request)
     made = plan(request, list_pictures)
     output = _folder(arguments.output)
-    judge = Judge(made.settings, read_source, lambda model: Upscaler.load(model, arguments.device))
+    judge = Judge(made.settings, read_source, lambda model: load_model(model, arguments.device))
     report = finish(
         made,
         _scores(made, judge),

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,11 +33,13 @@ from linearsr.cluster.storage import (
 )
 from linearsr.cluster.weights import absolute, check_model, load_upscaler
 from linearsr.errors import InputError, LinearSRError, one_line
+from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
 from linearsr.evaluation.report import Report
 from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
 from linearsr.quality.metrics import conventions
+from linearsr.upscaler import Upscaler
 
 # Pictures between two parts: what a killed job judges anew.
 SAVE_EVERY = 20
@@ -71,7 +75,7 @@ def evaluate(config: EvaluationConfig) -> Report:
     output = locate(config.output)
     check_writable(output)
     for model in made.settings.models.values():  # what only an actor would find out, minutes later
-        check_model(model)
+        _check(model)
     parts = output / f"parts-{_fingerprint(config, made.settings)}"
     scores = _scores(made, config, parts)
     report = finish(
@@ -115,8 +119,31 @@ def read_source(source: Source) -> bytes:
 
 def _absolute(request: Request) -> Request:
     """Workers have working folders of their own."""
-    models = {name: absolute(model) for name, model in request.models.items()}
+    models = {
+        name: url(locate(model)) if is_checkpoint(model) else absolute(model)
+        for name, model in request.models.items()
+    }
     return request.model_copy(update={"models": models})
+
+
+def _check(model: str) -> None:
+    """Raise WeightsError for what is no model, and MissingExtra for a package that it needs."""
+    if is_checkpoint(model):  # small enough to be loaded where the job begins
+        _load(model, "cpu")
+    else:
+        check_model(model)
+
+
+def _load(model: str, device: str) -> Upscaler | Checkpoint:
+    """A model of `_check`, local or s3://. Raises WeightsError."""
+    if not is_checkpoint(model):
+        return load_upscaler(model, device)
+    if not model.startswith("s3://"):
+        return Checkpoint.load(model, device)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, locate(model).name)
+        file.write_bytes(locate(model).read())
+        return Checkpoint.load(file, device)
 
 
 def _fingerprint(config: EvaluationConfig, settings: Settings) -> str:
@@ -171,7 +198,7 @@ def _write_part(parts: Location, pictures: list[list[Score]]) -> None:
 
 def _judge(settings: Settings, config: EvaluationConfig) -> Judge:
     torch.set_num_threads(max(1, int(config.actor_cpus)))
-    return Judge(settings, read_source, lambda model: load_upscaler(model, config.models_on))
+    return Judge(settings, read_source, lambda model: _load(model, config.models_on))
 
 
 class _Worker:

@@ -40,9 +40,10 @@ class Item(Config):
 class Settings(Config):
     """What decides the numbers, besides the pictures.
 
-    models: weights by the names they get in tables. solvers: by which each takes its steps; none is
-    the model's own. degradation: how LR is made, a name of
-    `linearsr.evaluation.judge.DEGRADATIONS`; None where it is given, or needed for nothing.
+    models: bundled names, folders of weights or checkpoints of other programs, by the names they
+    get in tables. solvers: by which each takes its steps; none is the model's own. degradation: how
+    LR is made, a name of `linearsr.evaluation.judge.DEGRADATIONS`; None where it is given, or
+    needed for nothing.
     """
 
     scale: Literal[2, 3, 4] = 4

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linearsr.config import Options
 from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
+from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
 from linearsr.imaging.degrade import CAMERA, MILD, PRESETS, Degradation, degrade
 from linearsr.imaging.drawing import details
@@ -28,8 +29,8 @@ from linearsr.imaging.resample import resize
 from linearsr.quality.metrics import has_reference, measure
 from linearsr.upscaler import Upscaler
 
-# Side in pixels of the part of a picture that is shown.
-DETAIL = 160
+# Side in pixels of the part of a picture that is shown, at its own size.
+DETAIL = 320
 # Every picture gets some of each: Gaussian blur, noise of 2 to 8 levels, JPEG 60 to 90.
 _EVERYTHING = CAMERA.stages[0].model_copy(
     update={
@@ -64,6 +65,14 @@ def upscaled(upscaler: Upscaler, lr: Tensor, options: Options) -> Tensor:
     return upscaler.upscale(Picture(lr, None, 8, False, None, None, "png"), options).pixels
 
 
+def load_model(model: str, device: str = "auto") -> Upscaler | Checkpoint:
+    """A bundled model, a folder of weights, or another program's checkpoint.
+
+    Raises what `Upscaler.load` and `Checkpoint.load` do.
+    """
+    return (Checkpoint if is_checkpoint(model) else Upscaler).load(model, device)
+
+
 class Judge:
     """Loaded models, and what it takes to compare them on a picture."""
 
@@ -71,10 +80,10 @@ class Judge:
         self,
         settings: Settings,
         read_source: Callable[[Source], bytes],
-        load: Callable[[str], Upscaler],
+        load: Callable[[str], Upscaler | Checkpoint],
     ) -> None:
         self.settings, self.read_source = settings, read_source
-        self.upscalers = {name: load(model) for name, model in settings.models.items()}
+        self.models = {name: load(model) for name, model in settings.models.items()}
 
     def scores(self, item: Item) -> list[Score]:
         """Every metric of every method, or a failure in its place; raises nothing."""
@@ -134,10 +143,13 @@ class Judge:
     def _models(self, lr: Tensor) -> Iterator[tuple[str, Method]]:
         scale, seed = self.settings.scale, self.settings.seed
         asked = dict.fromkeys(product(self.settings.solvers or (None,), self.settings.steps))
-        for name, upscaler in self.upscalers.items():
+        for name, model in self.models.items():
+            if isinstance(model, Checkpoint):  # of one step, without noise
+                yield name, partial(model.upscale, lr, scale)
+                continue
             for solver, steps in asked:
                 options = Options(scale=scale, steps=steps, solver=solver, seed=seed)
-                yield result_label(name, steps, solver), partial(upscaled, upscaler, lr, options)
+                yield result_label(name, steps, solver), partial(upscaled, model, lr, options)
 
     def _pair(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
         """HR cut to whole LR pixels, and LR. Raises InputError where they do not fit."""
@@ -178,7 +190,7 @@ class Judge:
 
     def describe(self) -> dict[str, str]:
         """What each model is, for the report: shape, precision, device, provenance."""
-        return {name: _described(upscaler) for name, upscaler in self.upscalers.items()}
+        return {name: _described(model) for name, model in self.models.items()}
 
 
 def _reason(error: Exception) -> str:
@@ -208,10 +220,16 @@ def _cropped(pixels: Tensor, top: int, left: int) -> Image.Image:
     return to_pil(Picture(part, None, 8, False, None, None, "png"))
 
 
-def _described(upscaler: Upscaler) -> str:
+def _described(model: Upscaler | Checkpoint) -> str:
+    return model.describe() if isinstance(model, Checkpoint) else _described_bundle(model)
+
+
+def _described_bundle(upscaler: Upscaler) -> str:
     config, weight = upscaler.config, upscaler.experts[0].embed.weight
     kind = str(weight.dtype).removeprefix("torch.")
     count = len(upscaler.experts)
-    shape = f"{config.name}, x{config.scale}, {count} expert{'s' if count > 1 else ''}"
+    size = sum(tensor.numel() for tensor in upscaler.experts[0].parameters()) / 1e6
+    experts = f"{count} expert{'s' if count > 1 else ''} of {size:.2f} M parameters"
+    shape = f"{config.name}, x{config.scale}, {experts}"
     told = "; ".join(f"{key}: {text}" for key, text in upscaler.provenance.items())
     return f"{shape}, {kind} on {weight.device.type}. {told}".strip()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
-from linearsr.evaluation.judge import Example
+from linearsr.evaluation.judge import DETAIL, Example
 from linearsr.imaging.drawing import Row, sheet
 from linearsr.quality.metrics import conventions, has_reference, higher_is_better
 
-PANEL = 320
+# Pictures in a line of the contact sheet: more would be wider than a screen.
+COLUMNS = 6
 _MADE = {
     "clean": "made from HR by antialiased bicubic, rounded to 8 bits",
     "mixed": "made from HR with blur, noise and JPEG, each on half of the pictures (`mild`)",
@@ -109,7 +111,7 @@ def _conventions(report: Report) -> list[str]:
     settings = report.settings
     referenced = any(has_reference(metric) for metric in settings.metrics)
     lines = [
-        f"{conventions()}; other metrics on RGB, whole, with pyiqa's defaults; on the CPU.",
+        f"{conventions()}; all but psnr and ssim on RGB, whole, by their defaults; on the CPU.",
         "Means over n pictures, or as many as a value tells; results rounded to 8 bits before they "
         "are measured.",
         "↑ higher is better, ↓ lower is better; for metrics without a reference, values beyond "
@@ -205,15 +207,22 @@ def rank(report: Report, metric: str | None = None) -> Ranking | None:
 
 
 def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count: int) -> bytes:
-    """A JPEG: a detail of the best and worst pictures by every method, with its value above."""
+    """A JPEG: a detail of the best and worst pictures by every method, with its value above.
+
+    Details are shown pixel by pixel, side by side in lines of at most COLUMNS, HR as the last.
+    """
     places = ranking.ends(count)
     rows = []
     for example in examples:
         rows.append(_heading(example, ranking, places[example.id]))
-        labels = [_label(report, ranking.metric, example.id, name) for name, _ in example.details]
-        rows.append(Row(labels, [_enlarged(image) for _, image in example.details]))
+        lines = math.ceil(len(example.details) / COLUMNS)
+        columns = math.ceil(len(example.details) / lines)
+        for first in range(0, len(example.details), columns):
+            names, pictures = zip(*example.details[first : first + columns], strict=True)
+            labels = [_label(report, ranking.metric, example.id, name) for name in names]
+            rows.append(Row(labels, pictures))
     buffer = io.BytesIO()
-    sheet(rows, PANEL).save(buffer, "JPEG", quality=92, subsampling=0)
+    sheet(rows, DETAIL).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 
@@ -225,10 +234,3 @@ def _heading(example: Example, ranking: Ranking, place: str) -> Row:
 def _label(report: Report, metric: str, id: str, method: str) -> str:
     value = report.values(method, metric).get(id)
     return method if value is None else f"{method}  {value:.3f}"
-
-
-def _enlarged(image: Image.Image) -> Image.Image:
-    """As wide as a column, in whole pixels so that nothing is smoothed."""
-    factor = max(1, PANEL // max(image.size))
-    size = (image.width * factor, image.height * factor)
-    return image.resize(size, Image.Resampling.NEAREST)

@@ -82,7 +82,7 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Plan:
     if not (hr or lr or results):
         raise OptionError("nothing to evaluate: give --hr, --lr, --results or a folder")
     items, alone = pair(hr, lr, results)
-    skipped = _skipped(wanted, referenced=bool(hr))
+    skipped = _skipped(wanted, referenced=bool(hr), asked=request.metrics is not None)
     settings = Settings(
         scale=request.scale,
         degradation=degradation,
@@ -116,10 +116,15 @@ def _low(
     return None, list_pictures(request.lr, "lr")
 
 
-def _skipped(wanted: Sequence[str], *, referenced: bool) -> dict[str, str]:
-    """Metrics that cannot be measured here, with the reason."""
+def _skipped(wanted: Sequence[str], *, referenced: bool, asked: bool) -> dict[str, str]:
+    """Metrics that cannot be measured here, with the reason.
+
+    asked: the user has named the metrics, so that a large download is no surprise.
+    """
     blind = [name for name in wanted if metrics.has_reference(name) and not referenced]
     skipped = dict.fromkeys(blind, "compares with the true pictures; give them with --hr")
+    if not asked:
+        skipped |= metrics.without_download([name for name in wanted if name not in skipped])
     return skipped | metrics.unavailable([name for name in wanted if name not in skipped])
 
 

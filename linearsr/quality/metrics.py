@@ -1,17 +1,16 @@
-"""Picture quality through pyiqa, with the conventions pinned in one place.
+"""Picture quality through pyiqa and lpips, with the conventions pinned in one place.
 
 PSNR and SSIM: on Y of YCbCr (BT.601, 16 to 235; for SSIM pyiqa rounds it, as MATLAB does), `crop`
-pixels cut off each side; the rest as pyiqa defines them. Always on the CPU: a GPU's numbers differ.
-Knows nothing of models.
+pixels cut off each side. `lpips` is `linearsr.quality.lpips`; the rest is as pyiqa defines it.
+Always on the CPU: a GPU's numbers differ. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,25 +18,29 @@ import torch
 from torch import Tensor
 
 from linearsr.errors import LinearSRError, OptionError, WeightsError, one_line, require
+from linearsr.quality import lpips
 
 # Measured on luma, as the super-resolution literature does.
 ON_LUMA = ("psnr", "ssim")
-# Need no download, but for niqe's parameters. Nor does mad, which takes a hundred times as long.
+LPIPS = "lpips"
+# Need no download, but for niqe's parameters and lpips's trunk. Nor does mad, which takes a hundred
+# times as long. lpips is the first because it agrees with people best; examples are chosen by it.
 DEFAULT = (
+    LPIPS,
     *ON_LUMA,
     *("ms_ssim", "vif", "fsim", "gmsd", "nlpd", "vsi", "cw_ssim"),
     *("niqe", "piqe"),
 )
 # Compare sets of pictures: no value for one.
 _OF_SETS = ("fid", "sfid", "fid_dinov2", "inception_score")
-DOWNLOAD_SECONDS = 10
 
 
 def conventions() -> str:
     """What the numbers mean, for a table's caption."""
     return (
         f"pyiqa {version('pyiqa')}; psnr on Y of YCbCr (BT.601, 16 to 235), ssim on that rounded "
-        "to 8 bits, both with scale pixels cropped"
+        f"to 8 bits, both with scale pixels cropped; lpips of the lpips package {version(LPIPS)}, "
+        "with SqueezeNet, v0.1"
     )
 
 
@@ -62,6 +65,16 @@ def higher_is_better(name: str) -> bool:
     return not _configs()[name].get("lower_better", False)
 
 
+def without_download(names: Sequence[str]) -> dict[str, str]:
+    """Those of `names` left out unless they are asked for, as they need a download; and why."""
+    if LPIPS not in names:
+        return {}
+    try:
+        return {} if lpips.find_trunk() else {LPIPS: lpips.how_to_get()}
+    except WeightsError as error:
+        return {LPIPS: str(error)}
+
+
 def unavailable(names: Sequence[str]) -> dict[str, str]:
     """Those of `names` that cannot be had here, with the reason. May download weights."""
     made = {name: _metric(name, 0) for name in names}
@@ -82,34 +95,32 @@ def _metric(name: str, crop: int) -> Any:
     """The metric, or what is to be raised for it: a download is tried once in a process."""
     if name not in _configs():
         return LinearSRError(f"{name}: not one of pyiqa's metrics")
-    import pyiqa
-
-    # "ycbcr" is the studio-swing Y of the super-resolution literature; pyiqa's default is not.
-    luma = {"test_y_channel": True, "color_space": "ycbcr", "crop_border": crop}
     try:
-        with _impatient():
-            return pyiqa.create_metric(name, device="cpu", **(luma if name in ON_LUMA else {}))
+        with lpips.impatient(), contextlib.redirect_stdout(sys.stderr):
+            return _made(name, crop)
+    except LinearSRError as error:
+        return error
     except Exception as error:  # some hundred constructors of others, each with its own ways
         return WeightsError(f"{name}: its weights cannot be had here ({one_line(error)})")
 
 
-@contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """Downloads give up soon, and say what they do on stderr."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _made(name: str, crop: int) -> Any:
+    """A function of pictures in [0, 1] that may tell its progress on stdout."""
+    if name == LPIPS:
+        return partial(lpips.load(), normalize=True)
+    import pyiqa
+
+    # "ycbcr" is the studio-swing Y of the super-resolution literature; pyiqa's default is not.
+    luma = {"test_y_channel": True, "color_space": "ycbcr", "crop_border": crop}
+    return pyiqa.create_metric(name, device="cpu", **(luma if name in ON_LUMA else {}))
 
 
 @torch.inference_mode()
 def measure(name: str, picture: Tensor, truth: Tensor | None, crop: int) -> float:
     """One metric of `picture` (1, 3, H, W) in [0, 1], rounded to 8 bits as a file would be.
 
-    `truth`: the true picture of the same size; only full-reference metrics look at it.
+    `truth`: the true picture of the same size; only full-reference metrics look at it. `lpips` is
+    from 0, for equal pictures, to about 1; other ranges are pyiqa's.
     Raises WeightsError when the metric's weights are missing, MissingExtra when pyiqa is, and
     LinearSRError when the metric cannot measure the picture (most need some minimal size).
     """
@@ -118,7 +129,7 @@ def measure(name: str, picture: Tensor, truth: Tensor | None, crop: int) -> floa
         raise metric
     picture = (picture.clamp(0, 1) * 255).round() / 255
     try:
-        return float(metric(picture, truth) if metric.metric_mode == "FR" else metric(picture))
+        return float(metric(picture, truth) if has_reference(name) else metric(picture))
     except Exception as error:  # as above
         height, width = picture.shape[-2:]
         reason = one_line(error)

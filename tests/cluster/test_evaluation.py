@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray.cluster_utils import Cluster
+from safetensors.torch import save_file
+from spandrel.architectures.Compact import Compact
 
 from linearsr.cli import main
 from linearsr.cluster import evaluation
@@ -63,6 +65,21 @@ def test_actors_measure_exactly_what_one_process_does(
     assert texts[0] == texts[1]
     assert (tmp_path / "job" / "contact.jpg").read_bytes()[:2] == b"\xff\xd8"
     assert not list((tmp_path / "job").glob("parts-*"))
+
+
+def test_actors_load_checkpoints_of_other_programs(
+    cluster: Cluster, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "compact.safetensors"
+    save_file(Compact(num_feat=8, num_conv=2, upscale=2).state_dict(), file)
+    monkeypatch.chdir(tmp_path)  # the actors are elsewhere
+    models = {"compact": file.name}
+    request = Request.parse(hr=str(photos), models=models, metrics=("psnr",))
+    report = evaluate(_job(request, tmp_path / "job"))
+    words = f"evaluate --hr {photos} --models {file} --device cpu --metrics psnr"
+    assert main([*words.split(), "-o", str(tmp_path / "plain")]) == 0
+    assert _rows(tmp_path / "job") == _rows(tmp_path / "plain") and not report.failures
+    assert {row["method"] for row in _rows(tmp_path / "job")} == {"bicubic", "compact"}
 
 
 def test_shards_give_the_numbers_of_the_pictures_inside(
@@ -153,6 +170,11 @@ def test_what_an_actor_would_find_out_late_ends_the_job_early(
     request = _request(small_bundle, photos)
     with pytest.raises(WeightsError, match="nowhere"):
         evaluate(_job(request.model_copy(update={"models": {"x": "nowhere"}}), tmp_path / "out"))
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no checkpoint")
+    damaged = request.model_copy(update={"models": {"x": str(broken)}})
+    with pytest.raises(WeightsError, match=r"broken\.pth: .* is damaged"):
+        evaluate(_job(damaged, tmp_path / "out"))
     with pytest.raises(InputError, match="no pictures"):
         evaluate(_job(_request(small_bundle, tmp_path / "empty"), tmp_path / "out"))
 

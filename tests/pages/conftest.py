@@ -19,7 +19,10 @@ import diffusers
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from spandrel.architectures.Compact import Compact
 
 from linearsr.cluster.storage import locate
 from tests.cluster.conftest import _free_port, _start, until
@@ -140,6 +143,9 @@ def _belongings(user: User, weights: Path) -> None:
     for suffix in ("jpg", "png"):
         Image.open(user.data / "holiday/coffee.png").save(user.clone / f"photo.{suffix}")
     locate(weights).copy_to(locate("s3://runs/experts/weights"))
+    compact = Compact(num_feat=8, num_conv=2, upscale=4).state_dict()
+    torch.save({"params_ema": compact}, user.clone / "RealESRGAN_x4plus.pth")
+    save_file(compact, user.clone / "4x-ClearRealityV1.safetensors")
     small = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 1}
     cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 32}
     widths = {"cross_attention_dim": 64, "caption_channels": 8, "mlp_ratio": 1.5}
