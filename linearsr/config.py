@@ -242,16 +242,20 @@ class FileOptions(Config):
 
 TINY = ModelConfig(
     name="linearsr-tiny",
+    smallest_scale=1.0,
     denoiser=DenoiserConfig(
         latent_channels=48,
         depth=8,
-        width=96,
+        width=128,
+        local_kernel=3,
         stem_channels=(32, 48, 64),
         stem_strides=(2, 2, 1),
         condition_latent=True,
         prediction="preconditioned",
     ),
     latent=LatentConfig(kind="space-to-depth", factor=4, scale=0.12),
+    # Structure, then texture: the fidelity end, and detail on top of it.
+    sampling=SamplingConfig(steps=2, plans=((1.0, 0.35), (1.0, 0.9, 0.5, 0.2))),
 )
 
 _DC_AE = LatentConfig(

@@ -29,7 +29,7 @@ from linearsr.config import TINY
 from linearsr.denoiser import LinearSR, blocks, model as denoiser_model
 from linearsr.training.device_pairs import Atlas, pairs
 
-NETWORK = TINY.denoiser.model_copy(update={"width": 128, "depth": 8, "local_kernel": 3})
+NETWORK = TINY.denoiser
 UNIT = TINY.latent.scale
 MIXES = {
     "flow": {"clean": 0.4, "mild": 0.15, "camera": 0.15, "seesr": 0.12, "web": 0.18},
