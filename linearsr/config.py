@@ -151,7 +151,7 @@ class SamplingConfig(Config):
         for plan in self.plans:
             if not 1 <= len(plan) <= 50 or plan[0] != 1:
                 raise ValueError(f"a plan has 1 to 50 timesteps, the first of them 1.0: {plan}")
-            if any(low >= high for high, low in pairwise((*plan, 0.0))):
+            if not all(high > low for high, low in pairwise((*plan, 0.0))):
                 raise ValueError(f"a plan's timesteps must fall strictly and stay above 0: {plan}")
         if len({len(plan) for plan in self.plans}) != len(self.plans):
             raise ValueError(f"plans must differ in their number of steps: {self.plans}")

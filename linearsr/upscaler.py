@@ -53,6 +53,11 @@ GPU_BATCH = 192**2
 # 82 to 138 bytes in tiles, and 124 to 192 when all go through the model at once (most in float32).
 BYTES_PER_PIXEL = 150
 BYTES_PER_PIXEL_UNTILED = 200
+# And for each of the input, which counts at small scales: the picture as it was read, and in [-1, 1].
+BYTES_PER_INPUT_PIXEL = 24
+# What the first step guessed, where it is kept: 48 channels for each 4 x 4 pixels of the output. At x1
+# in tiles with half the detail 164 bytes were measured in all.
+BYTES_PER_GUESSED_PIXEL = 12
 
 # Of allocators, and of CUDA for tensors of more than 2**31 numbers.
 _NO_ROOM = ("allocate memory", "out of memory", "ALLOC_FAILED", "32-bit index math")
@@ -256,11 +261,11 @@ class Upscaler:
 
         Tags are those of `options`: give what `with_tags` returned.
         """
-        asked = options.model_dump(exclude_defaults=True, exclude={"tags"})
+        asked = options.model_dump(exclude_defaults=True, exclude={"tags", "scale"})
         size = {} if options.width or options.height else {"scale": f"{options.scale:g}"}
         sampling = self.config.sampling
         steps, solver = options.steps or sampling.steps, options.solver or sampling.solver
-        chosen = {"model": self.config.name, **asked, **size, "steps": steps, "solver": solver}
+        chosen = {"model": self.config.name, **size, **asked, "steps": steps, "solver": solver}
         chosen["seed"] = options.seed
         if options.tags:
             chosen["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
@@ -591,7 +596,10 @@ def _check_memory(
     """Refuse what cannot fit: past this point Linux would kill the process without a word."""
     height, width = picture.pixels.shape[-2:]
     pixels = max(math.prod(size), math.prod(output_size(height, width, options)))
-    need = (BYTES_PER_PIXEL if tile else BYTES_PER_PIXEL_UNTILED) * pixels
+    each = BYTES_PER_PIXEL if tile else BYTES_PER_PIXEL_UNTILED
+    if 0 < options.detail < 1:
+        each += BYTES_PER_GUESSED_PIXEL
+    need = each * pixels + BYTES_PER_INPUT_PIXEL * height * width
     free = psutil.virtual_memory().available
     if need > free:
         raise TooLarge(
