@@ -53,10 +53,10 @@ GPU_BATCH = 192**2
 # 82 to 138 bytes in tiles, and 124 to 192 when all go through the model at once (most in float32).
 BYTES_PER_PIXEL = 150
 BYTES_PER_PIXEL_UNTILED = 200
-# And for each of the input, which counts at small scales: the picture as it was read, and in [-1, 1].
+# And for each of the input, which counts at small scales: it is held as read, and in [-1, 1].
 BYTES_PER_INPUT_PIXEL = 24
-# What the first step guessed, where it is kept: 48 channels for each 4 x 4 pixels of the output. At x1
-# in tiles with half the detail 164 bytes were measured in all.
+# And for the first step's guess, where it is kept: 48 channels for each 4 x 4 pixels of the output.
+# At x1 in tiles with half of the detail, 164 bytes were measured in all.
 BYTES_PER_GUESSED_PIXEL = 12
 
 # Of allocators, and of CUDA for tensors of more than 2**31 numbers.

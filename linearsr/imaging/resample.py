@@ -80,7 +80,8 @@ class _Axis:
         centre = (position + 0.5) * self.length / self.size - 0.5
         pixels = centre.floor() + torch.arange(-1, 3)[:, None]
         weights = torch.where((pixels >= 0) & (pixels < self.length), _cubic(pixels - centre), 0)
-        weights = (weights / weights.sum(0)).to(source)
+        # Rounded here: not every device knows float64.
+        weights = (weights / weights.sum(0)).to(source.dtype).to(source.device)
         places = (pixels.clamp(0, self.length - 1) - self.start).long().to(source.device)
         shape = [1] * source.ndim
         shape[dim] = -1
