@@ -233,7 +233,7 @@ def memory() -> str:
     rows = []
     for name, make in RECIPES.items():
         recipe = make()
-        if not recipe.pretrain.bfloat16:
+        if recipe.pretrain.bfloat16 is not True:  # those for a CPU leave it to the processor
             continue
         count = size(recipe.model)[0]
         ranks = [f"{count * (4 + 16 / n) / 1e9:.3g}" for n in RANKS]
