@@ -226,6 +226,7 @@ def test_events_are_progress_and_then_the_result(client: TestClient, png: bytes)
         "model": "small",
         "seed": 0,
         "steps": 20,
+        "scale": 4.0,
     }
 
 
@@ -578,8 +579,10 @@ def test_what_is_served(client: TestClient) -> None:
             {
                 "name": "small",
                 "scale": 4,
+                "smallest_scale": 4.0,
                 "experts": ["structure", "refinement", "texture", "polish"],
                 "steps": 4,
+                "plans": [],
                 "tags": False,
             }
         ],
