@@ -38,7 +38,7 @@ def test_a_forward_is_that_of_diffusers_sana() -> None:
 
 
 def test_the_way_back_costs_twice_the_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the depthwise convolution, whose way back PyTorch counts as if it had no groups."""
+    """But for the depthwise convolutions, whose way back PyTorch counts as if it had no groups."""
 
     def gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         passed, by = (hidden + weight[:, 0, 0, 0] + bias).chunk(2, dim=-1)
@@ -49,6 +49,7 @@ def test_the_way_back_costs_twice_the_way_there(monkeypatch: pytest.MonkeyPatch)
         return lambda: given.step(given.condition()).sum().backward()
 
     monkeypatch.setattr(blocks, "depthwise_gate", gate)
+    monkeypatch.setattr(blocks.LinearAttention, "neighbours", lambda _, values: values)
     there = sum(sizing.denoiser.__wrapped__(TINY, 128))
     assert counted(both) == pytest.approx(sizing.FORWARD_AND_BACKWARD * there, rel=0.05)
 
