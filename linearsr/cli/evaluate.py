@@ -57,7 +57,7 @@ def add_options(add: argparse.ArgumentParser) -> None:
         help="bundled models, folders of weights, or checkpoints of other programs that spandrel "
         "loads (.safetensors, .pth, .pt, .ckpt); default linearsr-tiny, none with results",
     )
-    add.add_argument("--steps", nargs="+", type=int, default=[1, 4], help="of each model")
+    add.add_argument("--steps", nargs="+", type=int, default=[1, 2], help="of each model")
     add.add_argument(
         "--solvers",
         nargs="+",

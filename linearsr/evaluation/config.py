@@ -49,7 +49,7 @@ class Settings(Config):
     scale: Literal[2, 3, 4] = 4
     degradation: str | None = None
     models: dict[str, str] = Field(default_factory=dict)
-    steps: Steps = (1, 4)
+    steps: Steps = (1, 2)
     solvers: tuple[Solver, ...] = ()
     seed: int = Field(default=0, ge=0, lt=2**63)
     metrics: tuple[str, ...]
