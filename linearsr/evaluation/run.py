@@ -33,7 +33,7 @@ class Request(Config):
     lr: str | None = None
     results: dict[str, str] = Field(default_factory=dict)
     models: dict[str, str] = Field(default_factory=dict)
-    steps: Steps = (1, 4)
+    steps: Steps = (1, 2)
     solvers: tuple[Solver, ...] = ()
     metrics: tuple[str, ...] | None = None
     scale: Literal[2, 3, 4] = 4
