@@ -417,9 +417,9 @@ class Trainer:
 
     def _atlas(self) -> Atlas:
         folders = (Path(folder) for folder in self.options.photos)
-        files = sorted(path for folder in folders for path in folder.glob("*.jpg"))
+        files = sorted(p for f in folders for end in ("jpg", "png") for p in f.glob(f"*.{end}"))
         if not files:
-            raise OptionError(f"--photos: no *.jpg in {', '.join(self.options.photos)}")
+            raise OptionError(f"--photos: no *.jpg or *.png in {', '.join(self.options.photos)}")
         with ThreadPoolExecutor(16) as pool:
             photos = list(pool.map(read, files))
         atlas = Atlas(photos, self.options.shrinks, self.device, self.options.seed)
@@ -563,7 +563,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--photos", nargs="+", default=[], help="folders of *.jpg to train on")
+    add("--photos", nargs="+", default=[], help="folders of *.jpg or *.png")
     add("--val", type=Path, help="pictures to judge by: hr/, clean/ and degraded/ with *.png")
     add("--trunk", type=Path, help="SqueezeNet 1.1 for LPIPS (default: where linearsr looks)")
     add("--out", type=Path, required=True, help="where the stages' weights go")

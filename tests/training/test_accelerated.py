@@ -139,7 +139,7 @@ def test_sampling_is_that_of_the_upscaler(small_config: ModelConfig) -> None:
         (["--stages", "structure=1"], "pretrain.pt: not there yet"),
         (["--stages", "polish=1"], "texture.pt: not there yet"),
         (["--bundle=there"], "structure.pt: not there yet"),
-        (["--photos", "nowhere", "--stages", "pretrain=1"], "--photos: no *.jpg in nowhere"),
+        (["--photos", "nowhere", "--stages", "pretrain=1"], "--photos: no *.jpg or"),
         (["--val=nowhere"], "--val: no hr/*.png in nowhere"),
         (["--trunk=nowhere"], "nowhere"),
     ],
