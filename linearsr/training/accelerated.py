@@ -1,55 +1,117 @@
-"""All stages of the small model on one GPU, in the minutes that there are.
+"""All stages of linearsr-tiny on one GPU, each in the seconds that it is given.
 
-    python -m linearsr.training.accelerated --photos PHOTOS --out OUT --stages pretrain=150 ...
+    python -m linearsr.training.accelerated --photos PHOTOS --out OUT \\
+        --stages pretrain=165 structure=105 texture=210 polish=35 refinement=12
 
-Pairs are cut and degraded on the GPU, blocks are compiled, each stage takes its seconds and leaves
-the averaged weights in OUT/STAGE.pt. A later call goes on from what it finds there. Needs torch,
-triton, pillow, numpy and pydantic; lpips for the perceptual stages.
+Pairs are cut and degraded on the device, blocks are compiled, and each stage leaves its averaged
+weights in OUT/STAGE.pt, from which a later call goes on. Needs torch, numpy, pillow, pydantic and
+safetensors, and lpips for the perceptual stages. Knows nothing of Ray, of recipes and of knees; it
+has no guard and no exact resuming, as a stage takes minutes. Without a GPU it is for tests.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
+from linearsr import weights
 from linearsr.config import TINY
-from linearsr.denoiser import LinearSR, blocks, model as denoiser_model
-from linearsr.training.device_pairs import Atlas, pairs
+from linearsr.denoiser import LinearSR, blocks
+from linearsr.errors import LinearSRError, OptionError, WeightsError, one_line
+from linearsr.imaging.degrade import Preset
+from linearsr.imaging.resample import resize
+from linearsr.latent import SpaceToDepth
+from linearsr.noise.path import add_noise, clean_guess, euler_step
+from linearsr.quality import lpips
+from linearsr.training.device_pairs import Atlas, pairs, uniform
+from linearsr.training.discriminator import Discriminator, fooled, hinge
+from linearsr.training.ema import EMA
 
-NETWORK = TINY.denoiser
-UNIT = TINY.latent.scale
-MIXES = {
-    "flow": {"clean": 0.4, "mild": 0.15, "camera": 0.15, "seesr": 0.12, "web": 0.18},
-    "perceptual": {"clean": 0.32, "mild": 0.15, "camera": 0.18, "seesr": 0.15, "web": 0.2},
-}
+MODEL = TINY
+LATENT = SpaceToDepth(MODEL.latent)
+AT_FOUR = 0.72  # the share of pairs at scale 4
+FLOW_MIX: dict[Preset, float]
+FLOW_MIX = {"clean": 0.4, "mild": 0.15, "camera": 0.15, "seesr": 0.12, "web": 0.18}
+PERCEPTUAL_MIX: dict[Preset, float]
+PERCEPTUAL_MIX = {"clean": 0.32, "mild": 0.15, "camera": 0.18, "seesr": 0.15, "web": 0.2}
+DISCRIMINATOR = "discriminator"  # the name of its file
+CHANNELS = (64, 64, 128, 256, 256)
+DISCRIMINATOR_RATE = 4e-4
+GAN_WARMUP = 150  # steps
 STARTED = time.perf_counter()
 
 
-def say(*words: object) -> None:
-    print(f"[{time.perf_counter() - STARTED:6.1f}]", *words, flush=True)
+class Flow(NamedTuple):
+    """A stage that learns clean latents at timesteps of (low, high], on a share `at_one` at 1.
+
+    begins: the stage whose weights it starts with. rate: as a multiple of --rate; it falls to
+    `floor` of that. velocities: all timesteps are trained, and judged by their velocities.
+    """
+
+    begins: str | None
+    rate: float
+    low: float
+    high: float
+    at_one: float
+    floor: float = 0.0
+    velocities: bool = False
+    decay: float = 0.999
+    mix: Mapping[Preset, float] = FLOW_MIX
 
 
-# ---------------------------------------------------------------- the network, for training
+class Perceptual(NamedTuple):
+    """A stage that is judged by its pictures, behind the experts `before`, which are frozen."""
+
+    begins: str
+    rate: float
+    before: tuple[str, ...]
+    decay: float = 0.998
+    mix: Mapping[Preset, float] = PERCEPTUAL_MIX
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=1e-6), 1 + scale)
+# The pretraining's rate stays above zero for the stages that follow it.
+STAGES: dict[str, Flow | Perceptual] = {
+    "pretrain": Flow(None, 1.0, 0.0, 1.0, at_one=0.5, floor=0.25, velocities=True),
+    "structure": Flow("pretrain", 0.5, 0.939, 1.0, at_one=0.85),
+    "refinement": Flow("pretrain", 0.3, 0.875, 0.939, at_one=0.0),
+    "texture": Perceptual("pretrain", 3e-4, ("structure",)),
+    "polish": Perceptual("texture", 1.5e-4, ("structure", "texture")),
+}
+# The timesteps of the sampling by which a stage is judged, the last of them its own.
+PLANS = {
+    "pretrain": ((1.0,),),
+    "structure": ((1.0,),),
+    "texture": ((1.0, 0.5), (1.0, 0.3)),
+    "polish": ((1.0, 0.5, 0.2),),
+}
+
+
+def say(text: str) -> None:
+    """A line of the program's log, with the seconds since it began."""
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {text}", flush=True)
+
+
+# The network
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ReLU linear attention of (B, N, H, D), with its products in the precision of v.
+
+    What `relu_linear_attention` computes but for its care for magnitudes that overflow, in
+    operations that compile into few passes over memory, forward and backward.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q.relu(), k.relu(), v))
     state = k.mT @ v
     z = k.float().sum(2)[:, :, None, :]
@@ -57,425 +119,491 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ state).float() / (weight + (weight == 0))).to(v.dtype).transpose(1, 2)
 
 
-def triton_gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from linearsr.kernels.depthwise import depthwise
-
-    value, gate = depthwise(hidden, weight, bias).chunk(2, -1)
-    return value * F.silu(gate)
-
-
-def cudnn_gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x = F.conv2d(hidden.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
-    value, gate = x.permute(0, 2, 3, 1).chunk(2, -1)
-    return value * F.silu(gate)
-
-
-def triton_neighbours(self: blocks.LinearAttention, values: Tensor) -> Tensor:
-    from linearsr.kernels.depthwise import depthwise
-
-    weight = self.local.weight
-    return depthwise(values, weight, torch.zeros(len(weight), device=weight.device))
+@contextmanager
+def light_attention() -> Iterator[None]:
+    """Blocks take `attention` while this lasts."""
+    name = "relu_linear_attention"
+    before = getattr(blocks, name)
+    setattr(blocks, name, attention)
+    try:
+        yield
+    finally:
+        setattr(blocks, name, before)
 
 
-def prepare_ops(device: torch.device) -> None:
-    """Functions of the blocks that compile well and have fast gradients."""
-    blocks.modulate = denoiser_model.modulate = modulate
-    blocks.relu_linear_attention = attention
-    blocks.depthwise_gate = cudnn_gate
-    if device.type != "cuda":
-        return
-    times = {}
-    for name, gate in (("cudnn", cudnn_gate), ("triton", triton_gate)):
-        try:
-            x = torch.randn(32, 40, 40, 640, device=device, dtype=torch.bfloat16, requires_grad=True)
-            w = torch.randn(640, 1, 3, 3, device=device, requires_grad=True)
-            b = torch.randn(640, device=device, requires_grad=True)
-            for i in range(6):
-                with torch.autocast("cuda", torch.bfloat16):
-                    gate(x, w, b).float().square().sum().backward()
-                torch.cuda.synchronize()
-                if i == 0:
-                    began = time.perf_counter()
-            times[name] = (time.perf_counter() - began) / 5, w.grad.norm().item(), x.grad.float().norm().item()
-        except Exception as error:  # noqa: BLE001
-            say("depthwise", name, "failed:", repr(error)[:300])
-    say("depthwise forward and backward (s, norms):", times)
-    if "triton" in times and times["triton"][0] < times.get("cudnn", (math.inf,))[0]:
-        blocks.depthwise_gate = triton_gate
-        blocks.LinearAttention.neighbours = triton_neighbours
-
-
-def compiled(network: LinearSR) -> LinearSR:
-    network.in_strips = False
-    if next(network.parameters()).is_cuda:
-        for block in network.blocks:
-            block.compile(dynamic=False)
-    return network
+def velocity(network: LinearSR, latent: Tensor, t: Tensor, bicubic: Tensor) -> Tensor:
+    """What the network answers at latents (B, C, h, w) and t (B,), in float32."""
+    with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.is_cuda):
+        condition = network.condition(bicubic, LATENT.condition(bicubic))
+        return network(latent, t, condition).float()
 
 
 def guess(network: LinearSR, latent: Tensor, t: Tensor, bicubic: Tensor) -> Tensor:
-    """The clean latent that the network sees in `latent` at `t`."""
-    with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.is_cuda):
-        condition = network.condition(bicubic, F.pixel_unshuffle(bicubic, 4))
-        v = network(latent, t, condition)
-    return latent - t.view(-1, 1, 1, 1) * v.float()
+    """The clean latent that the network sees in `latent` at t."""
+    return clean_guess(latent, velocity(network, latent, t, bicubic), t)
 
 
-def encode(hr: Tensor, bicubic: Tensor) -> Tensor:
-    return F.pixel_unshuffle((hr - bicubic) / UNIT, 4)
+def noise_for(bicubic: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise of the latent's shape; with a generator of the CPU, the same on every device."""
+    count, _, height, width = bicubic.shape
+    cells = height // LATENT.factor, width // LATENT.factor
+    device = bicubic.device if generator is None else None
+    shape = (count, MODEL.denoiser.latent_channels, *cells)
+    return torch.randn(shape, generator=generator, device=device).to(bicubic.device)
 
 
-def decode(latent: Tensor, bicubic: Tensor) -> Tensor:
-    return bicubic + F.pixel_shuffle(latent, 4) * UNIT
-
-
-class Average:
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay, self.live = decay, list(network.parameters())
-        self.values = [p.detach().clone() for p in self.live]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        torch._foreach_lerp_(self.values, self.live, 1 - min(self.decay, (1 + step) / (10 + step)))
-
-    def state(self, network: nn.Module) -> dict[str, Tensor]:
-        state = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        for (name, _), value in zip(network.named_parameters(), self.values, strict=True):
-            state[name] = value.clone()
-        return state
-
-
-# ---------------------------------------------------------------- judging
+# Judging
 
 
 class Judge:
-    """PSNR-Y and LPIPS on fixed pictures, as val/x4's score.py."""
+    """PSNR on Y and LPIPS of results at scale 4, for pictures that stay the same.
 
-    def __init__(self, folder: Path, device: torch.device, lpips: nn.Module | None) -> None:
-        self.device, self.lpips = device, lpips
-        self.sets: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
+    folder: `hr/*.png`, and `clean` and `degraded` with their LR pictures of the same names.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, distance: nn.Module | None) -> None:
+        self.distance = distance
+        # Of each kind, pictures of one size together: HR and LR, each (B, 3, H, W) in [-1, 1].
+        self.sets: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        names = [path.name for path in sorted((folder / "hr").glob("*.png"))]
+        if not names:
+            raise OptionError(f"--val: no hr/*.png in {folder}")
         for kind in ("clean", "degraded"):
-            groups: dict[tuple[int, ...], list[tuple[str, Tensor, Tensor]]] = {}
-            for path in sorted((folder / "hr").glob("*.png")):
-                hr = load(path).to(device)
-                lr = load(folder / kind / path.name).to(device)
-                groups.setdefault(tuple(hr.shape), []).append((path.name, hr, lr))
+            groups: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for name in names:
+                hr, lr = (
+                    read(folder / part / name).to(device).float() / 127.5 - 1
+                    for part in ("hr", kind)
+                )
+                groups.setdefault(hr.shape, []).append((hr, lr))
             self.sets[kind] = [
-                ([n for n, _, _ in g], torch.stack([h for _, h, _ in g]), torch.stack([x for _, _, x in g]))
-                for g in groups.values()
+                (torch.stack([hr for hr, _ in group]), torch.stack([lr for _, lr in group]))
+                for group in groups.values()
             ]
 
     @torch.no_grad()
-    def __call__(self, nets: Sequence[LinearSR], times: Sequence[float], keep: Path | None = None) -> dict[str, float]:
-        """Euler over `times`, the i-th step by nets[i]."""
+    def __call__(self, nets: Sequence[LinearSR], times: Sequence[float]) -> dict[str, float]:
+        """Means over the pictures, after Euler's steps at `times`, the i-th by nets[i]."""
         scores = {}
         for kind, groups in self.sets.items():
-            values: list[tuple[float, float]] = []
-            for names, hr, lr in groups:
-                bicubic = F.interpolate(lr, size=hr.shape[-2:], mode="bicubic", antialias=True)
-                out = decode(walk(nets, times, bicubic), bicubic).clamp(-1, 1)
-                out = ((out + 1) * 127.5).round() / 127.5 - 1
-                far = self.lpips(out, hr).flatten().tolist() if self.lpips else [0.0] * len(hr)
-                weights = torch.tensor([65.481, 128.553, 24.966], device=hr.device).view(3, 1, 1) / 2
-                error = ((out - hr) * weights).sum(1)[:, 4:-4, 4:-4]
-                psnr = 10 * torch.log10(255**2 / error.square().mean((1, 2)))
-                values += list(zip(psnr.tolist(), far, strict=True))
-                if keep is not None:
-                    for name, picture in zip(names, out, strict=True):
-                        keep.joinpath(kind).mkdir(parents=True, exist_ok=True)
-                        array = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-                        Image.fromarray(array).save(keep / kind / name)
-            scores[f"{kind} psnr"], scores[f"{kind} lpips"] = (round(float(x), 4) for x in np.mean(values, 0))
+            values: dict[str, list[float]] = {}
+            for hr, lr in groups:
+                bicubic = resize(lr, *hr.shape[-2:])
+                picture = LATENT.decode(walk(nets, times, bicubic), bicubic).clamp(-1, 1)
+                picture = ((picture + 1) * 127.5).round() / 127.5 - 1
+                values.setdefault("psnr", []).extend(psnr(picture, hr).tolist())
+                if self.distance is not None:
+                    far = self.distance(picture, hr).flatten()
+                    values.setdefault("lpips", []).extend(far.tolist())
+            for metric, found in values.items():
+                scores[f"{kind} {metric}"] = round(float(np.mean(found)), 4)
         return scores
 
 
+def psnr(picture: Tensor, hr: Tensor) -> Tensor:
+    """Of pictures (B, 3, H, W) in [-1, 1], in dB (B,): on Y of BT.601, 4 pixels cropped."""
+    luma = torch.tensor([65.481, 128.553, 24.966], device=hr.device).view(3, 1, 1) / 2
+    error = ((picture - hr) * luma).sum(1)[:, 4:-4, 4:-4]
+    return 10 * torch.log10(255**2 / error.square().mean((1, 2)))
+
+
 def walk(nets: Sequence[LinearSR], times: Sequence[float], bicubic: Tensor) -> Tensor:
-    """The clean latent after Euler's steps from noise of a fixed seed."""
-    shape = (len(bicubic), 48, bicubic.shape[2] // 4, bicubic.shape[3] // 4)
-    latent = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bicubic.device)
-    for net, t, after in zip(nets, times, (*times[1:], 0.0), strict=True):
-        clean = guess(net, latent, torch.full((len(latent),), t, device=latent.device), bicubic)
-        latent = clean + after / t * (latent - clean)
+    """The clean latent after Euler's steps from noise that is always the same."""
+    latent = noise_for(bicubic, torch.Generator().manual_seed(0))
+    for network, begin, end in zip(nets, times, (*times[1:], 0.0), strict=True):
+        t, after = (torch.full((len(latent),), x, device=latent.device) for x in (begin, end))
+        latent = euler_step(latent, velocity(network, latent, t, bicubic), t, after)
     return latent
 
 
-def load(path: Path) -> Tensor:
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+def read(path: Path) -> Tensor:
+    """A picture's pixels, (3, H, W) uint8."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
-def lpips_loss(trunk: Path, device: torch.device) -> nn.Module:
-    import lpips
-
-    net = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
-    tensors = torch.load(trunk, weights_only=True)
-    for i in range(1, 8):
-        part = getattr(net.net, f"slice{i}")
-        part.load_state_dict({k: tensors[k] for k in part.state_dict()})
-    return net.eval().requires_grad_(False).to(device)
+# A stage: its time, its log, its steps
 
 
-class Discriminator(nn.Module):
-    """Patches of HR or result beside the bicubic picture, judged at two scales."""
+class Clock:
+    """The time of a stage. It begins anew after a few steps: compiling does not count."""
 
-    def __init__(self, channels: Sequence[int] = (64, 64, 128, 256, 256)) -> None:
-        super().__init__()
+    def __init__(self, seconds: float, device: torch.device) -> None:
+        self.seconds, self.device = seconds, device
+        self.began: float | None = None
+        self.steps = 0
 
-        def scale() -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for i, (a, b) in enumerate(zip((6, *channels[:-1]), channels, strict=True)):
-                layers += [spectral_norm(nn.Conv2d(a, b, 3, 1 + (i in (1, 2, 3)), 1)), nn.LeakyReLU(0.2)]
-            return nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels[-1], 1, 3, 1, 1)))
+    def used(self) -> float:
+        """The share of the stage's seconds that is over."""
+        return 0.0 if self.began is None else (time.perf_counter() - self.began) / self.seconds
 
-        self.scales = nn.ModuleList([scale(), scale()])
+    def tick(self) -> bool:
+        """Count a step; whether the stage's time began with its end."""
+        self.steps += 1
+        if self.steps not in (1, 5):
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.began = time.perf_counter()
+        return True
 
-    def forward(self, picture: Tensor, bicubic: Tensor) -> list[Tensor]:
-        x = torch.cat([picture, bicubic], 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            return [self.scales[0](x).float(), self.scales[1](F.avg_pool2d(x, 2)).float()]
+
+class Log:
+    """Means of what a stage's steps tell, and the time of a step, said every few seconds."""
+
+    def __init__(self, name: str, every: float) -> None:
+        self.name, self.every = name, every
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was added so far."""
+        self.began, self.steps = time.perf_counter(), 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, step: int, told: Mapping[str, Tensor]) -> None:
+        """What one step told; a line when it is time for one."""
+        self.steps += 1
+        self.sums = {k: v + self.sums[k] if k in self.sums else v for k, v in told.items()}
+        seconds = time.perf_counter() - self.began
+        if seconds > self.every:
+            means = "  ".join(f"{k} {v.item() / self.steps:.4f}" for k, v in self.sums.items())
+            say(f"{self.name} {step}  {means}  {1e3 * seconds / self.steps:.1f} ms a step")
+            self.restart()
 
 
-# ---------------------------------------------------------------- stages
+class Objective(Protocol):
+    """What a stage does with a batch."""
+
+    def step(self, hr: Tensor, bicubic: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """One update of the network; the losses that it came from."""
+        ...
+
+
+def _adamw(model: nn.Module, rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=0.0, fused=True)
+
+
+def _update(optimizer: torch.optim.AdamW, rate: float, clip: float | None = None) -> None:
+    """A step of the optimizer at that rate, with the gradients that there are."""
+    (group,) = optimizer.param_groups
+    if clip is not None:
+        nn.utils.clip_grad_norm_(group["params"], clip)
+    group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class FlowObjective:
+    """Latents of a stage's timesteps, and the clean ones that the network sees in them."""
+
+    def __init__(self, stage: Flow, network: LinearSR, rate: float) -> None:
+        self.stage, self.network, self.rate = stage, network, rate * stage.rate
+        self.optimizer = _adamw(network, self.rate, (0.9, 0.99))
+
+    def step(self, hr: Tensor, bicubic: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """One update of the network; its loss."""
+        clean = LATENT.encode(hr, bicubic)
+        t = self._timesteps(len(hr), hr.device)
+        latent = add_noise(clean, torch.randn_like(clean), t)
+        loss = self._loss(guess(self.network, latent, t, bicubic) - clean, t)
+        loss.backward()
+        floor = self.stage.floor
+        fall = floor + (1 - floor) * min(1.0, (1 - clock.used()) / 0.75)
+        _update(self.optimizer, self.rate * min(1.0, (clock.steps + 1) / 200) * fall, clip=1.0)
+        return {"loss": loss.detach()}
+
+    def _timesteps(self, count: int, device: torch.device) -> Tensor:
+        low, high = self.stage.low, self.stage.high
+        if self.stage.velocities:
+            t = torch.sigmoid(0.3 + torch.randn(count, device=device))
+        else:
+            t = low + (high - low) * torch.rand(count, device=device)
+        at_one = torch.rand(count, device=device) < self.stage.at_one
+        return torch.where(at_one, 1.0, t.clamp(low + 1e-3, high))
+
+    def _loss(self, error: Tensor, t: Tensor) -> Tensor:
+        """Of the clean latents' errors (B, C, h, w) at t (B,)."""
+        if self.stage.velocities:
+            # The velocity's error is that of the clean latent over t.
+            wrong = error / t.view(-1, 1, 1, 1).clamp(min=0.05)
+            return wrong.square().mean() + 0.5 * error.abs().mean()
+        return error.abs().mean() + 0.3 * error.square().mean()
+
+
+class PerceptualObjective:
+    """Pictures from where sampling comes by, judged by L1, LPIPS and a discriminator.
+
+    first: the structure expert. between: the texture expert, where the polish expert is trained.
+    """
+
+    def __init__(
+        self,
+        stage: Perceptual,
+        network: LinearSR,
+        first: LinearSR,
+        between: LinearSR | None,
+        discriminator: Discriminator,
+        distance: nn.Module,
+        options: argparse.Namespace,
+    ) -> None:
+        self.network, self.first, self.between = network, first, between
+        self.discriminator, self.distance, self.options = discriminator, distance, options
+        self.rate = stage.rate
+        self.optimizer = _adamw(network, self.rate, (0.5, 0.99))
+        self.critic = _adamw(discriminator, DISCRIMINATOR_RATE, (0.5, 0.99))
+        self.rng = np.random.default_rng(options.seed)
+
+    def step(self, hr: Tensor, bicubic: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """One update of the discriminator and one of the network; their losses."""
+        fall = min(1.0, (clock.steps + 1) / 100) * min(1.0, (1 - clock.used()) / 0.4)
+        with torch.no_grad():
+            latent, t = self._arrive(bicubic)
+        picture = LATENT.decode(guess(self.network, latent, t, bicubic), bicubic)
+        real, fake = (self._scores(x, bicubic) for x in (hr, picture.detach()))
+        told = hinge(real, fake)
+        told.backward()
+        _update(self.critic, DISCRIMINATOR_RATE * fall)
+        self.discriminator.requires_grad_(False)
+        pixels, far = (picture - hr).abs().mean(), self.distance(picture, hr).mean()
+        fooling = fooled(self._scores(picture, bicubic)).mean()
+        gan = self.options.gan * min(1.0, clock.steps / GAN_WARMUP)
+        (self.options.l1 * pixels + self.options.lp * far + gan * fooling).backward()
+        self.discriminator.requires_grad_(True)
+        _update(self.optimizer, self.rate * fall, clip=1.0)
+        losses = {"l1": pixels, "lpips": far, "fooling": fooling, "discriminator": told}
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _scores(self, picture: Tensor, bicubic: Tensor) -> list[Tensor]:
+        with torch.autocast(picture.device.type, torch.bfloat16, enabled=picture.is_cuda):
+            return [scores.float() for scores in self.discriminator(picture, bicubic)]
+
+    def _arrive(self, bicubic: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents as sampling in a few steps brings them to t (B,), and t."""
+        count, device = len(bicubic), bicubic.device
+        noise, one = noise_for(bicubic), torch.ones(count, device=device)
+        u, wide = torch.rand(count, device=device), torch.rand(count, device=device) < 0.4
+        # All of the texture expert's range, and oftener where one of two steps would begin.
+        t = torch.where(wide, 0.23 + 0.645 * u, 0.25 + 0.35 * u)
+        latent = euler_step(noise, velocity(self.first, noise, one, bicubic), one, t)
+        if self.between is not None:
+            after = uniform(count, (0.02, 0.223), device).flatten()
+        elif self.rng.random() < 0.2:
+            # Another step of its own: what more steps bring there.
+            after = 0.23 + (t - 0.23) * torch.rand(count, device=device)
+        else:
+            return latent, t
+        v = velocity(self.between or self.network, latent, t, bicubic)
+        return euler_step(latent, v, t, after), after
+
+
+# The program
 
 
 class Trainer:
+    """The stages of one call, and what they share: photographs, judge, files."""
+
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.o, self.device, self.out = options, device, options.out
-        self.lpips = lpips_loss(options.trunk, device) if options.trunk else None
-        self.judge = Judge(options.val, device, self.lpips) if options.val else None
-        files = sorted(p for folder in options.photos for p in Path(folder).glob("*.jpg"))
+        self.options, self.device, self.out = options, device, options.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.distance: nn.Module | None = None
+        if options.trunk or any(isinstance(STAGES[name], Perceptual) for name, _ in options.stages):
+            self.distance = lpips.load(options.trunk).to(device)
+        self.judge = Judge(options.val, device, self.distance) if options.val else None
+        history = self.out / "history.json"
+        self.history: list[dict[str, object]] = (
+            json.loads(history.read_text()) if history.exists() else []
+        )
+        if options.stages:
+            self.atlas = self._atlas()
 
-        def read(path: Path) -> Tensor:
-            return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-
+    def _atlas(self) -> Atlas:
+        folders = (Path(folder) for folder in self.options.photos)
+        files = sorted(p for f in folders for end in ("jpg", "png") for p in f.glob(f"*.{end}"))
+        if not files:
+            raise OptionError(f"--photos: no *.jpg or *.png in {', '.join(self.options.photos)}")
         with ThreadPoolExecutor(16) as pool:
             photos = list(pool.map(read, files))
-        say(len(photos), "photographs decoded")
-        self.atlas = Atlas(photos, options.shrinks, device, options.seed)
-        say(f"atlas of {len(self.atlas.pixels) / 1e6:.0f} MP")
-        self.history: list[dict[str, object]] = []
-
-    def network(self, start: str | None = None) -> LinearSR:
-        torch.manual_seed(self.o.seed)
-        network = LinearSR(NETWORK).to(self.device).to(memory_format=torch.channels_last)
-        if start:
-            network.load_state_dict(self.state(start))
-        return network
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        return torch.load(self.out / f"{name}.pt", weights_only=True, map_location=self.device)
-
-    def batches(self, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
-        return pairs(self.atlas, self.o.patch, self.o.batch, MIXES[kind], 0.72, self.o.seed + len(self.history))
-
-    def frozen(self, name: str) -> LinearSR:
-        network = self.network(name).requires_grad_(False).eval()
-        network.in_strips = False
-        return network
-
-    def save(self, name: str, state: dict[str, Tensor]) -> None:
-        torch.save({k: v.cpu() for k, v in state.items()}, self.out / f"{name}.tmp")
-        (self.out / f"{name}.tmp").replace(self.out / f"{name}.pt")
-        (self.out / "history.json").write_text(json.dumps(self.history))
+        atlas = Atlas(photos, self.options.shrinks, self.device, self.options.seed)
+        say(f"{len(photos)} photographs, {len(atlas.pixels) / 1e6:.0f} megapixels at all sizes")
+        return atlas
 
     def run(self, name: str, seconds: float) -> None:
-        start = {"pretrain": None, "structure": "pretrain", "refinement": "pretrain",
-                 "texture": "pretrain", "polish": "texture"}[name]  # fmt: skip
-        if (self.out / f"{name}.pt").exists():
-            start = name
-        say(f"== {name} for {seconds:.0f} s from {start}")
-        network = self.network(start)
-        ready = compiled(network)
-        if name in ("texture", "polish"):
-            self.perceptual(name, ready, seconds)
+        """One stage, to its file."""
+        stage = STAGES[name]
+        begins = name if self._path(name).exists() else stage.begins
+        say(f"{name}: {seconds:g} s, from {begins or 'random weights'}")
+        torch.manual_seed(self._seed(name))
+        network = self._ready(self._network(begins))
+        average = EMA(network, stage.decay)
+        objective: Objective
+        if isinstance(stage, Perceptual):
+            critic = self._discriminator()
+            objective = self._perceptual(stage, network, critic)
         else:
-            self.flow(name, ready, seconds)
+            objective = FlowObjective(stage, network, self.options.rate)
+        self._train(name, objective, average, seconds)
+        self._save(name, average.average)
+        if isinstance(stage, Perceptual):
+            self._save(DISCRIMINATOR, critic.state_dict())
 
-    def flow(self, name: str, network: LinearSR, seconds: float) -> None:
-        rate = {"pretrain": self.o.rate, "structure": 0.5 * self.o.rate, "refinement": 0.3 * self.o.rate}[name]
-        optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        average, data, step = Average(network, 0.999), self.batches("flow"), 0
-        began = said = judged = None
-        last = 0
-        low, high = {"pretrain": (0.0, 1.0), "structure": (0.939, 1.0), "refinement": (0.875, 0.939)}[name]
-        at_one = {"pretrain": 0.5, "structure": 0.85, "refinement": 0.0}[name]
-        total = torch.zeros((), device=self.device)
-        while True:
-            now = time.perf_counter()
-            used = 0.0 if began is None else (now - began) / seconds
-            if used >= 1:
-                break
-            # A straight line down: the pretraining's only to a third, for the stages that follow.
-            floor = 0.25 if name == "pretrain" else 0.0
-            factor = min(1.0, (step + 1) / 200) * (floor + (1 - floor) * min(1.0, (1 - used) / 0.75))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            hr, bicubic = next(data)
-            clean = encode(hr, bicubic)
-            t = torch.sigmoid(0.3 + torch.randn(len(hr), device=self.device)) if name == "pretrain" else (
-                low + (high - low) * torch.rand(len(hr), device=self.device))  # fmt: skip
-            t = torch.where(torch.rand(len(hr), device=self.device) < at_one, 1.0, t.clamp(low + 1e-3, high))
-            noise = torch.randn_like(clean)
-            latent = torch.lerp(clean, noise, t.view(-1, 1, 1, 1))
-            found = guess(network, latent, t, bicubic)
-            far = found - clean
-            if name == "pretrain":
-                # The velocity's error is that of the clean latent over t.
-                loss = (far / t.view(-1, 1, 1, 1).clamp(min=0.05)).square().mean() + 0.5 * far.abs().mean()
-            else:
-                loss = far.abs().mean() + 0.3 * far.square().mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            average.update(step)
-            total += loss.detach()
-            if began is None or step == 5:
-                # Compiling does not count.
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                began = said = judged = time.perf_counter()
-                last = step
-                total.zero_()
-            elif now - said > self.o.say_every:
-                speed = (now - said) / max(1, step - last)
-                say(f"{name} {step}  loss {total.item() / (step - last):.4f}  {1e3 * speed:.1f} ms/step")
-                said, last = now, step
-                total.zero_()
-            if now - judged > self.o.judge_every and self.judge and name != "refinement":
-                self.judged(name, step, average.state(network))
+    def _train(self, name: str, objective: Objective, average: EMA, seconds: float) -> None:
+        options, mix = self.options, STAGES[name].mix
+        data = pairs(self.atlas, options.patch, options.batch, mix, AT_FOUR, self._seed(name))
+        clock, log = Clock(seconds, self.device), Log(name, options.say_every)
+        judged = time.perf_counter()
+        while clock.used() < 1:
+            told = objective.step(*next(data), clock)
+            began = clock.tick()
+            average.update(clock.steps)
+            if began:
+                log.restart()
                 judged = time.perf_counter()
-        state = average.state(network)
-        self.judged(name, step, state)
-        self.save(name, state)
+            else:
+                log.add(clock.steps, told)
+            if time.perf_counter() - judged > options.judge_every:
+                self._judge(name, clock.steps, average.average)
+                judged = time.perf_counter()
+        self._judge(name, clock.steps, average.average)
+        say(f"{name}: done after {clock.steps} steps")
 
-    def judged(self, name: str, step: int, state: dict[str, Tensor], others: Sequence[LinearSR] = ()) -> None:
+    def _judge(self, name: str, step: int, state: Mapping[str, Tensor]) -> None:
         if self.judge is None:
             return
-        network = self.network()
-        network.in_strips = False
+        network, stage = self._network(None), STAGES[name]
         network.load_state_dict(state)
-        for times in {"texture": ((1.0, 0.5), (1.0, 0.3)), "polish": ((1.0, 0.5, 0.2),)}.get(name, ((1.0,),)):
-            nets = (*others, network)
-            row = {"stage": name, "step": step, "times": times, **self.judge(nets, times)}
-            self.history.append(row)
-            say(row)
+        before = stage.before if isinstance(stage, Perceptual) else ()
+        nets = (*map(self._network, before), network)
+        for times in PLANS.get(name, ()):
+            scores = self.judge(nets, times)
+            self.history.append({"stage": name, "step": step, "times": times, **scores})
+            say(f"{name} {step} at {times}: {scores}")
 
-    def perceptual(self, name: str, network: LinearSR, seconds: float) -> None:
-        structure = compiled(self.frozen("structure"))
-        texture = compiled(self.frozen("texture")) if name == "polish" else None
-        others = [self.frozen(n) for n in (("structure", "texture") if name == "polish" else ("structure",))]
-        judge_net = Discriminator().to(self.device).to(memory_format=torch.channels_last)
-        if (self.out / "discriminator.pt").exists():
-            judge_net.load_state_dict(self.state("discriminator"))
-        rate = 3e-4 if name == "texture" else 1.5e-4
-        g = torch.optim.AdamW(network.parameters(), rate, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
-        d = torch.optim.AdamW(judge_net.parameters(), 4e-4, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
-        average, data, step, last = Average(network, 0.998), self.batches("perceptual"), 0, 0
-        rng = np.random.default_rng(self.o.seed)
-        began = said = judged = None
-        sums = torch.zeros(5, device=self.device)
-        while True:
-            now = time.perf_counter()
-            used = 0.0 if began is None else (now - began) / seconds
-            if used >= 1:
-                break
-            factor = min(1.0, (step + 1) / 100) * min(1.0, (1 - used) / 0.4)
-            for optimizer, base in ((g, rate), (d, 4e-4)):
-                for group in optimizer.param_groups:
-                    group["lr"] = base * factor
-            hr, bicubic = next(data)
-            count = len(hr)
-            with torch.no_grad():
-                noise = torch.randn(count, 48, hr.shape[2] // 4, hr.shape[3] // 4, device=self.device)
-                ones = torch.ones(count, device=self.device)
-                clean = guess(structure, noise, ones, bicubic)
-                u = torch.rand(count, device=self.device)
-                wide = torch.rand(count, device=self.device) < 0.4
-                t = torch.where(wide, 0.23 + 0.645 * u, 0.25 + 0.35 * u)
-                latent = torch.lerp(clean, noise, t.view(-1, 1, 1, 1))
-                if name == "polish" or rng.random() < 0.2:
-                    # Another step between: what more steps bring there.
-                    between = texture if texture is not None else network
-                    clean = guess(between, latent, t, bicubic)
-                    if name == "polish":
-                        after = 0.02 + 0.203 * torch.rand(count, device=self.device)
-                    else:
-                        after = 0.23 + (t - 0.23) * torch.rand(count, device=self.device)
-                    latent = clean + (after / t).view(-1, 1, 1, 1) * (latent - clean)
-                    t = after
-            picture = decode(guess(network, latent, t, bicubic), bicubic)
-            real, fake = judge_net(hr, bicubic), judge_net(picture.detach(), bicubic)
-            d_loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)) / 2
-            d_loss.backward()
-            d.step()
-            d.zero_grad()
-            judge_net.requires_grad_(False)
-            pixels = (picture - hr).abs().mean()
-            far = self.lpips(picture, hr).mean()
-            fooled = -sum(f.mean() for f in judge_net(picture, bicubic)) / 2
-            loss = self.o.l1 * pixels + self.o.lp * far + self.o.gan * min(1.0, step / 150) * fooled
-            loss.backward()
-            judge_net.requires_grad_(True)
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            g.step()
-            g.zero_grad()
-            step += 1
-            average.update(step)
-            sums += torch.stack([pixels, far, fooled, d_loss, loss]).detach()
-            if began is None or step == 5:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                began = said = judged = time.perf_counter()
-                last = step
-                sums.zero_()
-            elif now - said > self.o.say_every:
-                l1, far_, fooled_, d_, _ = (sums / (step - last)).tolist()
-                speed = 1e3 * (now - said) / (step - last)
-                say(f"{name} {step}  l1 {l1:.4f}  lpips {far_:.4f}  fooled {fooled_:.3f}  d {d_:.3f}  {speed:.1f} ms/step")
-                said, last = now, step
-                sums.zero_()
-            if now - judged > self.o.judge_every:
-                self.judged(name, step, average.state(network), others[-1:] if name == "texture" else others)
-                judged = time.perf_counter()
-        state = average.state(network)
-        self.judged(name, step, state, others)
-        self.save(name, state)
-        self.save("discriminator", judge_net.state_dict())
+    def two_steps(self) -> None:
+        """Say how good two steps are with the second one at other timesteps."""
+        if self.judge is not None and self._path("texture").exists():
+            nets = [self._network(name) for name in ("structure", "texture")]
+            for t in (0.25, 0.35, 0.5, 0.65):
+                say(f"two steps, the second at {t}: {self.judge(nets, (1.0, t))}")
+
+    def bundle(self, folder: Path) -> None:
+        """All four experts as a folder of weights. Raises WeightsError where one is missing."""
+        states = [self._state(name) for name in weights.expert_names(MODEL)]
+        stages = " ".join(f"{name}={seconds:g}" for name, seconds in self.options.stages)
+        provenance = {"program": "linearsr.training.accelerated", "stages": stages}
+        weights.save(folder, MODEL, states, provenance)
+        say(f"wrote {folder}")
+
+    def _perceptual(
+        self, stage: Perceptual, network: LinearSR, discriminator: Discriminator
+    ) -> PerceptualObjective:
+        assert self.distance is not None
+        frozen = [self._network(name).requires_grad_(False).eval() for name in stage.before]
+        first, between = (*map(self._ready, frozen), None)[:2]
+        assert first is not None
+        return PerceptualObjective(
+            stage, network, first, between, discriminator, self.distance, self.options
+        )
+
+    def _ready(self, network: LinearSR) -> LinearSR:
+        """The same network, its blocks compiled where there is a GPU."""
+        if self.device.type == "cuda":
+            network.compile_blocks()
+        return network
+
+    def _network(self, name: str | None) -> LinearSR:
+        network = LinearSR(MODEL.denoiser)
+        if name is not None:
+            self._fill(network, name)
+        return network.to(self.device).to(memory_format=torch.channels_last)
+
+    def _discriminator(self) -> Discriminator:
+        network = Discriminator(CHANNELS)
+        if self._path(DISCRIMINATOR).exists():
+            self._fill(network, DISCRIMINATOR)
+        return network.to(self.device).to(memory_format=torch.channels_last)
+
+    def _fill(self, network: nn.Module, name: str) -> None:
+        try:
+            network.load_state_dict(self._state(name))
+        except RuntimeError as error:
+            raise WeightsError(
+                f"{self._path(name)}: of another network; use another --out ({one_line(error)})"
+            ) from error
+
+    def _seed(self, name: str) -> int:
+        """Another one for each stage."""
+        return int(self.options.seed) + list(STAGES).index(name)
+
+    def _path(self, name: str) -> Path:
+        return Path(self.out, f"{name}.pt")
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        path = self._path(name)
+        if not path.exists():
+            raise WeightsError(f"{path}: not there yet; train it first (--stages {name}=SECONDS)")
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+    def _save(self, name: str, state: Mapping[str, Tensor]) -> None:
+        path = self._path(name)
+        temporary = path.with_suffix(".tmp")
+        torch.save({key: tensor.cpu() for key, tensor in state.items()}, temporary)
+        temporary.replace(path)
+        (self.out / "history.json").write_text(json.dumps(self.history))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--photos", nargs="+", required=True)
-    parser.add_argument("--val", type=Path)
-    parser.add_argument("--trunk", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", default=[])
-    parser.add_argument("--patch", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--shrinks", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--l1", type=float, default=4.0)
-    parser.add_argument("--lp", type=float, default=1.0)
-    parser.add_argument("--gan", type=float, default=0.03)
-    parser.add_argument("--say-every", type=float, default=8.0)
-    parser.add_argument("--judge-every", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 100000)
+def _stage(text: str) -> tuple[str, float]:
+    """ "pretrain=165" as ("pretrain", 165.0). Raises ValueError for anything else."""
+    name, _, seconds = text.partition("=")
+    if name not in STAGES or not float(seconds) > 0:
+        raise ValueError(text)
+    return name, float(seconds)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--photos", nargs="+", default=[], help="folders of *.jpg or *.png")
+    add("--val", type=Path, help="pictures to judge by: hr/, clean/ and degraded/ with *.png")
+    add("--trunk", type=Path, help="SqueezeNet 1.1 for LPIPS (default: where linearsr looks)")
+    add("--out", type=Path, required=True, help="where the stages' weights go")
+    given = f"any of {', '.join(STAGES)}, in the order given"
+    add("--stages", nargs="+", type=_stage, default=[], metavar="STAGE=SECONDS", help=given)
+    add("--bundle", type=Path, metavar="FOLDER", help="write the four experts there at the end")
+    add("--patch", type=int, default=160, choices=range(32, 193, 32), help="pixels of HR")
+    add("--batch", type=int, default=64, help="patches")
+    add("--shrinks", type=int, default=6, help="smaller sizes of each photograph")
+    add("--rate", type=float, default=1.5e-3, help="of the pretraining")
+    add("--l1", type=float, default=4.0, help="weight in the perceptual stages")
+    add("--lp", type=float, default=1.0, help="likewise, of LPIPS")
+    add("--gan", type=float, default=0.03, help="likewise, of the discriminator")
+    add("--say-every", type=float, default=8.0, help="seconds")
+    add("--judge-every", type=float, default=20.0, help="seconds")
+    add("--seed", type=int, default=int(time.time()) % 100000, help="default: from the time")
     options = parser.parse_args()
+    if options.stages and not options.photos:
+        parser.error("--photos is needed to train")
+    return options
+
+
+def main() -> int:
+    """Run the stages that were asked for, then write the bundle."""
+    options = _options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = False
-    options.out.mkdir(parents=True, exist_ok=True)
-    prepare_ops(device)
-    trainer = Trainer(options, device)
-    for stage in options.stages:
-        name, _, seconds = stage.partition("=")
-        trainer.run(name, float(seconds))
-    if trainer.judge and (options.out / "texture.pt").exists():
-        nets = [trainer.frozen(n) for n in ("structure", "texture")]
-        for t in (0.25, 0.35, 0.5, 0.65):
-            say("two steps", t, trainer.judge(nets, (1.0, t)))
+    try:
+        with light_attention():
+            trainer = Trainer(options, device)
+            for name, seconds in options.stages:
+                trainer.run(name, seconds)
+            trainer.two_steps()
+        if options.bundle:
+            trainer.bundle(options.bundle)
+    except (LinearSRError, OSError) as error:
+        print(f"linearsr.training.accelerated: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

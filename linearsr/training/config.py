@@ -90,7 +90,7 @@ class PerceptualConfig(TrainConfig):
     """Weight of the mean absolute difference, pictures being in [-1, 1]."""
     lpips: float = Field(default=1.0, ge=0)
     """Weight of LPIPS; 0 does without its trunk."""
-    net: Literal["squeeze", "alex", "vgg"] = "squeeze"
+    net: Literal["squeeze"] = "squeeze"
     """The trunk of LPIPS."""
     trunk: str | None = None
     """A file with torchvision's weights of the trunk, which all nodes see; without, the one that

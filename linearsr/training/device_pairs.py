@@ -1,23 +1,29 @@
 """Training pairs cut and degraded on the device: what one GPU needs to be kept busy.
 
+    photographs ─ Atlas.crops ─▶ HR ─ degraded ─▶ LR ─ resize ─▶ enlarged LR
+
 The degradations are those of `linearsr.imaging.degrade`, for many pictures at once: pictures of a
 chunk share the sizes that they are resized to and differ in all else. JPEG is its arithmetic
-(colour, 4:2:0, DCT, quantisation) without the entropy coder, which loses nothing. Knows nothing of
-models or files.
+(colour, 4:2:0, DCT, quantisation) without the entropy coder, which loses nothing, and there is no
+WebP. Knows nothing of models, files or stages.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearsr.imaging.degrade import PRESETS, Degradation, Preset, Range, Stage
 from linearsr.imaging.resample import resize
 
+CHUNKS = 8  # that are made before their pairs are shuffled
+KERNEL = 21  # pixels
+# The quantisation tables of JPEG's Annex K.
 LUMINANCE = torch.tensor(
     [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
      14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113,
@@ -30,41 +36,58 @@ CHROMINANCE[:4, :4] = torch.tensor(
 
 
 class Atlas:
-    """Photographs at several sizes, as one array of pixels on the device."""
+    """Photographs at several sizes, as one array of pixels on the device.
 
-    def __init__(self, photos: Sequence[Tensor], shrinks: int, device: torch.device, seed: int) -> None:
-        """photos: (3, H, W) uint8 each, kept at their own size and at `shrinks` smaller ones."""
+    photos: (3, H, W) uint8 each. Every one is kept at its own size and at `shrinks` smaller ones,
+    down to 0.3 of it; no side has less than SMALLEST pixels.
+    """
+
+    SMALLEST = 256
+
+    def __init__(
+        self, photos: Iterable[Tensor], shrinks: int, device: torch.device, seed: int
+    ) -> None:
         rng = np.random.default_rng(seed)
-        flat, self.table, offset = [], [], 0
+        flat: list[Tensor] = []
+        places: list[tuple[int, int, int]] = []
+        offset = 0
         for photo in photos:
             whole = photo.to(device)
-            factors = [1.0, *np.exp(rng.uniform(math.log(0.3), 0, shrinks))]
-            for factor in factors:
-                h, w = (max(256, round(n * factor)) for n in whole.shape[1:])
+            for factor in (1.0, *np.exp(rng.uniform(math.log(0.3), 0, shrinks))):
+                h, w = (max(self.SMALLEST, round(n * factor)) for n in whole.shape[1:])
                 small = resize(whole[None].float(), h, w)[0].clamp(0, 255).round().byte()
                 flat.append(small.permute(1, 2, 0).reshape(-1, 3))
-                self.table.append((offset, h, w))
+                places.append((offset, h, w))
                 offset += h * w
         self.pixels, self.device = torch.cat(flat), device
-        self.offsets = torch.tensor(self.table, device=device)
+        # Of each picture: where its pixels begin, height, width.
+        self.places = torch.tensor(places, device=device)
 
     def crops(self, count: int, size: int) -> Tensor:
-        """(count, 3, size, size) in [0, 1]; half of them the busier of two, all turned at random."""
+        """(count, 3, size, size) in [0, 1], with `size` up to SMALLEST, turned at random.
+
+        Half of them are the busier of two; a fifth is made darker or lighter.
+        """
         candidates = self._crops(2 * count, size).unflatten(0, (2, count))
         busy = candidates.diff(dim=-1).abs().mean((2, 3, 4))
         second = (busy[1] > busy[0]) & (torch.rand(count, device=self.device) < 0.5)
         x = torch.where(second[:, None, None, None], candidates[1], candidates[0])
-        for turn in (lambda y: y.flip(2), lambda y: y.flip(3), lambda y: y.transpose(2, 3)):
+        turns: list[Callable[[Tensor], Tensor]] = [
+            lambda y: y.flip(2),
+            lambda y: y.flip(3),
+            lambda y: y.transpose(2, 3),
+        ]
+        for turn in turns:
             x = torch.where(self._some(count, 0.5), turn(x), x)
-        light = torch.empty(count, 1, 1, 1, device=self.device).uniform_(0.6, 1.1)
+        light = uniform(count, (0.6, 1.1), self.device)
         return torch.where(self._some(count, 0.2), (x * light).clamp(0, 1), x)
 
     def _some(self, count: int, share: float) -> Tensor:
         return torch.rand(count, 1, 1, 1, device=self.device) < share
 
     def _crops(self, count: int, size: int) -> Tensor:
-        which = torch.randint(len(self.table), (count,), device=self.device)
-        offset, h, w = self.offsets[which].unbind(1)
+        which = torch.randint(len(self.places), (count,), device=self.device)
+        offset, h, w = self.places[which].unbind(1)
         top = (torch.rand(count, device=self.device) * (h - size + 1)).long()
         left = (torch.rand(count, device=self.device) * (w - size + 1)).long()
         axis = torch.arange(size, device=self.device)
@@ -74,40 +97,50 @@ class Atlas:
         return self.pixels[index].permute(0, 3, 1, 2).float() / 255
 
 
-def uniform(count: int, low: float, high: float, like: Tensor) -> Tensor:
-    """(count, 1, 1, 1)."""
-    return torch.empty(count, 1, 1, 1, device=like.device).uniform_(low, high)
+def uniform(count: int, span: Range, device: torch.device) -> Tensor:
+    """Numbers between those of `span`, one for each picture: (count, 1, 1, 1)."""
+    return torch.empty(count, 1, 1, 1, device=device).uniform_(*span)
 
 
 def pick(x: Tensor, other: Tensor, share: float) -> Tensor:
-    """Each picture of `other` with that probability, else of `x`."""
+    """Pictures of `other` instead of those of `x`, on a random share of the batch."""
+    if share >= 1:
+        return other
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < share, other, x)
 
 
-def gaussian_kernels(count: int, low: float, high: float, device: torch.device, size: int = 21) -> Tensor:
-    """Anisotropic Gaussians at random angles, (count, size, size), sum 1."""
-    sx, sy, angle = (torch.rand(3, count, 1, 1, device=device)).unbind(0)
-    sx, sy, angle = low + (high - low) * sx, low + (high - low) * sy, math.pi * angle
-    axis = torch.arange(size, device=device, dtype=torch.float32) - size // 2
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+def gaussian_kernels(count: int, sigma: Range, device: torch.device) -> Tensor:
+    """Anisotropic Gaussians at random angles, (count, KERNEL, KERNEL), sum 1; sigma in pixels."""
+    sx, sy = (uniform(count, sigma, device)[:, 0] for _ in range(2))
+    angle = uniform(count, (0.0, math.pi), device)[:, 0]
+    y, x = _offsets(device)
     u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     kernel = torch.exp(-0.5 * ((u / sx) ** 2 + (v / sy) ** 2))
     return kernel / kernel.sum((1, 2), keepdim=True)
 
 
-def sinc_kernels(count: int, device: torch.device, size: int = 21) -> Tensor:
-    """Circular low-pass filters, (count, size, size), sum 1."""
-    cutoff = math.pi / 3 + (math.pi - math.pi / 3) * torch.rand(count, 1, 1, device=device)
-    axis = torch.arange(size, device=device, dtype=torch.float32) - size // 2
-    radius = torch.hypot(*torch.meshgrid(axis, axis, indexing="ij"))[None]
+def sinc_kernels(count: int, device: torch.device) -> Tensor:
+    """Circular low-pass filters, (count, KERNEL, KERNEL), sum 1."""
+    cutoff = uniform(count, (math.pi / 3, math.pi), device)[:, 0]
+    radius = torch.hypot(*_offsets(device))[None]
     safe = radius.clamp(min=1e-6)
     kernel = cutoff * torch.special.bessel_j1(cutoff * safe) / (2 * math.pi * safe)
     kernel = torch.where(radius == 0, cutoff**2 / (4 * math.pi), kernel)
     return kernel / kernel.sum((1, 2), keepdim=True)
 
 
+def _offsets(device: torch.device) -> tuple[Tensor, Tensor]:
+    """How far each pixel of a kernel lies below its middle and to the right of it."""
+    axis = torch.arange(KERNEL, device=device, dtype=torch.float32) - KERNEL // 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return y, x
+
+
 def filtered(x: Tensor, kernels: Tensor) -> Tensor:
-    """Each picture by its own kernel (B, K, K), through the Fourier transform."""
+    """Pictures (B, C, H, W), each by its own kernel (B, K, K), through the Fourier transform.
+
+    K is odd; beyond the edges the outermost pixels are repeated.
+    """
     pad = kernels.shape[-1] // 2
     padded = F.pad(x, (pad,) * 4, mode="replicate")
     # Few sizes of transform: each new one costs a plan, which takes longer than the transform.
@@ -119,36 +152,41 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
     return result[..., 2 * pad : 2 * pad + height, 2 * pad : 2 * pad + width]
 
 
-def blurred(x: Tensor, share: float, sigma: tuple[float, float], sinc: float) -> Tensor:
-    """Gaussian blur, or at times a sinc filter, on a share of the pictures."""
-    kernels = gaussian_kernels(len(x), *sigma, x.device)
-    if sinc:
-        some = torch.rand(len(x), 1, 1, device=x.device) < sinc
+def blurred(x: Tensor, stage: Stage) -> Tensor:
+    """Gaussian blur, or at times a sinc filter, on the stage's share of the pictures."""
+    kernels = gaussian_kernels(len(x), stage.blur_sigma, x.device)
+    if stage.sinc_probability:
+        some = torch.rand(len(x), 1, 1, device=x.device) < stage.sinc_probability
         kernels = torch.where(some, sinc_kernels(len(x), x.device), kernels)
-    return pick(x, filtered(x, kernels), share)
+    return pick(x, filtered(x, kernels), stage.blur_probability)
 
 
-def noisy(x: Tensor, share: float, sigma: tuple[float, float], poisson: tuple[float, float]) -> Tensor:
-    """Gaussian noise on one half, Poisson noise on the other; 40% of it grey."""
+def noisy(x: Tensor, stage: Stage) -> Tensor:
+    """Gaussian or Poisson noise, some of it grey, on the stage's share of the pictures."""
     count = len(x)
-    gray = torch.rand(count, 1, 1, 1, device=x.device) < 0.4
+    gray = torch.rand(count, 1, 1, 1, device=x.device) < stage.gray_noise_probability
     noise = torch.randn_like(x)
-    noise = torch.where(gray, noise[:, :1], noise) * uniform(count, *sigma, x) / 255
+    noise = torch.where(gray, noise[:, :1], noise)
+    noise = noise * uniform(count, stage.gaussian_sigma, x.device) / 255
     light = x.clamp(0, 1)
     light = torch.where(gray, light.mean(1, keepdim=True), light)
     counts = torch.poisson(light * 255) / 255
     counts = torch.where(gray, counts[:, :1], counts)
-    shot = (counts - light) * uniform(count, *poisson, x)
-    return pick(x, x + pick(noise, shot, 0.5), share)
+    shot = (counts - light) * uniform(count, stage.poisson_scale, x.device)
+    noise = pick(shot, noise, stage.gaussian_probability)
+    return pick(x, x + noise, stage.noise_probability)
 
 
-def jpeg(x: Tensor, share: float, quality: tuple[float, float]) -> Tensor:
-    """JPEG with 4:2:0 at qualities of their own, on a share of the pictures."""
-    count, (height, width) = len(x), x.shape[-2:]
-    q = uniform(count, *quality, x).floor()[..., None, None]
+def jpeg(x: Tensor, quality: Range, share: float = 1.0) -> Tensor:
+    """JPEG with 4:2:0 on a share of pictures (B, 3, H, W) in [0, 1], each at its own quality.
+
+    Qualities are whole numbers from 1 to 100, on the scale of libjpeg and Pillow.
+    """
+    height, width = x.shape[-2:]
+    q = uniform(len(x), quality, x.device).floor()[..., None, None]
     factor = torch.where(q < 50, 5000 / q, 200 - 2 * q)
-    padded = F.pad((x.clamp(0, 1) * 255).round(), (0, -width % 16, 0, -height % 16), mode="replicate")
-    r, g, b = padded.unbind(1)
+    sides = (0, -width % 16, 0, -height % 16)
+    r, g, b = F.pad((x.clamp(0, 1) * 255).round(), sides, mode="replicate").unbind(1)
     luma = 0.299 * r + 0.587 * g + 0.114 * b
     chroma = torch.stack([(b - luma) * 0.564 + 128, (r - luma) * 0.713 + 128], 1)
     luma = _quantised(luma[:, None], LUMINANCE, factor)
@@ -156,12 +194,14 @@ def jpeg(x: Tensor, share: float, quality: tuple[float, float]) -> Tensor:
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear") - 128
     cb, cr, y = chroma[:, 0], chroma[:, 1], luma[:, 0]
     rgb = torch.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], 1)
-    decoded = rgb[..., :height, :width].round().clamp(0, 255) / 255
-    return pick(x, decoded, share)
+    return pick(x, rgb[..., :height, :width].round().clamp(0, 255) / 255, share)
 
 
 def _quantised(plane: Tensor, table: Tensor, factor: Tensor) -> Tensor:
-    """Planes (B, C, H, W) in [0, 255] through an 8x8 DCT rounded to the steps of their quality."""
+    """Planes (B, C, H, W) in [0, 255] through an 8x8 DCT rounded to the steps of their quality.
+
+    table (8, 8), factor (B, 1, 1, 1, 1, 1): the steps at quality 50, and percent of them.
+    """
     n = torch.arange(8, device=plane.device, dtype=torch.float32)
     basis = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
     basis[0] /= math.sqrt(2)
@@ -172,72 +212,99 @@ def _quantised(plane: Tensor, table: Tensor, factor: Tensor) -> Tensor:
     return blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3) + 128
 
 
-def resized(x: Tensor, factor: float) -> Tensor:
-    """All of the chunk by one factor."""
-    return resize(x, *(max(16, round(n * factor)) for n in x.shape[-2:]))
-
-
-def second_order(x: Tensor, rng: np.random.Generator, small: int) -> Tensor:
-    """SeeSR's milder set of Real-ESRGAN's second-order degradation, down to a side of `small`."""
-    for share, sigma, way, span, gauss, shot, quality in (
-        (1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1.0, 15.0), (0.05, 2.0), (60.0, 95.0)),
-        (0.5, (0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1.0, 12.0), (0.05, 1.0), (60.0, 100.0)),
-    ):
-        x = blurred(x, share, sigma, 0.1)
-        up, down = rng.uniform(1, span[1]), rng.uniform(span[0], 1)
-        x = resized(x, (up, down, 1.0)[rng.choice(3, p=way)])
-        x = jpeg(noisy(x, 1.0, gauss, shot), 1.0, quality)
+def second_order(x: Tensor, preset: Degradation, small: int, rng: np.random.Generator) -> Tensor:
+    """Real-ESRGAN's second-order degradation, or a milder set of it, down to a side of `small`."""
+    for stage in preset.stages:
+        x = blurred(x, stage)
+        low, high = stage.resize_range
+        factors = rng.uniform(1, high), rng.uniform(low, 1), 1.0
+        factor = factors[rng.choice(3, p=stage.resize_up_down_keep)]
+        x = resize(x, *(max(16, round(n * factor)) for n in x.shape[-2:]))
+        x = jpeg(noisy(x, stage), stage.jpeg_quality, stage.jpeg_probability)
     x = resize(x, small, small)
-    return pick(x, filtered(x, sinc_kernels(len(x), x.device)), 0.8)
+    kernels = sinc_kernels(len(x), x.device)
+    return pick(x, filtered(x, kernels), preset.final_sinc_probability)
 
 
-def camera(x: Tensor, small: int, share: float) -> Tensor:
-    """One round of blur, shrinking, noise and JPEG, each on that share of the pictures."""
-    x = resize(blurred(x, share, (0.4, 2.4), 0.0), small, small)
-    return jpeg(noisy(x, share, (1.0, 10.0), (0.05, 0.5)), share, (50.0, 95.0))
+def one_round(x: Tensor, preset: Degradation, small: int) -> Tensor:
+    """A camera's picture: blur, then shrinking to a side of `small`, then noise and JPEG."""
+    (stage,) = preset.stages
+    x = noisy(resize(blurred(x, stage), small, small), stage)
+    return jpeg(x, stage.jpeg_quality, stage.jpeg_probability)
 
 
-def web(x: Tensor, rng: np.random.Generator, small: int) -> Tensor:
+# A simpler one than that of `degrade`: no WebP, and found somewhat larger than LR.
+FOUND = Stage(
+    blur_probability=0.3,
+    blur_sigma=(0.2, 1.5),
+    sinc_probability=0.0,
+    noise_probability=0.3,
+    gaussian_sigma=(1.0, 4.0),
+    poisson_scale=(0.05, 0.3),
+    jpeg_probability=0.9,
+    jpeg_quality=(40.0, 95.0),
+)
+
+
+def web(x: Tensor, small: int, rng: np.random.Generator) -> Tensor:
     """A picture from the web: shrunk and saved as JPEG, often twice with a resize in between."""
-    x = blurred(x, 0.3, (0.2, 1.5), 0.0)
     first = round(small * rng.uniform(1, 1.6))
-    x = jpeg(noisy(resize(x, first, first), 0.3, (1.0, 4.0), (0.05, 0.3)), 0.9, (40.0, 95.0))
-    return jpeg(resize(x, small, small), 0.8, (40.0, 95.0))
+    x = noisy(resize(blurred(x, FOUND), first, first), FOUND)
+    x = jpeg(x, FOUND.jpeg_quality, FOUND.jpeg_probability)
+    return jpeg(resize(x, small, small), FOUND.jpeg_quality, 0.8)
 
 
-def degraded(hr: Tensor, preset: str, small: int, rng: np.random.Generator) -> Tensor:
-    """HR (B, 3, S, S) in [0, 1] -> LR (B, 3, small, small), rounded to 8 bits."""
+def degraded(hr: Tensor, preset: Preset, small: int, rng: np.random.Generator) -> Tensor:
+    """HR (B, 3, S, S) in [0, 1] -> LR (B, 3, small, small) in [0, 1], rounded to 8 bits.
+
+    `rng` draws the sizes in between; all else comes from torch's generator of the device.
+    """
     if preset == "clean":
         x = resize(hr, small, small)
     elif preset in ("mild", "camera"):
-        x = camera(hr, small, 1.0 if preset == "camera" else 0.5)
+        x = one_round(hr, PRESETS[preset], small)
+    elif preset == "web":
+        x = web(hr, small, rng)
     else:
-        x = web(hr, rng, small) if preset == "web" else second_order(hr, rng, small)
+        x = second_order(hr, PRESETS[preset], small, rng)
     return (x.clamp(0, 1) * 255).round() / 255
 
 
 def pairs(
-    atlas: Atlas, patch: int, batch: int, mix: dict[str, float], at_four: float, seed: int
+    atlas: Atlas, patch: int, batch: int, mix: Mapping[Preset, float], at_four: float, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches: HR and the enlarged LR, (batch, 3, patch, patch) in [-1, 1].
 
-    Eight chunks are made at a time, of one preset and scale each, and shuffled into eight batches.
+    mix: the share of each preset. at_four: the share at scale 4; others are from 1 to 4. patch: a
+    multiple of 32. CHUNKS chunks are made at a time, of one preset and scale each, and shuffled
+    into as many batches.
     """
-    rng, margin = np.random.default_rng(seed), patch // 8
+    rng = np.random.default_rng(seed)
+    presets, shares = list(mix), list(mix.values())
     while True:
-        hrs, lrs = [], []
-        for _ in range(8):
-            preset = str(rng.choice(list(mix), p=list(mix.values())))
+        chunks = []
+        for _ in range(CHUNKS):
+            preset = presets[rng.choice(len(presets), p=shares)]
             # Whole LR pixels in the patch and in the margin.
-            side = patch // 4 if rng.random() < at_four else 8 * int(rng.integers(patch // 32, patch // 8 + 1))
-            if preset == "clean" and side > 0.8 * patch:
-                preset = "web"
-            hr = atlas.crops(batch, patch + 2 * margin)
-            lr = degraded(hr, preset, side + 2 * side // 8, rng)
-            enlarged = resize(lr, *hr.shape[-2:])
-            inner = slice(margin, margin + patch)
-            hrs.append(hr[..., inner, inner] * 2 - 1)
-            lrs.append(enlarged[..., inner, inner] * 2 - 1)
-        order = torch.randperm(8 * batch, device=hrs[0].device)
-        hr, lr = torch.cat(hrs)[order], torch.cat(lrs)[order]
-        yield from zip(hr.split(batch), lr.split(batch), strict=True)
+            side = 8 * int(rng.integers(patch // 32, patch // 8 + 1))
+            side = patch // 4 if rng.random() < at_four else side
+            # Hardly shrunk, a clean picture has nothing to teach.
+            preset = "web" if preset == "clean" and side > 0.8 * patch else preset
+            chunks.append(_chunk(atlas, patch, batch, preset, side, rng))
+        hr, enlarged = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        order = torch.randperm(len(hr), device=hr.device)
+        yield from zip(hr[order].split(batch), enlarged[order].split(batch), strict=True)
+
+
+def _chunk(
+    atlas: Atlas, patch: int, batch: int, preset: Preset, side: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """One batch of one preset, whose patches have LR of `side` pixels.
+
+    An eighth more is degraded on each side of the patch, so that no filter sees an edge in it.
+    """
+    margin = patch // 8
+    hr = atlas.crops(batch, patch + 2 * margin)
+    enlarged = resize(degraded(hr, preset, side + 2 * side // 8, rng), *hr.shape[-2:])
+    inner = slice(margin, margin + patch)
+    return hr[..., inner, inner] * 2 - 1, enlarged[..., inner, inner] * 2 - 1

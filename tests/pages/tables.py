@@ -40,6 +40,10 @@ ADDED = {
         *_TRAINING,
         "--i-know-this-is-not-the-knee",  # so short a run has none
     ],
+    "python -m linearsr.training.accelerated": [
+        *("--patch=32", "--batch=2", "--shrinks=0", "--stages"),
+        *(f"{name}=1" for name in ("pretrain", "structure", "texture", "polish", "refinement")),
+    ],
     "python ray_jobs/build_shards.py": ["--min-sharpness=0", "--crops-per-picture=1"],
     "python ray_jobs/tag_dataset.py": ["--actors", "1"],
     "python -m benchmarks": [
@@ -58,6 +62,8 @@ GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # the others h
 REFUSES = {
     "python -m linearsr.cluster.health": (1, "must not join"),  # no GPU
     "python -m benchmarks --device cuda": (2, "cannot be used"),  # no GPU
+    # Where lpips has no trunk.
+    "python -m linearsr.training.accelerated": (1, "SqueezeNet 1.1, is not on this machine"),
     "linearsr tag photo.png --tagger ram": (2, "no readable checkpoint"),  # nobody has it
     "python -m pytest": (5, "no tests"),
 }

@@ -20,7 +20,7 @@ from linearsr.latent import Autoencoder, DCAutoencoder, SpaceToDepth
 from linearsr.noise.experts import ranges
 from linearsr.noise.path import clean_guess, euler_step
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import loop, perceptual
+from linearsr.training import discriminator, loop, perceptual
 from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.engine import TorchEngine
@@ -106,15 +106,15 @@ def test_the_hinge_loss_is_its_formula() -> None:
             for r, f in zip(real, fake, strict=True)
         ]
     )
-    assert perceptual.hinge(real, fake).item() == pytest.approx(expected, rel=1e-6)
+    assert discriminator.hinge(real, fake).item() == pytest.approx(expected, rel=1e-6)
     each = [np.mean([-f[i].double().mean().item() for f in fake]) for i in range(3)]
-    assert perceptual.fooled(fake).tolist() == pytest.approx(each, rel=1e-5)
-    assert perceptual.hinge([torch.tensor([2.0])], [torch.tensor([-2.0])]) == 0
+    assert discriminator.fooled(fake).tolist() == pytest.approx(each, rel=1e-5)
+    assert discriminator.hinge([torch.tensor([2.0])], [torch.tensor([-2.0])]) == 0
 
 
 def test_the_discriminator_is_spectrally_normalised_and_looks_at_two_scales() -> None:
     torch.manual_seed(0)
-    model = perceptual.Discriminator((48, 48, 96, 192, 192))
+    model = discriminator.Discriminator((48, 48, 96, 192, 192))
     pictures = torch.randn(2, 3, 96, 96), torch.randn(2, 3, 96, 96)
     for _ in range(30):  # each pass in training comes closer to the largest singular value
         scores = model(*pictures)
@@ -168,7 +168,7 @@ def test_the_discriminator_counts_more_and_more_until_its_warmup_ends(
         assert torch.equal(real, batch.hr) and not fake.requires_grad
         extra[step] = (total - told).detach()
         with torch.no_grad():
-            fooling = perceptual.fooled(objective.critic.model(fake, lr_picture))
+            fooling = discriminator.fooled(objective.critic.model(fake, lr_picture))
         weight = 0.1 * min(1.0, step / 4)
         torch.testing.assert_close(extra[step], weight * fooling, rtol=0.1, atol=1e-4)
     assert not extra[0].any() and extra[4].abs().min() > extra[1].abs().min() > 0
