@@ -242,7 +242,6 @@ class FileOptions(Config):
 
 TINY = ModelConfig(
     name="linearsr-tiny",
-    smallest_scale=1.0,
     denoiser=DenoiserConfig(
         latent_channels=48,
         depth=8,
