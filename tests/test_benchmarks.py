@@ -35,7 +35,7 @@ def test_everything_is_measured_and_written(
     assert run(monkeypatch, tmp_path) == 0
     here = tmp_path / "here"
     page = (here / "README.md").read_text()
-    for what in ("diffusers", "softmax attention", "Real-ESRGAN x4plus", "bicubic", "4 steps"):
+    for what in ("diffusers", "softmax attention", "Real-ESRGAN x4plus", "bicubic", "2 steps"):
         assert what in page
     for picture in ("attention.png", "forward-linearsr-tiny.png", "image.png"):
         assert (here / picture).read_bytes().startswith(b"\x89PNG") and picture in page
