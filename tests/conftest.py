@@ -19,6 +19,17 @@ from PIL import Image
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
+from linearsr.quality import lpips
+
+
+def real_lpips_trunk() -> Path | None:
+    """SqueezeNet's own weights: the file that the environment names, or the one beside the project.
+
+    None where there is neither; tests that need them are skipped then.
+    """
+    beside = Path(__file__).parents[2] / "shared" / "data" / "iqa" / "squeezenet1_1-features.pth"
+    found = [Path(os.environ.get(lpips.TRUNK_VARIABLE) or beside), beside]
+    return next((path for path in found if path.is_file()), None)
 
 
 @pytest.fixture(autouse=True)

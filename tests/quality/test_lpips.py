@@ -14,17 +14,9 @@ from torchvision.models import squeezenet1_1
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.evaluation.run import Request, plan
 from linearsr.quality import lpips, metrics
+from tests.conftest import real_lpips_trunk
 
-ROOT = Path(__file__).parents[2]
-
-
-def _real_trunk() -> Path | None:
-    beside = ROOT.parent / "shared" / "data" / "iqa" / "squeezenet1_1-features.pth"
-    found = [Path(os.environ.get(lpips.TRUNK_VARIABLE) or beside), beside]
-    return next((path for path in found if path.is_file()), None)
-
-
-REAL = _real_trunk()
+REAL = real_lpips_trunk()
 needs_trunk = pytest.mark.skipif(REAL is None, reason=f"no trunk: set {lpips.TRUNK_VARIABLE}")
 
 

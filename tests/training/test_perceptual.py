@@ -25,10 +25,10 @@ from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts
+from tests.conftest import random_experts, real_lpips_trunk
 
 CPU = torch.device("cpu")
-REAL_TRUNK = Path("/work/shared/data/iqa/squeezenet1_1-features.pth")
+REAL_TRUNK = real_lpips_trunk()
 # Small, but with a discriminator and several detours in few steps.
 QUICK = {
     "steps": 6,
@@ -434,7 +434,7 @@ def test_tags_guide_frozen_experts_as_well(tagged_config: ModelConfig, lpips_tru
     torch.testing.assert_close(latents[0][1], latents[1][1])
 
 
-@pytest.mark.skipif(not REAL_TRUNK.exists(), reason="needs the real trunk")
+@pytest.mark.skipif(REAL_TRUNK is None, reason="needs the real trunk")
 def test_lpips_with_its_real_trunk_is_the_published_one(small_config: ModelConfig) -> None:
     objective = objective_of(stage_of(small_config, config_of(small_config, 2, REAL_TRUNK, l1=0)))
     torch.manual_seed(123)
