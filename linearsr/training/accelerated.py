@@ -132,7 +132,7 @@ def light_attention() -> Iterator[None]:
 
 
 def velocity(network: LinearSR, latent: Tensor, t: Tensor, bicubic: Tensor) -> Tensor:
-    """What the network answers at latents (B, C, h, w) and t (B,), in float32."""
+    """The network's velocity (B, C, h, w) at latents of that shape and t (B,), in float32."""
     with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.is_cuda):
         condition = network.condition(bicubic, LATENT.condition(bicubic))
         return network(latent, t, condition).float()
@@ -163,7 +163,7 @@ class Judge:
 
     def __init__(self, folder: Path, device: torch.device, distance: nn.Module | None) -> None:
         self.distance = distance
-        # Of each kind, pictures of one size together: HR and LR, each (B, 3, H, W) in [-1, 1].
+        # HR and LR, each (B, 3, H, W) in [-1, 1]: for each kind, pictures of one size together.
         self.sets: dict[str, list[tuple[Tensor, Tensor]]] = {}
         names = [path.name for path in sorted((folder / "hr").glob("*.png"))]
         if not names:
@@ -201,7 +201,7 @@ class Judge:
 
 
 def psnr(picture: Tensor, hr: Tensor) -> Tensor:
-    """Of pictures (B, 3, H, W) in [-1, 1], in dB (B,): on Y of BT.601, 4 pixels cropped."""
+    """PSNR in dB (B,) of pictures (B, 3, H, W) in [-1, 1]: on Y of BT.601, 4 pixels cropped."""
     luma = torch.tensor([65.481, 128.553, 24.966], device=hr.device).view(3, 1, 1) / 2
     error = ((picture - hr) * luma).sum(1)[:, 4:-4, 4:-4]
     return 10 * torch.log10(255**2 / error.square().mean((1, 2)))
