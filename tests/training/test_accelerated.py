@@ -108,7 +108,7 @@ def test_pretraining_learns(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Each look at the clock takes four thousandths of a second, so a busy machine takes as many steps.
+    # Each look at the clock takes 1/250 s, so a busy machine takes as many steps as an idle one.
     looks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(looks) / 250, time=time.time)
     monkeypatch.setattr(accelerated, "time", clock)
