@@ -13,19 +13,32 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus
 
+from linearsr import weights
 from linearsr.cli.job import configs, parser
 from linearsr.cluster.config import ClusterConfig
 from linearsr.cluster.knee import read_knee
-from linearsr.cluster.stages import check_stages
+from linearsr.cluster.stages import check_stages, export_outcomes, run_stage
 from linearsr.cluster.storage import locate
 from linearsr.cluster.train import Outcome
 from linearsr.errors import OptionError, WeightsError
+from linearsr.noise.experts import ranges
 from linearsr.training.perceptual import DISCRIMINATOR
 from linearsr.training.recipes import Recipe, override
 from linearsr.upscaler import Upscaler
-from tests.cluster.conftest import ROOT, SMALL, STEPS, Jobs, checkpoints, losses, reported, until
+from tests.cluster.conftest import (
+    ROOT,
+    SMALL,
+    STEPS,
+    Jobs,
+    checkpoints,
+    losses,
+    reported,
+    stage_of,
+    until,
+)
 
 EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
 
@@ -105,16 +118,12 @@ def test_a_job_whose_machine_died_goes_on_when_submitted_again(
 
 
 def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
-    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image, lpips_trunk: Path
+    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image
 ) -> None:
-    """Experts, and then all of them but the first by the perceptual stage."""
     assert (runs / "pretrain").exists(), "the pretraining test has to run first"
     command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
     # Two of the four runs fit on the cluster at once.
-    command += ["--worker-cpus=1", "--stages", "experts", "perceptual"]
-    fields = (*EXPERT, *JUDGED, f"trunk={lpips_trunk}")
-    judged = [f"--set=perceptual.{i}.{field}" for i in range(3) for field in fields]
-    command += [*judged, *(f"--set={field}" for field in JUDGED_DATA)]
+    command += ["--worker-cpus=1", "--stages", "experts"]
     refused, allowed = (
         jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
     )
@@ -126,25 +135,49 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
     assert status == JobStatus.SUCCEEDED, output
     for name in ("0-structure", "3-"):
         assert any(name in folder.name for folder in (runs / "experts").glob("experts-*"))
-    home = runs / "experts"
-    upscaler = Upscaler.load(home / "weights", "cpu")
+    upscaler = Upscaler.load(runs / "experts" / "weights", "cpu")
     assert upscaler(photograph, steps=4).size == (256, 192)
-    judged = sorted(folder.name for folder in home.glob("perceptual-[0-9]-*"))
-    assert judged == ["perceptual-1-refinement", "perceptual-2-texture", "perceptual-3-polish"]
-    for run in (home / name for name in judged):
-        assert [m["step"] for m in reported(run)] == [2] and reported(run)[0]["psnr@1"] > 5
-        assert read_knee(locate(run)).history
-        assert all((c / DISCRIMINATOR).exists() for c in checkpoints(run))
-    start = Upscaler.load(home / "perceptual-start", "cpu")
+
+
+def test_the_perceptual_stage_trains_all_experts_but_the_first(
+    cluster: Cluster,
+    recipe: Recipe,
+    photos: Path,
+    whole: Outcome,
+    tmp_path: Path,
+    lpips_trunk: Path,
+) -> None:
+    """With two experts that start from one run: a single run of training is enough."""
+    fields = (*EXPERT, *JUDGED, f"trunk={lpips_trunk}")
+    settings = [f"perceptual.0.{field}" for field in fields]
+    two = override(_two_experts(recipe), [*settings, *JUDGED_DATA])
+    home = stage_of(two, photos, tmp_path, "experts").cluster
+    outcomes = run_stage("perceptual", two, home, [locate(whole.run.path)], anyway=True)
+    (run,) = (tmp_path / "experts").glob("perceptual-[0-9]-*")
+    assert [m["step"] for m in reported(run)] == [2] and reported(run)[0]["psnr@1"] > 5
+    assert read_knee(locate(run)).history
+    assert all((c / DISCRIMINATOR).exists() for c in checkpoints(run))
+    export_outcomes(outcomes, two, locate(tmp_path / "weights"))
+    (start,) = weights.load(tmp_path / "experts" / "perceptual-start").experts
     kept = [
-        all(torch.equal(a, b) for a, b in zip(*map(parameters, pair), strict=True))
-        for pair in zip(start.experts, upscaler.experts, strict=True)
+        all(map(torch.equal, start.parameters(), expert.parameters()))
+        for expert in weights.load(tmp_path / "weights").experts
     ]
-    assert kept == [True, False, False, False]
+    assert kept == [True, False]
 
 
-def parameters(model: torch.nn.Module) -> list[torch.Tensor]:
-    return list(model.parameters())
+def _two_experts(recipe: Recipe) -> Recipe:
+    """The recipe with the timesteps in two ranges and short training of the second expert."""
+    fields = recipe.model_dump()
+    fields["model"]["sampling"].update(boundaries=(0.5,), plans=())
+    spans = ranges((0.5,))
+    for kind in ("experts", "finetune", "perceptual"):
+        chosen = zip(fields[kind][-len(spans) :], spans, strict=True)
+        stages = [
+            {**stage, "timesteps": {"low": low, "high": high}} for stage, (low, high) in chosen
+        ]
+        fields[kind] = stages[1:] if kind == "perceptual" else stages
+    return Recipe.model_validate(fields)
 
 
 def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
