@@ -20,9 +20,9 @@ from torch import Tensor
 from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import ranges
 from linearsr.imaging.files import find_images, read
 from linearsr.latent import load_autoencoder
-from linearsr.noise.experts import ranges
 from linearsr.training import export, loop
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import stream

@@ -28,10 +28,10 @@ import skimage.data
 import torch
 from PIL import Image
 
-from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
 from linearsr.config import Options
+from linearsr.distributed.datasets.upscale import UpscaleConfig, upscale_dataset
 from linearsr.imaging.files import read, write
-from linearsr.upscaler import Upscaler
+from linearsr.pipeline.upscaler import Upscaler
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry")
 

@@ -19,12 +19,12 @@ from benchmarks.image import photograph
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, seconds
 from benchmarks.timing import Asked, in_turn
-from linearsr import upscaler as stages
 from linearsr.config import Options
 from linearsr.denoiser import LinearSR
-from linearsr.denoiser import strips as in_strips
+from linearsr.denoiser import cpu_block as in_strips
 from linearsr.imaging.files import Picture
-from linearsr.upscaler import Job, Upscaler
+from linearsr.pipeline import upscaler as stages
+from linearsr.pipeline.upscaler import Job, Upscaler
 
 LARGEST = 2048
 COMPILED = "torch.compile of plain blocks, for strips"

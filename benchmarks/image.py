@@ -20,14 +20,14 @@ from benchmarks import tables
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
 from benchmarks.timing import Asked, Expected, Run, in_turn, seconds_of
-from linearsr import upscaler as stages
 from linearsr import weights
 from linearsr.config import ModelConfig, Options
 from linearsr.denoiser import LinearSR
 from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import resize
 from linearsr.latent import autoencoder
-from linearsr.upscaler import Upscaler
+from linearsr.pipeline import upscaler as stages
+from linearsr.pipeline.upscaler import Upscaler
 
 BICUBIC, REAL_ESRGAN = "bicubic", "Real-ESRGAN x4plus"
 PAPER_STEPS = 20

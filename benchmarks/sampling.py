@@ -23,12 +23,12 @@ from torch import Tensor
 from linearsr import Options, Upscaler
 from linearsr.cli.report import exit_code
 from linearsr.config import Solver
+from linearsr.diffusion.experts import plan
+from linearsr.diffusion.solvers import shifted
 from linearsr.errors import InputError
 from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
 from linearsr.imaging.files import Picture, find_images, read
-from linearsr.noise.experts import plan
-from linearsr.noise.sampler import shifted
-from linearsr.quality.metrics import has_reference, measure
+from linearsr.metrics.measure import has_reference, measure
 
 METRICS = ("psnr", "ssim", "niqe", "piqe")
 REFERENCE = 100

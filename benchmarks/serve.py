@@ -33,10 +33,10 @@ import torch
 from PIL import Image
 from ray import serve
 
-from linearsr.cluster.serve import ServeConfig, build_app
 from linearsr.config import Options
+from linearsr.distributed.serve import ServeConfig, build_app
 from linearsr.imaging.files import encode, read
-from linearsr.upscaler import Upscaler
+from linearsr.pipeline.upscaler import Upscaler
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What jobs cost, counted: `python -m benchmarks.sizing` prints the tables of docs/sizing.md.
+"""The cost of jobs, counted. `python -m benchmarks.sizing` prints docs/guides/sizing.md's tables.
 
 Operations are counted on shapes, memory from the layout of ZeRO-1 and from what PyTorch keeps for
 the way back. What a GPU sustains is an assumption, and a column of its own; what was measured comes
@@ -21,8 +21,8 @@ from benchmarks.flops import counted, torch_only
 from benchmarks.tables import markdown
 from linearsr.config import MODELS, LatentConfig, ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.noise.experts import plan
-from linearsr.noise.sampler import schedule
+from linearsr.diffusion.experts import plan
+from linearsr.diffusion.solvers import schedule
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.recipes import RECIPES, Recipe, split_metric
 

@@ -27,13 +27,13 @@ from torch import Tensor
 from linearsr import Options, Upscaler, weights
 from linearsr.config import ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
-from linearsr.imaging.degrade import CLEAN, degrade
+from linearsr.imaging.degradation import CLEAN, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 from linearsr.latent import load_autoencoder
-from linearsr.quality.metrics import measure
+from linearsr.metrics.measure import measure
+from linearsr.tags.base import Tagger, TaggerConfig, load_tagger
 from linearsr.tags.encoder import tag_encoder
-from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
 from linearsr.training import loop
 from linearsr.training.data import Batches, Photo, Photos, Tags, as_bytes, same
 from linearsr.training.engine import TorchEngine

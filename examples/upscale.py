@@ -11,7 +11,7 @@ import sys
 from PIL import Image, ImageOps
 
 from linearsr import Upscaler
-from linearsr.imaging.drawing import Row, details, sheet
+from linearsr.evaluation.drawing import Row, details, sheet
 from linearsr.imaging.files import from_pil
 
 LARGEST, DETAIL, PANEL = 256, 160, 400

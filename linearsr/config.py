@@ -16,7 +16,7 @@ from typing_extensions import Self
 from linearsr.errors import OptionError
 
 Positive = Annotated[int, Field(gt=0)]
-# Ways from noise to picture: see `linearsr.noise.sampler`.
+# Ways from noise to picture: see `linearsr.diffusion.solvers`.
 Solver = Literal["euler", "dpm", "adams"]
 
 
@@ -41,7 +41,7 @@ class DenoiserConfig(Config):
 
     `prediction` says what the last layer means. "velocity" is Sana's own: the output is v.
     "preconditioned" wraps the same network in EDM's skip and scale (Karras et al. 2022, eq. 7),
-    written for the straight path; see `linearsr.noise.path.Preconditioning`. It frees a narrow
+    written for the straight path; see `linearsr.diffusion.path.Preconditioning`. It frees a narrow
     network from having to carry 48 channels of noise through to its output.
     """
 
@@ -130,7 +130,7 @@ class SamplingConfig(Config):
     steps: int = Field(default=4, ge=1, le=50)
     """Steps from noise to picture."""
     solver: Solver = "euler"
-    """Which way each step goes (docs/sampling.md)."""
+    """Which way each step goes (docs/design/sampling.md)."""
     flow_shift: float = Field(default=3.0, gt=0)
     """How much of the steps goes to high noise (Sana's flow shift)."""
     boundaries: tuple[float, ...] = (0.223, 0.875, 0.939)
@@ -211,7 +211,7 @@ class Options(Config):
     detail: float = Field(default=1.0, ge=0, le=1)
     """How much of what the steps after the first add is kept: 0 is the picture of --steps 1."""
     solver: Solver | None = None
-    """None: the model's own. "dpm" and "adams" come further in as many steps (docs/sampling.md)."""
+    """The solver of the steps (docs/design/sampling.md); None is the model's own."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the noise: same seed, same pixels."""
     tags: Literal["auto"] | tuple[str, ...] = ()

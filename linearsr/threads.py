@@ -2,7 +2,8 @@
 
 A team of threads that waits by spinning keeps a core busy that its own slowest member may need:
 beside other work a picture then takes many times as long as with one thread. Threads that go to
-sleep at once have to be woken for each of many short loops. docs/speed.md has what both cost.
+sleep at once have to be woken for each of many short loops. docs/guides/speed.md has the cost of
+both.
 """
 
 from __future__ import annotations

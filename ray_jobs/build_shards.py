@@ -7,7 +7,7 @@ The same settings and pictures give the same bytes. Started again, it goes on wi
 OUTPUT/rejects.csv names each picture that was not used and why, OUTPUT/manifest.json the counts.
 Exit codes: 0 all done, 1 some pictures could not be read or shards not be built, 2 usage.
 
-More: docs/datasets.md, docs/storage.md.
+More: docs/guides/datasets.md, docs/guides/storage.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLAGS += ("duplicate_distance", "max_pixels", "seed", "rows_per_shard", "cpus", 
 
 def parser() -> argparse.ArgumentParser:
     """Where pictures come from and go to, and what a ShardConfig has besides."""
-    from linearsr.cluster.plan import ShardConfig
+    from linearsr.distributed.datasets.shards.plan import ShardConfig
 
     made = job.described(__doc__)
     made.add_argument("--input", nargs="+", required=True, help="folders of pictures; s3:// too")
@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, tell how it ended."""
-    from linearsr.cluster.plan import ShardConfig
-    from linearsr.cluster.shards import build_shards
+    from linearsr.distributed.datasets.shards.build import build_shards
+    from linearsr.distributed.datasets.shards.plan import ShardConfig
 
     options = vars(parser().parse_args(arguments))
     config = ShardConfig.parse(inputs=options.pop("input"), **options)

@@ -6,7 +6,7 @@
 Waits until all replicas run. Deployed over an old one, no request is dropped. Exit codes: 0 it
 runs, 1 it did not come up, 2 usage.
 
-More: docs/serving.md.
+More: docs/guides/serving.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     """Parse, deploy, tell where it listens."""
     options = parser().parse_args()
     require("serve", "ray", "tenacity")
-    from linearsr.cluster.serve.deploy import deploy, read_file
+    from linearsr.distributed.serve.deploy import deploy, read_file
 
     config = read_file(
         options.file, _settings(options.set), port=options.port, on_head=options.on_head

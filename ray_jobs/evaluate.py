@@ -7,7 +7,7 @@
 Every option of `linearsr evaluate` works here, and gives the same numbers. Started again, it goes
 on with the pictures that are left or failed. Exit codes: 0 all done, 1 some failed, 2 usage.
 
-More: docs/evaluation.md, docs/storage.md.
+More: docs/guides/evaluation.md, docs/guides/storage.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     """Parse, evaluate, print the table."""
     arguments = parser().parse_args()
 
-    from linearsr.cluster.evaluation import EvaluationConfig, evaluate
+    from linearsr.distributed.datasets.evaluate import EvaluationConfig, evaluate
 
     fields = {
         name: getattr(arguments, name)

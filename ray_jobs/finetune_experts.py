@@ -8,7 +8,7 @@ for `linearsr upscale --model`. `--stages experts finetune perceptual` trains al
 needs LPIPS and leaves the first expert as it is. Started again it goes on where it stopped.
 Exit codes: 0 all done, 1 failed, 2 usage.
 
-More: docs/training.md, docs/knee.md, docs/sizing.md.
+More: docs/guides/training.md, docs/design/knee.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def main() -> None:
 
     recipe, cluster = job.configs(options)
     job.connect()
-    from linearsr.cluster.stages import check_stages, export_outcomes, run_stage
-    from linearsr.cluster.storage import locate, url
+    from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage
+    from linearsr.storage.location import locate, url
 
     check_stages(options.stages, recipe)
     before = [locate(options.before)]

@@ -7,7 +7,7 @@ Writes RUNS/NAME: checkpoints, knee.json, report.png, samples, tensorboard. Star
 same storage and name it goes on from the last checkpoint.
 Exit codes: 0 all done, 1 failed, 2 usage.
 
-More: docs/training.md, docs/knee.md, docs/sizing.md.
+More: docs/guides/training.md, docs/design/knee.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def main() -> None:
 
     recipe, cluster = job.configs(options)
     job.connect()
-    from linearsr.cluster.config import StageConfig
-    from linearsr.cluster.knee import summary
-    from linearsr.cluster.train import train
+    from linearsr.distributed.train.config import StageConfig
+    from linearsr.distributed.train.knee import summary
+    from linearsr.distributed.train.trainer import train
 
     stage = StageConfig(recipe=recipe, cluster=cluster, kind="pretrain", start=recipe.start)
     outcome = train(stage)

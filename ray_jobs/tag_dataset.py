@@ -7,7 +7,7 @@ OUTPUT may be INPUT: each shard is replaced whole. Started again with the same t
 with the shards that have not been seen. Rows that cannot be read are listed in
 OUTPUT/tag_errors.csv. Exit codes: 0 all done, 1 some failed, 2 usage.
 
-More: docs/tags.md, docs/datasets.md, docs/storage.md.
+More: docs/guides/tags.md, docs/guides/datasets.md, docs/guides/storage.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         if path is not None and os.path.exists(path):
             setattr(options, name, os.path.abspath(path))
 
-    from linearsr.cluster.tagging import TagConfig, tag_dataset
+    from linearsr.distributed.datasets.tag import TagConfig, tag_dataset
 
     fields = {name: getattr(options, name) for name in FLAGS}
     config = TagConfig.parse(**fields, tagger=tagger_config(options))

@@ -6,7 +6,7 @@
 Every option of `linearsr upscale` works here. Started again, it goes on with what has no result;
 pictures that fail are listed in OUTPUT/errors. Exit codes: 0 all done, 1 some failed, 2 usage.
 
-More: docs/datasets.md, docs/storage.md, docs/sizing.md.
+More: docs/guides/datasets.md, docs/guides/storage.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
     """Parse, upscale, tell how it ended."""
     arguments = parser().parse_args()
 
-    from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
+    from linearsr.distributed.datasets.upscale import UpscaleConfig, upscale_dataset
 
     options, files = upscale.parse(arguments)
     fields = {name: getattr(arguments, name) for name in FLAGS}

@@ -19,7 +19,7 @@ from PIL import Image
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
-from linearsr.quality import lpips
+from linearsr.metrics import lpips
 
 
 def real_lpips_trunk() -> Path | None:

@@ -16,7 +16,7 @@ from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
 from benchmarks.timing import Expected, in_turn
-from linearsr.denoiser import strips
+from linearsr.denoiser import cpu_block as strips
 
 CPU = torch.device("cpu")
 

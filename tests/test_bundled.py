@@ -10,7 +10,7 @@ import skimage.data
 import torch
 
 from linearsr import Options, Upscaler
-from linearsr.imaging.degrade import CLEAN, degrade
+from linearsr.imaging.degradation import CLEAN, degrade
 from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import resize
 

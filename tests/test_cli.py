@@ -145,7 +145,7 @@ def test_running_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypa
     def exhausted(self: object, *_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.upscaler.Upscaler._noise", exhausted)
+    monkeypatch.setattr("linearsr.pipeline.upscaler.Upscaler._noise", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err

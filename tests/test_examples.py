@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from linearsr import Upscaler
-from linearsr.imaging.drawing import GAP, LABEL
+from linearsr.evaluation.drawing import GAP, LABEL
 from tests.web.local import Local, served
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -16,36 +16,40 @@ PACKAGE = Path(linearsr.__file__).parent
 # Each layer may import itself and those before it (design: layout).
 LAYERS = [
     ["errors", "threads"],
-    ["config", "noise.experts"],
+    ["config", "diffusion.experts"],
+    ["storage"],
     ["kernels"],
-    ["imaging", "noise"],
+    ["imaging", "diffusion"],
     ["latent", "denoiser", "tags"],
     ["weights"],
-    ["quality"],
-    ["upscaler"],
+    ["metrics"],
+    ["pipeline"],
     ["evaluation"],
     ["training"],
     ["web"],
-    ["cluster"],
-    ["cli", "demo"],
+    ["distributed"],
+    ["distributed.train", "distributed.datasets", "distributed.serve"],
+    ["cli"],
 ]
+# Modules of these packages import nothing of each other.
+APART = ["distributed.train", "distributed.datasets", "distributed.serve"]
 # Who may import a heavy package, at any level of a function.
 HEAVY = {
-    "ray": ["cluster", "cli"],
+    "ray": ["distributed", "cli"],
     "deepspeed": ["training.engine"],
     "triton": ["kernels"],
-    "boto3": ["cluster.storage"],
-    "pyarrow": ["cluster", "evaluation.report"],
+    "boto3": ["storage"],
+    "pyarrow": ["storage", "imaging.sources", "distributed", "evaluation.report"],
     "matplotlib": ["training.plot"],
     "diffusers": ["latent", "weights.convert"],
-    "pyiqa": ["quality"],
-    "lpips": ["quality"],
+    "pyiqa": ["metrics"],
+    "lpips": ["metrics"],
     "spandrel": ["evaluation.checkpoint"],
     "pyvips": ["imaging"],
-    "imagehash": ["imaging.filters"],
+    "imagehash": ["distributed.datasets"],
     "fastapi": ["web"],
     "starlette": ["web"],
-    "tenacity": ["cluster.serve"],
+    "tenacity": ["distributed.serve"],
 }
 
 
@@ -105,16 +109,24 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
     [
         ("linearsr", ["torch", "ray", "numpy"]),
         ("linearsr.config", ["torch", "ray"]),
-        ("linearsr.noise.experts", ["torch", "ray"]),
+        ("linearsr.diffusion.experts", ["torch", "ray"]),
         ("linearsr.cli", ["torch", "ray"]),
-        ("linearsr.quality.knee", ["torch", "ray", "scipy", "kneed"]),
+        ("linearsr.training.knee", ["torch", "ray", "scipy", "kneed"]),
         ("linearsr.training.loop", ["ray", "deepspeed", "pyiqa"]),
         # A machine with a GPU may have little besides torch.
         ("linearsr.training.accelerated", ["ray", "pyvips", "psutil", "pyiqa", "diffusers"]),
-        ("linearsr.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+        ("linearsr.pipeline.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_needed(module: str, absent: list[str]) -> None:
     code = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in _modules() if _within(m, APART)))
+def test_applications_do_not_import_each_other(module: str) -> None:
+    (own,) = [package for package in APART if _within(module, [package])]
+    others = [package for package in APART if package != own]
+    for name in _imports(_modules()[module]):
+        assert not _within(name.removeprefix("linearsr."), others), f"{module} imports {name}"

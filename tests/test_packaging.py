@@ -241,6 +241,6 @@ def test_a_missing_extra_is_named_in_one_line(run: Run, extra: str, command: lis
 
 
 def test_importing_the_cluster_says_which_extra_to_add(run: Run) -> None:
-    done = run("python", "-c", "import linearsr.cluster")
+    done = run("python", "-c", "import linearsr.distributed")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("pip install 'linearsr[data]'")

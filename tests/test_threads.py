@@ -28,7 +28,12 @@ def told(code: str, **chosen: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["linearsr.cli", "linearsr.cli.job", "linearsr.training.loop", "linearsr.cluster.train"],
+    [
+        "linearsr.cli",
+        "linearsr.cli.job",
+        "linearsr.training.loop",
+        "linearsr.distributed.train.trainer",
+    ],
 )
 def test_threads_spin_briefly_wherever_a_process_of_ours_begins(module: str) -> None:
     assert told(f"import {module}") == SPIN_ROUNDS
@@ -48,7 +53,7 @@ def test_a_process_that_has_loaded_torch_is_left_alone() -> None:
 
 def test_openmp_has_read_it_when_torch_has_loaded() -> None:
     """GNU OpenMP tells its settings as it loads, which is when it reads them."""
-    code = "import linearsr.upscaler"
+    code = "import linearsr.pipeline.upscaler"
     environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     run = subprocess.run(
         [sys.executable, "-c", code],

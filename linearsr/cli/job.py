@@ -13,7 +13,7 @@ from linearsr.config import Config
 from linearsr.errors import LinearSRError, OptionError, require
 
 if TYPE_CHECKING:
-    from linearsr.cluster.config import ClusterConfig
+    from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import Recipe
 
 
@@ -25,7 +25,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def explained(action: argparse.Action) -> str:
-    """A flag's help with its default: the same in --help and in docs/jobs."""
+    """A flag's help with its default: the same in --help and in docs/reference."""
     told = action.help or ""
     none = action.default in (None, "", [], argparse.SUPPRESS) or action.default is False
     return told if none or "default" in told else f"{told}; default %(default)s"
@@ -62,7 +62,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     Raises MissingExtra without the packages that they need.
     """
     require("train", "ray", "deepspeed")
-    from linearsr.cluster.config import ClusterConfig
+    from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES
 
     made = described(description)
@@ -73,14 +73,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="any field of the recipe (docs/jobs/recipe.md), as pretrain.steps=1000",
+        help="any field of the recipe (docs/reference/recipe.md), as pretrain.steps=1000",
     )
     return made
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
     """What the flags say. Raises OptionError naming the field."""
-    from linearsr.cluster.config import ClusterConfig
+    from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES, override
 
     recipe = override(RECIPES[options.recipe](), options.set)
@@ -124,7 +124,7 @@ def connect(*, data: bool = True) -> str:
         # Nothing is there, another version of Ray, or no token for it.
         raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
     if data:
-        from linearsr.cluster.data_actors import keep_data_actors_here
+        from linearsr.distributed.compat import keep_data_actors_here
 
         keep_data_actors_here()
     return f"http://{joined.dashboard_url}"

@@ -9,7 +9,7 @@ On a fleet, a file says the same and more; its `args` are the fields of a ServeC
 It runs until Ctrl-C or SIGTERM, and writes no files but Ray's logs. Exit codes: 0 told to end,
 1 it did not come up, 2 usage.
 
-More: docs/serving.md, docs/sizing.md.
+More: docs/guides/serving.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. With "
         "LINEARSR_TOKEN set, uploads need it as bearer token. A fleet is better described by a "
-        "file: see ray_jobs/serve.yaml and docs/serving.md.",
+        "file: see ray_jobs/serve.yaml and docs/guides/serving.md.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument(
@@ -53,8 +53,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     require("serve", "ray")
-    from linearsr.cluster.serve import ServeConfig
-    from linearsr.cluster.serve.run import run
+    from linearsr.distributed.serve import ServeConfig
+    from linearsr.distributed.serve.local import run
 
     split = arguments.layout == "split"
     config = ServeConfig.parse(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
-from linearsr.tags.tagger import TAGGERS, TaggerConfig, check_used
+from linearsr.tags.base import TAGGERS, TaggerConfig, check_used
 
 if TYPE_CHECKING:
-    from linearsr.tags.tagger import Tag, Tagger
+    from linearsr.tags.base import Tag, Tagger
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "tag",
         help="name what pictures show",
         epilog="The default tagger knows ImageNet's objects and needs no download; it says nothing "
-        "rather than something wrong. docs/tags.md tells what each tagger can know.",
+        "rather than something wrong. docs/guides/tags.md tells what each tagger can know.",
     )
     parser.set_defaults(run=_tag)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
@@ -34,7 +34,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def add_tagger_options(add: argparse.ArgumentParser) -> None:
     """Which tagger, and when it speaks: here and in ray_jobs/tag_dataset.py."""
     add.add_argument(
-        "--tagger", choices=TAGGERS, default="imagenet", help="docs/tags.md; default imagenet"
+        "--tagger",
+        choices=TAGGERS,
+        default="imagenet",
+        help="docs/guides/tags.md; default imagenet",
     )
     add.add_argument(
         "--tagger-model", metavar="PATH", help="a CLIP or SigLIP folder or id; a RAM checkpoint"
@@ -62,7 +65,7 @@ def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
 
 
 def _tag(arguments: argparse.Namespace) -> int:
-    from linearsr.tags.tagger import load_tagger
+    from linearsr.tags.base import load_tagger
 
     tagger = load_tagger(tagger_config(arguments), arguments.device)
     failed = 0

@@ -15,7 +15,7 @@ from linearsr.errors import InputError, LinearSRError, OptionError, OutputError
 
 if TYPE_CHECKING:
     from linearsr.imaging.files import Picture
-    from linearsr.upscaler import Upscaler
+    from linearsr.pipeline.upscaler import Upscaler
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -95,7 +95,7 @@ def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
 def _upscale(arguments: argparse.Namespace) -> int:
     options, files = parse(arguments)
     pairs, failed = _pairs(arguments.inputs, arguments.output, files)
-    from linearsr.upscaler import Upscaler
+    from linearsr.pipeline.upscaler import Upscaler
 
     chosen = arguments.model, arguments.device
     upscaler = Upscaler.load(*chosen, compiled=arguments.compile) if pairs else None
@@ -147,7 +147,7 @@ def _one(
 
 def _resampled(upscaler: Upscaler, picture: Picture, options: Options) -> str:
     """A note for a scale that the model was not trained for."""
-    from linearsr.upscaler import asked_scale
+    from linearsr.pipeline.upscaler import asked_scale
 
     height, width = picture.pixels.shape[-2:]
     asked = asked_scale(height, width, options)

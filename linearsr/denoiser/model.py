@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
-from linearsr.denoiser import strips
+from linearsr.denoiser import cpu_block as strips
 from linearsr.denoiser.blocks import Block, TagAttention
 from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
+from linearsr.diffusion.path import Preconditioning
 from linearsr.errors import OptionError
 from linearsr.kernels import modulate
-from linearsr.noise.path import Preconditioning
 
 TagKeys = list[tuple[Tensor, Tensor]]
 
@@ -125,7 +125,8 @@ class LinearSR(nn.Module):
         """Let torch.compile fuse each block, for every size anew; all blocks share what it builds.
 
         What it built stays in its cache on disk, so the next process does not pay again. On a CPU
-        it needs a C++ compiler and takes the place of strips, which are faster (docs/speed.md).
+        it needs a C++ compiler and takes the place of strips, which are faster
+        (docs/guides/speed.md).
         PyTorch compiles for eight sizes (torch._dynamo.config.recompile_limit), then no more.
         """
         self.in_strips = False

@@ -22,12 +22,12 @@ from linearsr.config import Options
 from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
-from linearsr.imaging.degrade import CAMERA, MILD, PRESETS, Degradation, degrade
-from linearsr.imaging.drawing import details
+from linearsr.evaluation.drawing import details
+from linearsr.imaging.degradation import CAMERA, MILD, PRESETS, Degradation, degrade
 from linearsr.imaging.files import Picture, read, to_pil
 from linearsr.imaging.resample import resize
-from linearsr.quality.metrics import has_reference, measure
-from linearsr.upscaler import Upscaler
+from linearsr.metrics.measure import has_reference, measure
+from linearsr.pipeline.upscaler import Upscaler
 
 # Side in pixels of the part of a picture that is shown, at its own size.
 DETAIL = 320

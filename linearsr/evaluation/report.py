@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
+from linearsr.evaluation.drawing import Row, sheet
 from linearsr.evaluation.judge import DETAIL, Example
-from linearsr.imaging.drawing import Row, sheet
-from linearsr.quality.metrics import conventions, has_reference, higher_is_better
+from linearsr.metrics.measure import conventions, has_reference, higher_is_better
 
 # Pictures in a line of the contact sheet: more would be wider than a screen.
 COLUMNS = 6

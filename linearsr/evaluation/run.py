@@ -18,7 +18,7 @@ from linearsr.evaluation.config import Item, Score, Settings, Steps
 from linearsr.evaluation.judge import DEGRADATIONS, Example
 from linearsr.evaluation.pairs import Listing, pair
 from linearsr.evaluation.report import Report
-from linearsr.quality import metrics
+from linearsr.metrics import measure as metrics
 
 
 class Request(Config):

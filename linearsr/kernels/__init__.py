@@ -120,7 +120,7 @@ def depthwise_gate(
     if not _use_forward_triton(backend, hidden, weight, bias):
         return reference_depthwise_gate(hidden, weight, bias)
     with _triton_needed():
-        from linearsr.kernels.glue import triton_depthwise_gate
+        from linearsr.kernels.fused_ops import triton_depthwise_gate
     return triton_depthwise_gate(hidden, weight, bias)
 
 
@@ -154,7 +154,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, backend: str = "auto") 
     if not _use_forward_triton(backend, x, shift, scale):
         return reference_modulate(x, shift, scale)
     with _triton_needed():
-        from linearsr.kernels.glue import triton_modulate
+        from linearsr.kernels.fused_ops import triton_modulate
     return triton_modulate(x, shift, scale)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearsr.errors import OptionError
-from linearsr.kernels.launch import check_input, load, rows_contiguous, view
+from linearsr.kernels._launch import check_input, load, rows_contiguous, view
 
 _BLOCK = 64  # tokens a program holds at once
 _CHUNK = 256  # tokens a program reduces, at least

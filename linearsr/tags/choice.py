@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearsr.errors import OptionError
-from linearsr.tags.tagger import Tag, TaggerConfig
+from linearsr.tags.base import Tag, TaggerConfig
 
 # Unknown names in one message.
 MOST_TOLD = 5

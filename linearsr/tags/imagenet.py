@@ -2,7 +2,7 @@
 
 Its weights (18 MB, Apache-2.0) lie inside a package, so nothing is downloaded. It knows the
 objects of ImageNet's photographs and nothing else: no people, no sky, no trees.
-docs/tags.md says how well.
+docs/guides/tags.md says how well.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from linearsr.errors import WeightsError, one_line, require
 from linearsr.imaging.resample import resize
+from linearsr.tags.base import Tag, TaggerConfig
 from linearsr.tags.choice import Choice
-from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.tags.views import seen_twice, squares
 
 CLASSES, SIDE = 1000, 224
 # As in training: MEAN_RGB 127 and STDDEV_RGB 128 of TensorFlow's efficientnet/lite.
 MEAN, SPREAD = 127 / 255, 128 / 255
-# Chosen on photographs and their degraded x4 versions: see docs/tags.md.
+# Chosen on photographs and their degraded x4 versions: see docs/guides/tags.md.
 THRESHOLD = 0.5
 
 

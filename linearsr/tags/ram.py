@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.errors import OptionError, WeightsError, one_line, require
+from linearsr.tags.base import Tag, TaggerConfig
 from linearsr.tags.choice import Choice
-from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
 
 Tensors = dict[str, Tensor]

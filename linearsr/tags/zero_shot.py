@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.errors import OptionError, WeightsError, one_line, require
+from linearsr.tags.base import Tag, TaggerConfig
 from linearsr.tags.choice import Choice, read_vocabulary
-from linearsr.tags.tagger import Tag, TaggerConfig
 from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
 
 PROMPT = "This is a photo of {}."

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from linearsr import weights
 from linearsr.config import TINY
 from linearsr.denoiser import LinearSR, blocks
+from linearsr.diffusion.path import add_noise, clean_guess, euler_step
 from linearsr.errors import LinearSRError, OptionError, WeightsError, one_line
-from linearsr.imaging.degrade import Preset
+from linearsr.imaging.degradation import Preset
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
-from linearsr.noise.path import add_noise, clean_guess, euler_step
-from linearsr.quality import lpips
+from linearsr.metrics import lpips
 from linearsr.training.device_pairs import Atlas, pairs, uniform
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.ema import EMA

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from linearsr.config import Config
 from linearsr.errors import InputError, one_line
-from linearsr.imaging.degrade import PRESETS, Preset, degrade
+from linearsr.imaging.degradation import PRESETS, Preset, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 

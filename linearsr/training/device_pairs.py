@@ -2,8 +2,8 @@
 
     photographs ─ Atlas.crops ─▶ HR ─ degraded ─▶ LR ─ resize ─▶ enlarged LR
 
-The degradations are those of `linearsr.imaging.degrade`, for many pictures at once: pictures of a
-chunk share the sizes that they are resized to and differ in all else. JPEG is its arithmetic
+The degradations are those of `linearsr.imaging.degradation`, for many pictures at once: pictures
+of a chunk share the sizes that they are resized to and differ in all else. JPEG is its arithmetic
 (colour, 4:2:0, DCT, quantisation) without the entropy coder, which loses nothing, and there is no
 WebP. Knows nothing of models, files or stages.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearsr.imaging.degrade import PRESETS, Degradation, Preset, Range, Stage
+from linearsr.imaging.degradation import PRESETS, Degradation, Preset, Range, Stage
 from linearsr.imaging.resample import resize
 
 CHUNKS = 8  # that are made before their pairs are shuffled

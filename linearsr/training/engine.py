@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError, one_line
+from linearsr.pipeline.upscaler import best_dtype
 from linearsr.training.config import TrainConfig
-from linearsr.upscaler import best_dtype
 
 # DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.
 TAG = "zero-of-"

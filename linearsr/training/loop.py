@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser.model import Condition
+from linearsr.diffusion.path import add_noise, velocity
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import Autoencoder
-from linearsr.noise.path import add_noise, velocity
 from linearsr.tags.encoder import TagEncoder
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.noise.experts import ranges
-from linearsr.noise.path import clean_guess, euler_step
-from linearsr.quality import lpips
+from linearsr.diffusion.experts import ranges
+from linearsr.diffusion.path import clean_guess, euler_step
+from linearsr.metrics import lpips
 from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.discriminator import Discriminator, fooled, hinge

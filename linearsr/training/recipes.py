@@ -15,9 +15,9 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B, TINY, Config, ModelConfig
+from linearsr.diffusion.experts import ranges
 from linearsr.errors import OptionError
-from linearsr.imaging.degrade import Preset
-from linearsr.noise.experts import ranges
+from linearsr.imaging.degradation import Preset
 from linearsr.training.config import PerceptualConfig, TimestepConfig, TrainConfig
 from linearsr.training.data import DataConfig
 

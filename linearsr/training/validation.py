@@ -16,11 +16,11 @@ from linearsr import weights
 from linearsr.config import Options
 from linearsr.errors import LinearSRError
 from linearsr.evaluation.judge import seeded_lr, upscaled
-from linearsr.imaging.degrade import PRESETS
+from linearsr.imaging.degradation import PRESETS
 from linearsr.imaging.resample import resize
-from linearsr.quality.metrics import measure
+from linearsr.metrics.measure import measure
+from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training.recipes import ValidationConfig, split_metric
-from linearsr.upscaler import Upscaler
 
 STRIP = 3
 

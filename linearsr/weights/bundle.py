@@ -19,8 +19,8 @@ from torch import Tensor
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import EXPERTS
 from linearsr.errors import OutputError, WeightsError, one_line
-from linearsr.noise.experts import EXPERTS
 
 BUNDLED = Path(__file__).parent
 

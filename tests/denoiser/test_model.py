@@ -14,8 +14,8 @@ from torch import Tensor
 
 from linearsr.config import DenoiserConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.path import Preconditioning
 from linearsr.errors import OptionError
-from linearsr.noise.path import Preconditioning
 from linearsr.weights.convert import from_diffusers
 
 SMALL = DenoiserConfig(

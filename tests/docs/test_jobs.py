@@ -1,4 +1,4 @@
-"""The pages of docs/jobs say what the code does: its docstrings, flags and fields."""
+"""The pages of docs/reference say what the code does: its docstrings, flags and fields."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from importlib import import_module
 
 import pytest
 
-from docs.generate import FOLDER, JOBS, NOTICE, pages
+from tools.generate_docs import FOLDER, JOBS, NOTICE, pages
 
 
 def test_pages_are_what_the_code_gives() -> None:
     given = pages()
     assert {path.stem for path in FOLDER.glob("*.md")} == set(given)
     for name, text in given.items():
-        assert (FOLDER / f"{name}.md").read_text() == text, f"docs/jobs/{name}.md: run `make docs`"
+        assert (FOLDER / f"{name}.md").read_text() == text, (
+            f"docs/reference/{name}.md: run `make docs`"
+        )
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -1,4 +1,4 @@
-"""docs/sizing.md has the numbers that are counted, and they are counted right."""
+"""docs/guides/sizing.md has the numbers that are counted, and they are counted right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from linearsr.config import LINEARSR_1_6B, TINY
 from linearsr.denoiser import blocks
 from linearsr.training.recipes import RECIPES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "sizing.md").read_text()
 
 
 @pytest.mark.parametrize("make", sizing.TABLES)
@@ -67,5 +67,5 @@ def test_what_is_kept_for_the_way_back_is_what_a_real_step_keeps() -> None:
 
 def test_numbers_in_other_pages_are_not_told_twice() -> None:
     for name in ("training", "datasets"):
-        page = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text()
+        page = (Path(__file__).parents[2] / "docs" / "guides" / f"{name}.md").read_text()
         assert "sizing.md" in page and not re.search(r"32\.1 GB|67\.8", page)

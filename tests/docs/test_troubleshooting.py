@@ -1,4 +1,4 @@
-"""What docs/troubleshooting.md quotes is what the code says."""
+"""What docs/guides/troubleshooting.md quotes is what the code says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS, _, RAYS = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Ray's own")
+OURS, _, RAYS = (
+    (ROOT / "docs" / "guides" / "troubleshooting.md").read_text().partition("## Ray's own")
+)
 QUOTED = re.findall(r"^\| (?:\d{3} )?`([^`]+)` \|", OURS, re.M)
 
 

@@ -17,9 +17,9 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobStatus
 from ray.util.state import list_actors, list_nodes
 
-from rehearsal.machine import Place, machine
-from tests.cluster.conftest import ROOT, Jobs, until
-from tests.s3 import swift
+from tests.distributed.conftest import ROOT, Jobs, until
+from tools import s3_server as swift
+from tools.rehearsal.machine import Place, machine
 
 __all__ = ["ROOT", "Fleet", "until"]
 

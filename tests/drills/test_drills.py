@@ -22,14 +22,14 @@ import skimage.data
 from PIL import Image
 from ray.job_submission import JobStatus
 
-from linearsr.cluster.storage import Location, locate
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
-from linearsr.tags.tagger import TaggerConfig, load_tagger
+from linearsr.pipeline.upscaler import Upscaler
+from linearsr.storage.location import Location, locate
+from linearsr.tags.base import TaggerConfig, load_tagger
 from linearsr.training import loop
-from linearsr.upscaler import Upscaler
-from tests.cluster.conftest import SMALL, reported
-from tests.cluster.test_serve import (
+from tests.distributed.conftest import SMALL, reported
+from tests.distributed.serve.test_serve import (
     Answer,
     Case,
     Endpoint,
@@ -40,7 +40,7 @@ from tests.cluster.test_serve import (
     pixels_of,
 )
 from tests.drills.conftest import Fleet, until
-from tests.s3.faults import Faults, proxy
+from tests.storage.faults import Faults, proxy
 
 # So many steps that there is work left when something has gone wrong.
 PICTURES, SAMPLING = 24, 20

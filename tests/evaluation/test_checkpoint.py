@@ -21,9 +21,9 @@ from linearsr.errors import WeightsError
 from linearsr.evaluation import checkpoint
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
+from linearsr.evaluation.drawing import GAP
 from linearsr.evaluation.judge import DETAIL, Example
 from linearsr.evaluation.report import COLUMNS, Report, contact, rank
-from linearsr.imaging.drawing import GAP
 from linearsr.imaging.resample import resize
 
 

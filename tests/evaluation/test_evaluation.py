@@ -19,8 +19,8 @@ from linearsr.evaluation.config import Item, Score, Settings
 from linearsr.evaluation.judge import DEGRADATIONS, Judge, seeded_lr
 from linearsr.evaluation.pairs import list_folder, read_file
 from linearsr.evaluation.report import Report, rank, table
-from linearsr.quality import metrics
-from linearsr.upscaler import Upscaler
+from linearsr.metrics import measure as metrics
+from linearsr.pipeline.upscaler import Upscaler
 
 SIZES = {"astronaut": (96, 72), "coffee": (67, 50), "chelsea": (64, 64)}
 

@@ -19,8 +19,8 @@ def read(name: str) -> Any:
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """A manifest of kubernetes/."""
-    return dict(read(f"kubernetes/{name}.yaml"))
+    """A manifest of deploy/kubernetes/."""
+    return dict(read(f"deploy/kubernetes/{name}.yaml"))
 
 
 def spec(name: str) -> dict[str, Any]:

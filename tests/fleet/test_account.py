@@ -1,4 +1,4 @@
-"""aws/account.yaml: CloudFormation accepts it, and it makes what cluster.yaml asks for."""
+"""deploy/aws/account.yaml: CloudFormation accepts it, and it makes what cluster.yaml asks for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
 from tests.fleet.files import TOP, read
 
-TEXT = (TOP / "aws" / "account.yaml").read_text()
+TEXT = (TOP / "deploy" / "aws" / "account.yaml").read_text()
 TEMPLATE = cfnlint.decode.cfn_yaml.loads(TEXT)
 CLUSTER = {"Ref": "ClusterName"}
 

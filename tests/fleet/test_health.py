@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linearsr.cluster import health
+from linearsr.distributed import health
 from linearsr.errors import LinearSRError
 
 

@@ -1,4 +1,4 @@
-"""One fleet in three forms: cluster.yaml, kubernetes/ and the Dockerfile say the same."""
+"""One fleet in three forms: cluster.yaml, deploy/kubernetes/ and the Dockerfile say the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from linearsr.cluster.plan import ShardConfig
+from linearsr.distributed.datasets.shards.plan import ShardConfig
 from tests.fleet.files import MANIFESTS, TOP, manifest, pinned, read, spec
 
 if sys.version_info >= (3, 11):
@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DOCKERFILE = (TOP / "Dockerfile").read_text()
+DOCKERFILE = (TOP / "deploy/Dockerfile").read_text()
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 
 
@@ -169,7 +169,7 @@ def test_the_image_has_the_pinned_versions_of_what_the_project_asks_for() -> Non
 
 def test_the_image_is_not_roots_and_has_what_its_build_reads() -> None:
     assert re.findall(r"^USER (.*)", DOCKERFILE, re.M)[-1] == "1000"
-    kept = re.findall(r"^!(.*)", (TOP / ".dockerignore").read_text(), re.M)
+    kept = re.findall(r"^!(.*)", (TOP / "deploy/Dockerfile.dockerignore").read_text(), re.M)
     needed = {"linearsr", "ray_jobs", "pyproject.toml", "constraints.txt"}
     assert set(kept) == {*needed, PROJECT["readme"], *PROJECT["license-files"]}
     assert all((TOP / name).exists() for name in kept)
@@ -182,7 +182,10 @@ def test_a_linter_reads_the_dockerfile(tmp_path: Path) -> None:
     if hadolint is None:
         pytest.skip("no hadolint for this platform")
     run = [hadolint, "--no-color"]
-    assert subprocess.run([*run, TOP / "Dockerfile"], capture_output=True, text=True).stdout == ""
+    assert (
+        subprocess.run([*run, TOP / "deploy/Dockerfile"], capture_output=True, text=True).stdout
+        == ""
+    )
     broken = tmp_path / "Dockerfile"
     broken.write_text(DOCKERFILE.replace("WORKDIR", "WORKDIRX"))
     assert subprocess.run([*run, broken], capture_output=True).returncode != 0

@@ -1,4 +1,4 @@
-"""The manifests of kubernetes/ against the APIs of KubeRay and Kubernetes."""
+"""The manifests of deploy/kubernetes/ against the APIs of KubeRay and Kubernetes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.scripts.scripts import start
 from ray.serve.schema import ServeDeploySchema
 
 from linearsr.cli import job
-from linearsr.cluster.serve.config import ServeConfig
+from linearsr.distributed.serve.config import ServeConfig
 from linearsr.training.recipes import RECIPES
 from tests.fleet.files import MANIFESTS, TOP, manifest, read, spec
 from tests.fleet.kuberay import validator
@@ -93,7 +93,7 @@ def test_a_value_of_another_type_is_refused(field: str, wrong: object) -> None:
 
 
 def test_the_account_is_one_of_kubernetes_and_that_of_all_pods() -> None:
-    account = read("kubernetes/account.yaml")
+    account = read("deploy/kubernetes/account.yaml")
     assert list(validator("V1ServiceAccount").iter_errors(account)) == []
     cluster = spec("raycluster")
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -110,7 +110,7 @@ def test_every_start_flag_is_one_of_ray_start() -> None:
 def test_the_job_is_one_of_ours_and_fits_a_gpu_worker() -> None:
     program, script, *arguments = manifest("rayjob")["spec"]["entrypoint"].split()
     assert program == "python"
-    # The image's folder: see the Dockerfile.
+    # The image's folder: see the deploy/Dockerfile.
     assert (TOP / script.removeprefix("/home/ray/linearsr/")).is_file()
     options = job.parser("").parse_args(arguments)
     workers = int(options.workers)

@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
 def pages() -> list[str]:
     """Every page, in the order in which a user reads: README first."""
-    folders = ("docs", "kubernetes", "examples", "rehearsal")
+    folders = ("docs", "deploy/kubernetes", "examples", "tools")
     found = [*TOP.glob("*.md"), TOP / "linearsr/weights/linearsr-tiny/README.md"]
     found += sorted(page for folder in folders for page in (TOP / folder).rglob("*.md"))
     return sorted((str(p.relative_to(TOP)) for p in found), key=lambda name: name != "README.md")

@@ -24,12 +24,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from spandrel.architectures.Compact import Compact
 
-from linearsr.cluster.storage import locate
-from tests.cluster.conftest import _free_port, _start, until
+from linearsr.storage.location import locate
+from tests.distributed.conftest import _free_port, _start, until
 from tests.pages import tables
 from tests.pages.blocks import TOP, Block
 from tests.pages.program import end_serving
-from tests.s3 import swift
+from tools import s3_server as swift
 
 SECONDS = 600
 # What a user has, and how large it is.
@@ -156,7 +156,7 @@ def _belongings(user: User, weights: Path) -> None:
 
 @contextlib.contextmanager
 def _bucket(user: User) -> Iterator[None]:
-    """`make s3`, as docs/datasets.md has it, but on a port of its own."""
+    """`make s3`, as docs/guides/datasets.md has it, but on a port of its own."""
     port, folder = swift.free_port(), user.clone / ".venv-s3"
     user.places["s3"] = str(port)
     python = swift._commands() / "python"

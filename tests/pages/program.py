@@ -32,7 +32,7 @@ def main(context: Table, name: str, arguments: list[str]) -> int:
     os.environ["PATH"] = context["path"]
     command = shlex.join([name, *arguments])
     if _first(context["stand_ins"], command) is not None:
-        from tests.pages import standins
+        from tests.pages import fakes as standins
 
         standins.ALL[name](*arguments)
         return 0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tests.cluster.conftest import SMALL
+from tests.distributed.conftest import SMALL
 
 # Another page comes before: what it makes is used.
 BEFORE = {
-    "docs/evaluation.md": "docs/training.md",
-    "docs/jobs/finetune_experts.md": "docs/jobs/pretrain.md",
-    "docs/jobs/tag_dataset.md": "docs/jobs/build_shards.md",
-    "docs/storage.md": "docs/fleet.md",
-    "docs/tags.md": "docs/jobs/build_shards.md",
+    "docs/guides/evaluation.md": "docs/guides/training.md",
+    "docs/reference/finetune_experts.md": "docs/reference/pretrain.md",
+    "docs/reference/tag_dataset.md": "docs/reference/build_shards.md",
+    "docs/guides/storage.md": "docs/guides/fleet.md",
+    "docs/guides/tags.md": "docs/reference/build_shards.md",
 }
 
 # Words of the pages that stand for a place of the user's, and that place: regular expressions.
@@ -60,7 +60,7 @@ GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # the others h
 
 # What has to say no here, with which exit code and words: its flags are right if it comes that far.
 REFUSES = {
-    "python -m linearsr.cluster.health": (1, "must not join"),  # no GPU
+    "python -m linearsr.distributed.health": (1, "must not join"),  # no GPU
     "python -m benchmarks --device cuda": (2, "cannot be used"),  # no GPU
     # Where lpips has no trunk.
     "python -m linearsr.training.accelerated": (1, "SqueezeNet 1.1, is not on this machine"),

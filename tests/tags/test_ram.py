@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.errors import LinearSRError, MissingExtra, OptionError, WeightsError
+from linearsr.tags.base import TaggerConfig, load_tagger
 from linearsr.tags.ram import RamTagger, merge_lora
-from linearsr.tags.tagger import TaggerConfig, load_tagger
 from tests.tags.conftest import photo
 
 NAMES = ["cat", "cup", "grass", "sky", "wall"]

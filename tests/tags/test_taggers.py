@@ -13,9 +13,9 @@ from PIL import Image
 
 from linearsr import cli
 from linearsr.errors import LinearSRError, OptionError
+from linearsr.tags.base import Tag, Tagger, TaggerConfig, load_tagger
 from linearsr.tags.choice import Choice
 from linearsr.tags.imagenet import CLASSES, groups
-from linearsr.tags.tagger import Tag, Tagger, TaggerConfig, load_tagger
 from linearsr.tags.views import MOST_VIEWS, seen_twice, squares
 from tests.tags.conftest import photo
 
@@ -194,7 +194,7 @@ def test_a_tagger_that_fails_on_one_picture_goes_on(
                 raise TypeError("odd")
             return [Tag("thing", 0.5)]
 
-    monkeypatch.setattr("linearsr.tags.tagger.load_tagger", lambda *_: Odd())
+    monkeypatch.setattr("linearsr.tags.base.load_tagger", lambda *_: Odd())
     assert cli.main(["tag", str(pictures)]) == 1
     told = capsys.readouterr()
     assert "chelsea/photo.png: TypeError: odd" in told.err and "thing 0.50" in told.out

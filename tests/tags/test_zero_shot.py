@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linearsr.errors import LinearSRError, OptionError, WeightsError
-from linearsr.tags.tagger import TaggerConfig, load_tagger
+from linearsr.tags.base import TaggerConfig, load_tagger
 from linearsr.tags.zero_shot import _as_image
 from tests.tags.conftest import WORDS, photo
 

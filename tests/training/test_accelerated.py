@@ -18,8 +18,8 @@ from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR, blocks
 from linearsr.imaging.resample import resize
 from linearsr.kernels import relu_linear_attention
+from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training import accelerated
-from linearsr.upscaler import Upscaler
 from tests.conftest import random_experts
 from tests.training.test_device_pairs import picture
 

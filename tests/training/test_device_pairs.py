@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from linearsr.imaging import degrade
-from linearsr.imaging.degrade import Preset
+from linearsr.imaging import degradation as degrade
+from linearsr.imaging.degradation import Preset
 from linearsr.imaging.resample import resize
 from linearsr.training import device_pairs
 from linearsr.training.device_pairs import Atlas, degraded, filtered, jpeg, pairs

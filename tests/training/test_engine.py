@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import ranges
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
-from linearsr.noise.experts import ranges
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop, perceptual
 from linearsr.training.config import PerceptualConfig, TrainConfig

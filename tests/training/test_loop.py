@@ -17,9 +17,9 @@ from PIL import Image
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import expert_at, ranges
 from linearsr.errors import InputError, WeightsError
 from linearsr.latent import SpaceToDepth
-from linearsr.noise.experts import expert_at, ranges
 from linearsr.tags.encoder import TagEncoder, tag_encoder
 from linearsr.training import export, loop
 from linearsr.training.config import TimestepConfig, TrainConfig

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training import loop
 from linearsr.training.__main__ import main
 from linearsr.training.ema import load_average
-from linearsr.upscaler import Upscaler
 
 STAGES = (
     "pretrain",

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import ranges
+from linearsr.diffusion.path import clean_guess, euler_step
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import Autoencoder, DCAutoencoder, SpaceToDepth
-from linearsr.noise.experts import ranges
-from linearsr.noise.path import clean_guess, euler_step
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import discriminator, loop, perceptual
 from linearsr.training.config import PerceptualConfig

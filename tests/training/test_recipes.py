@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import ranges
 from linearsr.errors import OptionError
-from linearsr.noise.experts import ranges
 from linearsr.training.recipes import RECIPES, override
 
 

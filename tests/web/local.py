@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from linearsr.diffusion.experts import Segment
 from linearsr.imaging.files import encode, read, result_format
-from linearsr.noise.experts import Segment
-from linearsr.upscaler import Job, Upscaler
+from linearsr.pipeline.upscaler import Job, Upscaler
 from linearsr.web.api import create_app
 from linearsr.web.service import (
     Events,

@@ -1,0 +1,51 @@
+"""Weights by a bundled name, from a local folder, or an s3:// one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from linearsr import weights
+from linearsr.config import ModelConfig
+from linearsr.errors import WeightsError
+from linearsr.pipeline.upscaler import Upscaler
+from linearsr.storage.location import locate
+
+
+def load_bundle(path: str, only: Collection[int] | None = None) -> weights.Bundle:
+    """A weights bundle, or `only` some of its experts. Raises WeightsError for what is none."""
+    if path in weights.available():
+        return weights.load(path, only=only)
+    with locate(path).local(".safetensors") as folder:
+        return weights.load(folder, only=only)
+
+
+def load_upscaler(
+    model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
+) -> Upscaler:
+    """`Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
+    if not model.startswith("s3://"):
+        return Upscaler.load(model, device, only, compiled=compiled)
+    with locate(model).local(".safetensors") as folder:
+        return Upscaler.load(folder, device, only, compiled=compiled)
+
+
+def read_config(model: str) -> ModelConfig:
+    """A model's config, without its tensors where it lies on a disk. Raises WeightsError."""
+    if not model.startswith("s3://"):
+        return weights.read_config(model)
+    with locate(model).local(".safetensors") as folder:
+        return weights.read_config(folder)
+
+
+def absolute(model: str) -> str:
+    """A model's name, or its folder from any working folder: workers have their own."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+def check_model(model: str) -> None:
+    """Raise WeightsError for what is no bundle: on the driver, where loading it might not fit."""
+    if not model.startswith("s3://"):
+        weights.read_config(model)
+    elif not any(file.name.endswith(".safetensors") for file in locate(model).files()):
+        raise WeightsError(f"{model}: no .safetensors file in this folder")

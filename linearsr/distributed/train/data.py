@@ -1,0 +1,284 @@
+"""Training data on a cluster: a folder of pictures or a shard dataset -> batches, by Ray Data.
+
+Each rank streams its own part of every numbered global batch, made by an actor of its own beside
+it. Pair number n is the same whoever makes it, so neither restarts nor another number of ranks
+change the data order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Mapping
+from functools import lru_cache, partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from linearsr.errors import InputError, LinearSRError, StorageError
+from linearsr.imaging.files import read
+from linearsr.imaging.sources import at_once, choose, open_shard
+from linearsr.storage.location import Location, explained, locate
+from linearsr.training.data import (
+    SIDECAR,
+    Batch,
+    DataConfig,
+    Pair,
+    Photo,
+    Photos,
+    Tags,
+    as_bytes,
+    cut_pair,
+    read_tags,
+    same,
+)
+
+# Decoded photographs, and row groups of encoded ones, that one actor keeps.
+PHOTOS_KEPT = 64
+GROUPS_KEPT = 4
+# Rows of a shard dataset passed over in a row before a run gives up on it.
+TRIES = 100
+# How many pictures are looked at before a run is allowed to start.
+LOOKED_AT = 32
+# Small blocks: a rank waits for its first one, and prefetches by blocks.
+STEPS_PER_BLOCK, MOST_BLOCKS, BLOCK_BYTES = 8, 512, 8 << 20
+
+
+class Source(Protocol):
+    """Numbered training pairs."""
+
+    def pair(self, number: int) -> Pair:
+        """Pair `number`."""
+        ...
+
+
+def open_source(path: str, config: DataConfig, seed: int) -> Source:
+    """A folder of pictures, or of Parquet shards, local or s3://.
+
+    Tags come from the folder's tags.jsonl, or from the shards' column `tags`, where there is one.
+    Raises InputError when there is nothing to train on, saying why.
+    """
+    pictures, shards = choose(locate(path).files(), locate(path), "hr")
+    if shards:
+        return Shards(shards, config, seed)
+    if not pictures:
+        raise InputError(f"{path}: no pictures and no .parquet shards to train on")
+    usable = _usable(pictures, config)
+    if not usable:
+        raise InputError(
+            f"{path}: none of the first {LOOKED_AT} pictures can be decoded and is at least "
+            f"{config.needs} px on its shorter side (patch plus margins)"
+        )
+    tags = _tags(locate(path), pictures)
+    photos = [partial(_photo, p, config.needs, tuple(usable), tags) for p in pictures]
+    return Photos(photos, config, seed)
+
+
+def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
+    """Tags by the whole path of a picture."""
+    sidecar = folder / SIDECAR
+    if not sidecar.exists():
+        return {}
+    inside = f"{folder.path}/"
+    names = [picture.path.removeprefix(inside) for picture in pictures]
+    listed = read_tags(sidecar.read(), sidecar.path, names)
+    return {f"{inside}{name}": tags for name, tags in listed.items()}
+
+
+def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
+    """Up to three pictures, of the first few, that a patch can be cut from."""
+    usable: list[Location] = []
+    for picture in pictures[:LOOKED_AT]:
+        if len(usable) < 3 and _decoded(picture, config.needs) is not None:
+            usable.append(picture)
+    return usable
+
+
+@lru_cache(maxsize=PHOTOS_KEPT)
+def _decoded(picture: Location, needs: int) -> Tensor | None:
+    """(3, H, W) uint8, or None for a picture that is damaged or too small."""
+    try:
+        photo = as_bytes(read(picture.read(), name=picture.path))
+    except StorageError:
+        raise  # nothing is wrong with the picture
+    except LinearSRError:
+        return None
+    return photo if min(photo.shape[1:]) >= needs else None
+
+
+def _photo(
+    picture: Location, needs: int, instead: tuple[Location, ...], tags: Mapping[str, Tags]
+) -> Photo:
+    """The picture; for one that cannot be used, another that can: a bad file ends no run."""
+    for candidate in (picture, *instead):
+        pixels = _decoded(candidate, needs)
+        if pixels is not None:
+            return Photo(pixels, tags.get(candidate.path, ()))
+    raise InputError(
+        f"{picture.path}: neither it nor the pictures checked at the start can be read"
+    )
+
+
+class _Group(NamedTuple):
+    """One row group of one shard: pairs are drawn from whole groups, so each is read once."""
+
+    file: Location
+    number: int
+    rows: int
+
+
+class Shards:
+    """HR pictures of a shard dataset, in an order shuffled anew each epoch: groups, then rows."""
+
+    def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.groups = [group for found in at_once(files, _groups) for group in found]
+        self.rows = sum(group.rows for group in self.groups)
+        if not self.rows:
+            raise InputError(f"{files[0].path}: the shards hold no rows")
+
+    def pair(self, number: int) -> Pair:
+        """Pair `number`; rows that cannot be used are passed over.
+
+        Raises InputError after a whole epoch, or TRIES rows, of them.
+        """
+        for candidate in range(number, number + min(self.rows, TRIES)):
+            photo = self._photo(*divmod(candidate, self.rows))
+            if photo is not None:
+                rng = np.random.default_rng([self.seed, number])
+                scale = self.config.scale_of(self.seed, number)
+                return cut_pair(partial(same, photo), self.config, scale, rng)
+        raise InputError(
+            f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at least "
+            f"{self.config.needs} px on its shorter side; build larger shards"
+        )
+
+    def _photo(self, epoch: int, position: int) -> Photo | None:
+        group, row = self._find(epoch, position)
+        shown = _columns(group).slice(row, 1).to_pylist()[0]
+        if shown["hr"] is None:
+            return None
+        try:
+            pixels = as_bytes(read(shown["hr"], name=f"{group.file.path}:{row}"))
+        except LinearSRError:
+            return None
+        if min(pixels.shape[1:]) < self.config.needs:
+            return None
+        return Photo(pixels, tuple(filter(None, shown.get("tags") or ())))
+
+    def _find(self, epoch: int, position: int) -> tuple[_Group, int]:
+        order, starts = _epoch_order(tuple(g.rows for g in self.groups), self.seed, epoch)
+        nth = int(np.searchsorted(starts, position, side="right")) - 1
+        group = self.groups[order[nth]]
+        rows = np.random.default_rng([self.seed, epoch, nth]).permutation(group.rows)
+        return group, int(rows[position - starts[nth]])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Group numbers in the order of an epoch, and the position of each one's first row."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+    return order, np.concatenate([[0], np.cumsum(np.array(rows)[order])])
+
+
+def _groups(file: Location) -> list[_Group]:
+    shard = open_shard(file, "hr")
+    metadata, schema = shard.metadata, shard.schema_arrow
+    if "tags" in schema.names and not _lists_text(schema.field("tags").type):
+        raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    return [_Group(file, number, size) for number, size in enumerate(sizes)]
+
+
+def _lists_text(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return lists and str(kind.value_type).removeprefix("large_") == "string"
+
+
+@lru_cache(maxsize=GROUPS_KEPT)
+def _columns(group: _Group) -> pa.Table:
+    """hr, and tags where there are any."""
+    shard = open_shard(group.file, "hr")
+    wanted = [name for name in ("hr", "tags") if name in shard.schema_arrow.names]
+    with explained(group.file):
+        return shard.read_row_group(group.number, columns=wanted)
+
+
+class Share(NamedTuple):
+    """Which part of each global batch a rank takes, and what its data actor reserves."""
+
+    rank: int
+    world: int
+    cpus: float
+
+
+class _PairMaker:
+    """The actor beside a rank: step numbers in, that rank's pairs of those steps out."""
+
+    def __init__(
+        self, path: str, config: DataConfig, seed: int, first_step: int, share: Share
+    ) -> None:
+        self.source = open_source(path, config, seed)
+        self.first_step = first_step
+        self.batch, self.count = config.batch, config.batch // share.world
+        self.offset = share.rank * self.count
+
+    def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        numbers = [n for step in steps["step"] for n in self._numbers(self.first_step + int(step))]
+        hr, lr, tags = zip(*(self.source.pair(n) for n in numbers), strict=True)
+        return {
+            "number": np.array(numbers),
+            "hr": np.stack([picture.numpy() for picture in hr]),
+            # As bytes: another step's are of another size. Tags as text: lists of unlike lengths
+            # are no column.
+            "lr": np.array([picture.numpy().tobytes() for picture in lr], dtype=object),
+            "tags": np.array([json.dumps(names) for names in tags]),
+        }
+
+    def _numbers(self, step: int) -> range:
+        first = step * self.batch + self.offset
+        return range(first, first + self.count)
+
+
+def batches(
+    path: str, config: DataConfig, seed: int, seen: int, steps: int, share: Share
+) -> Generator[Batch, None, None]:
+    """A rank's part of `steps` global batches from pair number `seen` on, in order.
+
+    Must run inside a Ray worker. Pairs are made ahead of time, a few steps deep.
+    """
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # In memory: reading a range would be tasks of a whole CPU each, that nobody has reserved.
+    blocks = min(MOST_BLOCKS, max(1, steps // STEPS_PER_BLOCK))
+    tables = [pa.table({"step": part}) for part in np.array_split(np.arange(steps), blocks)]
+    dataset = ray.data.from_blocks(tables)
+    dataset.context.target_max_block_size = BLOCK_BYTES
+    dataset.context.execution_options.preserve_order = True
+    pairs = dataset.map_batches(
+        _PairMaker,
+        fn_constructor_args=(path, config, seed, seen // config.batch, share),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=share.cpus,
+    )
+    for rows in pairs.iter_batches(batch_size=config.batch // share.world, prefetch_batches=2):
+        yield _batch(rows)
+
+
+def _batch(rows: dict[str, np.ndarray]) -> Batch:
+    hr = torch.from_numpy(np.array(rows["hr"]))
+    lr = torch.stack([_square(picture) for picture in rows["lr"]])
+    hr, lr = (side.float() / 127.5 - 1 for side in (hr, lr))
+    tags = tuple(tuple(json.loads(names)) for names in rows["tags"])
+    return Batch(hr, lr, torch.from_numpy(np.array(rows["number"])), tags)
+
+
+def _square(pixels: bytes) -> Tensor:
+    """(3, n, n) uint8 from its bytes."""
+    side = math.isqrt(len(pixels) // 3)
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, side, side)

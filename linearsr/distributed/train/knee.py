@@ -1,0 +1,234 @@
+"""The knee of a Ray Train run: found online, written down, kept from retention.
+
+The state is a file, `knee.json` beside the checkpoints, recomputed from what the run has reported;
+so it survives the controller that wrote it. Which step is the knee is decided by
+`linearsr.training.knee` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, ValidationError
+from ray.train import Checkpoint, Result, UserCallback
+from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
+
+from linearsr.config import Config
+from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
+from linearsr.storage.location import Location
+from linearsr.training import plot
+from linearsr.training.knee import KneeDetector, KneeState
+from linearsr.training.loop import PROGRESS
+
+KNEE, KEPT, REPORT = "knee.json", "knee", "report.png"
+
+
+class Validated(Config):
+    """One validated checkpoint. `seen` orders checkpoints across restarts; `path` is its folder."""
+
+    step: int
+    seen: int
+    path: str
+    metrics: dict[str, float]
+
+
+class Knee(Config):
+    """What `knee.json` holds.
+
+    checkpoint: the knee's folder, kept there until the knee moves; None while rising.
+    stop: the knee is confirmed and the patience after it is spent.
+    """
+
+    status: str = "rising"
+    step: int | None = None
+    checkpoint: str | None = None
+    since: int = 0
+    stop: bool = False
+    evidence: dict[str, float] = Field(default_factory=dict)
+    higher_is_better: dict[str, bool] = Field(default_factory=dict)
+    history: list[Validated] = Field(default_factory=list)
+
+
+class KneePointCallback(UserCallback):  # type: ignore[misc]
+    """Runs in the controller after every report; keeps the knee of the run and its picture."""
+
+    def __init__(
+        self, run: Location, higher_is_better: Mapping[str, bool], patience: int | None = None
+    ) -> None:
+        self.run = run
+        self.higher_is_better = dict(higher_is_better)
+        self.patience = patience
+
+    def after_report(
+        self,
+        run_context: Any,  # noqa: ARG002
+        metrics: list[dict[str, Any]],  # noqa: ARG002
+        checkpoint: Checkpoint | None,  # noqa: ARG002
+    ) -> None:
+        """Validations end between reports: each report sees those before it.
+
+        Storage that fails for a moment must not end the run: the next report does it all again.
+        """
+        try:
+            self.update()
+        except (OSError, LinearSRError) as error:
+            logging.getLogger(__name__).warning("knee not updated this time: %s", error)
+
+    def update(self) -> Knee:
+        """Find the knee in what was validated so far, keep it, write `knee.json` and the plot."""
+        before = read_knee(self.run)
+        history = _merge(before.history, _validated(self.run, set(self.higher_is_better)))
+        state = detect(history, self.higher_is_better)
+        if before.status == "confirmed" and state.status != "confirmed":
+            # A divergence has shortened the history; a confirmed knee is final all the same.
+            state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
+        knee = Knee(
+            status=state.status,
+            step=state.step,
+            checkpoint=self._keep(before, history, state.step),
+            since=state.since,
+            stop=_spent(state, self.patience),
+            evidence=state.evidence,
+            higher_is_better=self.higher_is_better,
+            history=history,
+        )
+        (self.run / KNEE).write(knee.model_dump_json(indent=1).encode())
+        self._drop_all_but(knee.checkpoint)
+        self._draw(knee)
+        return knee
+
+    def _keep(self, before: Knee, history: list[Validated], step: int | None) -> str | None:
+        """Copy the knee's checkpoint out of retention's reach. None when retention was faster."""
+        if step is None:
+            return None
+        name = f"step-{step:08d}"
+        kept = self.run / KEPT / name
+        if kept.path != before.checkpoint:
+            source = next(v.path for v in history if v.step == step)
+            original = Location(self.run.filesystem, source)
+            if not original.exists():
+                return None
+            original.copy_to(kept)
+        return kept.path
+
+    def _drop_all_but(self, kept: str | None) -> None:
+        """Copies of former knees; only now that `knee.json` names the new one."""
+        for old in (self.run / KEPT).files():
+            if kept is not None and not old.path.startswith(f"{kept}/"):
+                old.delete_file()
+
+    def _draw(self, knee: Knee) -> None:
+        progress = last_checkpoint(self.run)[0] / PROGRESS
+        training = json.loads(progress.read())["history"]
+        points = [{"step": v.step, **v.metrics} for v in knee.history]
+        (self.run / REPORT).write(
+            plot.report(self.run.name, training, points, knee.step, knee.status)
+        )
+
+
+def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> KneeState:
+    """The detector's state after a whole history; metrics that were never measured are left out."""
+    measured = {name for v in history for name in v.metrics}
+    known = {name: up for name, up in higher_is_better.items() if name in measured}
+    if not known:
+        return KneeState("rising", None, 0, {})
+    detector = KneeDetector(known)
+    state = KneeState("rising", None, 0, {})
+    for validated in history:
+        state = detector.update(
+            validated.step, {k: v for k, v in validated.metrics.items() if k in known}
+        )
+    return state
+
+
+def read_knee(run: Location) -> Knee:
+    """A run's `knee.json`; an empty one when there is none. Raises InputError when damaged."""
+    file = run / KNEE
+    if not file.exists():
+        return Knee()
+    try:
+        return Knee.model_validate_json(file.read())
+    except ValidationError as error:
+        raise InputError(f"{file.path}: not a knee.json of ours: {one_line(error)}") from error
+
+
+def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, int | None]:
+    """Where the stage after `run` starts: its confirmed knee's checkpoint folder, and that step.
+
+    `anyway` accepts less: the candidate, or else the last checkpoint.
+    Raises WeightsError when there is no confirmed knee: starting anywhere else is what makes
+    fine-tuning collapse (LinearSR, ESGF).
+    """
+    knee = read_knee(run)
+    if knee.checkpoint and (knee.status == "confirmed" or anyway):
+        return Location(run.filesystem, knee.checkpoint), knee.step
+    if knee.status == "confirmed" and not anyway:
+        raise WeightsError(
+            f"{run.path}: the checkpoint of its knee, step {knee.step}, is no longer there; train "
+            "again with a larger --keep, or pass --i-know-this-is-not-the-knee"
+        )
+    if not anyway:
+        raise WeightsError(
+            f"{run.path}: its knee is not confirmed ({knee.status}"
+            + (f" at step {knee.step}" if knee.step is not None else "")
+            + "); train longer, or pass --i-know-this-is-not-the-knee"
+        )
+    return last_checkpoint(run)
+
+
+def last_checkpoint(run: Location) -> tuple[Location, int | None]:
+    """The checkpoint folder that a run has come to, and its step. Raises WeightsError for none."""
+    latest = last_result(run)
+    if latest is None or latest.checkpoint is None:
+        raise WeightsError(f"{run.path}: no checkpoint of a training run here")
+    return Location(run.filesystem, latest.checkpoint.path), (latest.metrics or {}).get("step")
+
+
+def last_result(run: Location) -> Result | None:
+    """What Ray Train has stored of a run; None when it never reported."""
+    # Each reading would be announced as the resumption of a run.
+    logging.getLogger(checkpoint_manager.__name__).setLevel(logging.WARNING)
+    try:
+        return Result.from_path(run.path, storage_filesystem=run.filesystem)
+    except RuntimeError:
+        return None
+
+
+def _validated(run: Location, names: set[str]) -> list[Validated]:
+    """Checkpoints that the run still has and that were validated, in order of report."""
+    result = last_result(run)
+    found = [
+        Validated(
+            step=metrics["step"],
+            seen=metrics["seen"],
+            path=checkpoint.path,
+            metrics={k: v for k, v in metrics.items() if "@" in k and math.isfinite(v)},
+        )
+        for checkpoint, metrics in (result.best_checkpoints if result else None) or []
+        if names & metrics.keys()
+    ]
+    return sorted(found, key=lambda v: v.seen)
+
+
+def _merge(before: list[Validated], now: list[Validated]) -> list[Validated]:
+    """Old and new, by `seen`; what a divergence threw away (later steps, fewer seen) is dropped."""
+    merged: list[Validated] = []
+    for validated in sorted({v.seen: v for v in [*before, *now]}.values(), key=lambda v: v.seen):
+        merged = [v for v in merged if v.step < validated.step]
+        merged.append(validated)
+    return merged
+
+
+def _spent(state: KneeState, patience: int | None) -> bool:
+    return patience is not None and state.status == "confirmed" and state.since >= patience
+
+
+def summary(knee: Knee) -> str:
+    """One line for people."""
+    if knee.step is None:
+        return f"no knee yet after {len(knee.history)} validated checkpoints: still rising"
+    return f"knee {knee.status} at step {knee.step} ({json.dumps(knee.evidence)})"

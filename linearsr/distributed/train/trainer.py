@@ -1,0 +1,327 @@
+"""One training stage on a Ray cluster: Ray Train runs `linearsr.training.loop` on every worker.
+
+    data actors -> workers (ZeRO-1, checkpoint, report) -> validation task -> knee callback
+
+Knows nothing of what comes before or after the stage: `linearsr.distributed.train.esgf` does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import ray.train
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.validation_config import ValidationConfig as RayValidation
+
+from linearsr.config import ModelConfig
+from linearsr.denoiser import LinearSR
+from linearsr.distributed.resources import Needs, check_room
+from linearsr.distributed.train.config import StageConfig
+from linearsr.distributed.train.data import Share, batches, open_source
+from linearsr.distributed.train.knee import Knee, KneePointCallback, read_knee
+from linearsr.distributed.train.start import start_weights
+from linearsr.distributed.train.validation import validate_checkpoint, validation_pictures
+from linearsr.errors import LinearSRError, OptionError, one_line, require
+from linearsr.latent import load_autoencoder
+from linearsr.storage.location import Location, check_writable, locate
+from linearsr.tags.encoder import tag_encoder
+from linearsr.training import loop, perceptual
+from linearsr.training.config import PerceptualConfig
+from linearsr.training.data import Batch
+from linearsr.training.engine import ZeroEngine
+from linearsr.training.guard import Diverged
+
+MODEL = "model.json"
+ADVICE = "lower learning_rate, or start from an earlier checkpoint"
+
+
+class Outcome(NamedTuple):
+    """Where a finished stage lies, its knee, and what it last reported.
+
+    kept: the checkpoint and step of an expert that a stage has left as it was.
+    """
+
+    run: Location
+    knee: Knee
+    metrics: dict[str, Any]
+    kept: tuple[Location, int | None] | None = None
+
+
+def train(stage: StageConfig) -> Outcome:
+    """Run a stage to its end, or go on with it: the same storage and name resume by themselves.
+
+    Raises LinearSRError before anything is started for what can be known then, and afterwards when
+    the stage failed: everything it had reported is still there.
+    """
+    check(stage)
+    callback = KneePointCallback(stage.run, stage.recipe.validation.knee, stage.cluster.patience)
+    try:
+        result = _trainer(stage, callback).fit()
+    except ray.train.TrainingFailedError as error:
+        raise LinearSRError(f"{stage.run.path}: training failed: {_cause(error)}") from error
+    if result.return_value:
+        raise LinearSRError(f"{stage.run.path}: {result.return_value}")
+    # Once more: some validations ended after the last report.
+    return Outcome(stage.run, callback.update(), dict(result.metrics or {}))
+
+
+def check(stage: StageConfig) -> None:
+    """Refuse what cannot work, before any worker or GPU is taken."""
+    require("train", "deepspeed", "tensorboard", "matplotlib")
+    cluster, recipe = stage.cluster, stage.recipe
+    if stage.data.batch % cluster.workers:
+        raise OptionError(
+            f"data.batch {stage.data.batch} cannot be shared by {cluster.workers} workers evenly"
+        )
+    check_writable(locate(cluster.storage))
+    open_source(cluster.data, stage.data, stage.train.seed)
+    validation_pictures(cluster.validation, recipe.validation)
+    if stage.start is not None:
+        start_weights(stage)
+    if isinstance(stage.train, PerceptualConfig):
+        perceptual.check(stage.train)
+    advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
+    worker = Needs(cluster.worker_cpus, int(cluster.gpu))
+    check_room("the stage", Needs(cluster.cpus(), cluster.gpus()), worker, advice)
+    _check_same_model(stage)
+
+
+def _check_same_model(stage: StageConfig) -> None:
+    """A run remembers its model; another one cannot go on from its checkpoints."""
+    file, model = stage.run / MODEL, stage.recipe.model
+    if not file.exists():
+        file.write(model.model_dump_json().encode())
+    elif ModelConfig.model_validate_json(file.read()) != model:
+        raise OptionError(
+            f"{stage.run.path}: this run was started with another model config; choose another "
+            "--name, or the settings it was started with"
+        )
+
+
+def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:
+    cluster = stage.cluster
+    storage = locate(cluster.storage)
+    validation = RayValidation(
+        fn=partial(validate_checkpoint, stage_json=stage.model_dump_json()),
+        ray_remote_kwargs={
+            "num_cpus": cluster.validation_cpus,
+            "num_gpus": cluster.validation_gpus,
+        },
+    )
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"stage": stage.model_dump_json()},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker={
+                "CPU": cluster.worker_cpus,
+                **({"GPU": 1} if cluster.gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=cluster.name,
+            storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=cluster.keep),
+            callbacks=[callback],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+        validation_config=validation,
+    )
+
+
+# In the workers
+
+
+def _worker(config: dict[str, str]) -> str | None:
+    """Train this rank's part, from the last checkpoint if there is one.
+
+    Returns why it gave up, if it did: raised, it would be tried again in vain.
+    """
+    job = StageConfig.model_validate_json(config["stage"])
+    context = ray.train.get_context()
+    share = Share(context.get_world_rank(), context.get_world_size(), job.cluster.data_cpus)
+    with _Reporter(job, share) as reporter:
+        stage = _build(job)
+        if checkpoint := ray.train.get_checkpoint():
+            with Location(checkpoint.filesystem, checkpoint.path).local() as folder:
+                stage.load(folder)
+        while not reporter.ended():
+            try:
+                with closing(_stream(job, stage.progress, share)) as data:
+                    loop.run(stage, data, reporter)
+                return None
+            except Diverged as error:
+                restarts = stage.progress.attempt
+                if restarts >= job.train.guard.restarts:
+                    return f"{error}; gave up after {restarts} restarts: {ADVICE}"
+                stage = _go_back(job, stage, error, reporter)
+    return None
+
+
+def _build(job: StageConfig) -> loop.Stage:
+    torch.manual_seed(job.train.seed)
+    model, train, expert = LinearSR(job.recipe.model.denoiser), job.train, job.expert or 0
+    states = [] if job.start is None else start_weights(job, {expert - 1, expert})
+    if states:
+        model.load_state_dict(states[expert])
+    device, config = get_device(), job.recipe.model
+    engine = ZeroEngine(model, train, device)
+    objective: loop.Objective | None = None
+    if isinstance(train, PerceptualConfig):
+        objective = perceptual.objective(config, train, expert, states, engine)
+    autoencoder, encoder = load_autoencoder(config.latent, device), tag_encoder(config, device)
+    return loop.Stage.start(engine, autoencoder, train, encoder, objective)
+
+
+def _stream(
+    job: StageConfig, progress: loop.Progress, share: Share
+) -> Generator[Batch, None, None]:
+    steps = job.train.steps - progress.step
+    return batches(job.cluster.data, job.data, job.train.seed, progress.seen, steps, share)
+
+
+def _go_back(
+    job: StageConfig, failed: loop.Stage, error: Diverged, reporter: _Reporter
+) -> loop.Stage:
+    """After a divergence: the knee, or the stage's start, again, at a lower rate, on new data."""
+    attempt = failed.progress.attempt + 1
+    failed.engine.close()
+    stage = _build(job)
+    knee = broadcast_from_rank_zero(read_knee(job.run).checkpoint if reporter.leads else None)
+    if knee is not None:
+        with Location(job.run.filesystem, knee).local() as folder:
+            stage.load(folder)
+    stage.progress.attempt, stage.progress.seen = attempt, failed.progress.seen
+    stage.progress.minutes = failed.progress.minutes
+    reporter.say(f"{error}; back to step {stage.progress.step} at a lower rate (try {attempt})")
+    reporter.checkpoint(stage, {"diverged": str(error)}, validation=False)
+    return stage
+
+
+class _Reporter:
+    """What a rank tells: progress and curves by rank 0, checkpoints by all."""
+
+    def __init__(self, job: StageConfig, share: Share) -> None:
+        self.job = job
+        self.leads = share.rank == 0
+        self.local = Path(tempfile.mkdtemp(prefix="linearsr-"))
+        self.board = _board(self.local) if self.leads else None
+        self.bar = _bar(job) if self.leads else None
+        self.began, self.stalled = time.perf_counter(), 0.0
+        self.warned: list[str] = []
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        shutil.rmtree(self.local, ignore_errors=True)
+
+    def __call__(self, stage: loop.Stage, report: loop.Report) -> bool:
+        """On all ranks alike; True ends the stage: knee confirmed and patience spent."""
+        if self.leads:
+            self._show(report)
+        notice = ray.train.get_preemption_info()
+        # Once per notice: the nodes named in it have minutes, and an upload takes its time.
+        preempted = notice is not None and notice.preempted_node_ids != self.warned
+        self.warned = notice.preempted_node_ids if notice else []
+        due = report.step % stage.config.checkpoint_every == 0 or stage.finished
+        if not (due or preempted):
+            return False
+        self.checkpoint(stage, report._asdict(), validation=due)
+        return self.ended()
+
+    def ended(self) -> bool:
+        """Whether the knee is confirmed and the patience after it spent, on all ranks alike."""
+        return broadcast_from_rank_zero(read_knee(self.job.run).stop if self.leads else None)
+
+    def checkpoint(self, stage: loop.Stage, metrics: dict[str, Any], *, validation: bool) -> None:
+        """Save all ranks' shares here, and let Ray carry them to storage while training goes on.
+
+        Reports as `stall` the share of the time so far that checkpoints have kept steps waiting.
+        """
+        began = time.perf_counter()
+        folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))
+        stage.save(folder)
+        progress = stage.progress
+        told: dict[str, float] = {
+            "step": progress.step,
+            "seen": progress.seen,
+            "attempt": progress.attempt,
+        }
+        told["stall"] = self.stalled / (began - self.began)
+        ray.train.report(
+            {**metrics, **told},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            validation=validation,
+        )
+        if self.board is not None:
+            self.board.flush()
+            locate(self.local).copy_to(self.job.run / "tensorboard")
+        self.stalled += time.perf_counter() - began
+
+    def say(self, text: str) -> None:
+        """A line for people, once."""
+        if self.leads:
+            print(f"{self.job.cluster.name}: {text}", flush=True)
+
+    def _show(self, report: loop.Report) -> None:
+        assert self.board is not None
+        assert self.bar is not None
+        for name, value in report._asdict().items():
+            self.board.add_scalar(f"train/{name}", value, report.step)
+        knee = read_knee(self.job.run)
+        known = "rising" if knee.step is None else f"{knee.status} at {knee.step}"
+        self.bar.set_description(
+            f"{self.job.cluster.name} loss {report.loss:.4f} "
+            f"{report.images_per_second:.1f} images/s knee {known}"
+        )
+        self.bar.update(report.step - self.bar.step)
+        self.bar.step = report.step
+
+
+def _board(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def _bar(job: StageConfig) -> Any:
+    """Ray's bar: it is drawn once, by the driver, however many workers have one."""
+    from ray.experimental import tqdm_ray
+
+    bar = tqdm_ray.tqdm(desc=job.cluster.name, total=job.train.steps, unit="step")
+    bar.step = 0
+    return bar
+
+
+def _cause(error: Exception) -> str:
+    """The error that ended the workers: ours rather than what it did to the other ranks."""
+    failures = list((getattr(error, "worker_failures", {}) or {}).values()) or [error]
+    return one_line(min(failures, key=lambda failure: not isinstance(failure, LinearSRError)))

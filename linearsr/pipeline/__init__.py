@@ -1,0 +1,1 @@
+"""From a picture to a larger picture, in one process or several."""

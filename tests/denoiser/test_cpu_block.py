@@ -1,0 +1,148 @@
+"""Strips of rows: the function of the plain block, whatever the height, on rounding's terms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearsr.denoiser import cpu_block as strips
+from linearsr.denoiser.blocks import Block
+
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}
+DTYPES = tuple(CLOSE)
+
+
+def block_of(
+    batch: int, dtype: torch.dtype, qk_norm: bool = True, local: int = 0
+) -> tuple[Block, list[Tensor]]:
+    """A block, and a picture of 7 rows of 9 with its modulation and two tags."""
+    torch.manual_seed(0)
+    block = Block(16, 8, 2.5, qk_norm=qk_norm, tag_heads=2, local_kernel=local).eval()
+    if qk_norm:
+        assert block.tag_attention is not None
+        for part in (block.attention, block.tag_attention):
+            for norm in (part.norm_q, part.norm_k):
+                torch.nn.init.uniform_(norm.weight, -0.5, 1.5)
+                norm.weight.data[3] = 0  # and all of a head
+                norm.weight.data[8:] = 0
+    given = [torch.randn(batch, 7, 9, 16), torch.randn(batch, 6, 16), torch.randn(batch, 2, 16)]
+    return block.to(dtype), [x.to(dtype) for x in given]
+
+
+def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the block gives, and what it gives strip by strip."""
+    x, modulation, tags = given
+    assert block.tag_attention is not None
+    keys = block.tag_attention.keys_values(tags)
+    return block(x, modulation, keys), strips.forward_(block, x.clone(), modulation, keys)
+
+
+@pytest.mark.parametrize("cached", [1, 27, 36, 54, 10**9])  # 1, 3, 4 and 6 rows at once, and all
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("local", [0, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_strips_of_rows_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+    cached: int,
+    batch: int,
+    qk_norm: bool,
+    local: int,
+    dtype: torch.dtype,
+) -> None:
+    block, given = block_of(batch, dtype, qk_norm, local)
+    monkeypatch.setattr(strips, "CACHED_TOKENS", cached * batch)
+    whole, result = both(block, given)
+    torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (2, 9), (7, 1), (1, 1)])
+@pytest.mark.parametrize("cached", [1, 10**9])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_tiny_pictures(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, cached: int, dtype: torch.dtype
+) -> None:
+    block, (x, *rest) = block_of(1, dtype, local=5)
+    monkeypatch.setattr(strips, "CACHED_TOKENS", cached)
+    whole, result = both(block, [x[:, :height, :width], *rest])
+    torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@torch.inference_mode()
+def test_without_onednn_the_function_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, given = block_of(1, torch.float32)
+    monkeypatch.setattr(strips, "_fuses", lambda dtype: False)
+    whole, result = both(block, given)
+    torch.testing.assert_close(result, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_activations_are_fused_where_onednn_is() -> None:
+    fused = torch.backends.mkldnn.is_available()
+    assert strips._fuses(torch.float32) == fused and not strips._fuses(torch.float64)
+
+
+@pytest.mark.parametrize("tags", [1, 8, 9])  # up to as many as a head is wide, and more
+@pytest.mark.parametrize("qk_norm", [True, False])
+@torch.inference_mode()
+def test_any_number_of_tags(tags: int, qk_norm: bool) -> None:
+    block, (x, modulation, _) = block_of(2, torch.float64, qk_norm)
+    given = [x, modulation, torch.randn(2, tags, 16, dtype=torch.float64)]
+    whole, result = both(block, given)
+    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_tags_that_are_padding() -> None:
+    block, (x, modulation, tags) = block_of(2, torch.float64)
+    assert block.tag_attention is not None
+    keys, mask = (
+        block.tag_attention.keys_values(tags),
+        torch.tensor([[True, False], [False, False]]),
+    )
+    whole = block(x, modulation, keys, mask)
+    result = strips.forward_(block, x.clone(), modulation, keys, mask)
+    torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
+    block, (x, modulation, _) = block_of(1, torch.float64)
+    block.attention.qkv.weight[:16] = 0
+    result = strips.forward_(block, x.clone(), modulation)
+    assert result.isfinite().all()
+    torch.testing.assert_close(result, block(x, modulation), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 9), (7, 1), (1, 9), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("cached", [1, 18, 10**9])
+@torch.inference_mode()
+def test_strips_round_no_worse_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, cached: int
+) -> None:
+    """Against float64, on weights and inputs that bfloat16 holds exactly."""
+    monkeypatch.setattr(strips, "CACHED_TOKENS", cached)
+    block, (x, *rest) = block_of(batch, torch.bfloat16)
+    given = [x[:, :height, :width], *rest]
+    rounded = both(block, given)
+    exact, _ = both(block.double(), [part.double() for part in given])
+    plain, ours = ((part.double() - exact).norm() / exact.norm() for part in rounded)
+    assert 0 < plain < 0.02
+    assert ours < 2 * plain
+
+
+def test_who_asks_for_gradients_gets_the_plain_block() -> None:
+    x = torch.zeros(1, 2, 2, 4)
+    assert not strips.suit(x)
+    with torch.no_grad():
+        assert strips.suit(x)
+
+
+def test_autocast_gets_the_plain_block_and_the_same_result() -> None:
+    block, (x, modulation, _) = block_of(1, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not strips.suit(x)
+        assert block(x, modulation).isfinite().all()

@@ -1,0 +1,432 @@
+"""Shards from photographs: what is used and why not, the same bytes again, nothing done twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import skimage.data
+import torch
+from PIL import Image, ImageFilter
+from ray.cluster_utils import Cluster
+
+from linearsr.distributed import tasks
+from linearsr.distributed.datasets.shards import plan
+from linearsr.distributed.datasets.shards.build import SCHEMA, Built, ShardConfig, build_shards
+from linearsr.distributed.tasks import each
+from linearsr.distributed.train.data import Shards, open_source
+from linearsr.errors import InputError, OptionError, OutputError
+from linearsr.imaging.degradation import PRESETS, degrade
+from linearsr.imaging.files import read
+from linearsr.storage.location import locate
+from linearsr.training.data import DataConfig, as_bytes
+from tests.distributed.conftest import until
+from tests.storage.fixtures import Server
+
+ROOT = Path(__file__).parents[3]
+USED = ("bay/astronaut.png", "bay/coffee.png", "camera.png", "chelsea.webp", "rocket.jpg")
+
+
+def _photo(name: str) -> Image.Image:
+    return Image.fromarray(np.asarray(getattr(skimage.data, name)()))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photographs worth using, and one each of what is not."""
+    folder = tmp_path_factory.mktemp("pictures") / "mixed"
+    (folder / "bay").mkdir(parents=True)
+    astronaut, coffee, chelsea = (_photo(name) for name in ("astronaut", "coffee", "chelsea"))
+    astronaut.save(folder / "bay/astronaut.png")
+    coffee.putalpha(Image.linear_gradient("L").resize(coffee.size))
+    coffee.save(folder / "bay/coffee.png")
+    _photo("camera").save(folder / "camera.png")
+    chelsea.save(folder / "chelsea.webp", quality=90)
+    _photo("rocket").save(folder / "rocket.jpg", quality=95)
+    astronaut.resize((470, 470)).save(folder / "twin.jpg", quality=60)
+    astronaut.resize((120, 120)).save(folder / "small.png")
+    chelsea.filter(ImageFilter.GaussianBlur(6)).save(folder / "soft.png")
+    whole = (folder / "rocket.jpg").read_bytes()
+    (folder / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("not a picture, and not named like one")
+    return folder
+
+
+def _config(pictures: Path, output: Path | str, **changes: object) -> ShardConfig:
+    places = {"inputs": [str(pictures)], "output": str(output)}
+    small = {"crop": 96, "crops_per_picture": 3, "min_size": 128, "rows_per_shard": 4, "cpus": 0.5}
+    return ShardConfig.parse(**{**places, **small, **changes})
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards") / "mixed"
+
+
+@pytest.fixture(scope="module")
+def built(cluster: Cluster, pictures: Path, output: Path) -> Built:
+    return build_shards(_config(pictures, output))
+
+
+@pytest.fixture(scope="module")
+def rows(built: Built, output: Path) -> list[dict[str, Any]]:
+    return [row for shard in _shards(output) for row in pq.read_table(shard).to_pylist()]
+
+
+def _shards(output: Path) -> list[Path]:
+    return sorted(output.glob("shard-*.parquet"))
+
+
+def _everything(output: Path) -> dict[str, bytes]:
+    files = (path for path in output.rglob("*") if path.is_file())
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+
+
+# What is built
+
+
+def test_rows_are_the_schemas_and_hold_what_they_say(rows: list[dict[str, Any]]) -> None:
+    assert len({row["id"] for row in rows}) == len(rows) == 15
+    assert {row["source"] for row in rows} == {f"mixed/{name}" for name in USED}
+    for row in rows:
+        hr, lr = read(row["hr"]), read(row["lr"])
+        assert hr.pixels.shape == (3, row["hr_height"], row["hr_width"]) == (3, 96, 96)
+        assert lr.pixels.shape == (3, row["lr_height"], row["lr_width"]) == (3, 24, 24)
+        assert row["id"].startswith(f"{row['source']}#") and hr.format == lr.format == "png"
+        assert row["tags"] is None and row["tag_scores"] is None
+
+
+def test_files_have_the_schema_and_small_row_groups(built: Built, output: Path) -> None:
+    for shard in _shards(output):
+        assert pq.read_schema(shard).equals(SCHEMA)
+    assert [pq.ParquetFile(s).metadata.num_rows for s in _shards(output)] == [4, 4, 4, 3]
+
+
+def test_a_rows_seed_alone_makes_lr_of_hr(rows: list[dict[str, Any]]) -> None:
+    assert len({row["degradation"]["seed"] for row in rows}) == len(rows)
+    for row in rows:
+        preset, seed = row["degradation"]["preset"], row["degradation"]["seed"]
+        lr = degrade(read(row["hr"]).pixels, 4, PRESETS[preset], np.random.default_rng(seed))
+        assert preset == "seesr" and torch.equal(as_bytes(read(row["lr"])), _as_bytes(lr))
+
+
+def _as_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels * 255).round().byte()
+
+
+def test_hr_is_cut_from_its_picture_without_loss(
+    rows: list[dict[str, Any]], pictures: Path
+) -> None:
+    for name in USED:
+        picture = read(pictures / name)
+        whole = picture.pixels if picture.alpha is None else _over_white(picture)
+        for row in rows:
+            if row["source"] == f"mixed/{name}":
+                assert _lies_in(as_bytes(read(row["hr"])), _as_bytes(whole)), row["id"]
+
+
+def _over_white(picture: Any) -> torch.Tensor:
+    return 1 - picture.alpha * (1 - picture.pixels)
+
+
+def _lies_in(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether the part occurs in the whole, found by its first row of pixels."""
+    starts = (whole.unfold(2, part.shape[2], 1) == part[:, :1, None]).all(3).all(0)
+    height, width = part.shape[1:]
+    return any(
+        torch.equal(whole[:, y : y + height, x : x + width], part)
+        for y, x in starts.nonzero().tolist()
+    )
+
+
+def test_pictures_are_rejected_for_a_reason(built: Built, output: Path) -> None:
+    rejected = {
+        row["source"]: (row["reason"], row["detail"])
+        for row in csv.DictReader((output / "rejects.csv").read_text().splitlines())
+    }
+    assert {source: reason for source, (reason, _) in rejected.items()} == {
+        "mixed/broken.jpg": "unreadable",
+        "mixed/small.png": "too small",
+        "mixed/soft.png": "blurred",
+        "mixed/twin.jpg": "near-duplicate",
+    }
+    assert "damaged or truncated" in rejected["mixed/broken.jpg"][1]
+    assert "120x120" in rejected["mixed/small.png"][1]
+    assert "below 20" in rejected["mixed/soft.png"][1]
+    assert rejected["mixed/twin.jpg"][1] == "of mixed/bay/astronaut.png"
+    assert len(built.unreadable) == 1 and "broken.jpg" in built.unreadable[0]
+
+
+def test_the_manifest_counts_and_says_what_made_it(
+    built: Built, output: Path, pictures: Path
+) -> None:
+    told = json.loads((output / "manifest.json").read_text())
+    assert told == built.manifest
+    ones = {"blurred": 1, "near-duplicate": 1, "too small": 1, "unreadable": 1}
+    assert told["counts"] == {"seen": 9, "accepted": 5, "rejected": ones, "rows": 15, "shards": 4}
+    assert told["settings"]["seed"] == 0 and told["inputs"] == {"mixed": str(pictures)}
+    assert told["shards"] == {
+        shard.name: pq.read_metadata(shard).num_rows for shard in _shards(output)
+    }
+    assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_shards_can_be_trained_on(built: Built, output: Path) -> None:
+    source = open_source(str(output), DataConfig(patch=32, margin=8), 0)
+    assert isinstance(source, Shards) and source.rows == 15
+    hr, lr = source.pair(7)[:2]
+    assert hr.shape == (3, 32, 32) and lr.shape == (3, 8, 8) and hr.float().std() > 0
+
+
+# Again
+
+
+def test_the_same_again_elsewhere_gives_the_same_bytes(
+    built: Built, output: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """With other parallelism; of everything, the manifest and the notes of the survey included."""
+    moved = shutil.copytree(pictures, tmp_path / "mixed")
+    build_shards(_config(moved, tmp_path / "again", cpus=2))
+    again, first = _everything(tmp_path / "again"), _everything(output)
+    del again["manifest.json"], first["manifest.json"]
+    assert len(first) >= 4 + 3 and again == first
+
+
+def test_from_and_to_s3_gives_the_same_bytes(
+    built: Built, output: Path, pictures: Path, s3: Server
+) -> None:
+    bucket = s3.bucket()
+    for name, data in _everything(pictures).items():
+        (locate(f"{bucket}/mixed") / name).write(data)
+    config = _config(pictures, f"{bucket}/shards", inputs=[f"{bucket}/mixed"])
+    assert str(build_shards(config)) == str(built)
+    made = locate(f"{bucket}/shards")
+    for shard in _shards(output):
+        assert (made / shard.name).read() == shard.read_bytes()
+    assert len(made.files()) == len(_everything(output))
+
+
+def test_another_seed_gives_other_crops_and_other_lr(
+    built: Built, rows: list[dict[str, Any]], pictures: Path, tmp_path: Path
+) -> None:
+    config = _config(pictures, tmp_path, seed=1)
+    for row in rows[:3]:
+        found = plan.look(0, row["source"], plan.fetcher(config), config)["boxes"]
+        before = plan.look(0, row["source"], plan.fetcher(config), _config(pictures, tmp_path))
+        assert found != before["boxes"]
+        assert config.seed_of(row["id"]) != row["degradation"]["seed"]
+
+
+def test_only_what_is_missing_is_built(built: Built, output: Path, pictures: Path) -> None:
+    before = _everything(output)
+    gone = _shards(output)[1]
+    gone.unlink()
+    written = {s: s.stat().st_mtime_ns for s in [*_shards(output), *output.glob("survey/*")]}
+    again = build_shards(_config(pictures, output, cpus=1))
+    assert _everything(output) == before and again == built
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_other_settings_or_pictures_in_the_same_output_are_refused(
+    built: Built, output: Path, pictures: Path, tmp_path: Path
+) -> None:
+    before = _everything(output)
+    with pytest.raises(OptionError, match=r"other seed \(0, now 7\), crop \(96, now 64\)"):
+        build_shards(_config(pictures, output, seed=7, crop=64))
+    more = shutil.copytree(pictures, tmp_path / "mixed")
+    shutil.copy(more / "rocket.jpg", more / "rocket2.jpg")
+    with pytest.raises(OptionError, match="other pictures"):
+        build_shards(_config(more, output))
+    assert _everything(output) == before
+
+
+def test_a_picture_that_changed_since_it_was_planned_costs_its_shard_alone(
+    built: Built, output: Path, pictures: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(pictures, tmp_path / "mixed")
+    begun = shutil.copytree(output, tmp_path / "begun")
+    for shard in _shards(begun):
+        shard.unlink()
+    shutil.copy(moved / "rocket.jpg", moved / "chelsea.webp")
+    again = build_shards(_config(moved, begun))
+    lost = {line.split(":")[0] for line in again.failed}
+    assert 1 <= len(lost) <= 2 and all("chelsea.webp: not the picture" in f for f in again.failed)
+    assert {s.name for s in _shards(begun)} == {s.name for s in _shards(output)} - lost
+    assert set(again.manifest["failed"]) == lost
+
+
+# What is refused before any work
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"crop": 98}, "crop: .*multiple of the scale 4"),
+        ({"output": "photos/deep/shards"}, "output: .*apart from the input"),
+        ({"output": "."}, "output: .*apart from the input"),
+        ({"inputs": ["photos", "photos/deep"]}, "inputs: .*read twice"),
+        ({"inputs": []}, "inputs"),
+        ({"degradation": "terrible"}, "degradation"),
+        ({"duplicate_distance": 30}, "duplicate_distance"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        ShardConfig.parse(**{"inputs": ["photos"], "output": "shards", **changes})
+
+
+def test_inputs_without_pictures_and_folders_of_others_are_refused(
+    pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="nowhere: no pictures"):
+        build_shards(_config(tmp_path / "nowhere", tmp_path / "out"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("years of work")
+    with pytest.raises(OptionError, match="not empty"):
+        build_shards(_config(pictures, tmp_path / "other"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/shards"):
+        build_shards(_config(pictures, tmp_path / "file/shards"))
+
+
+def test_inputs_of_the_same_name_are_told_apart(pictures: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place / "photos").mkdir(parents=True)
+        shutil.copy(pictures / "rocket.jpg", tmp_path / place / "photos")
+    both = [str(tmp_path / place / "photos") for place in ("b", "a")]
+    config = _config(pictures, tmp_path / "out", inputs=both)
+    assert plan.list_sources(config) == ["1-photos/rocket.jpg", "2-photos/rocket.jpg"]
+    assert plan.fetcher(config)("2-photos/rocket.jpg") == (pictures / "rocket.jpg").read_bytes()
+
+
+# Looks and plans
+
+
+def test_whole_pictures_are_trimmed_and_kept_whole(pictures: Path, tmp_path: Path) -> None:
+    config = _config(pictures, tmp_path, crop=0)
+    look = plan.look(0, "mixed/chelsea.webp", plan.fetcher(config), config)
+    assert look["boxes"] == [{"left": 0, "top": 0, "width": 448, "height": 300}]
+
+
+def test_a_picture_that_is_gone_is_unreadable(
+    cluster: Cluster, pictures: Path, tmp_path: Path
+) -> None:
+    """Looked at alone, as after a part failed; from then on, the notes know."""
+    config = _config(pictures, tmp_path)
+    sources = ["mixed/rocket.jpg", "mixed/gone.png"]
+    counts: list[int] = []
+    table = plan._one_by_one(0, sources, config, counts.append)
+    assert table["source"].to_pylist() == sources and sum(counts) == 2
+    assert table["reason"].to_pylist() == [None, "unreadable"]
+    assert "there is no such file" in table["detail"][1].as_py()
+    assert plan.survey(config, sources).equals(table)
+
+
+def test_groups_of_rows_stay_within_both_limits() -> None:
+    assert list(plan.cut([1] * 5, 2, 100)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(plan.cut([4, 4, 9, 20, 1], 10, 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert list(plan.cut([], 2, 10)) == []
+
+
+# Tasks
+
+
+def _dies(item: tuple[str, int], folder: Path) -> int:
+    name, times = item
+    deaths = len(list(folder.glob(f"{name}-*")))
+    if deaths < times:
+        (folder / f"{name}-{deaths}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return times
+
+
+def test_a_task_whose_worker_dies_is_started_again_but_not_for_ever(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "RETRIES", 1)
+    items = [("never", 0), ("once", 1), ("always", 99)]
+    assert sorted(each(items, partial(_dies, folder=tmp_path), 0.5, 2)) == [0, 1]
+    assert len(list(tmp_path.glob("always-*"))) == 2
+
+
+def _alone(item: int, folder: Path) -> int:
+    """Refuses while another one is at work."""
+    busy = folder / "busy"
+    busy.touch(exist_ok=False)
+    np.linalg.svd(np.random.default_rng(item).normal(size=(400, 400)))
+    busy.unlink()
+    return item
+
+
+def _together(item: int, folder: Path) -> int:
+    """Waits for the other one."""
+    (folder / str(item)).touch()
+    until((folder / str(1 - item)).exists, "two tasks at once")
+    return item
+
+
+def test_a_cluster_that_grows_is_asked_for_no_more_than_allowed(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sorted(each([0, 1], partial(_together, folder=tmp_path), 0.5, 0.5)) == [0, 1]
+    monkeypatch.setattr(tasks, "grows", lambda: True)
+    assert sorted(each(range(8), partial(_alone, folder=tmp_path), 0.5, 0.9)) == list(range(8))
+
+
+def _fails(item: int) -> int:
+    if item == 1:
+        raise OutputError("disk full")
+    return 10 // (item - 2)
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "told"), [(1, OutputError, "^disk full$"), (2, RuntimeError, "ZeroDivision")]
+)
+def test_what_a_task_raises_is_raised(
+    cluster: Cluster, item: int, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        list(each([item], _fails, 0.5, 2))
+
+
+# The command
+
+
+@pytest.fixture
+def job(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "ray_jobs/build_shards.py"), *arguments]
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run
+
+
+def test_the_job_names_what_failed_and_writes_the_rest(
+    job: Callable[..., subprocess.CompletedProcess[str]],
+    pictures: Path,
+    output: Path,
+    built: Built,
+    tmp_path: Path,
+) -> None:
+    small = ["--crop=96", "--crops-per-picture=3", "--min-size=128", "--rows-per-shard=4"]
+    ended = job(f"--input={pictures}", f"--output={tmp_path / 'out'}", "--cpus=0.5", *small)
+    assert ended.returncode == 1, ended.stderr
+    assert "failed: mixed/broken.jpg: " in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.stdout.strip() == str(built)
+    assert _everything(tmp_path / "out") == _everything(output)

@@ -1,0 +1,198 @@
+"""What is sent again, and how often. No cluster is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from linearsr.config import FileOptions, Options
+from linearsr.distributed.serve import ServeConfig
+from linearsr.distributed.serve.expert import Experts, Passed
+from linearsr.distributed.serve.ingress import Fleet
+from linearsr.distributed.serve.retry import Died, Outdated, Replaced, cause, resends
+from linearsr.errors import LinearSRError, WeightsError
+from linearsr.imaging.files import from_pil
+from linearsr.web.service import Full, NotReady, Progress, Request, Result, model_info
+from linearsr.weights import read_config
+
+
+def tries(errors: list[Exception], attempts: int) -> int:
+    """How often is tried what fails with these in turn, and then does not."""
+    count = 0
+
+    async def at_once(_: float) -> None:
+        return
+
+    async def run() -> None:
+        nonlocal count
+        async for attempt in resends(attempts).copy(sleep=at_once):
+            with attempt:
+                count += 1
+                if count <= len(errors):
+                    raise errors[count - 1]
+
+    asyncio.run(run())
+    return count
+
+
+def test_who_died_with_it_is_counted() -> None:
+    assert tries([], 2) == 1
+    assert tries([Died()], 2) == 2
+    with pytest.raises(Died):
+        tries([Died(), Died()], 2)
+
+
+def test_who_was_replaced_is_waited_for() -> None:
+    assert tries([Replaced()] * 20, 2) == 21
+
+
+def test_deaths_alone_are_counted() -> None:
+    assert tries([Replaced()] * 20 + [Died()], 2) == 22
+    with pytest.raises(Died):
+        tries([Died(), Replaced(), Died()], 2)
+
+
+def test_what_is_wrong_with_a_request_stays_wrong() -> None:
+    with pytest.raises(WeightsError):
+        tries([WeightsError("no")], 5)
+
+
+def test_causes_are_found_below_ray() -> None:
+    died = ray.exceptions.ActorDiedError()
+    assert isinstance(cause(died), Died)
+    upstream = RuntimeError("an argument could not be had")
+    upstream.__cause__ = died
+    assert isinstance(cause(upstream), Died)
+    own = LinearSRError("too large")
+    task = ray.exceptions.RayTaskError("upscale", "traceback", own)
+    assert cause(task) is own
+    gone = cause(DeploymentUnavailableError.__new__(DeploymentUnavailableError))
+    assert isinstance(gone, Outdated)
+    other = ValueError("a bug")
+    assert cause(other) is other
+
+
+def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
+    experts = Experts(ServeConfig(model=str(small_bundle), device="cpu"), (0,))
+    picture = from_pil(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
+    job = experts.upscaler.prepare(picture, Options(steps=4))
+    planned = Passed(job.work(), experts.upscaler.config)
+    segment = job.segments[0]
+
+    async def at_once(item: Any) -> Any:
+        return experts._together([item])[0]
+
+    experts.queues[0] = at_once  # Serve's own needs a replica around it
+
+    async def denoise(passed: Passed) -> Passed:
+        return await experts.denoise(passed, segment)
+
+    after = asyncio.run(denoise(planned))
+    assert after.weights == str(small_bundle)
+    with pytest.raises(Replaced):
+        asyncio.run(denoise(replace(planned, weights="other")))
+    other = planned.config.model_copy(update={"name": "other"})
+    with pytest.raises(Outdated):
+        asyncio.run(denoise(replace(planned, config=other)))
+
+
+class FakeRouter:
+    """A handle whose calls give these events in turn, or raise them."""
+
+    def __init__(self, *calls: list[Any]) -> None:
+        self.calls = list(calls)
+        self.cancelled = 0
+
+    @property
+    def upscale(self) -> FakeRouter:
+        return self
+
+    def options(self, **_: object) -> FakeRouter:
+        return self
+
+    def remote(self, _: Request) -> FakeCall:
+        return FakeCall(self, self.calls.pop(0))
+
+
+class FakeCall:
+    def __init__(self, router: FakeRouter, events: list[Any]) -> None:
+        self.router, self.events = router, events
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for event in self.events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def cancel(self) -> None:
+        self.router.cancelled += 1
+
+
+RESULT = Result(b"", "png", 1, 1, "small", 0, 4, 4.0)
+BEGUN = Progress("structure", 0, 4)
+
+
+def fleet(small_bundle: Path, *calls: list[Any]) -> tuple[Fleet, FakeRouter]:
+    router = FakeRouter(*calls)
+    return Fleet(model_info(read_config(small_bundle)), router, [], 5), router  # type: ignore[arg-type]
+
+
+async def first_result(fleet: Fleet) -> list[Any]:
+    """As the HTTP interface listens: up to the result, and no further."""
+    seen: list[Any] = []
+    async with aclosing(fleet.upscale(Request(b"", Options(), FileOptions()))) as events:
+        async for event in events:
+            seen.append(event)
+            if isinstance(event, Result):
+                break
+    return seen
+
+
+def test_what_requests_took_is_remembered_and_no_ended_one_cancelled(small_bundle: Path) -> None:
+    ingress, router = fleet(small_bundle, [BEGUN, RESULT])
+    assert asyncio.run(first_result(ingress)) == [BEGUN, RESULT]
+    assert len(ingress.took) == 1 and router.cancelled == 0
+
+
+def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
+    """A new one is refused instead."""
+    full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    died = ray.exceptions.ActorDiedError()
+    ingress, _ = fleet(small_bundle, [BEGUN, died], [full], [BEGUN, RESULT], [full])
+
+    async def run() -> None:
+        assert await first_result(ingress) == [BEGUN, BEGUN, RESULT]
+        with pytest.raises(Full):
+            await first_result(ingress)
+
+    asyncio.run(run())
+
+
+def test_draining_waits_and_refuses(small_bundle: Path) -> None:
+    ingress, _ = fleet(small_bundle, [BEGUN, RESULT])
+
+    async def run() -> None:
+        events = ingress.upscale(Request(b"", Options(), FileOptions()))
+        assert await anext(events) == BEGUN
+        draining = asyncio.create_task(ingress.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        with pytest.raises(NotReady):
+            await first_result(ingress)
+        with pytest.raises(NotReady):
+            await ingress.ready()
+        assert await anext(events) == RESULT
+        await events.aclose()
+        await draining
+
+    asyncio.run(run())

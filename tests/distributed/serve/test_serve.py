@@ -1,0 +1,388 @@
+"""The endpoint on a real cluster: the same pixels, whoever else asks and whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+
+from linearsr.config import LINEARSR_1_6B, ModelConfig, Options
+from linearsr.distributed.serve import ServeConfig, build_app
+from linearsr.distributed.serve.config import shared_out, steps_of
+from linearsr.errors import OptionError
+from linearsr.imaging.files import encode
+from linearsr.imaging.files import read as read_picture
+from linearsr.pipeline.upscaler import Upscaler
+from linearsr.weights import expert_names, read_config, save
+from tests.conftest import random_experts
+from tests.distributed.conftest import _free_port, until
+
+# As it was done by hand: 300, 100 and 4.
+REQUESTS = int(os.environ.get("LINEARSR_TEST_REQUESTS", "60"))
+CANCELLED = int(os.environ.get("LINEARSR_TEST_CANCELLED", "20"))
+KILLED = int(os.environ.get("LINEARSR_TEST_KILLED", "2"))
+AT_ONCE = 16
+SIZES = ((32, 24), (24, 40), (40, 40))
+PLACES, WAITING = 16, 16
+# A line of events that holds a picture.
+LINE = 2**22
+
+
+class Endpoint(NamedTuple):
+    """Where it answers, and what it runs."""
+
+    url: str
+    config: ServeConfig
+
+
+@pytest.fixture(scope="module", params=["split", "together"])
+def endpoint(
+    request: pytest.FixtureRequest,
+    cluster: Cluster,
+    scaling_bundle: Path,
+) -> Iterator[Endpoint]:
+    port = _free_port()
+    config = config_of(scaling_bundle, request.param)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build_app(config))
+    yield Endpoint(f"http://127.0.0.1:{port}", config)
+    serve.shutdown()
+
+
+def config_of(model: Path, layout: str) -> ServeConfig:
+    return ServeConfig.parse(
+        model=str(model),
+        device="cpu",
+        layout=layout,
+        replicas=4 if layout == "split" else 2,
+        expert_cpus=0.25,
+        router_cpus=0.25,
+        places=PLACES,
+        waiting=WAITING,
+        surge=100 if layout == "split" else 0,
+    )
+
+
+class Case(NamedTuple):
+    """A request and the pixels it must get."""
+
+    picture: bytes
+    options: dict[str, float | str]
+    pixels: NDArray[np.int16]
+
+
+@pytest.fixture(scope="module")
+def cases(scaling_bundle: Path) -> list[Case]:
+    return answered_by(scaling_bundle)
+
+
+def answered_by(model: Path) -> list[Case]:
+    """Three sizes, with options of their own, answered in this process."""
+    upscaler = Upscaler.load(model, "cpu")
+    found = []
+    for number in range(12):
+        picture = photograph(number, *SIZES[number % len(SIZES)])
+        solver = ("euler", "dpm", "adams")[number // 4]
+        options = {"seed": number, "steps": 4 + number % 2, "solver": solver}
+        options |= {"scale": (4, 1.5)[number % 2], "detail": (1, 0.5)[number // 2 % 2]}
+        result = upscaler.upscale(read_picture(picture), Options.parse(**options))
+        found.append(Case(picture, options, pixels_of(encode(result, "png"))))
+    return found
+
+
+def photograph(number: int, width: int, height: int) -> bytes:
+    """A corner of one, as PNG."""
+    photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
+    left, top = 200 + 10 * number, 40 + 5 * number
+    file = io.BytesIO()
+    photo.crop((left, top, left + width, top + height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels_of(image: bytes) -> NDArray[np.int16]:
+    return np.asarray(Image.open(io.BytesIO(image))).astype(np.int16)
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+
+async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, case: Case) -> Answer:
+    form = form_of(case.picture, **case.options)
+    async with session.post(f"{endpoint.url}/v1/upscale", data=form) as response:
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        return Answer(response.status, await response.read(), headers)
+
+
+def form_of(picture: bytes, **options: float | str) -> aiohttp.FormData:
+    form = aiohttp.FormData({name: str(value) for name, value in options.items()})
+    form.add_field("image", picture, filename="photo.png")
+    return form
+
+
+def image_of(event: bytes) -> bytes:
+    """Of the line that tells a result."""
+    return base64.b64decode(json.loads(event.removeprefix(b"data: "))["image"])
+
+
+def in_session(work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]) -> list[Answer]:
+    async def run() -> list[Answer]:
+        timeout = aiohttp.ClientTimeout(total=300)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(
+            timeout=timeout, connector=connector, read_bufsize=LINE
+        ) as session:
+            return await work(session)
+
+    return asyncio.run(run())
+
+
+def test_alone_a_request_gets_the_bits_of_the_command(
+    endpoint: Endpoint, cases: list[Case]
+) -> None:
+    async def in_turn(session: aiohttp.ClientSession) -> list[Answer]:
+        return [await ask(session, endpoint, case) for case in cases]
+
+    for case, answer in zip(cases, in_session(in_turn), strict=True):
+        assert answer.status == 200, answer.body
+        assert np.array_equal(pixels_of(answer.body), case.pixels)
+        parts = [part.split(";")[0] for part in answer.headers["server-timing"].split(", ")]
+        experts = ["structure", "refinement", "texture"]
+        assert parts[:5] == ["prepare", "queue", *experts] and "decode" in parts
+        assert answer.headers["x-request-id"]
+
+
+async def crowd(
+    session: aiohttp.ClientSession, endpoint: Endpoint, cases: list[Case], count: int
+) -> list[Answer]:
+    """`count` requests, `AT_ONCE` at a time."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> Answer:
+        async with places:
+            return await ask(session, endpoint, cases[number % len(cases)])
+
+    return list(await asyncio.gather(*map(one, range(count))))
+
+
+def check(answers: list[Answer], cases: list[Case]) -> None:
+    """Each has its own picture; in a batch, additions may come in another order."""
+    for number, answer in enumerate(answers):
+        assert answer.status == 200, answer.body
+        difference = pixels_of(answer.body) - cases[number % len(cases)].pixels
+        assert np.abs(difference).max() <= 1
+
+
+def test_in_a_crowd_everyone_gets_their_own_picture(endpoint: Endpoint, cases: list[Case]) -> None:
+    check(in_session(lambda session: crowd(session, endpoint, cases, REQUESTS)), cases)
+
+
+def replicas(name: str) -> list[int]:
+    """Process ids of a deployment's replicas."""
+    alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    return [a.pid for a in alive if a.class_name == f"ServeReplica:default:{name}"]
+
+
+def test_nobody_notices_that_replicas_die(endpoint: Endpoint, cases: list[Case]) -> None:
+    """One of each expert, and the router, are killed in turn while others ask."""
+    split = endpoint.config.layout == "split"
+    deployments = [*(expert_names_of(endpoint) if split else ["experts"]), "Router"]
+
+    async def kill(done: asyncio.Event) -> None:
+        for name in deployments:
+            victim = (await asyncio.to_thread(replicas, name))[0]
+            os.kill(victim, signal.SIGKILL)
+            # The next one when it is back: all four at once would be another test.
+            back = lambda name=name, victim=victim: set(replicas(name)) - {victim}  # noqa: E731
+            await asyncio.to_thread(until, lambda back=back: bool(back()), f"{name} again")
+        done.set()
+
+    async def work(session: aiohttp.ClientSession) -> list[Answer]:
+        done = asyncio.Event()
+        killer = asyncio.create_task(kill(done))
+        answers: list[Answer] = []
+        while not done.is_set() or len(answers) < REQUESTS:
+            answers += await crowd(session, endpoint, cases, len(cases) * 2)
+        await killer
+        return answers
+
+    check(in_session(work), cases)
+
+
+def expert_names_of(endpoint: Endpoint) -> list[str]:
+    return expert_names(read_config(endpoint.config.model))
+
+
+def test_whoever_dies_in_the_middle_of_its_steps_is_replaced(
+    endpoint: Endpoint, scaling_bundle: Path
+) -> None:
+    """Every replica of an expert, as soon as it has begun."""
+    options = Options(steps=50, seed=3)
+    upscaler = Upscaler.load(scaling_bundle, "cpu")
+    picture = photograph(0, 96, 96)
+    expected = pixels_of(encode(upscaler.upscale(read_picture(picture), options), "png"))
+    split = endpoint.config.layout == "split"
+
+    async def without(session: aiohttp.ClientSession, expert: str) -> Answer:
+        form = form_of(picture, steps=50, seed=3)
+        url, headers = f"{endpoint.url}/v1/upscale", {"Accept": "text/event-stream"}
+        victims = await asyncio.to_thread(replicas, expert if split else "experts")
+        killed = False
+        async with session.post(url, data=form, headers=headers) as response:
+            async for line in response.content:
+                if b'"image"' in line:
+                    assert killed
+                    return Answer(response.status, image_of(line), {})
+                if expert.encode() in line and not killed:
+                    killed = True
+                    for victim in victims:
+                        os.kill(victim, signal.SIGKILL)
+        raise AssertionError("the answer ended without a result")
+
+    async def in_turn(session: aiohttp.ClientSession) -> list[Answer]:
+        names = ("texture", "structure", "refinement", "polish")
+        # "together" all of them live in the same replicas.
+        return [await without(session, expert) for expert in names[: KILLED if split else 1]]
+
+    for answer in in_session(in_turn):
+        assert answer.status == 200
+        assert np.array_equal(pixels_of(answer.body), expected)
+
+
+def test_more_than_there_is_room_for_are_asked_to_come_again(
+    endpoint: Endpoint, cases: list[Case]
+) -> None:
+    long = [case._replace(options={**case.options, "steps": 40}) for case in cases]
+
+    async def at_once(session: aiohttp.ClientSession) -> list[Answer]:
+        return await asyncio.gather(*(ask(session, endpoint, long[n % 12]) for n in range(200)))
+
+    answers = in_session(at_once)
+    refused = [answer for answer in answers if answer.status == 429]
+    assert refused and len(answers) - len(refused) >= PLACES + WAITING
+    assert {answer.status for answer in answers} == {200, 429}
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.headers["content-type"] == "application/problem+json"
+    check(in_session(lambda session: crowd(session, endpoint, cases, 32)), cases)
+
+
+def test_who_leaves_takes_no_place_along(endpoint: Endpoint, cases: list[Case]) -> None:
+    """Clients that hang up in the middle; then as many ask as there are places."""
+    long = cases[0]._replace(options={"steps": 50, "seed": 1})
+
+    async def leave(session: aiohttp.ClientSession) -> list[Answer]:
+        form = form_of(long.picture, steps=50)
+        headers = {"Accept": "text/event-stream"}
+        url = f"{endpoint.url}/v1/upscale"
+        async with session.post(url, data=form, headers=headers) as response:
+            assert response.status == 200
+            await response.content.readline()  # it is under way
+            response.close()
+        return []
+
+    async def work(session: aiohttp.ClientSession) -> list[Answer]:
+        for _ in range(0, CANCELLED, 10):
+            await asyncio.gather(*(leave(session) for _ in range(10)))
+        return await crowd(session, endpoint, cases, CANCELLED)
+
+    check(in_session(work), cases)
+
+
+def test_healthy_once_all_experts_are(endpoint: Endpoint) -> None:
+    async def health(session: aiohttp.ClientSession) -> list[Answer]:
+        async with session.get(f"{endpoint.url}/healthz") as response:
+            return [Answer(response.status, await response.read(), {})]
+
+    (answer,) = in_session(health)
+    assert (answer.status, answer.body) == (200, b'{"status":"ready"}')
+    name, count = ("polish", 1) if endpoint.config.layout == "split" else ("experts", 2)
+    until(lambda: len(replicas(name)) == count, "all replicas after the tests before")
+    stopped = replicas(name)
+    for replica in stopped:
+        os.kill(replica, signal.SIGSTOP)
+    try:
+        (answer,) = in_session(health)
+        assert answer.status == 503
+    finally:
+        for replica in stopped:
+            os.kill(replica, signal.SIGCONT)
+    until(lambda: in_session(health)[0].status == 200, "healthy again")
+
+
+def test_other_weights_replace_the_old_without_a_failed_request(
+    endpoint: Endpoint, cases: list[Case], tmp_path: Path
+) -> None:
+    """In place and under load: each answer is of one model or the other.
+
+    The last of a layout's tests: its endpoint has the other weights from now on.
+    """
+    config = read_config(endpoint.config.model)
+    experts = [model.state_dict() for model in random_experts(config, 8)[4:]]
+    if endpoint.config.layout == "together":  # another config as well
+        config = config.model_copy(update={"name": "other"})
+    save(tmp_path, config, experts, {}, torch.float32)
+    new = answered_by(tmp_path)
+    app = build_app(config_of(tmp_path, endpoint.config.layout))
+
+    async def rollout(session: aiohttp.ClientSession) -> list[Answer]:
+        answers = await crowd(session, endpoint, cases, len(cases))
+        deploying = asyncio.create_task(asyncio.to_thread(serve.run, app))
+        while not deploying.done():
+            answers += await crowd(session, endpoint, cases, len(cases))
+        await deploying
+        return answers
+
+    answers = in_session(rollout)
+    told = [of_which(answer, cases[n % 12], new[n % 12]) for n, answer in enumerate(answers)]
+    assert told[:12] == ["before"] * 12
+    check(in_session(lambda session: crowd(session, endpoint, new, 12)), new)
+
+
+def of_which(answer: Answer, before: Case, after: Case) -> str:
+    assert answer.status == 200, answer.body
+    pixels = pixels_of(answer.body)
+    for name, case in {"before": before, "after": after}.items():
+        if np.abs(pixels - case.pixels).max() <= 1:
+            return name
+    raise AssertionError("a picture of neither model")
+
+
+def test_replicas_follow_the_steps() -> None:
+    """4/2/13/1 of 20 steps: with 20 replicas each has one step, with four each expert one."""
+    assert steps_of(LINEARSR_1_6B) == [4, 2, 13, 1]
+    assert shared_out(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
+    assert shared_out(4, [4, 2, 13, 1]) == (1, 1, 1, 1)
+    assert shared_out(7, [4, 2, 13, 1]) == (1, 1, 4, 1)
+    assert shared_out(6, [1, 1, 2, 0]) == (2, 1, 2, 1)
+
+
+def test_counts_of_replicas_must_fit(small_config: ModelConfig) -> None:
+    with pytest.raises(OptionError, match="4 experts, got 3"):
+        ServeConfig(replicas=(1, 1, 1)).groups(small_config)
+    with pytest.raises(OptionError, match="replicas"):
+        ServeConfig.parse(replicas=0)
+    with pytest.raises(OptionError, match="one number"):
+        ServeConfig.parse(layout="together", replicas=(1, 1, 1, 1))
+    with pytest.raises(OptionError, match="texture starts with 2"):
+        build_app(ServeConfig(replicas=(1, 1, 2, 1), most_replicas=1))
+    assert ServeConfig(layout="together", replicas=3).groups(small_config) == [((0, 1, 2, 3), 3)]

@@ -1,0 +1,32 @@
+"""Who could never start is told so; nodes count one by one for what one process takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from linearsr.distributed.resources import Needs, check_room
+from linearsr.errors import OptionError
+
+
+@pytest.fixture
+def another_node(cluster: Cluster) -> Iterator[None]:
+    """Beside the head's four CPUs, two more."""
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    cluster.wait_for_nodes()
+    yield
+    cluster.remove_node(node)
+
+
+def test_all_of_it_in_the_cluster_and_each_process_on_a_node(another_node: None) -> None:
+    assert ray.cluster_resources()["CPU"] == 6
+    check_room("a pool", Needs(6), Needs(4), "ask for less")
+    with pytest.raises(OptionError, match=r"^a pool needs 7 CPU, the cluster has 6: ask for less$"):
+        check_room("a pool", Needs(7), Needs(1), "ask for less")
+    with pytest.raises(OptionError, match="needs 5 CPU on one node, the largest has 4: ask"):
+        check_room("a task", Needs(5), Needs(5), "ask for less")
+    with pytest.raises(OptionError, match="needs 1 GPU, the cluster has 0"):
+        check_room("a task", Needs(1, 1), Needs(1, 1), "ask for less")

@@ -1,0 +1,240 @@
+"""The two training jobs as users start them: by hand, and with `ray job submit`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobStatus
+
+from linearsr import weights
+from linearsr.cli.job import configs, parser
+from linearsr.diffusion.experts import ranges
+from linearsr.distributed.train.config import ClusterConfig
+from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage
+from linearsr.distributed.train.knee import read_knee
+from linearsr.distributed.train.trainer import Outcome
+from linearsr.errors import OptionError, WeightsError
+from linearsr.pipeline.upscaler import Upscaler
+from linearsr.storage.location import locate
+from linearsr.training.perceptual import DISCRIMINATOR
+from linearsr.training.recipes import Recipe, override
+from tests.distributed.conftest import (
+    ROOT,
+    SMALL,
+    STEPS,
+    Jobs,
+    checkpoints,
+    losses,
+    reported,
+    stage_of,
+    until,
+)
+
+EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
+
+
+# A discriminator and pairs as small as the rest.
+JUDGED = ("channels=[8, 8, 8, 8, 8]", "gan_warmup=1", "detour=0.5")
+JUDGED_DATA = tuple(f"perceptual_data.{name}" for name in ("patch=32", "batch=4", "margin=8"))
+
+
+def _command(job: str, photos: Path, runs: Path, name: str, *more: str) -> list[str]:
+    settings = [*SMALL, *STEPS, *(f"experts.{i}.{field}" for i in range(4) for field in EXPERT)]
+    return [
+        sys.executable,
+        f"ray_jobs/{job}.py",
+        "--recipe=tiny_cpu",
+        f"--data={photos}",
+        f"--validation={photos}",
+        f"--storage={runs}",
+        f"--name={name}",
+        *(part for setting in settings for part in ("--set", setting)),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def driver(photos: Path, runs: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The pretraining job started by hand: it starts a cluster of its own."""
+    with tempfile.TemporaryDirectory(prefix="lsr-", ignore_cleanup_errors=True) as folder:
+        alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        started = subprocess.Popen(
+            _command("pretrain", photos, runs, "pretrain"),
+            cwd=ROOT,
+            env={**alone, "RAY_TMPDIR": folder},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        yield started
+        _kill(started)
+
+
+def _kill(driver: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the driver and everything that it started."""
+    if driver.poll() is None:
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=60)
+    driver.wait()
+
+
+def test_a_job_whose_machine_died_goes_on_when_submitted_again(
+    driver: subprocess.Popen[bytes], jobs: Jobs, photos: Path, runs: Path, whole: Outcome
+) -> None:
+    """The first time on one worker and the second on two: it is the run of two throughout."""
+    run = runs / "pretrain"
+    until(lambda: bool(reported(run)) or driver.poll() is not None, "a first checkpoint")
+    _kill(driver)
+    before = [m["step"] for m in reported(run)]
+    assert before and before[-1] < 24, f"not killed in between: {before}, {driver.returncode}"
+    again = _command("pretrain", photos, runs, "pretrain", "--workers=2")
+    status, _, output = jobs.end(jobs.submit(again))
+    assert status == JobStatus.SUCCEEDED, output
+    assert [m["step"] for m in reported(run)] == [6, 12, 18, 24]
+    assert losses(run) == pytest.approx(losses(Path(whole.run.path)), rel=1e-3)
+    assert f"{run}: no knee yet after" in output and "still rising" in output
+    assert {v.step for v in read_knee(locate(run)).history} >= {12, 18, 24}
+
+
+def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
+    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image
+) -> None:
+    assert (runs / "pretrain").exists(), "the pretraining test has to run first"
+    command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
+    # Two of the four runs fit on the cluster at once.
+    command += ["--worker-cpus=1", "--stages", "experts"]
+    refused, allowed = (
+        jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
+    )
+    status, code, output = jobs.end(refused)
+    assert (status, code) == (JobStatus.FAILED, 2)
+    assert "not confirmed" in output and "--i-know-this-is-not-the-knee" in output
+    assert "Traceback" not in output
+    status, _, output = jobs.end(allowed)
+    assert status == JobStatus.SUCCEEDED, output
+    for name in ("0-structure", "3-"):
+        assert any(name in folder.name for folder in (runs / "experts").glob("experts-*"))
+    upscaler = Upscaler.load(runs / "experts" / "weights", "cpu")
+    assert upscaler(photograph, steps=4).size == (256, 192)
+
+
+def test_the_perceptual_stage_trains_all_experts_but_the_first(
+    cluster: Cluster,
+    recipe: Recipe,
+    photos: Path,
+    whole: Outcome,
+    tmp_path: Path,
+    lpips_trunk: Path,
+) -> None:
+    """With two experts that start from one run: a single run of training is enough."""
+    fields = (*EXPERT, *JUDGED, f"trunk={lpips_trunk}")
+    settings = [f"perceptual.0.{field}" for field in fields]
+    two = override(_two_experts(recipe), [*settings, *JUDGED_DATA])
+    home = stage_of(two, photos, tmp_path, "experts").cluster
+    outcomes = run_stage("perceptual", two, home, [locate(whole.run.path)], anyway=True)
+    (run,) = (tmp_path / "experts").glob("perceptual-[0-9]-*")
+    assert [m["step"] for m in reported(run)] == [2] and reported(run)[0]["psnr@1"] > 5
+    assert read_knee(locate(run)).history
+    assert all((c / DISCRIMINATOR).exists() for c in checkpoints(run))
+    export_outcomes(outcomes, two, locate(tmp_path / "weights"))
+    (start,) = weights.load(tmp_path / "experts" / "perceptual-start").experts
+    kept = [
+        all(map(torch.equal, start.parameters(), expert.parameters()))
+        for expert in weights.load(tmp_path / "weights").experts
+    ]
+    assert kept == [True, False]
+
+
+def _two_experts(recipe: Recipe) -> Recipe:
+    """The recipe with the timesteps in two ranges and short training of the second expert."""
+    fields = recipe.model_dump()
+    fields["model"]["sampling"].update(boundaries=(0.5,), plans=())
+    spans = ranges((0.5,))
+    for kind in ("experts", "finetune", "perceptual"):
+        chosen = zip(fields[kind][-len(spans) :], spans, strict=True)
+        stages = [
+            {**stage, "timesteps": {"low": low, "high": high}} for stage, (low, high) in chosen
+        ]
+        fields[kind] = stages[1:] if kind == "perceptual" else stages
+    return Recipe.model_validate(fields)
+
+
+def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    missing = override(recipe, [f"perceptual.{i}.trunk={tmp_path}/gone.pth" for i in range(3)])
+    with pytest.raises(WeightsError, match=r"gone\.pth"):
+        check_stages(["experts", "perceptual"], missing)
+    with pytest.raises(OptionError, match="no perceptual stage"):
+        check_stages(["experts", "perceptual"], override(recipe, ["perceptual=[]"]))
+    check_stages(["experts", "finetune"], missing)
+
+
+def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs: Path) -> None:
+    wrong = {
+        ("pretrain.stepz: no such field", 2): _command(
+            "pretrain", photos, runs, "wrong", "--set", "pretrain.stepz=1"
+        ),
+        ("no pictures and no .parquet shards", 1): _command(
+            "pretrain", runs / "nowhere", runs, "missing"
+        ),
+        ("in the job's temporary copy of its folder", 2): _command(
+            "pretrain", photos, Path("runs"), "lost"
+        ),
+    }
+    submitted = {expected: jobs.submit(command) for expected, command in wrong.items()}
+    for (message, expected), job in submitted.items():
+        status, code, output = jobs.end(job)
+        assert (status, code) == (JobStatus.FAILED, expected), output
+        told = [line for line in output.splitlines() if line.startswith("linearsr: ")]
+        assert len(told) == 1 and message in told[0] and "Traceback" not in output
+
+
+def _parsed(*flags: str) -> tuple[object, ClusterConfig]:
+    places = ["--data=d", "--validation=/v", "--storage=s3://b/s"]
+    return configs(parser("").parse_args([*places, *flags]))
+
+
+def test_flags_become_the_cluster_config() -> None:
+    _, cluster = _parsed("--workers=3", "--gpu", "--keep=20", "--worker-cpus=1.5", "--name=n")
+    assert (cluster.workers, cluster.gpu, cluster.keep, cluster.worker_cpus) == (3, True, 20, 1.5)
+    assert (cluster.validation, cluster.storage, cluster.name) == ("/v", "s3://b/s", "n")
+    # Workers have working folders of their own.
+    assert cluster.data == str(Path("d").absolute())
+    assert _parsed()[1].keep is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--keep=3", "--keep: .*greater than or equal to 16"),
+        ("--workers=0", "--workers"),
+        ("--max-failures=many", "--max-failures"),
+        ("--set=pretrain.steps", "settings look like"),
+        ("--set=pretrain.steps=-1", r"pretrain\.steps"),
+    ],
+)
+def test_wrong_flags_are_named(flag: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        _parsed(flag)
