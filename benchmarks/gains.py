@@ -24,7 +24,7 @@ from linearsr.denoiser import LinearSR
 from linearsr.denoiser import cpu_block as in_strips
 from linearsr.imaging.files import Picture
 from linearsr.pipeline import upscaler as stages
-from linearsr.pipeline.upscaler import Job, Upscaler
+from linearsr.pipeline.upscaler import Upscaler, UpscaleState
 
 LARGEST = 2048
 COMPILED = "torch.compile of plain blocks, for strips"
@@ -134,7 +134,7 @@ def _int8(model: LinearSR) -> LinearSR:
 _finished = Upscaler._finished
 
 
-def _finished_on_the_cpu(upscaler: Upscaler, job: Job, _: torch.device) -> Picture:
+def _finished_on_the_cpu(upscaler: Upscaler, job: UpscaleState, _: torch.device) -> Picture:
     return _finished(upscaler, job, torch.device("cpu"))
 
 

@@ -63,7 +63,7 @@ def euler(
     return latent
 
 
-class Walk(NamedTuple):
+class SolverState(NamedTuple):
     """Where a sampler has come to, and what it must know to go on.
 
     latent: (B, C, h, w). previous: of the same shape, what a solver of second order saw at the step
@@ -81,11 +81,11 @@ class Walk(NamedTuple):
 def sample(
     solver: Solver,
     denoise: Denoise,
-    walk: Walk,
+    walk: SolverState,
     timesteps: Sequence[float] | Tensor,
     start: int = 0,
     stop: int | None = None,
-) -> Walk:
+) -> SolverState:
     """Take steps `start` to `stop` of `timesteps` by the solver of that name.
 
     The arguments are those of `euler`. `timesteps` must reach one step further back than `start`
@@ -100,7 +100,7 @@ def sample(
     half-log-SNR. That is infinite at both ends, so the first two steps and the last are Euler's.
     """
     if solver == "euler":
-        return Walk(euler(denoise, walk.latent, timesteps, start, stop))
+        return SolverState(euler(denoise, walk.latent, timesteps, start, stop))
     stop = len(timesteps) - 1 if stop is None else stop
     latent, previous = walk.latent, walk.previous
     t = torch.as_tensor(timesteps)
@@ -114,7 +114,7 @@ def sample(
         if previous is not None:
             latent = latent + weights[i].view(-1, 1, 1, 1) * (seen - previous)
         previous = seen
-    return Walk(latent, previous)
+    return SolverState(latent, previous)
 
 
 def looks_back(solver: Solver, timesteps: Sequence[float], step: int) -> bool:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from linearsr.config import Config
 from linearsr.distributed.logs import last_line, quiet_data
-from linearsr.distributed.resources import Needs, check_room
+from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.errors import LinearSRError
 
 Item = TypeVar("Item")
@@ -57,10 +57,10 @@ def pooled(
     pool that the cluster has no room for.
     """
     left = dict(enumerate(items))
-    actor = Needs(pool.actor_cpus, int(pool.gpu))
-    everyone = Needs(*(pool.actors * amount for amount in actor))
+    actor = ResourceRequest(pool.actor_cpus, int(pool.gpu))
+    everyone = ResourceRequest(*(pool.actors * amount for amount in actor))
     advice = "use fewer --actors, or lower --actor-cpus"
-    check_room(f"a pool of {pool.actors}", everyone, actor, advice)
+    check_feasible(f"a pool of {pool.actors}", everyone, actor, advice)
     # One item may have taken along what its actor had in hand: that is tried one by one.
     for size, calls in ((batch, hands), (1, 1)):
         for number, result in _results(left, worker, arguments, pool, size, calls):

@@ -11,14 +11,16 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from linearsr.errors import OptionError
 
 
-class Needs(NamedTuple):
+class ResourceRequest(NamedTuple):
     """Logical CPUs and GPUs."""
 
     cpus: float
     gpus: float = 0.0
 
 
-def check_room(who: str, all_of_it: Needs, one_process: Needs, advice: str) -> None:
+def check_feasible(
+    who: str, all_of_it: ResourceRequest, one_process: ResourceRequest, advice: str
+) -> None:
     """Raise OptionError, with the advice, for who would wait for ever for logical CPUs or GPUs:
     for more than the cluster has, or in one process for more than any node.
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from linearsr.distributed.logs import quiet_data
 from linearsr.distributed.queue import RETRIES, as_objects, mapped, told
-from linearsr.distributed.resources import Needs, check_room, grows
+from linearsr.distributed.resources import ResourceRequest, check_feasible, grows
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ def each(
     blocks = [pa.table({"item": as_objects([item])}) for item in items]
     if not blocks:
         return
-    check_room("a task", Needs(cpus), Needs(cpus), "lower --cpus")
+    check_feasible("a task", ResourceRequest(cpus), ResourceRequest(cpus), "lower --cpus")
     quiet_data()
     options: dict[str, Any] = {"batch_size": 1, "num_cpus": cpus, "max_retries": RETRIES}
     if grows():

@@ -1,10 +1,10 @@
 """Picture in, picture out: prepare -> denoise (per expert) -> finish.
 
-    prepare(picture, options) -> Job     imaging, tiles, noise from the seed, tags
-    denoise(job, segment) -> Job         one expert takes its run of steps on every tile
+    prepare(picture, options) -> UpscaleState     imaging, tiles, noise from the seed, tags
+    denoise(job, segment) -> UpscaleState         one expert takes its run of steps on every tile
     finish(job) -> Picture               decode, blend tiles, colour, final size, metadata
 
-Between the stages a `Job` is plain data, so they may run in one process (as `Upscaler.__call__`
+Between the stages a `UpscaleState` is plain data, so they may run in one process (as `Upscaler.__call__`
 does) or on different machines. Knows nothing of Ray, HTTP or files on disk.
 """
 
@@ -30,7 +30,7 @@ from linearsr.config import Options, Solver
 from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.diffusion.experts import Segment, plan
 from linearsr.diffusion.path import clean_guess
-from linearsr.diffusion.solvers import Walk, looks_back, sample, schedule
+from linearsr.diffusion.solvers import SolverState, looks_back, sample, schedule
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
@@ -86,7 +86,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class DenoiseState:
     """What who denoises needs of a request: tensors and plain values, no models.
 
     lr: (1, 3, h, w) in [-1, 1].
@@ -113,11 +113,11 @@ class Work:
     guess: tuple[Tensor, ...] = ()
 
 
-AnyWork = TypeVar("AnyWork", bound=Work)
+AnyState = TypeVar("AnyState", bound=DenoiseState)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Work):
+class UpscaleState(DenoiseState):
     """A request between stages: the work, and what its two ends need besides."""
 
     picture: Picture
@@ -126,13 +126,17 @@ class Job(Work):
     scale: float
     segments: tuple[Segment, ...]
 
-    def work(self) -> Work:
+    def work(self) -> DenoiseState:
         """Without the picture, which would only be carried along from expert to expert."""
-        return Work(**{field.name: getattr(self, field.name) for field in fields(Work)})
+        return DenoiseState(
+            **{field.name: getattr(self, field.name) for field in fields(DenoiseState)}
+        )
 
-    def after(self, work: Work) -> Job:
+    def after(self, work: DenoiseState) -> UpscaleState:
         """This request with what its experts have made of the work."""
-        return dataclasses.replace(self, **{f.name: getattr(work, f.name) for f in fields(Work)})
+        return dataclasses.replace(
+            self, **{f.name: getattr(work, f.name) for f in fields(DenoiseState)}
+        )
 
 
 class Upscaler:
@@ -273,7 +277,9 @@ class Upscaler:
 
     @_memory_errors()
     @torch.inference_mode()
-    def prepare(self, picture: Picture, options: Options, tile: int | None = AUTO_TILE) -> Job:
+    def prepare(
+        self, picture: Picture, options: Options, tile: int | None = AUTO_TILE
+    ) -> UpscaleState:
         """Everything before the first step. `tile` in latent cells; None for no tiles."""
         options = self.with_tags(picture, options)
         sampling = self.config.sampling
@@ -288,7 +294,7 @@ class Upscaler:
         rows, columns = (max(2, -(-n // self.config.latent.factor)) for n in size)
         tiles = tuple(_grid(rows, columns, tile))
         noise = self._noise(rows, columns, options.seed)
-        return Job(
+        return UpscaleState(
             picture=picture,
             options=options,
             steps=len(timesteps) - 1,
@@ -317,7 +323,7 @@ class Upscaler:
         shape = (1, self.config.denoiser.latent_channels, height, width)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def denoise(self, work: AnyWork, segment: Segment) -> AnyWork:
+    def denoise(self, work: AnyState, segment: Segment) -> AnyState:
         """One expert takes its steps on every tile."""
         return self.denoise_batch([(work, segment)])[0]
 
@@ -325,10 +331,10 @@ class Upscaler:
     @torch.inference_mode()
     def denoise_batch(
         self,
-        batch: Sequence[tuple[AnyWork, Segment]],
+        batch: Sequence[tuple[AnyState, Segment]],
         cells: int | None = None,
         wanted: Callable[[int], bool] = lambda _: True,
-    ) -> list[AnyWork]:
+    ) -> list[AnyState]:
         """One expert takes its steps on several works, each with timesteps of its own.
 
         Tiles of one shape with as many steps go through the model together, one of each work and
@@ -343,11 +349,11 @@ class Upscaler:
         (expert,) = experts
         if cells is None:
             cells = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
-        finished: list[list[Walk]] = [[] for _ in batch]
+        finished: list[list[SolverState]] = [[] for _ in batch]
         with self._turn:
             tags = [self._tag_keys(expert, work) for work, _ in batch]
             for number in range(max(len(work.tiles) for work, _ in batch)):
-                places = (_Place(i, *of, number, tags[i]) for i, of in enumerate(batch))
+                places = (TileTask(i, *of, number, tags[i]) for i, of in enumerate(batch))
                 here = (p for p in places if p.is_there and wanted(p.owner))
                 for group in _side_by_side(here, cells):
                     for place, walk in zip(group, self._denoised(expert, group), strict=True):
@@ -357,7 +363,7 @@ class Upscaler:
             for (work, _), walks in zip(batch, finished, strict=True)
         ]
 
-    def _tag_keys(self, expert: int, work: Work) -> TagKeys | None:
+    def _tag_keys(self, expert: int, work: DenoiseState) -> TagKeys | None:
         """Keys and values of the tags: the same for all tiles and steps."""
         if work.tags is None:
             return None
@@ -370,7 +376,7 @@ class Upscaler:
             raise WeightsError(f"the expert {self.expert_name(expert)} is not loaded here")
         return model
 
-    def _denoised(self, expert: int, group: Sequence[_Place]) -> Sequence[Walk]:
+    def _denoised(self, expert: int, group: Sequence[TileTask]) -> Sequence[SolverState]:
         """Where each of the group is after its steps, tensors (1, C, th, tw) on the CPU."""
         model = self._expert(expert)
         lr_pictures = torch.cat([self._upsampled(p.work, p.tile) for p in group])
@@ -392,22 +398,22 @@ class Upscaler:
         done = sample(solver, denoise, walk, timesteps, start)
         return _split(done._replace(guess=guesses[0] if guesses else None), group)
 
-    def _joined(self, walks: Sequence[Walk]) -> Walk:
+    def _joined(self, walks: Sequence[SolverState]) -> SolverState:
         """Several as one, on the device; all of them look back, or none."""
         latent = self._together([walk.latent for walk in walks])
         previous = [walk.previous for walk in walks if walk.previous is not None]
-        return Walk(latent, self._together(previous) if previous else None)
+        return SolverState(latent, self._together(previous) if previous else None)
 
     def _together(self, parts: Sequence[Tensor]) -> Tensor:
         joined = torch.cat(list(parts)).to(self.device)
         return joined.contiguous(memory_format=torch.channels_last)
 
-    def _upsampled(self, work: Work, tile: Tile) -> Tensor:
+    def _upsampled(self, work: DenoiseState, tile: Tile) -> Tensor:
         """The bicubic picture under one tile, equal to that part of the whole bicubic picture."""
         pixels = tile.scaled(self.config.latent.factor)
         return enlarged_part(work.lr, *work.size, pixels, self.device)
 
-    def finish(self, job: Job) -> Picture:
+    def finish(self, job: UpscaleState) -> Picture:
         """Decode, join tiles, fix colour, crop or resample to the size asked for.
 
         On the device, but for a picture that it has no room for: that is joined on the CPU.
@@ -420,7 +426,7 @@ class Upscaler:
 
     @_memory_errors()
     @torch.inference_mode()
-    def _finished(self, job: Job, device: torch.device) -> Picture:
+    def _finished(self, job: UpscaleState, device: torch.device) -> Picture:
         """Tiles are decoded where the autoencoder is; the whole picture lies on `device`."""
         factor = self.config.latent.factor
         canvas = Canvas((t.scaled(factor) for t in job.tiles), 3, device=device)
@@ -437,11 +443,11 @@ class Upscaler:
         return _with_pixels(job, restored)
 
 
-class _Place(NamedTuple):
+class TileTask(NamedTuple):
     """One tile of one of the works that an expert is given together."""
 
     owner: int
-    work: Work
+    work: DenoiseState
     segment: Segment
     number: int
     tags: TagKeys | None
@@ -462,11 +468,11 @@ class _Place(NamedTuple):
         return self.work.latents[self.number]
 
     @property
-    def walk(self) -> Walk:
+    def walk(self) -> SolverState:
         """Where it has come to."""
         previous = self.work.previous[self.number] if self.work.previous else None
         guess = self.work.guess[self.number] if self.work.guess else None
-        return Walk(self.latent, previous, guess)
+        return SolverState(self.latent, previous, guess)
 
     @property
     def guesses(self) -> bool:
@@ -495,7 +501,7 @@ class _Place(NamedTuple):
         return self.latent.shape, tags, len(self.timesteps), self.work.solver, self.behind
 
 
-def _split(walk: Walk, group: Sequence[_Place]) -> list[Walk]:
+def _split(walk: SolverState, group: Sequence[TileTask]) -> list[SolverState]:
     """Of each work alone, on the CPU, with what was seen last only where it is needed again.
 
     Copies, so that one that is sent elsewhere does not take its neighbours along.
@@ -507,7 +513,7 @@ def _split(walk: Walk, group: Sequence[_Place]) -> list[Walk]:
     for place, latent, seen, guess in zip(group, latents, previous, guesses, strict=True):
         assert latent is not None
         walks.append(
-            Walk(
+            SolverState(
                 latent.clone(),
                 seen.clone() if seen is not None and place.goes_on else None,
                 guess.clone() if guess is not None and place.guesses else place.walk.guess,
@@ -516,7 +522,7 @@ def _split(walk: Walk, group: Sequence[_Place]) -> list[Walk]:
     return walks
 
 
-def _moved(work: AnyWork, walks: Sequence[Walk]) -> AnyWork:
+def _moved(work: AnyState, walks: Sequence[SolverState]) -> AnyState:
     """The work after its segment."""
     return dataclasses.replace(
         work,
@@ -535,9 +541,9 @@ def _joined_tags(tags: Sequence[TagKeys | None]) -> TagKeys | None:
     return [(torch.cat([k for k, _ in of]), torch.cat([v for _, v in of])) for of in blocks]
 
 
-def _side_by_side(places: Iterable[_Place], cells: int) -> Iterator[Sequence[_Place]]:
+def _side_by_side(places: Iterable[TileTask], cells: int) -> Iterator[Sequence[TileTask]]:
     """Groups of one shape and at most `cells` latent cells, or of one tile."""
-    alike: dict[tuple[object, ...], list[_Place]] = {}
+    alike: dict[tuple[object, ...], list[TileTask]] = {}
     for place in places:
         alike.setdefault(place.shape, []).append(place)
     for group in alike.values():
@@ -552,7 +558,7 @@ def _grid(height: int, width: int, tile: int | None) -> list[Tile]:
     return tile_grid(height, width, tile, min(OVERLAP, tile // 4))
 
 
-def _with_pixels(job: Job, restored: Tensor) -> Picture:
+def _with_pixels(job: UpscaleState, restored: Tensor) -> Picture:
     """The finished picture: final size, [0, 1], alpha and metadata of the original."""
     height, width = job.picture.pixels.shape[-2:]
     height, width = output_size(height, width, job.options)

@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from linearsr.config import SamplingConfig, Solver
-from linearsr.diffusion.solvers import Walk, euler, looks_back, sample, schedule, shifted
+from linearsr.diffusion.solvers import SolverState, euler, looks_back, sample, schedule, shifted
 from linearsr.errors import OptionError
 
 SECOND_ORDER: tuple[Solver, ...] = ("dpm", "adams")
@@ -99,7 +99,7 @@ def test_dpm_equals_diffusers(steps: int, shift: float) -> None:
     z = start = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     for i, t in enumerate(theirs.timesteps):
         z = theirs.step(_field(z, ours[i].expand(2)), t, z).prev_sample
-    found = sample("dpm", _field, Walk(start), ours).latent
+    found = sample("dpm", _field, SolverState(start), ours).latent
     torch.testing.assert_close(found, z, atol=1e-5, rtol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_adams_equals_diffusers(steps: int, shift: float) -> None:
     for i, t in enumerate(theirs.timesteps):
         theirs.scale_model_input(z, t)
         z = theirs.step(_field(z, ours[i].expand(2)), t, z, order=2).prev_sample
-    found = sample("adams", _field, Walk(start), ours).latent
+    found = sample("adams", _field, SolverState(start), ours).latent
     torch.testing.assert_close(found, z, atol=1e-10, rtol=1e-10)
 
 
@@ -143,7 +143,7 @@ def test_order_of_convergence_where_the_flow_is_known(
     errors = []
     for steps in (160, 640, 2560):
         t = torch.linspace(first, last, steps + 1, dtype=torch.float64)
-        found = sample(solver, field, Walk(begin), t).latent
+        found = sample(solver, field, SolverState(begin), t).latent
         errors.append((found - end).abs().max().item())
     slopes = [math.log(a / b, 4) for a, b in pairwise(errors)]
     assert slopes == pytest.approx([order] * 2, abs=0.1), errors
@@ -153,11 +153,11 @@ def _in_turn(
     solver: Solver, start: torch.Tensor, timesteps: list[float], cuts: Iterable[int]
 ) -> torch.Tensor:
     """Each run told no more than it needs: its own steps, and one before them if it looks back."""
-    walk, begin = Walk(start), 0
+    walk, begin = SolverState(start), 0
     for end in (*cuts, len(timesteps) - 1):
         behind = int(looks_back(solver, timesteps, begin))
         if not behind:
-            walk = Walk(walk.latent)
+            walk = SolverState(walk.latent)
         walk = sample(solver, _field, walk, timesteps[begin - behind : end + 1], behind)
         begin = end
     return walk.latent
@@ -167,7 +167,7 @@ def _in_turn(
 @pytest.mark.parametrize("steps", [2, 3, 4, 9])
 def test_segments_in_turn_equal_one_run_of_any_solver(solver: Solver, steps: int) -> None:
     timesteps, z = shifted(steps, 3.0), torch.randn(2, 3, 4, 5)
-    whole = sample(solver, _field, Walk(z), timesteps).latent
+    whole = sample(solver, _field, SolverState(z), timesteps).latent
     for cut in range(1, steps):
         assert torch.equal(whole, _in_turn(solver, z, timesteps, [cut]))
     assert torch.equal(whole, _in_turn(solver, z, timesteps, range(1, steps)))
@@ -176,9 +176,9 @@ def test_segments_in_turn_equal_one_run_of_any_solver(solver: Solver, steps: int
 @pytest.mark.parametrize("solver", ["euler", *SECOND_ORDER])
 def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solver) -> None:
     z, all_timesteps = torch.randn(3, 2, 4, 4), [shifted(5, shift) for shift in (1.0, 2.0, 3.0)]
-    together = sample(solver, _field, Walk(z), torch.tensor(all_timesteps).T).latent
+    together = sample(solver, _field, SolverState(z), torch.tensor(all_timesteps).T).latent
     for i, timesteps in enumerate(all_timesteps):
-        alone = sample(solver, _field, Walk(z[i : i + 1]), timesteps).latent
+        alone = sample(solver, _field, SolverState(z[i : i + 1]), timesteps).latent
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
@@ -193,5 +193,5 @@ def test_so_few_steps_are_eulers(solver: Solver, most: int) -> None:
     z = torch.randn(1, 2, 3, 3)
     for steps in range(1, most + 2):
         timesteps = shifted(steps, 3.0)
-        found = sample(solver, _field, Walk(z), timesteps).latent
+        found = sample(solver, _field, SolverState(z), timesteps).latent
         assert torch.equal(found, euler(_field, z, timesteps)) == (steps <= most)

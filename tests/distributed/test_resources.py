@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from linearsr.distributed.resources import Needs, check_room
+from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.errors import OptionError
 
 
@@ -23,10 +23,10 @@ def another_node(cluster: Cluster) -> Iterator[None]:
 
 def test_all_of_it_in_the_cluster_and_each_process_on_a_node(another_node: None) -> None:
     assert ray.cluster_resources()["CPU"] == 6
-    check_room("a pool", Needs(6), Needs(4), "ask for less")
+    check_feasible("a pool", ResourceRequest(6), ResourceRequest(4), "ask for less")
     with pytest.raises(OptionError, match=r"^a pool needs 7 CPU, the cluster has 6: ask for less$"):
-        check_room("a pool", Needs(7), Needs(1), "ask for less")
+        check_feasible("a pool", ResourceRequest(7), ResourceRequest(1), "ask for less")
     with pytest.raises(OptionError, match="needs 5 CPU on one node, the largest has 4: ask"):
-        check_room("a task", Needs(5), Needs(5), "ask for less")
+        check_feasible("a task", ResourceRequest(5), ResourceRequest(5), "ask for less")
     with pytest.raises(OptionError, match="needs 1 GPU, the cluster has 0"):
-        check_room("a task", Needs(1, 1), Needs(1, 1), "ask for less")
+        check_feasible("a task", ResourceRequest(1, 1), ResourceRequest(1, 1), "ask for less")

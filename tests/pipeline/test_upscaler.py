@@ -21,7 +21,7 @@ from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
 from linearsr.pipeline import upscaler
-from linearsr.pipeline.upscaler import Job
+from linearsr.pipeline.upscaler import UpscaleState
 from linearsr.tags.base import Tag, TaggerConfig
 from tests.conftest import random_experts
 
@@ -236,7 +236,7 @@ def test_stages_by_hand_equal_one_call(
     assert torch.equal(small.finish(job).pixels, small.upscale(picture, options).pixels)
 
 
-def _segments(jobs: Sequence[Job], expert: int) -> list[tuple[Job, Segment]]:
+def _segments(jobs: Sequence[UpscaleState], expert: int) -> list[tuple[UpscaleState, Segment]]:
     """Each job with its segment of one expert."""
     return [(job, next(s for s in job.segments if s.expert == expert)) for job in jobs]
 
@@ -509,7 +509,7 @@ def _limit_memory(
     prepare = small.prepare
 
     @upscaler._memory_errors()
-    def limited(picture: Picture, options: Options, tile: int | None) -> upscaler.Job:
+    def limited(picture: Picture, options: Options, tile: int | None) -> upscaler.UpscaleState:
         tried.append(tile)
         if tile is None or tile > largest:
             torch.empty(2**60)
@@ -551,7 +551,7 @@ def test_a_picture_that_the_device_has_no_room_for_is_joined_on_the_cpu(
         job = small.denoise(job, segment)
     finished, asked = Upscaler._finished, []
 
-    def with_little_room(self: Upscaler, job: Job, device: torch.device) -> Picture:
+    def with_little_room(self: Upscaler, job: UpscaleState, device: torch.device) -> Picture:
         asked.append(device.type)
         if device.type != "cpu":
             raise upscaler.OutOfMemory

@@ -16,7 +16,7 @@ import uvicorn
 
 from linearsr.diffusion.experts import Segment
 from linearsr.imaging.files import encode, read, result_format
-from linearsr.pipeline.upscaler import Job, Upscaler
+from linearsr.pipeline.upscaler import Upscaler, UpscaleState
 from linearsr.web.api import create_app
 from linearsr.web.service import (
     Events,
@@ -104,14 +104,14 @@ class Local:
             self.free -= places
             self._changed.notify_all()
 
-    def _prepare(self, request: Request) -> Job:
+    def _prepare(self, request: Request) -> UpscaleState:
         picture = read(request.data, max_pixels=request.files.max_pixels)
         options = self.upscaler.with_tags(picture, request.options)
         return self.upscaler.prepare(
             picture, options, next(self.upscaler.tile_sizes(picture, options))
         )
 
-    def _denoise(self, job: Job, segment: Segment) -> Job:
+    def _denoise(self, job: UpscaleState, segment: Segment) -> UpscaleState:
         assert self._gate.wait(PATIENCE)
         self.segments += 1
         return self.upscaler.denoise(job, segment)

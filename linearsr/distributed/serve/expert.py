@@ -15,19 +15,19 @@ from linearsr.config import ModelConfig, Options
 from linearsr.diffusion.experts import Segment, ranges
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
-from linearsr.distributed.serve.retry import Outdated, Replaced
+from linearsr.distributed.serve.retry import StaleModel, WeightsChanged
 from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
-from linearsr.pipeline.upscaler import Upscaler, Work
+from linearsr.pipeline.upscaler import DenoiseState, Upscaler
 
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
 
 
 @dataclass(frozen=True)
-class Passed:
+class Handoff:
     """A work on its way from expert to expert, and the milliseconds it has spent."""
 
-    work: Work
+    work: DenoiseState
     # What the router planned for, and the weights that the first expert had.
     config: ModelConfig
     weights: str | None = None
@@ -38,7 +38,7 @@ class Passed:
 
 @dataclass
 class _Item:
-    passed: Passed
+    passed: Handoff
     segment: Segment
     came: float
     wanted: bool = True
@@ -69,18 +69,18 @@ class Experts:
             "linearsr_batch_size", "works", boundaries=[1, 2, 4, 8, 16, 32, 64], tag_keys=keys
         )
 
-    async def denoise(self, passed: Passed, segment: Segment) -> Passed:
+    async def denoise(self, passed: Handoff, segment: Segment) -> Handoff:
         """The work after the steps of one of this replica's experts.
 
-        Raises Outdated for a work planned for another model, and Replaced for one that was begun
+        Raises StaleModel for a work planned for another model, and WeightsChanged for one that was begun
         with other weights.
         """
         check_planned_for(self.upscaler, passed)
         if passed.weights not in (None, self.weights):
-            raise Replaced("experts are being replaced by those of other weights")
+            raise WeightsChanged("experts are being replaced by those of other weights")
         item = _Item(passed, segment, time.perf_counter())
         try:
-            result: Passed | Exception = await self.queues[segment.expert](item)
+            result: Handoff | Exception = await self.queues[segment.expert](item)
         except asyncio.CancelledError:
             item.wanted = False
             raise
@@ -92,7 +92,7 @@ class Experts:
         """An answer says that the model is loaded and was checked."""
         return True
 
-    async def _denoise(self, items: list[_Item]) -> list[Passed | Exception]:
+    async def _denoise(self, items: list[_Item]) -> list[Handoff | Exception]:
         """All of one expert. A batch that fails is tried one by one: one's fault is one's own."""
         loop = asyncio.get_running_loop()
         try:
@@ -104,7 +104,7 @@ class Experts:
             return [failed]
         return [(await self._denoise([item]))[0] for item in items]
 
-    def _together(self, items: list[_Item]) -> list[Passed | Exception]:
+    def _together(self, items: list[_Item]) -> list[Handoff | Exception]:
         began, self.forwards = time.perf_counter(), 0
         batch = [(item.passed.work, item.segment) for item in items]
         works = self.upscaler.denoise_batch(batch, wanted=lambda i: items[i].wanted)
@@ -114,23 +114,23 @@ class Experts:
         self.sizes.observe(sum(item.wanted for item in items), tags)
         if self.forwards:
             self.stepped.observe(took / self.forwards, tags)
-        told: list[Passed | Exception] = []
+        told: list[Handoff | Exception] = []
         for item, work in zip(items, works, strict=True):
             waited = 1000 * (began - item.came)
             self.waited.observe(waited, tags)
             spent = {**item.passed.denoise, name: took}
             queue = item.passed.queue + waited
-            told.append(Passed(work, item.passed.config, self.weights, queue, spent))
+            told.append(Handoff(work, item.passed.config, self.weights, queue, spent))
         return told
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
 
 
-def check_planned_for(upscaler: Upscaler, passed: Passed) -> None:
-    """Raise Outdated for a work of another model's router."""
+def check_planned_for(upscaler: Upscaler, passed: Handoff) -> None:
+    """Raise StaleModel for a work of another model's router."""
     if passed.config != upscaler.config:
-        raise Outdated("the model it was planned for is being replaced")
+        raise StaleModel("the model it was planned for is being replaced")
 
 
 def self_check(upscaler: Upscaler, expert: int) -> None:

@@ -8,9 +8,9 @@ import time
 from linearsr.config import FileOptions
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
-from linearsr.distributed.serve.expert import Passed, check_planned_for
+from linearsr.distributed.serve.expert import Handoff, check_planned_for
 from linearsr.imaging.files import encode, result_format
-from linearsr.pipeline.upscaler import Job
+from linearsr.pipeline.upscaler import UpscaleState
 from linearsr.web.service import Result
 
 
@@ -21,10 +21,10 @@ class Finisher:
         self.upscaler = load_upscaler(config.model, device, only=())
         _ = self.upscaler.autoencoder  # loaded before this is ready
 
-    async def finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
+    async def finish(self, job: UpscaleState, passed: Handoff, files: FileOptions) -> Result:
         """The picture of the latents that the last expert passed on.
 
-        Raises Outdated for those of another model.
+        Raises StaleModel for those of another model.
         """
         check_planned_for(self.upscaler, passed)
         return await asyncio.to_thread(self._finish, job, passed, files)
@@ -33,7 +33,7 @@ class Finisher:
         """An answer says that the decoder is loaded."""
         return True
 
-    def _finish(self, job: Job, passed: Passed, files: FileOptions) -> Result:
+    def _finish(self, job: UpscaleState, passed: Handoff, files: FileOptions) -> Result:
         began = time.perf_counter()
         picture = self.upscaler.finish(job.after(passed.work))
         decoded = time.perf_counter()

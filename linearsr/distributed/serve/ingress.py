@@ -25,7 +25,7 @@ from linearsr.distributed.models import absolute, read_config
 from linearsr.distributed.serve.config import ServeConfig, learned
 from linearsr.distributed.serve.expert import Experts
 from linearsr.distributed.serve.finisher import Finisher
-from linearsr.distributed.serve.retry import Crowded, cause, resends
+from linearsr.distributed.serve.retry import NoCapacity, cause, retry_policy
 from linearsr.distributed.serve.router import Router
 from linearsr.errors import OptionError
 from linearsr.web.api import create_app
@@ -199,7 +199,7 @@ class Fleet:
 
     async def _attempts(self, request: Request) -> Events:
         began = time.perf_counter()
-        async for attempt in resends(self.attempts):
+        async for attempt in retry_policy(self.attempts):
             with attempt:
                 again = attempt.retry_state.attempt_number > 1
                 async with aclosing(self._events(request, again)) as events:
@@ -218,7 +218,7 @@ class Fleet:
                 yield event
         except BackPressureError as error:
             if again:
-                raise Crowded("no place to send it to again") from error
+                raise NoCapacity("no place to send it to again") from error
             took = median(self.took) if self.took else RETRY_AFTER_SECONDS
             raise Full(math.ceil(took)) from None
         except (ray.exceptions.RayError, RayServeException) as error:

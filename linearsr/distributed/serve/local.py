@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from linearsr.distributed.models import read_config
-from linearsr.distributed.resources import Needs, check_room
+from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.distributed.serve.ingress import build_app
 from linearsr.errors import LinearSRError, OptionError, one_line
@@ -42,8 +42,8 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     joined = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(log_to_driver=False, logging_level="ERROR", **({} if joined else here))
     advice = "use fewer --replicas, or lower --replica-cpus and --replica-gpus"
-    replica = Needs(config.expert_cpus, config.expert_gpus)
-    check_room("the endpoint", Needs(cpus, gpus), replica, advice)
+    replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
+    check_feasible("the endpoint", ResourceRequest(cpus, gpus), replica, advice)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

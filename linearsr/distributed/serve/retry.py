@@ -22,36 +22,36 @@ DIED = (
 )
 
 
-class Again(LinearSRError):
+class RetryableError(LinearSRError):
     """A request that failed by no fault of its own."""
 
 
-class Died(Again):
+class ReplicaDied(RetryableError):
     """A process or machine died with it in hand."""
 
 
-class Replaced(Again):
+class WeightsChanged(RetryableError):
     """It met experts with two models' weights, of which the older are on their way out."""
 
 
-class Outdated(Again):
+class StaleModel(RetryableError):
     """It was planned for a model that is served no more: a newer router must plan it anew."""
 
 
-class Crowded(Again):
+class NoCapacity(RetryableError):
     """The places were taken while it was sent again: unlike a new one, it waits for one."""
 
 
 def cause(error: BaseException) -> Exception:
-    """What was raised in another process, or Died: without Ray's wrappings, some of which cannot
+    """What was raised in another process, or ReplicaDied: without Ray's wrappings, some of which cannot
     be sent on.
     """
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, DIED):
-            return Died("a machine died with the request in hand")
+            return ReplicaDied("a machine died with the request in hand")
         if isinstance(inner, DeploymentUnavailableError):
-            return Outdated("the deployment it was sent to is gone")
+            return StaleModel("the deployment it was sent to is gone")
         wrapped = inner.cause if isinstance(inner, ray.exceptions.RayTaskError) else None
         if wrapped is None and isinstance(inner, LinearSRError):
             return inner
@@ -59,7 +59,9 @@ def cause(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def resends(attempts: int, *, kinds: tuple[type[Again], ...] = (Again,)) -> AsyncRetrying:
+def retry_policy(
+    attempts: int, *, kinds: tuple[type[RetryableError], ...] = (RetryableError,)
+) -> AsyncRetrying:
     """Attempts at what fails in one of these ways, until it has died `attempts` times.
 
     It may be what kills; for other reasons it goes on until its time is up.
@@ -68,7 +70,7 @@ def resends(attempts: int, *, kinds: tuple[type[Again], ...] = (Again,)) -> Asyn
 
     def enough(state: RetryCallState) -> bool:
         nonlocal deaths
-        deaths += state.outcome is not None and isinstance(state.outcome.exception(), Died)
+        deaths += state.outcome is not None and isinstance(state.outcome.exception(), ReplicaDied)
         return deaths >= attempts
 
     return AsyncRetrying(

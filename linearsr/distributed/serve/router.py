@@ -23,11 +23,18 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from linearsr.config import FileOptions
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
-from linearsr.distributed.serve.expert import Passed
+from linearsr.distributed.serve.expert import Handoff
 from linearsr.distributed.serve.finisher import Finisher
-from linearsr.distributed.serve.retry import Again, Died, Outdated, Replaced, cause, resends
+from linearsr.distributed.serve.retry import (
+    ReplicaDied,
+    RetryableError,
+    StaleModel,
+    WeightsChanged,
+    cause,
+    retry_policy,
+)
 from linearsr.imaging.files import read
-from linearsr.pipeline.upscaler import Job, OutOfMemory
+from linearsr.pipeline.upscaler import OutOfMemory, UpscaleState
 from linearsr.web.service import Events, NotReady, Progress, Request, Result
 
 Value = TypeVar("Value")
@@ -60,9 +67,9 @@ class Router:
             async with aclosing(self._upscale(request)) as events:
                 async for event in events:
                     yield event
-        except Outdated:
+        except StaleModel:
             raise  # to the ingress, which knows the new routers
-        except Again as error:
+        except RetryableError as error:
             raise NotReady(f"{error}, again and again; try again later") from error
 
     async def _upscale(self, request: Request) -> Events:
@@ -81,12 +88,14 @@ class Router:
                 return
         raise OutOfMemory("the experts' memory did not suffice; try a smaller picture or tile")
 
-    async def _attempts(self, job: Job, request: Request) -> Events:
+    async def _attempts(self, job: UpscaleState, request: Request) -> Events:
         """Sent again from the start when it failed on the way by no fault of its own.
 
         While there is no replica at all, Serve keeps what is sent until there is one.
         """
-        async for attempt in resends(self.config.attempts, kinds=(Died, Replaced)):
+        async for attempt in retry_policy(
+            self.config.attempts, kinds=(ReplicaDied, WeightsChanged)
+        ):
             sent = time.perf_counter()
             responses = self._send(job)
             if request.progress:
@@ -97,16 +106,16 @@ class Router:
         spent = 1000 * (time.perf_counter() - sent) - sum(result.timing.values())
         yield replace(result, timing={**result.timing, "travel": spent})
 
-    def _send(self, job: Job) -> list[DeploymentResponse]:
+    def _send(self, job: UpscaleState) -> list[DeploymentResponse]:
         """One call for each segment, all at once: each waits for the one before it by itself."""
         responses: list[DeploymentResponse] = []
         for segment in job.segments:
-            passed = responses[-1] if responses else Passed(job.work(), self.upscaler.config)
+            passed = responses[-1] if responses else Handoff(job.work(), self.upscaler.config)
             responses.append(self.experts[segment.expert].denoise.remote(passed, segment))
         return responses
 
     async def _progress(
-        self, job: Job, responses: Sequence[DeploymentResponse]
+        self, job: UpscaleState, responses: Sequence[DeploymentResponse]
     ) -> AsyncIterator[Progress]:
         for segment, response in zip(job.segments, responses, strict=True):
             yield Progress(self._name(segment.expert), segment.start, job.steps)
@@ -120,7 +129,9 @@ class Router:
     def _name(self, expert: int) -> str:
         return self.upscaler.expert_name(expert)
 
-    async def _finished(self, job: Job, last: DeploymentResponse, files: FileOptions) -> Result:
+    async def _finished(
+        self, job: UpscaleState, last: DeploymentResponse, files: FileOptions
+    ) -> Result:
         try:
             if self.local is not None:
                 return await self.local.finish(job, await last, files)

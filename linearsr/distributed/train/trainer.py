@@ -34,7 +34,7 @@ from ray.train.v2.api.validation_config import ValidationConfig as RayValidation
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.distributed.resources import Needs, check_room
+from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.data import Share, batches, open_source
 from linearsr.distributed.train.knee import Knee, KneePointCallback, read_knee
@@ -100,8 +100,8 @@ def check(stage: StageConfig) -> None:
     if isinstance(stage.train, PerceptualConfig):
         perceptual.check(stage.train)
     advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
-    worker = Needs(cluster.worker_cpus, int(cluster.gpu))
-    check_room("the stage", Needs(cluster.cpus(), cluster.gpus()), worker, advice)
+    worker = ResourceRequest(cluster.worker_cpus, int(cluster.gpu))
+    check_feasible("the stage", ResourceRequest(cluster.cpus(), cluster.gpus()), worker, advice)
     _check_same_model(stage)
 
 

@@ -17,9 +17,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from linearsr.config import FileOptions, Options
 from linearsr.distributed.serve import ServeConfig
-from linearsr.distributed.serve.expert import Experts, Passed
+from linearsr.distributed.serve.expert import Experts, Handoff
 from linearsr.distributed.serve.ingress import Fleet
-from linearsr.distributed.serve.retry import Died, Outdated, Replaced, cause, resends
+from linearsr.distributed.serve.retry import (
+    ReplicaDied,
+    StaleModel,
+    WeightsChanged,
+    cause,
+    retry_policy,
+)
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.imaging.files import from_pil
 from linearsr.web.service import Full, NotReady, Progress, Request, Result, model_info
@@ -35,7 +41,7 @@ def tries(errors: list[Exception], attempts: int) -> int:
 
     async def run() -> None:
         nonlocal count
-        async for attempt in resends(attempts).copy(sleep=at_once):
+        async for attempt in retry_policy(attempts).copy(sleep=at_once):
             with attempt:
                 count += 1
                 if count <= len(errors):
@@ -47,19 +53,19 @@ def tries(errors: list[Exception], attempts: int) -> int:
 
 def test_who_died_with_it_is_counted() -> None:
     assert tries([], 2) == 1
-    assert tries([Died()], 2) == 2
-    with pytest.raises(Died):
-        tries([Died(), Died()], 2)
+    assert tries([ReplicaDied()], 2) == 2
+    with pytest.raises(ReplicaDied):
+        tries([ReplicaDied(), ReplicaDied()], 2)
 
 
 def test_who_was_replaced_is_waited_for() -> None:
-    assert tries([Replaced()] * 20, 2) == 21
+    assert tries([WeightsChanged()] * 20, 2) == 21
 
 
 def test_deaths_alone_are_counted() -> None:
-    assert tries([Replaced()] * 20 + [Died()], 2) == 22
-    with pytest.raises(Died):
-        tries([Died(), Replaced(), Died()], 2)
+    assert tries([WeightsChanged()] * 20 + [ReplicaDied()], 2) == 22
+    with pytest.raises(ReplicaDied):
+        tries([ReplicaDied(), WeightsChanged(), ReplicaDied()], 2)
 
 
 def test_what_is_wrong_with_a_request_stays_wrong() -> None:
@@ -69,15 +75,15 @@ def test_what_is_wrong_with_a_request_stays_wrong() -> None:
 
 def test_causes_are_found_below_ray() -> None:
     died = ray.exceptions.ActorDiedError()
-    assert isinstance(cause(died), Died)
+    assert isinstance(cause(died), ReplicaDied)
     upstream = RuntimeError("an argument could not be had")
     upstream.__cause__ = died
-    assert isinstance(cause(upstream), Died)
+    assert isinstance(cause(upstream), ReplicaDied)
     own = LinearSRError("too large")
     task = ray.exceptions.RayTaskError("upscale", "traceback", own)
     assert cause(task) is own
     gone = cause(DeploymentUnavailableError.__new__(DeploymentUnavailableError))
-    assert isinstance(gone, Outdated)
+    assert isinstance(gone, StaleModel)
     other = ValueError("a bug")
     assert cause(other) is other
 
@@ -86,7 +92,7 @@ def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
     experts = Experts(ServeConfig(model=str(small_bundle), device="cpu"), (0,))
     picture = from_pil(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
     job = experts.upscaler.prepare(picture, Options(steps=4))
-    planned = Passed(job.work(), experts.upscaler.config)
+    planned = Handoff(job.work(), experts.upscaler.config)
     segment = job.segments[0]
 
     async def at_once(item: Any) -> Any:
@@ -94,15 +100,15 @@ def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
 
     experts.queues[0] = at_once  # Serve's own needs a replica around it
 
-    async def denoise(passed: Passed) -> Passed:
+    async def denoise(passed: Handoff) -> Handoff:
         return await experts.denoise(passed, segment)
 
     after = asyncio.run(denoise(planned))
     assert after.weights == str(small_bundle)
-    with pytest.raises(Replaced):
+    with pytest.raises(WeightsChanged):
         asyncio.run(denoise(replace(planned, weights="other")))
     other = planned.config.model_copy(update={"name": "other"})
-    with pytest.raises(Outdated):
+    with pytest.raises(StaleModel):
         asyncio.run(denoise(replace(planned, config=other)))
 
 
