@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IN ?=
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test pages drills rehearse lint types docs s3 s3-server clean
+.PHONY: demo test test-fast pages drills rehearse lint types docs s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -31,20 +31,20 @@ $(BIN)/uv:
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m tools.demo --output demo $(if $(IN),--input "$(IN)")
 
-# Ray starts many processes: without compiled modules each of them would compile torch anew. There
-# are two lanes, for two cores: the endpoint's tests wait until those without a cluster are done.
-# Threads would only wait for each other's cores.
+# Ray starts many processes: without compiled modules each of them would compile torch anew. Tests run
+# in two processes, each with one cluster (tests/conftest.py groups them); with more threads the
+# processes would wait for each other's cores.
 QUICK := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache
 PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-
-CORE := $(foreach folder,distributed drills pages,--ignore=tests/$(folder))
-# Of the tests with a cluster those that wait for CORE to end: half of the time.
-SECOND := $(wildcard tests/distributed/serve/*.py) tests/distributed/datasets/test_upscale.py
+TWO := --numprocesses 2 --dist loadgroup
 
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	{ $(PYTEST) $(CORE); core=$$?; $(PYTEST) $(SECOND) && exit $$core; } > $(VENV)/core.log 2>&1 & \
-		other=$$!; $(PYTEST) tests/distributed $(SECOND:%=--ignore=%); jobs=$$?; \
-		wait $$other; other=$$?; cat $(VENV)/core.log; exit $$((jobs | other))
+	$(PYTEST) $(TWO) --ignore tests/drills --ignore tests/pages
+
+# Without a cluster and without a browser.
+test-fast: $(VENV)/dev.stamp
+	$(PYTEST) $(TWO) -m "not cluster and not browser and not slow" \
+		--ignore tests/drills --ignore tests/pages
 
 # Clusters of their own, which two cores cannot have beside the others: every command of every page,
 # and what breaks a fleet.

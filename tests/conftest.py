@@ -21,6 +21,27 @@ from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncode
 from linearsr.denoiser import LinearSR
 from linearsr.metrics import lpips
 
+# Tests with a cluster run in one of two processes, so that two clusters serve all of them.
+SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a cluster or a browser, and keep together what shares fixtures.
+
+    With pytest-xdist's `--dist loadgroup` a group runs in one process. The groups are all tests of
+    a cluster, and otherwise the tests of one file.
+    """
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        group = path
+        if path.startswith("distributed/") and "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cluster)
+            group = "second cluster" if path.startswith(SECOND_CLUSTER) else "first cluster"
+        if path == "web/test_page.py":
+            item.add_marker(pytest.mark.browser)
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 def real_lpips_trunk() -> Path | None:
     """SqueezeNet's own weights: the file that the environment names, or the one beside the project.
