@@ -10,7 +10,6 @@ BEFORE = {
     "docs/reference/finetune_experts.md": "docs/reference/pretrain.md",
     "docs/reference/tag_dataset.md": "docs/reference/build_shards.md",
     "docs/guides/storage.md": "docs/guides/fleet.md",
-    "docs/guides/tags.md": "docs/reference/build_shards.md",
 }
 
 # Words of the pages that stand for a place of the user's, and that place: regular expressions.
