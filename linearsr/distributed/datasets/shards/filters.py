@@ -25,7 +25,7 @@ require("data", "imagehash")
 TILE: Final = 128
 HASH_BITS: Final = 64
 # Pictures whose hashes differ in more bits look nothing alike, and would take hours to find.
-MOST_DISTANCE: Final = 11
+MAX_DISTANCE: Final = 11
 
 _SET_BITS: Final = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 _LUMA: Final = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
@@ -94,11 +94,11 @@ def perceptual_hash(pixels: Tensor) -> int:
 def near_duplicates(hashes: Sequence[int], distance: int) -> list[int | None]:
     """For each hash the first one kept within `distance` bits of it; None: it is kept itself.
 
-    Hashes are of 64 bits; `distance` from -1 (keeps all) to MOST_DISTANCE. Only what is kept is
+    Hashes are of 64 bits; `distance` from -1 (keeps all) to MAX_DISTANCE. Only what is kept is
     compared with, so that a chain of small steps does not make strangers duplicates.
     """
-    if not -1 <= distance <= MOST_DISTANCE:
-        raise ValueError(f"distance must be from -1 to {MOST_DISTANCE}: {distance}")
+    if not -1 <= distance <= MAX_DISTANCE:
+        raise ValueError(f"distance must be from -1 to {MAX_DISTANCE}: {distance}")
     if distance < 0:
         return [None] * len(hashes)
     index = _Index(distance)
