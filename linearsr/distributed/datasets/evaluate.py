@@ -198,8 +198,8 @@ class _ExampleWorker(_Worker):
 def _examples(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
     """Return the models' descriptions and the examples, from one actor."""
     pool = config.model_copy(update={"actors": 1})
-    ((_, seen),) = map_actors([items], _ExampleWorker, (settings, config), pool)
-    if seen is None:
+    ((_, result),) = map_actors([items], _ExampleWorker, (settings, config), pool)
+    if result is None:
         raise LinearSRError(f"the contact sheet failed: {CRASHED}")
-    result: Seen = seen
-    return result
+    examples: Seen = result
+    return examples

@@ -102,7 +102,7 @@ def tag_dataset(config: TagConfig) -> Summary:
                 bar.update(shard.rows)
     return Summary(
         unit="pictures",
-        verb="seen",
+        verb="processed",
         total=sum(shard.rows for shard in shards),
         earlier=counts["earlier"],
         done=counts["done"],

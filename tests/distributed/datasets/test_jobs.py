@@ -31,7 +31,7 @@ def test_photos_to_shards_to_tags_to_pictures_to_a_report(
     output = run("build_shards", f"--input={small}", f"--output={shards}", *cutting)
     assert "2 pictures: 2 used, rejected: none; 2 rows in 1 shards" in output
     output = run("tag_dataset", f"--input={shards}", f"--output={shards}", "--threshold=0")
-    assert "2 pictures: 2 seen, 0 failed; 2 have tags, in 1 shards" in output
+    assert "2 pictures: 2 processed, 0 failed; 2 have tags, in 1 shards" in output
     (shard,) = (file for file in locate(shards).files() if file.name.endswith(".parquet"))
     rows = pq.read_table(shard.path, filesystem=shard.filesystem).to_pylist()
     assert all(len(row["tags"]) == len(row["tag_scores"]) == 5 for row in rows)

@@ -236,13 +236,13 @@ def test_the_job_tags_in_place(
     monkeypatch.setattr("ray.init", functools.partial(ray.init, ignore_reinit_error=True))
     flags = ["--input", str(shards), "--output", str(shards), "--actor-cpus", "0.5"]
     assert job.main(flags) == 1
-    summary = "4 pictures: 3 seen, 1 failed; 2 have tags, in 2 shards"
+    summary = "4 pictures: 3 processed, 1 failed; 2 have tags, in 2 shards"
     assert summary in capsys.readouterr().out
     file = shards / "shard-00000.parquet"
     assert _tags(file)["cat"] == ["cat"]
     before = file.stat().st_mtime_ns
     assert job.main(flags) == 1
-    assert "0 seen, 3 done earlier, 1 failed" in capsys.readouterr().out
+    assert "0 processed, 3 done earlier, 1 failed" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
     # Another tagger looks again.
     assert job.main([*flags, "--threshold", "1"]) == 1

@@ -125,7 +125,7 @@ def test_results_equal_those_of_the_command(
     summary = upscale_dataset(
         config.model_copy(update={"input": str(source), "options": options, "files": files})
     )
-    assert (summary.inputs, summary.done, summary.failed) == (5, 5, 0)
+    assert (summary.total, summary.done, summary.failed) == (5, 5, 0)
     names = set(written(str(alone)))
     assert len(names) == 5 and set(written(config.output)) == names
     for name in names:
@@ -250,7 +250,7 @@ def test_parquet_in_parquet_out(config: UpscaleConfig, pictures: Path, tmp_path:
     config = config.model_copy(update={"input": str(shards), "kind": "parquet"})
     for earlier in (0, 19):  # the second run finds everything done but the empty row
         summary = upscale_dataset(config)
-        assert (summary.inputs, summary.earlier, summary.failed) == (20, earlier, 1)
+        assert (summary.total, summary.earlier, summary.failed) == (20, earlier, 1)
         rows = pq.read_table(Path(config.output) / "data").to_pylist()
         assert sorted(row["id"] for row in rows) == sorted(ids[:19])
     for row in rows:

@@ -229,7 +229,7 @@ def _write_csv(file: Location, rows: pa.Table) -> None:
 
 def _manifest(
     config: ShardConfig,
-    seen: int,
+    pictures: int,
     rejected: dict[str, int],
     shards: list[pa.Table],
     failed: dict[str, Failure],
@@ -242,8 +242,8 @@ def _manifest(
         "settings": config.model_dump(mode="json", exclude=_IRRELEVANT),
         "inputs": config.roots(),
         "counts": {
-            "seen": seen,
-            "accepted": seen - sum(rejected.values()),
+            "seen": pictures,
+            "accepted": pictures - sum(rejected.values()),
             "rejected": rejected,
             "rows": sum(rows.values()),
             "shards": len(rows),
