@@ -32,11 +32,11 @@ class Pool(Config):
     """A fixed pool of actors and the resources that each of them reserves."""
 
     actors: int = Field(default=1, ge=1)
-    """Number of actors, each with a model of its own."""
+    """Number of actors, each of which loads a model."""
     actor_cpus: float = Field(default=1.0, gt=0)
     """Logical CPUs that each actor reserves."""
     gpu: bool = False
-    """GPU reserved for each actor."""
+    """Reserve a GPU for each actor."""
 
 
 class DatasetActor:

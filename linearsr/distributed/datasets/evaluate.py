@@ -76,8 +76,8 @@ def evaluate(config: EvaluationConfig) -> Report:
     for model in planned.settings.models.values():  # an actor would only find out minutes later
         _check(model)
     parts = output / f"parts-{_fingerprint(config, planned.settings)}"
+    scores = _scores(planned, config, parts)
     with Errors(output, keep=lambda _: False) as errors:
-        scores = _scores(planned, config, parts)
         for score in scores:
             if score.failed:
                 errors.add(score.id, Failure("evaluate", f"{score.method} {score.error}".strip()))

@@ -55,7 +55,7 @@ class TagConfig(Pool):
     output: str
     """Folder for the tagged shards, local or s3://; may be the input."""
     column: Literal["lr", "hr"] = "lr"
-    """Picture that is tagged. The upscaler will see LR only, so LR's tags are what it can have."""
+    """Picture to tag; the upscaler sees LR only, so it can only have tags that LR shows."""
     tagger: TaggerConfig = TaggerConfig()
 
     @property

@@ -47,7 +47,7 @@ class UpscaleConfig(Pool):
     """Kind of results: files named after their inputs, or shards with columns id, image, width and
     height."""
     column: str = "lr"
-    """Column of the shards that is upscaled."""
+    """Column of the shards to upscale."""
     model: str = "linearsr-tiny"
     """Bundled model's name, or folder of weights."""
     device: str = "auto"
@@ -59,8 +59,8 @@ class UpscaleConfig(Pool):
     batch: int = Field(default=8, ge=1)
     """Number of pictures per call, and of rows per Parquet file."""
     concurrency: int = Field(default=2, ge=1)
-    """Concurrent calls per actor, about 8 on a GPU: one call reads and encodes while another one
-    upscales."""
+    """Concurrent calls per actor, about 8 on a GPU; one reads or encodes while another upscales,
+    so that the device is never idle."""
 
     @field_validator("input", "output")
     @classmethod

@@ -32,9 +32,9 @@ class ShardConfig(Config):
     crops_per_picture: int = Field(default=4, ge=1)
     """Maximum number of crops per picture."""
     min_size: int = Field(default=0, ge=0)
-    """Minimum shorter side of a picture in pixels, if more than the crop's."""
+    """Minimum shorter side of a picture in pixels; the crop must fit in any case."""
     min_sharpness: float = Field(default=20.0, ge=0)
-    """Minimum sharpness of a crop, the variance of its Laplacian; 0 accepts any."""
+    """Minimum sharpness of a crop (variance of its Laplacian); 0 accepts any."""
     duplicate_distance: int = Field(default=4, ge=-1, le=MAX_DISTANCE)
     """Maximum number of bits, of 64, in which the hashes of near-duplicates differ; -1 keeps all
     pictures."""
@@ -45,8 +45,8 @@ class ShardConfig(Config):
     cpus: float = Field(default=1.0, gt=0)
     """Logical CPUs that each task reserves."""
     max_cpus: float = Field(default=128, gt=0)
-    """Maximum number of logical CPUs to ask of a cluster that autoscales; the default is the number
-    that the CPU workers of cluster.yaml have."""
+    """Maximum number of logical CPUs to ask of a cluster that autoscales, as many as cluster.yaml's
+    CPU workers have."""
 
     @field_validator("inputs")
     @classmethod
