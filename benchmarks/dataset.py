@@ -126,7 +126,7 @@ def _sample(ended: threading.Event, peak: dict[str, int]) -> None:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return "MapWorker" in " ".join(process.cmdline())
+        return "DatasetActor" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

@@ -115,6 +115,8 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         ("linearsr.training.loop", ["ray", "deepspeed", "pyiqa"]),
         # A machine with a GPU may have little besides torch.
         ("linearsr.training.accelerated", ["ray", "pyvips", "psutil", "pyiqa", "diffusers"]),
+        # `linearsr evaluate` on Parquet needs no Ray.
+        ("linearsr.evaluation.sources", ["ray"]),
         ("linearsr.pipeline.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
     ],
 )

@@ -18,10 +18,10 @@ from textwrap import dedent
 from typing import Any
 
 from linearsr.cli import serve as serve_command
-from linearsr.cli.job import explained
+from linearsr.cli.job import help_text
 from linearsr.config import Config, FileOptions, Options
 from linearsr.distributed.datasets.evaluate import EvaluationConfig
-from linearsr.distributed.datasets.shards.plan import ShardConfig
+from linearsr.distributed.datasets.shards.config import ShardConfig
 from linearsr.distributed.datasets.tag import TagConfig
 from linearsr.distributed.datasets.upscale import UpscaleConfig
 from linearsr.distributed.serve import ServeConfig
@@ -103,7 +103,7 @@ def _flags(parser: argparse.ArgumentParser, configs: Iterable[type[Config]]) -> 
                 ", ".join(f"`{flag}`" for flag in action.option_strings)
                 or f"`{action.metavar or action.dest}`"
             )
-            told = explained(action) % {"default": action.default}
+            told = help_text(action) % {"default": action.default}
             rows.append(
                 [name + (" (required)" if action.required else ""), _taken(action, known), told]
             )

@@ -1,6 +1,6 @@
 """A real S3 server on loopback: OpenStack Swift with its S3 API, from an environment of its own.
 
-The tests start one for themselves. `make s3` runs one in the foreground for who has no bucket:
+The tests start one for themselves. `make s3` runs one in the foreground for those without a bucket:
 `python -m tools.s3_server --folder .s3 --port 9000`.
 """
 
@@ -23,15 +23,15 @@ from pathlib import Path
 
 KEY, SECRET, REGION = "test:tester", "testing", "us-east-1"
 HOST = "127.0.0.1"
-# Runs a server, and ends its process group when whoever started it has gone, killed too: then the
-# pipe to its standard input closes.
+# Runs a server, and ends its process group when its parent has ended or was killed, since the pipe
+# to its standard input closes then.
 GUARD = 'exec 3<&0; (read _ <&3; kill 0) & exec "$@" 3<&- </dev/null'
-# Below the ports that outgoing connections take for themselves, above those of Ray's workers.
+# Below the ephemeral ports of outgoing connections, above the ports of Ray's workers.
 PORTS = range(20000, 32000)
 STARTS_WITHIN, STOPS_WITHIN = 120.0, 20.0
 BIN = Path(__file__).parents[1] / ".venv-s3" / "bin"
 
-# One disk, one copy: the hash and the partitions stay the same, so data survive a restart on
+# One disk and one copy. The hash and the partitions stay the same, so data survive a restart on
 # other ports.
 RINGS = """
 import sys
@@ -78,7 +78,7 @@ OPTIONS = {
     "s3api": f"location = {REGION}\nmax_bucket_listing = {{page}}\n",
     "tempauth": f"user_{KEY.replace(':', '_')} = {SECRET} .admin\n",
 }
-# {page}: so many keys one answer lists at most.
+# {page} is the maximum number of keys in one listing.
 PROXY = (
     f"[pipeline:main]\npipeline = {FILTERS} proxy-server\n"
     "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
@@ -92,7 +92,7 @@ class SwiftError(RuntimeError):
 
 
 def free_port() -> int:
-    """A port nobody listens on, that no outgoing connection will take meanwhile either."""
+    """Return a port that nobody listens on and that no outgoing connection will take."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with contextlib.suppress(OSError):
             check_free(port)
@@ -101,14 +101,14 @@ def free_port() -> int:
 
 
 def check_free(port: int) -> None:
-    """Raises OSError when somebody listens there."""
+    """Raise OSError if somebody listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((HOST, port))
 
 
 def environment(port: int) -> dict[str, str]:
-    """The variables by which any S3 client finds the server."""
+    """Return the environment variables by which any S3 client finds the server."""
     return {
         "AWS_ENDPOINT_URL": f"http://{HOST}:{port}",
         "AWS_ACCESS_KEY_ID": KEY,
@@ -120,11 +120,10 @@ def environment(port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(folder: Path, port: int, *, page: int = 1000) -> Iterator[None]:
-    """Swift at `port`, with what it stores in `folder`; stopped at the end.
+    """Run Swift at `port` inside a `with` statement; it stores its data in `folder`.
 
-    One answer lists at most `page` keys; AWS and Swift have a thousand.
-
-    Raises SwiftError, saying what the servers said, when it cannot be started.
+    One listing has at most `page` keys; on AWS and in Swift it is a thousand. Raises SwiftError
+    with the servers' output if it cannot be started.
     """
     commands = _commands()
     folder = folder.absolute()
@@ -145,9 +144,8 @@ def running(folder: Path, port: int, *, page: int = 1000) -> Iterator[None]:
 
 
 def _commands() -> Path:
-    """The folder of Swift's commands."""
-    named = os.environ.get("LINEARSR_SWIFT_BIN")
-    folder = Path(named) if named else BIN
+    """Return the folder of Swift's commands. Raises SwiftError if there is none."""
+    folder = Path(os.environ.get("LINEARSR_SWIFT_BIN") or BIN)
     if not (folder / "swift-proxy-server").exists():
         raise SwiftError(
             f"no Swift in {folder}: run `make s3-server`, which installs it, or let "
@@ -166,18 +164,18 @@ def _configure(folder: Path, ports: dict[str, int], commands: Path, page: int) -
         rest = (PROXY if name == "proxy" else BACKEND).format(name=name, folder=folder, page=page)
         (conf / f"{name}-server.conf").write_text(COMMON.format(**values) + rest)
     backends = [str(ports[name]) for name in ("object", "container", "account")]
-    made = subprocess.run(
+    builder = subprocess.run(
         [commands / "python", "-W", "ignore", "-c", RINGS, conf, *backends],
         capture_output=True,
         text=True,
         check=False,
     )
-    if made.returncode:
-        raise SwiftError(f"Swift's rings cannot be built: {made.stderr[-2000:]}")
+    if builder.returncode:
+        raise SwiftError(f"Swift cannot build its rings: {builder.stderr[-2000:]}")
 
 
 def _start(name: str, folder: Path, commands: Path) -> subprocess.Popen[bytes]:
-    """In a session of its own: told to stop, a Swift server stops its whole process group."""
+    """Start a server in its own session, since a Swift server that stops ends its process group."""
     with open(folder / "log" / f"{name}.log", "wb") as log:
         server = [commands / f"swift-{name}-server", folder / "conf" / f"{name}-server.conf"]
         return subprocess.Popen(
@@ -239,18 +237,18 @@ def _signal(server: subprocess.Popen[bytes], number: int) -> None:
 def main() -> None:
     """Run a server in the foreground until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(prog="make s3", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".s3"), help="where it stores objects")
-    parser.add_argument("--port", type=int, default=9000)
+    parser.add_argument("--folder", type=Path, default=Path(".s3"), help="folder for the objects")
+    parser.add_argument("--port", type=int, default=9000, help="port on 127.0.0.1")
     options = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
         with running(options.folder, options.port):
-            print("# S3 on this machine; in another terminal:")
+            print("# S3 on this machine; paste this into another terminal:")
             for name, value in environment(options.port).items():
                 print(f"export {name}={value}")
-            print("# Ctrl-C stops it; objects stay in", options.folder, flush=True)
+            print("# Ctrl-C stops the server; objects stay in", options.folder, flush=True)
             stop.wait()
     except SwiftError as error:
         sys.exit(f"error: {error}")

@@ -162,7 +162,8 @@ def _access(request: Request) -> tuple[List, Read]:
         from linearsr.evaluation.pairs import list_folder, read_file
 
         return list_folder, read_file
-    from linearsr.distributed.datasets.evaluate import list_pictures, read_source
+    require("data", "boto3")
+    from linearsr.evaluation.sources import list_pictures, read_source
 
     return list_pictures, read_source
 

@@ -1,4 +1,4 @@
-"""Weights by a bundled name, from a local folder, or an s3:// one."""
+"""Load weights by a bundled name, from a local folder, or from an s3:// one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from linearsr.storage.location import locate
 
 
 def load_bundle(path: str, only: Collection[int] | None = None) -> weights.Bundle:
-    """A weights bundle, or `only` some of its experts. Raises WeightsError for what is none."""
+    """Load a weights bundle, or `only` some of its experts. Raises WeightsError."""
     if path in weights.available():
         return weights.load(path, only=only)
     with locate(path).local(".safetensors") as folder:
@@ -23,7 +23,7 @@ def load_bundle(path: str, only: Collection[int] | None = None) -> weights.Bundl
 def load_upscaler(
     model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
 ) -> Upscaler:
-    """`Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
+    """Do as `Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
     if not model.startswith("s3://"):
         return Upscaler.load(model, device, only, compiled=compiled)
     with locate(model).local(".safetensors") as folder:
@@ -31,7 +31,7 @@ def load_upscaler(
 
 
 def read_config(model: str) -> ModelConfig:
-    """A model's config, without its tensors where it lies on a disk. Raises WeightsError."""
+    """Read a model's config; a local model's tensors stay unread. Raises WeightsError."""
     if not model.startswith("s3://"):
         return weights.read_config(model)
     with locate(model).local(".safetensors") as folder:
@@ -39,12 +39,12 @@ def read_config(model: str) -> ModelConfig:
 
 
 def absolute(model: str) -> str:
-    """A model's name, or its folder from any working folder: workers have their own."""
+    """Make a model's folder absolute, as workers have their own; a bundled name stays as it is."""
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def check_model(model: str) -> None:
-    """Raise WeightsError for what is no bundle: on the driver, where loading it might not fit."""
+    """Raise WeightsError for a path without a bundle; loads nothing, so any driver can run it."""
     if not model.startswith("s3://"):
         weights.read_config(model)
     elif not any(file.name.endswith(".safetensors") for file in locate(model).files()):

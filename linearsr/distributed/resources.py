@@ -1,4 +1,4 @@
-"""What a cluster has, against what a job would reserve."""
+"""The resources of a cluster, and whether a request for them can ever be met."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from typing import NamedTuple
 
 import ray
-from ray.autoscaler.v2.sdk import get_cluster_status
 
+from linearsr.distributed.compat import autoscaler_version
 from linearsr.errors import OptionError
 
 
@@ -19,43 +19,40 @@ class ResourceRequest(NamedTuple):
 
 
 def check_feasible(
-    who: str, all_of_it: ResourceRequest, one_process: ResourceRequest, advice: str
+    name: str, total: ResourceRequest, process: ResourceRequest, advice: str
 ) -> None:
-    """Raise OptionError, with the advice, for who would wait for ever for logical CPUs or GPUs:
-    for more than the cluster has, or in one process for more than any node.
+    """Raise OptionError, with the advice, if the request can never be scheduled.
 
-    On a cluster that grows by itself nobody is refused: Ray does not tell what it may become.
+    That is if `total` is more than the cluster has, or `process`, its largest process, more than
+    any node has. On a cluster that autoscales nothing is refused, since Ray does not tell how large
+    it may become: a line on stderr says what is waited for.
     """
-    for kind, needs, part in zip(("CPU", "GPU"), all_of_it, one_process, strict=True):
+    for kind, needed, largest in zip(("CPU", "GPU"), total, process, strict=True):
         nodes = [n["Resources"].get(kind, 0.0) for n in ray.nodes() if n["Alive"]]
-        if needs > sum(nodes):
-            lacks = f"{who} needs {needs:g} {kind}, the cluster has {sum(nodes):g}"
-        elif part > max(nodes, default=0.0):
-            lacks = f"{who} needs {part:g} {kind} on one node, the largest has {max(nodes):g}"
+        if needed > sum(nodes):
+            problem = f"{name} needs {needed:g} {kind}, the cluster has {sum(nodes):g}"
+        elif largest > max(nodes, default=0.0):
+            problem = f"{name} needs {largest:g} {kind} on one node, the largest has {max(nodes):g}"
         else:
             continue
-        if not grows():
-            raise OptionError(f"{lacks}: {advice}")
-        print(f"{lacks}: waiting for it to grow (`ray status`)", file=sys.stderr, flush=True)
+        if not autoscales():
+            raise OptionError(f"{problem}: {advice}")
+        print(f"{problem}: waiting for new nodes (`ray status`)", file=sys.stderr, flush=True)
 
 
-def grows() -> bool:
-    """Whether an autoscaler of the second version is at work, as with `ray up` and KubeRay.
+def autoscales() -> bool:
+    """Return whether an autoscaler is at work, as with `ray up` and KubeRay."""
+    return autoscaler_version() > 0
 
-    It reports what it does under a number that rises; without one the number is 0.
+
+def capacity(cpus: float, gpus: float, limit: int) -> int:
+    """Return how many processes of so many logical CPUs and GPUs the cluster can hold at once.
+
+    At least 1 and at most `limit`, which is also the answer for a cluster that autoscales.
     """
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return int(status.stats.autoscaler_version or 0) > 0
-
-
-def places(cpus: float, gpus: float, most: int) -> int:
-    """How many of what takes so many logical CPUs and GPUs fit on the cluster at once, 1 to `most`.
-
-    All, on a cluster that grows.
-    """
-    if grows():
-        return most
-    has = ray.cluster_resources()
-    by_cpu = has.get("CPU", 0.0) / cpus
-    room = min(by_cpu, has.get("GPU", 0.0) / gpus) if gpus else by_cpu
-    return max(1, min(most, int(room)))
+    if autoscales():
+        return limit
+    resources = ray.cluster_resources()
+    by_cpu = resources.get("CPU", 0.0) / cpus
+    fit = min(by_cpu, resources.get("GPU", 0.0) / gpus) if gpus else by_cpu
+    return max(1, min(limit, int(fit)))

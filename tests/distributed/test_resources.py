@@ -1,4 +1,4 @@
-"""Who could never start is told so; nodes count one by one for what one process takes."""
+"""Requests that can never be scheduled are refused; one process must fit on one node."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def another_node(cluster: Cluster) -> Iterator[None]:
     cluster.remove_node(node)
 
 
-def test_all_of_it_in_the_cluster_and_each_process_on_a_node(another_node: None) -> None:
+def test_a_total_fits_the_cluster_and_a_process_fits_a_node(another_node: None) -> None:
     assert ray.cluster_resources()["CPU"] == 6
     check_feasible("a pool", ResourceRequest(6), ResourceRequest(4), "ask for less")
     with pytest.raises(OptionError, match=r"^a pool needs 7 CPU, the cluster has 6: ask for less$"):

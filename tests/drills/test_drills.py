@@ -128,7 +128,7 @@ def test_a_node_is_lost_while_tagging(fleet: Fleet, photos: str) -> None:
     )
     until(lambda: bool(names(tagged, ".parquet")), "a first shard")
     before = written(tagged, ".parquet")
-    fleet.lose_node_of("MapWorker")
+    fleet.lose_node_of("DatasetActor")
     assert len(names(tagged, ".parquet")) < len(expected), "it had ended before"
     fleet.end(job)
     after = written(tagged, ".parquet")
@@ -179,7 +179,7 @@ def test_a_node_is_lost_while_upscaling(
     job = fleet.start(upscaling(photos, model, output, APART))
     until(lambda: len(names(output, ".png")) > 2, "three results")
     before = written(output, ".png")
-    fleet.lose_node_of("MapWorker")
+    fleet.lose_node_of("DatasetActor")
     assert len(names(output, ".png")) < PICTURES, "it had ended before"
     fleet.end(job)
     assert_complete(output, results, before)

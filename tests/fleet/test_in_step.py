@@ -17,7 +17,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from linearsr.distributed.datasets.shards.plan import ShardConfig
+from linearsr.distributed.datasets.shards.config import ShardConfig
 from tests.fleet.files import MANIFESTS, TOP, manifest, pinned, read, spec
 
 if sys.version_info >= (3, 11):
@@ -100,7 +100,7 @@ def test_work_without_gpus_asks_for_the_cpu_workers_and_no_more() -> None:
     """Nodes with GPUs would be next."""
     group = aws()["available_node_types"]["cpu"]
     room = group["max_workers"] * group["resources"]["CPU"]
-    assert ShardConfig.model_fields["most_cpus"].default == room
+    assert ShardConfig.model_fields["max_cpus"].default == room
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])

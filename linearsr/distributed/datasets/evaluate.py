@@ -1,15 +1,14 @@
-"""An evaluation by Ray Data: the same pictures, judge and report as `linearsr evaluate`, spread.
+"""Evaluate on a cluster: the same pictures, judge and report as `linearsr evaluate`, spread.
 
-    names ─▶ actors: read ▶ every method ▶ every metric ─▶ rows of numbers ─▶ parts ─▶ the report
+    names ─▶ actors: read ▶ every method ▶ every metric ─▶ scores ─▶ parts ─▶ the report
 
-Pixels never travel, but for the contact sheet's few details. Finished pictures are kept in
-OUTPUT/parts-* until all are through, so a job that is started again, killed or with pictures that
-failed, goes on with the rest.
+Pixels do not travel, except for the few details of the contact sheet. Scores are kept in
+OUTPUT/parts-* until all pictures have them, so a job that is started again goes on with the
+pictures that are left or failed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,18 +17,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
-from linearsr.distributed.logs import last_line
+from linearsr.distributed.datasets.resume import Errors, Failure, digest, progress
 from linearsr.distributed.models import absolute, check_model, load_upscaler
-from linearsr.distributed.queue import LOST, Pool, pooled
+from linearsr.distributed.queue import CRASHED, Pool, map_actors
 from linearsr.errors import InputError, LinearSRError, one_line
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
-from linearsr.evaluation.config import Item, Score, Settings, Source
+from linearsr.evaluation.config import Item, Score, Settings
 from linearsr.evaluation.judge import Judge
 from linearsr.evaluation.report import Report
 from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
-from linearsr.imaging.sources import choose, list_inputs, open_shard, read_input
+from linearsr.evaluation.sources import list_pictures, read_source
 from linearsr.metrics.measure import conventions
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import (
@@ -41,84 +39,61 @@ from linearsr.storage.location import (
     write_table,
 )
 
-# Pictures between two parts: what a killed job judges anew.
-SAVE_EVERY = 20
+# Pictures in a part: as many are judged again after the driver was killed.
+PART_SIZE = 20
 # A picture's scores as JSON, in which floats stay exactly what they are.
-ROWS = pa.schema({"id": pa.string(), "scores": pa.string()})
+PART = pa.schema({"id": pa.string(), "scores": pa.string()})
 
 
 class EvaluationConfig(Pool):
-    """One job. Folders are local (on storage that all nodes see) or s3://.
+    """An evaluation job. Folders are local (on storage that all nodes see) or s3://.
 
-    actors: models at work, each with `actor_cpus` logical CPUs and, with `gpu`, one GPU. Metrics
-    are on the CPU in any case. device: where models run; "auto" is the GPU that the actor has
-    reserved, else the CPU.
+    Metrics are computed on the CPU in any case.
     """
 
     request: Request
+    """Pictures, models and metrics of the evaluation."""
     output: str
+    """Folder of the report."""
     device: str = "auto"
+    """Device of the models; auto is the GPU that the actor has reserved, or else the CPU."""
 
     @property
-    def models_on(self) -> str:
-        """The device, chosen."""
+    def model_device(self) -> str:
+        """The device of the models, chosen."""
         return ("cuda" if self.gpu else "cpu") if self.device == "auto" else self.device
 
 
 def evaluate(config: EvaluationConfig) -> Report:
-    """Judge every picture and write OUTPUT/metrics.parquet, contact.jpg and report.md.
+    """Judge every picture on a running Ray; write metrics.parquet, contact.jpg and report.md.
 
-    On a running Ray. Raises OptionError, WeightsError, InputError or OutputError before any work
-    for what can be known by then; pictures that fail are in the report.
+    Raises OptionError, WeightsError, InputError or OutputError before any work for everything that
+    can be known by then. The report lists the pictures that failed.
     """
-    made = plan(_absolute(config.request), list_pictures)
+    planned = plan(_absolute(config.request), list_pictures)
     output = locate(config.output)
     check_writable(output)
-    for model in made.settings.models.values():  # what only an actor would find out, minutes later
+    for model in planned.settings.models.values():  # an actor would only find out minutes later
         _check(model)
-    parts = output / f"parts-{_fingerprint(config, made.settings)}"
-    scores = _scores(made, config, parts)
+    parts = output / f"parts-{_fingerprint(config, planned.settings)}"
+    scores = _scores(planned, config, parts)
+    with Errors(output, keep=lambda _: False) as errors:
+        for score in scores:
+            if score.failed:
+                errors.add(score.id, Failure("evaluate", f"{score.method} {score.error}".strip()))
     report = finish(
-        made,
+        planned,
         scores,
-        lambda items: _look(made.settings, items, config),
+        lambda items: _examples(planned.settings, items, config),
         lambda name, data: (output / name).write(data),
     )
-    if not any(score.failed for score in scores):  # else the next try needs only those
+    if not errors.rows:  # otherwise the next run needs the scores that there are
         parts.delete()
     return report
 
 
-def list_pictures(folder: str, *columns: str) -> dict[str, Source]:
-    """Pictures, or rows of Parquet shards, by id; local or s3://. Raises InputError.
-
-    Shards are read at the first of the columns that they have.
-    """
-    place = locate(folder)
-    column = _column(place, columns)
-    found = {}
-    for row in list_inputs(place, column).to_pylist():
-        inside = column if row["group"] >= 0 else ""
-        where = {name: row[name] for name in ("file", "group", "row")}
-        found[row["id"]] = Source(folder=url(place), column=inside, **where)
-    return found
-
-
-def _column(place: Location, columns: Sequence[str]) -> str:
-    """The first that the first shard has, if there is a choice."""
-    shards = choose(place.files(), place, "id")[1] if len(columns) > 1 else []
-    names = open_shard(shards[0]).schema_arrow.names if shards else []
-    return next((column for column in columns if column in names), columns[0])
-
-
-def read_source(source: Source) -> bytes:
-    """An encoded picture of `list_pictures`. Raises InputError."""
-    row = {**source.model_dump(), "id": f"{source.file}:{source.group}:{source.row}"}
-    return read_input(locate(source.folder), row, source.column)
-
-
 def _absolute(request: Request) -> Request:
-    """Workers have working folders of their own."""
+    """Make the paths of models absolute, since workers have working folders of their own."""
     models = {
         name: url(locate(model)) if is_checkpoint(model) else absolute(model)
         for name, model in request.models.items()
@@ -127,15 +102,15 @@ def _absolute(request: Request) -> Request:
 
 
 def _check(model: str) -> None:
-    """Raise WeightsError for what is no model, and MissingExtra for a package that it needs."""
-    if is_checkpoint(model):  # small enough to be loaded where the job begins
+    """Raise WeightsError for a path without a model, MissingExtra for a package that it needs."""
+    if is_checkpoint(model):  # small enough to be loaded by the driver
         _load(model, "cpu")
     else:
         check_model(model)
 
 
 def _load(model: str, device: str) -> Upscaler | Checkpoint:
-    """A model of `_check`, local or s3://. Raises WeightsError."""
+    """Load a model that `_check` accepts, local or s3://. Raises WeightsError."""
     if not is_checkpoint(model):
         return load_upscaler(model, device)
     if not model.startswith("s3://"):
@@ -147,83 +122,84 @@ def _load(model: str, device: str) -> Upscaler | Checkpoint:
 
 
 def _fingerprint(config: EvaluationConfig, settings: Settings) -> str:
-    """Of all that decides the numbers: other parts than these must not be reused."""
+    """Return a digest of everything that decides the scores."""
     request = config.request
-    places = [url(locate(p)) for p in (request.hr, *request.results.values()) if p]
-    told = [settings.model_dump_json(), request.lr, places, conventions(), config.models_on]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    folders = [url(locate(p)) for p in (request.hr, *request.results.values()) if p]
+    fields = settings.model_dump_json()
+    return digest([fields, request.lr, folders, conventions(), config.model_device])
 
 
-def _scores(made: Plan, config: EvaluationConfig, parts: Location) -> list[Score]:
-    """Of earlier parts and of what they lack."""
+def _scores(planned: Plan, config: EvaluationConfig, parts: Location) -> list[Score]:
+    """Return the scores of all pictures: those of earlier runs, and those judged now."""
     done = dict(_read_parts(parts))
-    wanted = {item.id for item in made.items}
-    scores = [score for id, found in done.items() if id in wanted for score in found]
-    todo = [item for item in made.items if item.id not in done]
-    judged = pooled(todo, _Worker, (made.settings, config), config)
-    kept: list[list[Score]] = []
+    wanted = {item.id for item in planned.items}
+    scores = [score for id, saved in done.items() if id in wanted for score in saved]
+    todo = [item for item in planned.items if item.id not in done]
+    results = map_actors(todo, _Worker, (planned.settings, config), config)
+    total, unsaved = len(planned.items), []
     try:
-        for item, result in tqdm(judged, total=len(todo), unit="picture", desc="evaluate"):
-            found = result or [Score(item.id, "", "", None, LOST)]
-            scores += found
-            if not any(score.failed for score in found):  # a failure is tried again
-                kept.append(found)
-            if len(kept) >= SAVE_EVERY:
-                _write_part(parts, kept)
-                kept = []
-    finally:  # whatever ended the job, what is known by then is kept
-        _write_part(parts, kept)
+        with progress("evaluate", total, "pictures", initial=total - len(todo)) as bar:
+            for item, result in results:
+                judged: list[Score] = result or [Score(item.id, "", "", None, CRASHED)]
+                scores += judged
+                if not any(score.failed for score in judged):  # a failure is tried again
+                    unsaved.append(judged)
+                if len(unsaved) >= PART_SIZE:
+                    _write_part(parts, unsaved)
+                    unsaved = []
+                bar.update()
+    finally:  # whatever ended the job
+        _write_part(parts, unsaved)
     return scores
 
 
 def _read_parts(parts: Location) -> Iterator[tuple[str, list[Score]]]:
-    """Raises InputError for what this job has not written."""
+    """Yield ids and scores. Raises InputError for a file that no earlier run can have written."""
     for file in parts.files():
         try:
-            rows = pq.read_table(pa.BufferReader(file.read()), schema=ROWS).to_pylist()
-            found = [(r["id"], [Score(*s) for s in json.loads(r["scores"])]) for r in rows]
+            rows = pq.read_table(pa.BufferReader(file.read()), schema=PART).to_pylist()
+            saved = [(r["id"], [Score(*s) for s in json.loads(r["scores"])]) for r in rows]
         except (ValueError, TypeError, pa.ArrowException) as error:
             raise InputError(
                 f"{url(file)}: no scores of an earlier run ({one_line(error)}); delete it"
             ) from error
-        yield from found
+        yield from saved
 
 
 def _write_part(parts: Location, pictures: list[list[Score]]) -> None:
-    if not pictures:
-        return
-    rows = [{"id": scores[0].id, "scores": json.dumps(scores)} for scores in pictures]
-    write_table(parts / f"{part_name(row['id'] for row in rows)}.parquet", rows, ROWS)
-
-
-def _judge(settings: Settings, config: EvaluationConfig) -> Judge:
-    torch.set_num_threads(max(1, int(config.actor_cpus)))
-    return Judge(settings, read_source, lambda model: _load(model, config.models_on))
+    if pictures:
+        rows = [{"id": scores[0].id, "scores": json.dumps(scores)} for scores in pictures]
+        write_table(parts / f"{part_name(row['id'] for row in rows)}.parquet", rows, PART)
 
 
 class _Worker:
-    """The actor: models and metrics, loaded once."""
+    """The worker of an actor: models and metrics, loaded once."""
 
     def __init__(self, settings: Settings, config: EvaluationConfig) -> None:
-        self.judge = _judge(settings, config)
+        torch.set_num_threads(max(1, int(config.actor_cpus)))
+        self.judge = Judge(settings, read_source, lambda model: _load(model, config.model_device))
 
     def __call__(self, items: list[Item]) -> list[list[Score]]:
-        """Pictures in, the scores of each out."""
+        """Return the scores of each picture."""
         return [self.judge.scores(item) for item in items]
 
 
-def _look(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
-    """The models and examples, from one task with an actor's resources."""
-    import ray
+class _ExampleWorker(_Worker):
+    """Describes the models and cuts the examples of the contact sheet."""
 
-    task = ray.remote(num_cpus=config.actor_cpus, num_gpus=1 if config.gpu else 0)(_seen)
-    try:
-        seen: Seen = ray.get(task.remote(settings, items, config))
-    except ray.exceptions.RayError as error:
-        raise LinearSRError(f"the contact sheet failed: {last_line(error)}") from error
-    return seen
+    def __call__(self, lists: list[Sequence[Item]]) -> list[Seen]:  # type: ignore[override]
+        """Return the descriptions and examples for each list of pictures."""
+        return [
+            Seen(self.judge.describe(), [self.judge.example(item) for item in items])
+            for items in lists
+        ]
 
 
-def _seen(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
-    judge = _judge(settings, config)
-    return Seen(judge.describe(), [judge.example(item) for item in items])
+def _examples(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
+    """Return the models' descriptions and the examples, from one actor."""
+    pool = config.model_copy(update={"actors": 1})
+    ((_, result),) = map_actors([items], _ExampleWorker, (settings, config), pool)
+    if result is None:
+        raise LinearSRError(f"the contact sheet failed: {CRASHED}")
+    examples: Seen = result
+    return examples

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.schema import ApplicationStatus
 from requests import RequestException
 from tenacity import (
@@ -19,6 +18,7 @@ from tenacity import (
     wait_fixed,
 )
 
+from linearsr.distributed.compat import serve_client
 from linearsr.distributed.models import check_model
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.errors import LinearSRError, OptionError, one_line
@@ -57,7 +57,7 @@ def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> str:
     dashboard: http://HOST:PORT. Returns where it listens. Raises LinearSRError when Serve does not
     take it, or it did not come up, with Serve's reason.
     """
-    client = ServeSubmissionClient(dashboard)
+    client = serve_client(dashboard)
     try:
         client.deploy_applications(dict(config))
     except RuntimeError as error:
@@ -70,7 +70,7 @@ def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> str:
     return f"{listens['host']}:{listens['port']}"
 
 
-def _ended(client: ServeSubmissionClient, name: str, seconds: float) -> dict[str, Any]:
+def _ended(client: Any, name: str, seconds: float) -> dict[str, Any]:
     """What Serve tells of an application that is no longer being deployed."""
     asking = Retrying(
         wait=wait_fixed(1),

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from linearsr.config import ModelConfig
+from linearsr.distributed.compat import HEAD_RESOURCE
 from linearsr.distributed.models import absolute, read_config
 from linearsr.distributed.serve.config import ServeConfig, learned
 from linearsr.distributed.serve.expert import Experts
@@ -37,8 +38,6 @@ INGRESS_REQUESTS = 1000
 # Who finds no room is told what requests took of late: this long until there was one.
 RETRY_AFTER_SECONDS = 2
 TOKEN = "LINEARSR_TOKEN"
-# What Ray calls the head among a cluster's resources.
-HEAD = "node:__internal_head__"
 # A part that does not answer by then counts as gone.
 READY_SECONDS = 5
 
@@ -62,7 +61,7 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     bound = router.bind(config, [which for which, _ in groups], experts, finisher)
     common = _common(config, config.ingress_cpus)
     if config.ingress_node == "head":
-        common["ray_actor_options"]["resources"] = {HEAD: 0.001}
+        common["ray_actor_options"]["resources"] = {HEAD_RESOURCE: 0.001}
     if token := os.environ.get(TOKEN):  # set where this is called, needed where the ingress runs
         common["ray_actor_options"]["runtime_env"]["env_vars"][TOKEN] = token
     ingress = serve.deployment(serve.ingress()(Ingress)).options(

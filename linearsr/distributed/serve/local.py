@@ -15,6 +15,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from linearsr.distributed.compat import delete_application
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.serve.config import ServeConfig
@@ -69,7 +70,7 @@ def _drain(seconds: float) -> None:
         serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=seconds)
         wait = True  # until the last bytes are with the proxy
     with contextlib.suppress(KeyboardInterrupt, TimeoutError):
-        serve.delete(APPLICATION, _blocking=wait)
+        delete_application(APPLICATION, wait=wait)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -18,7 +18,7 @@ from ray.util import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from linearsr.config import ModelConfig
-from linearsr.distributed.resources import places
+from linearsr.distributed.resources import capacity
 from linearsr.distributed.train.config import ClusterConfig, StageConfig
 from linearsr.distributed.train.knee import last_checkpoint, read_knee, start_from_knee, summary
 from linearsr.distributed.train.trainer import Outcome, check, train
@@ -113,7 +113,7 @@ class _Runner:
 def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Outcome]:
     """As many at once as the cluster has room for; outcomes in the order of `stages`."""
     cluster = stages[0].cluster
-    room = places(cluster.cpus(), cluster.gpus(), most=len(stages))
+    room = capacity(cluster.cpus(), cluster.gpus(), limit=len(stages))
     # A run is led from where its runner is: from the driver's node, which nobody takes away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     runner = ray.remote(num_cpus=0, scheduling_strategy=here)(_Runner)

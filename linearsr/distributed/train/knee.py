@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 from ray.train import Checkpoint, Result, UserCallback
-from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
 
 from linearsr.config import Config
+from linearsr.distributed.compat import quiet_checkpoint_manager
 from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
 from linearsr.storage.location import Location
 from linearsr.training import plot
@@ -190,8 +190,7 @@ def last_checkpoint(run: Location) -> tuple[Location, int | None]:
 
 def last_result(run: Location) -> Result | None:
     """What Ray Train has stored of a run; None when it never reported."""
-    # Each reading would be announced as the resumption of a run.
-    logging.getLogger(checkpoint_manager.__name__).setLevel(logging.WARNING)
+    quiet_checkpoint_manager()
     try:
         return Result.from_path(run.path, storage_filesystem=run.filesystem)
     except RuntimeError:

@@ -28,12 +28,13 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
 )
+from ray.train import ValidationConfig as RayValidation
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.validation_config import ValidationConfig as RayValidation
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.distributed.compat import progress_bar
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.data import Share, batches, open_source
@@ -314,9 +315,7 @@ def _board(folder: Path) -> Any:
 
 def _bar(job: StageConfig) -> Any:
     """Ray's bar: it is drawn once, by the driver, however many workers have one."""
-    from ray.experimental import tqdm_ray
-
-    bar = tqdm_ray.tqdm(desc=job.cluster.name, total=job.train.steps, unit="step")
+    bar = progress_bar(job.cluster.name, job.train.steps, "step")
     bar.step = 0
     return bar
 

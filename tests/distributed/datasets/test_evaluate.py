@@ -19,10 +19,11 @@ from spandrel.architectures.Compact import Compact
 
 from linearsr.cli import main
 from linearsr.distributed.datasets import evaluate as evaluation
-from linearsr.distributed.datasets.evaluate import EvaluationConfig, evaluate, list_pictures
+from linearsr.distributed.datasets.evaluate import EvaluationConfig, evaluate
 from linearsr.errors import InputError, WeightsError
 from linearsr.evaluation.config import Score
 from linearsr.evaluation.run import Request, plan
+from linearsr.evaluation.sources import list_pictures
 from linearsr.storage.location import locate
 from ray_jobs import evaluate as job
 
@@ -53,7 +54,7 @@ def _pairs(photos: Path, folder: Path) -> tuple[Path, Path]:
     return folder / "hr", folder / "lr"
 
 
-def test_actors_measure_exactly_what_one_process_does(
+def test_actors_give_the_scores_of_one_process(
     cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     report = evaluate(_job(_request(small_bundle, photos, lr="degraded"), tmp_path / "job", 2))
@@ -82,7 +83,7 @@ def test_actors_load_checkpoints_of_other_programs(
     assert {row["method"] for row in _rows(tmp_path / "job")} == {"bicubic", "compact"}
 
 
-def test_shards_give_the_numbers_of_the_pictures_inside(
+def test_shards_give_the_scores_of_their_pictures(
     cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     hr, lr = _pairs(photos, tmp_path)
@@ -106,7 +107,7 @@ def test_shards_give_the_numbers_of_the_pictures_inside(
     assert not list((tmp_path / "job").glob("parts-*"))
 
 
-def test_the_command_reads_shards_as_well(
+def test_the_command_reads_shards(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     buffer = io.BytesIO()
@@ -127,7 +128,7 @@ def test_the_command_reads_shards_as_well(
     assert set(found) == {"bicubic", "mine"} and found["mine"] == pytest.approx(80)
 
 
-def test_parts_come_back_and_damaged_ones_are_named(tmp_path: Path) -> None:
+def test_damaged_parts_are_refused(tmp_path: Path) -> None:
     parts = locate(tmp_path / "parts")
     kept = [[Score("a", "HR", "piqe", 0.1), Score("a", "m", "psnr", None, "too small")]]
     evaluation._write_part(parts, kept)
@@ -143,28 +144,26 @@ def test_parts_come_back_and_damaged_ones_are_named(tmp_path: Path) -> None:
     ("words", "device"),
     [("", "cpu"), ("--gpu", "cuda"), ("--gpu --device cpu", "cpu"), ("--device cuda:1", "cuda:1")],
 )
-def test_models_run_where_they_are_told_to(words: str, device: str) -> None:
+def test_models_run_on_the_chosen_device(words: str, device: str) -> None:
     arguments = job.parser().parse_args(["-o", "out", *words.split()])
     config = EvaluationConfig(
         request=Request(), output="out", gpu=arguments.gpu, device=arguments.device
     )
-    assert config.models_on == device
+    assert config.model_device == device
 
 
-def test_other_settings_do_not_share_parts(
-    small_bundle: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_other_settings_have_other_parts(small_bundle: Path, photos: Path, tmp_path: Path) -> None:
     prints = set()
     for more in ({}, {"lr": "degraded"}, {"seed": 1}, {"scale": 2}, {"every": 2}):
         request = _request(small_bundle, photos, **more)
-        asked, settings = _job(request, tmp_path), plan(request, list_pictures).settings
-        prints.add(evaluation._fingerprint(asked, settings))
+        config, settings = _job(request, tmp_path), plan(request, list_pictures).settings
+        prints.add(evaluation._fingerprint(config, settings))
     assert len(prints) == 4, "every only chooses among the pictures"
-    elsewhere = asked.model_copy(update={"device": "cuda"})
+    elsewhere = config.model_copy(update={"device": "cuda"})
     assert evaluation._fingerprint(elsewhere, settings) not in prints
 
 
-def test_what_an_actor_would_find_out_late_ends_the_job_early(
+def test_wrong_models_and_inputs_are_refused_before_any_work(
     photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     request = _request(small_bundle, photos)
@@ -179,7 +178,7 @@ def test_what_an_actor_would_find_out_late_ends_the_job_early(
         evaluate(_job(_request(small_bundle, tmp_path / "empty"), tmp_path / "out"))
 
 
-def test_the_job_as_users_start_it_names_what_fails_and_the_next_one_needs_only_that(
+def test_the_job_names_failures_and_a_second_run_retries_only_them(
     cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     hr, output = tmp_path / "hr", tmp_path / "out"
@@ -196,13 +195,15 @@ def test_the_job_as_users_start_it_names_what_fails_and_the_next_one_needs_only_
     assert "coffee.png: not a picture" in run.stderr and "| small, 1 step" in run.stdout
     judged = _rows(output)
     assert {row["id"] for row in judged} == {"astronaut.png"}
+    (error,) = pq.read_table(output / "errors").to_pylist()
+    assert error["id"] == "coffee.png" and "not a picture" in error["error"]
 
     shutil.copy(photos / "coffee.png", hr)
     (hr / "astronaut.png").write_bytes(b"judged already: never read again for numbers")
     request = _request(small_bundle, hr)
-    made, asked = plan(request, list_pictures), _job(request, output)
-    parts = locate(output) / f"parts-{evaluation._fingerprint(asked, made.settings)}"
-    scores = evaluation._scores(made, asked, parts)
+    planned, config = plan(request, list_pictures), _job(request, output)
+    parts = locate(output) / f"parts-{evaluation._fingerprint(config, planned.settings)}"
+    scores = evaluation._scores(planned, config, parts)
     assert not [score for score in scores if score.failed]
     assert {score.id for score in scores} == {"astronaut.png", "coffee.png"}
     kept = {(s.id, s.method, s.metric): s.value for s in scores}

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from linearsr.distributed.datasets.shards.filters import (
-    MOST_DISTANCE,
+    MAX_DISTANCE,
     Box,
     boxes,
     near_duplicates,
@@ -136,7 +136,7 @@ def test_hashes_survive_compression_and_size(name: str) -> None:
 def test_different_photographs_have_hashes_far_apart() -> None:
     photos = [_photo(name) for name in ("astronaut", "coffee", "rocket", "chelsea")]
     pairs = [(a, b) for i, a in enumerate(photos) for b in photos[:i]]
-    assert min(_distance(a, b) for a, b in pairs) > 2 * MOST_DISTANCE
+    assert min(_distance(a, b) for a, b in pairs) > 2 * MAX_DISTANCE
     assert 0 <= perceptual_hash(_tensor(photos[0])) < 2**64
 
 
@@ -165,7 +165,7 @@ def _crowd(count: int, most_flips: int) -> list[int]:
     return hashes
 
 
-@pytest.mark.parametrize("distance", [0, 1, 2, 4, 7, MOST_DISTANCE])
+@pytest.mark.parametrize("distance", [0, 1, 2, 4, 7, MAX_DISTANCE])
 def test_near_duplicates_are_those_of_a_plain_search(distance: int) -> None:
     hashes = _crowd(800, distance + 2)
     found = near_duplicates(hashes, distance)
@@ -186,7 +186,7 @@ def test_nothing_is_a_duplicate_where_that_is_turned_off() -> None:
     assert near_duplicates([], 4) == []
 
 
-@pytest.mark.parametrize("distance", [-2, MOST_DISTANCE + 1])
+@pytest.mark.parametrize("distance", [-2, MAX_DISTANCE + 1])
 def test_distances_that_cannot_be_searched_are_refused(distance: int) -> None:
     with pytest.raises(ValueError, match="distance"):
         near_duplicates([1], distance)

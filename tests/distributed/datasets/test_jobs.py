@@ -20,30 +20,30 @@ def test_photos_to_shards_to_tags_to_pictures_to_a_report(
     """What one job writes to S3, the next one reads."""
 
     def run(job: str, *flags: str) -> str:
-        status, code, told = jobs.end(jobs.submit([sys.executable, f"ray_jobs/{job}.py", *flags]))
-        assert (status, code) == (JobStatus.SUCCEEDED, 0), told
-        return told
+        status, code, output = jobs.end(jobs.submit([sys.executable, f"ray_jobs/{job}.py", *flags]))
+        assert (status, code) == (JobStatus.SUCCEEDED, 0), output
+        return output
 
     bucket = s3.bucket()
     small, shards, large, report = (f"{bucket}/{n}" for n in ("small", "shards", "large", "report"))
     locate(photos).copy_to(locate(small))
     cutting = ("--crop=64", "--min-size=64", "--min-sharpness=0", "--crops-per-picture=1")
-    told = run("build_shards", f"--input={small}", f"--output={shards}", *cutting)
-    assert "2 pictures: 2 used, rejected: none; 2 rows in 1 shards" in told
-    told = run("tag_dataset", f"--input={shards}", f"--output={shards}", "--threshold=0")
-    assert "2 pictures in 1 shards" in told
+    output = run("build_shards", f"--input={small}", f"--output={shards}", *cutting)
+    assert "2 pictures: 2 used, rejected: none; 2 rows in 1 shards" in output
+    output = run("tag_dataset", f"--input={shards}", f"--output={shards}", "--threshold=0")
+    assert "2 pictures: 2 processed, 0 failed; 2 have tags, in 1 shards" in output
     (shard,) = (file for file in locate(shards).files() if file.name.endswith(".parquet"))
     rows = pq.read_table(shard.path, filesystem=shard.filesystem).to_pylist()
     assert all(len(row["tags"]) == len(row["tag_scores"]) == 5 for row in rows)
 
     model = (f"--model={small_bundle}", "--device=cpu", "--steps=1")
-    told = run("upscale_dataset", f"--input={shards}", f"--output={large}", *model)
-    assert "2 pictures: 2 upscaled, 0 failed" in told
+    output = run("upscale_dataset", f"--input={shards}", f"--output={large}", *model)
+    assert "2 pictures: 2 upscaled, 0 failed" in output
     results = [file for file in locate(large).files() if file.name.endswith(".png")]
     assert [read(file.read()).pixels.shape for file in results] == [(3, 64, 64)] * 2
 
     measuring = ("--metrics", "psnr", "piqe", "--steps", "1", "--models", f"small={small_bundle}")
-    told = run("evaluate", f"--hr={shards}", f"--output={report}", *measuring)
-    assert "bicubic" in told and "small, 1 step" in told
+    output = run("evaluate", f"--hr={shards}", f"--output={report}", *measuring)
+    assert "bicubic" in output and "small, 1 step" in output
     written = {file.name for file in locate(report).files()}
     assert {"metrics.parquet", "report.md", "contact.jpg"} <= written

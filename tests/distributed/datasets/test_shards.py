@@ -6,11 +6,9 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,16 @@ import torch
 from PIL import Image, ImageFilter
 from ray.cluster_utils import Cluster
 
-from linearsr.distributed import tasks
-from linearsr.distributed.datasets.shards import plan
-from linearsr.distributed.datasets.shards.build import SCHEMA, Built, ShardConfig, build_shards
-from linearsr.distributed.tasks import each
+from linearsr.distributed.datasets.shards import scan
+from linearsr.distributed.datasets.shards.build import SCHEMA, BuildResult, build_shards
+from linearsr.distributed.datasets.shards.config import ShardConfig
+from linearsr.distributed.datasets.shards.plan import cut
 from linearsr.distributed.train.data import Shards, open_source
 from linearsr.errors import InputError, OptionError, OutputError
 from linearsr.imaging.degradation import PRESETS, degrade
 from linearsr.imaging.files import read
 from linearsr.storage.location import locate
 from linearsr.training.data import DataConfig, as_bytes
-from tests.distributed.conftest import until
 from tests.storage.fixtures import Server
 
 ROOT = Path(__file__).parents[3]
@@ -76,12 +73,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(cluster: Cluster, pictures: Path, output: Path) -> Built:
+def built(cluster: Cluster, pictures: Path, output: Path) -> BuildResult:
     return build_shards(_config(pictures, output))
 
 
 @pytest.fixture(scope="module")
-def rows(built: Built, output: Path) -> list[dict[str, Any]]:
+def rows(built: BuildResult, output: Path) -> list[dict[str, Any]]:
     return [row for shard in _shards(output) for row in pq.read_table(shard).to_pylist()]
 
 
@@ -97,7 +94,7 @@ def _everything(output: Path) -> dict[str, bytes]:
 # What is built
 
 
-def test_rows_are_the_schemas_and_hold_what_they_say(rows: list[dict[str, Any]]) -> None:
+def test_rows_hold_pairs_of_the_recorded_sizes(rows: list[dict[str, Any]]) -> None:
     assert len({row["id"] for row in rows}) == len(rows) == 15
     assert {row["source"] for row in rows} == {f"mixed/{name}" for name in USED}
     for row in rows:
@@ -108,13 +105,13 @@ def test_rows_are_the_schemas_and_hold_what_they_say(rows: list[dict[str, Any]])
         assert row["tags"] is None and row["tag_scores"] is None
 
 
-def test_files_have_the_schema_and_small_row_groups(built: Built, output: Path) -> None:
+def test_files_have_the_schema_and_small_row_groups(built: BuildResult, output: Path) -> None:
     for shard in _shards(output):
         assert pq.read_schema(shard).equals(SCHEMA)
     assert [pq.ParquetFile(s).metadata.num_rows for s in _shards(output)] == [4, 4, 4, 3]
 
 
-def test_a_rows_seed_alone_makes_lr_of_hr(rows: list[dict[str, Any]]) -> None:
+def test_a_rows_seed_reproduces_lr_from_hr(rows: list[dict[str, Any]]) -> None:
     assert len({row["degradation"]["seed"] for row in rows}) == len(rows)
     for row in rows:
         preset, seed = row["degradation"]["preset"], row["degradation"]["seed"]
@@ -126,9 +123,7 @@ def _as_bytes(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * 255).round().byte()
 
 
-def test_hr_is_cut_from_its_picture_without_loss(
-    rows: list[dict[str, Any]], pictures: Path
-) -> None:
+def test_hr_crops_are_lossless(rows: list[dict[str, Any]], pictures: Path) -> None:
     for name in USED:
         picture = read(pictures / name)
         whole = picture.pixels if picture.alpha is None else _over_white(picture)
@@ -151,7 +146,7 @@ def _lies_in(part: torch.Tensor, whole: torch.Tensor) -> bool:
     )
 
 
-def test_pictures_are_rejected_for_a_reason(built: Built, output: Path) -> None:
+def test_rejects_csv_names_each_reason(built: BuildResult, output: Path) -> None:
     rejected = {
         row["source"]: (row["reason"], row["detail"])
         for row in csv.DictReader((output / "rejects.csv").read_text().splitlines())
@@ -169,21 +164,27 @@ def test_pictures_are_rejected_for_a_reason(built: Built, output: Path) -> None:
     assert len(built.unreadable) == 1 and "broken.jpg" in built.unreadable[0]
 
 
-def test_the_manifest_counts_and_says_what_made_it(
-    built: Built, output: Path, pictures: Path
+def test_manifest_has_counts_settings_and_versions(
+    built: BuildResult, output: Path, pictures: Path
 ) -> None:
-    told = json.loads((output / "manifest.json").read_text())
-    assert told == built.manifest
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest == built.manifest
     ones = {"blurred": 1, "near-duplicate": 1, "too small": 1, "unreadable": 1}
-    assert told["counts"] == {"seen": 9, "accepted": 5, "rejected": ones, "rows": 15, "shards": 4}
-    assert told["settings"]["seed"] == 0 and told["inputs"] == {"mixed": str(pictures)}
-    assert told["shards"] == {
+    assert manifest["counts"] == {
+        "seen": 9,
+        "accepted": 5,
+        "rejected": ones,
+        "rows": 15,
+        "shards": 4,
+    }
+    assert manifest["settings"]["seed"] == 0 and manifest["inputs"] == {"mixed": str(pictures)}
+    assert manifest["shards"] == {
         shard.name: pq.read_metadata(shard).num_rows for shard in _shards(output)
     }
-    assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
-def test_shards_can_be_trained_on(built: Built, output: Path) -> None:
+def test_shards_can_be_trained_on(built: BuildResult, output: Path) -> None:
     source = open_source(str(output), DataConfig(patch=32, margin=8), 0)
     assert isinstance(source, Shards) and source.rows == 15
     hr, lr = source.pair(7)[:2]
@@ -193,10 +194,10 @@ def test_shards_can_be_trained_on(built: Built, output: Path) -> None:
 # Again
 
 
-def test_the_same_again_elsewhere_gives_the_same_bytes(
-    built: Built, output: Path, pictures: Path, tmp_path: Path
+def test_a_second_build_elsewhere_gives_the_same_bytes(
+    built: BuildResult, output: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """With other parallelism; of everything, the manifest and the notes of the survey included."""
+    """With other parallelism; of everything, the manifest and the notes of the scan included."""
     moved = shutil.copytree(pictures, tmp_path / "mixed")
     build_shards(_config(moved, tmp_path / "again", cpus=2))
     again, first = _everything(tmp_path / "again"), _everything(output)
@@ -204,8 +205,8 @@ def test_the_same_again_elsewhere_gives_the_same_bytes(
     assert len(first) >= 4 + 3 and again == first
 
 
-def test_from_and_to_s3_gives_the_same_bytes(
-    built: Built, output: Path, pictures: Path, s3: Server
+def test_a_build_on_s3_gives_the_same_bytes(
+    built: BuildResult, output: Path, pictures: Path, s3: Server
 ) -> None:
     bucket = s3.bucket()
     for name, data in _everything(pictures).items():
@@ -219,28 +220,32 @@ def test_from_and_to_s3_gives_the_same_bytes(
 
 
 def test_another_seed_gives_other_crops_and_other_lr(
-    built: Built, rows: list[dict[str, Any]], pictures: Path, tmp_path: Path
+    built: BuildResult, rows: list[dict[str, Any]], pictures: Path, tmp_path: Path
 ) -> None:
     config = _config(pictures, tmp_path, seed=1)
     for row in rows[:3]:
-        found = plan.look(0, row["source"], plan.fetcher(config), config)["boxes"]
-        before = plan.look(0, row["source"], plan.fetcher(config), _config(pictures, tmp_path))
+        found = scan.scan_picture(0, row["source"], scan.fetcher(config), config)["boxes"]
+        before = scan.scan_picture(
+            0, row["source"], scan.fetcher(config), _config(pictures, tmp_path)
+        )
         assert found != before["boxes"]
         assert config.seed_of(row["id"]) != row["degradation"]["seed"]
 
 
-def test_only_what_is_missing_is_built(built: Built, output: Path, pictures: Path) -> None:
+def test_a_second_run_builds_only_missing_shards(
+    built: BuildResult, output: Path, pictures: Path
+) -> None:
     before = _everything(output)
     gone = _shards(output)[1]
     gone.unlink()
-    written = {s: s.stat().st_mtime_ns for s in [*_shards(output), *output.glob("survey/*")]}
+    written = {s: s.stat().st_mtime_ns for s in [*_shards(output), *output.glob("scan/*")]}
     again = build_shards(_config(pictures, output, cpus=1))
     assert _everything(output) == before and again == built
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_other_settings_or_pictures_in_the_same_output_are_refused(
-    built: Built, output: Path, pictures: Path, tmp_path: Path
+    built: BuildResult, output: Path, pictures: Path, tmp_path: Path
 ) -> None:
     before = _everything(output)
     with pytest.raises(OptionError, match=r"other seed \(0, now 7\), crop \(96, now 64\)"):
@@ -252,8 +257,8 @@ def test_other_settings_or_pictures_in_the_same_output_are_refused(
     assert _everything(output) == before
 
 
-def test_a_picture_that_changed_since_it_was_planned_costs_its_shard_alone(
-    built: Built, output: Path, pictures: Path, tmp_path: Path
+def test_a_changed_picture_fails_only_its_shard(
+    built: BuildResult, output: Path, pictures: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(pictures, tmp_path / "mixed")
     begun = shutil.copytree(output, tmp_path / "begun")
@@ -271,7 +276,7 @@ def test_a_picture_that_changed_since_it_was_planned_costs_its_shard_alone(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"crop": 98}, "crop: .*multiple of the scale 4"),
         ({"output": "photos/deep/shards"}, "output: .*apart from the input"),
@@ -283,14 +288,12 @@ def test_a_picture_that_changed_since_it_was_planned_costs_its_shard_alone(
         ({"colour": "blue"}, "colour"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], told: str) -> None:
-    with pytest.raises(OptionError, match=told):
+def test_invalid_settings_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         ShardConfig.parse(**{"inputs": ["photos"], "output": "shards", **changes})
 
 
-def test_inputs_without_pictures_and_folders_of_others_are_refused(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_empty_inputs_and_foreign_outputs_are_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no pictures"):
         build_shards(_config(tmp_path / "nowhere", tmp_path / "out"))
     (tmp_path / "other").mkdir()
@@ -302,104 +305,41 @@ def test_inputs_without_pictures_and_folders_of_others_are_refused(
         build_shards(_config(pictures, tmp_path / "file/shards"))
 
 
-def test_inputs_of_the_same_name_are_told_apart(pictures: Path, tmp_path: Path) -> None:
+def test_inputs_of_one_name_get_numbers(pictures: Path, tmp_path: Path) -> None:
     for place in ("a", "b"):
         (tmp_path / place / "photos").mkdir(parents=True)
         shutil.copy(pictures / "rocket.jpg", tmp_path / place / "photos")
     both = [str(tmp_path / place / "photos") for place in ("b", "a")]
     config = _config(pictures, tmp_path / "out", inputs=both)
-    assert plan.list_sources(config) == ["1-photos/rocket.jpg", "2-photos/rocket.jpg"]
-    assert plan.fetcher(config)("2-photos/rocket.jpg") == (pictures / "rocket.jpg").read_bytes()
+    assert scan.list_sources(config) == ["1-photos/rocket.jpg", "2-photos/rocket.jpg"]
+    assert scan.fetcher(config)("2-photos/rocket.jpg") == (pictures / "rocket.jpg").read_bytes()
 
 
-# Looks and plans
+# Scan and plan
 
 
-def test_whole_pictures_are_trimmed_and_kept_whole(pictures: Path, tmp_path: Path) -> None:
+def test_crop_0_takes_whole_pictures_trimmed_to_the_scale(pictures: Path, tmp_path: Path) -> None:
     config = _config(pictures, tmp_path, crop=0)
-    look = plan.look(0, "mixed/chelsea.webp", plan.fetcher(config), config)
-    assert look["boxes"] == [{"left": 0, "top": 0, "width": 448, "height": 300}]
+    row = scan.scan_picture(0, "mixed/chelsea.webp", scan.fetcher(config), config)
+    assert row["boxes"] == [{"left": 0, "top": 0, "width": 448, "height": 300}]
 
 
-def test_a_picture_that_is_gone_is_unreadable(
-    cluster: Cluster, pictures: Path, tmp_path: Path
-) -> None:
+def test_a_missing_picture_is_unreadable(cluster: Cluster, pictures: Path, tmp_path: Path) -> None:
     """Looked at alone, as after a part failed; from then on, the notes know."""
     config = _config(pictures, tmp_path)
     sources = ["mixed/rocket.jpg", "mixed/gone.png"]
     counts: list[int] = []
-    table = plan._one_by_one(0, sources, config, counts.append)
+    table = scan.scan_singly(0, sources, config, counts.append)
     assert table["source"].to_pylist() == sources and sum(counts) == 2
     assert table["reason"].to_pylist() == [None, "unreadable"]
     assert "there is no such file" in table["detail"][1].as_py()
-    assert plan.survey(config, sources).equals(table)
+    assert scan.scan(config, sources).equals(table)
 
 
-def test_groups_of_rows_stay_within_both_limits() -> None:
-    assert list(plan.cut([1] * 5, 2, 100)) == [(0, 2), (2, 4), (4, 5)]
-    assert list(plan.cut([4, 4, 9, 20, 1], 10, 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
-    assert list(plan.cut([], 2, 10)) == []
-
-
-# Tasks
-
-
-def _dies(item: tuple[str, int], folder: Path) -> int:
-    name, times = item
-    deaths = len(list(folder.glob(f"{name}-*")))
-    if deaths < times:
-        (folder / f"{name}-{deaths}").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return times
-
-
-def test_a_task_whose_worker_dies_is_started_again_but_not_for_ever(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks, "RETRIES", 1)
-    items = [("never", 0), ("once", 1), ("always", 99)]
-    assert sorted(each(items, partial(_dies, folder=tmp_path), 0.5, 2)) == [0, 1]
-    assert len(list(tmp_path.glob("always-*"))) == 2
-
-
-def _alone(item: int, folder: Path) -> int:
-    """Refuses while another one is at work."""
-    busy = folder / "busy"
-    busy.touch(exist_ok=False)
-    np.linalg.svd(np.random.default_rng(item).normal(size=(400, 400)))
-    busy.unlink()
-    return item
-
-
-def _together(item: int, folder: Path) -> int:
-    """Waits for the other one."""
-    (folder / str(item)).touch()
-    until((folder / str(1 - item)).exists, "two tasks at once")
-    return item
-
-
-def test_a_cluster_that_grows_is_asked_for_no_more_than_allowed(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert sorted(each([0, 1], partial(_together, folder=tmp_path), 0.5, 0.5)) == [0, 1]
-    monkeypatch.setattr(tasks, "grows", lambda: True)
-    assert sorted(each(range(8), partial(_alone, folder=tmp_path), 0.5, 0.9)) == list(range(8))
-
-
-def _fails(item: int) -> int:
-    if item == 1:
-        raise OutputError("disk full")
-    return 10 // (item - 2)
-
-
-@pytest.mark.parametrize(
-    ("item", "error", "told"), [(1, OutputError, "^disk full$"), (2, RuntimeError, "ZeroDivision")]
-)
-def test_what_a_task_raises_is_raised(
-    cluster: Cluster, item: int, error: type[Exception], told: str
-) -> None:
-    with pytest.raises(error, match=told):
-        list(each([item], _fails, 0.5, 2))
+def test_cut_respects_both_limits() -> None:
+    assert list(cut([1] * 5, 2, 100)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(cut([4, 4, 9, 20, 1], 10, 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert list(cut([], 2, 10)) == []
 
 
 # The command
@@ -417,11 +357,11 @@ def job(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_the_job_names_what_failed_and_writes_the_rest(
+def test_the_job_names_failures_and_writes_the_rest(
     job: Callable[..., subprocess.CompletedProcess[str]],
     pictures: Path,
     output: Path,
-    built: Built,
+    built: BuildResult,
     tmp_path: Path,
 ) -> None:
     small = ["--crop=96", "--crops-per-picture=3", "--min-size=128", "--rows-per-shard=4"]

@@ -1,8 +1,7 @@
-"""A tiny shard dataset tagged: what is done stays, a bad row is told, in place is allowed."""
+"""Tagging a tiny shard dataset: finished shards stay, bad rows are listed, in place is allowed."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 from pathlib import Path
@@ -58,7 +57,7 @@ def _always(picture: object) -> list[Tag]:
 # Without a cluster
 
 
-def test_nothing_but_the_tags_changes(shards: Path) -> None:
+def test_tagging_changes_only_the_tags(shards: Path) -> None:
     file = pq.ParquetFile(shards / "shard-00000.parquet")
     data, note = tagged_shard(file, TagConfig(input="", output=""), _always)
     after = pq.ParquetFile(pa.BufferReader(data))
@@ -70,7 +69,7 @@ def test_nothing_but_the_tags_changes(shards: Path) -> None:
     assert tags == [{"tags": ["thing"], "tag_scores": [0.5]}] * 2
 
 
-def test_twice_is_as_once(shards: Path) -> None:
+def test_tagging_twice_gives_the_same_bytes(shards: Path) -> None:
     """The footer's note is replaced, not added."""
     config = TagConfig(input="", output="")
     once, _ = tagged_shard(pq.ParquetFile(shards / "shard-00000.parquet"), config, _always)
@@ -78,7 +77,7 @@ def test_twice_is_as_once(shards: Path) -> None:
     assert twice == once
 
 
-def test_shards_of_others_get_the_columns(tmp_path: Path) -> None:
+def test_foreign_shards_get_the_columns(tmp_path: Path) -> None:
     table = pa.table({"id": ["a"], "lr": pa.array([_png(tmp_path, "coffee", 8)]), "mine": [1]})
     pq.write_table(table, tmp_path / "theirs.parquet")
     config = TagConfig(input="", output="")
@@ -90,7 +89,7 @@ def test_shards_of_others_get_the_columns(tmp_path: Path) -> None:
         tag_dataset(hr)
 
 
-def test_what_is_wrong_is_known_before_any_work(tmp_path: Path) -> None:
+def test_wrong_inputs_are_refused_before_any_work(tmp_path: Path) -> None:
     config = TagConfig(input=str(tmp_path), output=str(tmp_path / "out"))
     with pytest.raises(InputError, match="shards here"):
         tag_dataset(config)
@@ -104,12 +103,12 @@ def test_what_is_wrong_is_known_before_any_work(tmp_path: Path) -> None:
         tag_dataset(config.model_copy(update={"tagger": tagger}))
 
 
-def test_a_picture_that_breaks_the_tagger_costs_its_tags_only(shards: Path) -> None:
-    asked: list[object] = []
+def test_a_picture_that_breaks_the_tagger_loses_only_its_tags(shards: Path) -> None:
+    pictures: list[object] = []
 
     def odd(picture: object) -> list[Tag]:
-        asked.append(picture)
-        if len(asked) == 1:
+        pictures.append(picture)
+        if len(pictures) == 1:
             raise TypeError("no such picture")
         return _always(picture)
 
@@ -118,7 +117,7 @@ def test_a_picture_that_breaks_the_tagger_costs_its_tags_only(shards: Path) -> N
     assert note["errors"] == {"cat": "TypeError: no such picture"} and note["tagged"] == 1
 
 
-def test_what_is_wrong_for_all_pictures_is_no_error_of_one(shards: Path) -> None:
+def test_an_error_of_all_pictures_ends_the_shard(shards: Path) -> None:
     def lost(picture: object) -> list[Tag]:
         raise WeightsError("gone")
 
@@ -148,12 +147,12 @@ def _rewritten(file: Path, **columns: list[object]) -> None:
 
 
 def _done(config: TagConfig) -> dict[str, bool]:
-    listed = tagging._shards(locate(config.input), "lr")
-    notes = tagging._notes(listed, locate(config.output), config.settings)
+    listed = tagging._list_shards(locate(config.input), "lr")
+    notes = tagging._read_notes(listed, locate(config.output), config.settings)
     return {shard.name: note is not None for shard, note in zip(listed, notes, strict=True)}
 
 
-def test_what_is_done_is_told_by_tagger_and_rows(shards: Path, tmp_path: Path) -> None:
+def test_finished_shards_are_found_by_tagger_and_rows(shards: Path, tmp_path: Path) -> None:
     config = TagConfig(input=str(shards), output=str(tmp_path / "out"))
     _finish(config)
     (tmp_path / "out" / "more" / "shard-00001.parquet").unlink()
@@ -169,7 +168,7 @@ def test_what_is_done_is_told_by_tagger_and_rows(shards: Path, tmp_path: Path) -
     "columns",
     [{"id": ["dog", "cup"]}, {"degradation": [{"preset": "seesr", "seed": i} for i in (1, 2)]}],
 )
-def test_shards_of_another_dataset_are_neither_done_nor_overwritten(
+def test_shards_of_another_dataset_are_not_overwritten(
     shards: Path, tmp_path: Path, columns: dict[str, list[object]]
 ) -> None:
     config = TagConfig(input=str(shards), output=str(tmp_path / "out"))
@@ -181,7 +180,7 @@ def test_shards_of_another_dataset_are_neither_done_nor_overwritten(
     assert (tmp_path / "out" / "shard-00000.parquet").read_bytes() == before
 
 
-def test_a_note_of_other_rows_does_not_count(shards: Path) -> None:
+def test_a_note_about_other_rows_is_ignored(shards: Path) -> None:
     """In place: footers are copied by those who filter rows."""
     config = TagConfig(input=str(shards), output=str(shards))
     _finish(config)
@@ -190,7 +189,7 @@ def test_a_note_of_other_rows_does_not_count(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"settings": 1}'])
-def test_a_damaged_note_is_named(shards: Path, text: str) -> None:
+def test_a_damaged_note_is_refused(shards: Path, text: str) -> None:
     file = shards / "shard-00000.parquet"
     table = pq.read_table(file).replace_schema_metadata({NOTE: text})
     pq.write_table(table, file)
@@ -201,32 +200,33 @@ def test_a_damaged_note_is_named(shards: Path, text: str) -> None:
 # On a cluster
 
 
-def test_a_dataset(
+def test_a_second_run_tags_only_missing_shards(
     cluster: Cluster, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     config = TagConfig(input=str(shards), output=str(out), actors=2, actor_cpus=0.5)
     result = tag_dataset(config)
-    assert (result.rows, result.tagged, result.shards, result.before) == (4, 2, 2, 0)
+    assert (result.total, result.earlier, result.done, result.failed) == (4, 0, 3, 1)
+    assert result.detail == "2 have tags, in 2 shards"
     first, second = out / "shard-00000.parquet", out / "more" / "shard-00001.parquet"
     assert _tags(first)["cat"] == ["cat"] and "cup" in _tags(first)["cup"]
     assert _tags(second) == {"gravel": [], "bad": []}
-    assert [error[:2] for error in result.errors] == [("more/shard-00001.parquet", "bad")]
-    with (out / "tag_errors.csv").open() as file:
-        assert [row["id"] for row in csv.DictReader(file)] == ["bad"]
+    errors = pq.read_table(out / "errors").to_pylist()
+    assert [row["id"] for row in errors] == ["more/shard-00001.parquet#bad"]
+    assert errors[0]["error"].startswith("the picture: not a picture")
     assert "bad: the picture: not a picture" in capfd.readouterr().err
     assert _tags(shards / "shard-00000.parquet")["cat"] is None
 
-    # What is there is done; what is not is made; what was wrong is still told.
+    # Finished shards stay, missing ones are tagged, and errors are listed again.
     second.unlink()
     before = first.stat().st_mtime_ns
     again = tag_dataset(config)
-    assert (again.rows, again.tagged, again.before) == (4, 2, 1)
+    assert (again.total, again.earlier, again.done, again.failed) == (4, 2, 1, 1)
     assert first.stat().st_mtime_ns == before and second.exists()
-    assert again.errors == result.errors
+    assert pq.read_table(out / "errors").to_pylist() == errors
 
 
-def test_in_place_by_the_job(
+def test_the_job_tags_in_place(
     cluster: Cluster,
     shards: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -234,25 +234,24 @@ def test_in_place_by_the_job(
 ) -> None:
     # The tests' own cluster.
     monkeypatch.setattr("ray.init", functools.partial(ray.init, ignore_reinit_error=True))
-    asked = ["--input", str(shards), "--output", str(shards), "--actor-cpus", "0.5"]
-    assert job.main(asked) == 1
-    assert (
-        "4 pictures in 2 shards (0 done before): 2 have tags, 1 errors" in capsys.readouterr().out
-    )
+    flags = ["--input", str(shards), "--output", str(shards), "--actor-cpus", "0.5"]
+    assert job.main(flags) == 1
+    summary = "4 pictures: 3 processed, 1 failed; 2 have tags, in 2 shards"
+    assert summary in capsys.readouterr().out
     file = shards / "shard-00000.parquet"
     assert _tags(file)["cat"] == ["cat"]
     before = file.stat().st_mtime_ns
-    assert job.main(asked) == 1
-    assert "(2 done before)" in capsys.readouterr().out
+    assert job.main(flags) == 1
+    assert "0 processed, 3 done earlier, 1 failed" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
     # Another tagger looks again.
-    assert job.main([*asked, "--threshold", "1"]) == 1
+    assert job.main([*flags, "--threshold", "1"]) == 1
     assert _tags(file) == {"cat": [], "cup": []}
     note = json.loads(pq.read_metadata(file).metadata[NOTE])
     assert note["settings"]["threshold"] == 1 and note["tagged"] == 0
 
 
-def test_options_that_no_tagger_can_take(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_ends_the_job(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     config = TagConfig(
         input=str(shards),
         output=str(tmp_path / "out"),

@@ -110,7 +110,7 @@ def command(config: UpscaleConfig) -> list[str]:
     return [sys.executable, "ray_jobs/upscale_dataset.py", *places, "--steps=1"]
 
 
-def test_the_same_files_as_the_single_picture_command(
+def test_results_equal_those_of_the_command(
     config: UpscaleConfig, small_bundle: Path, tmp_path: Path
 ) -> None:
     """Every option by the same code path: bytes, names, folders and metadata."""
@@ -125,7 +125,7 @@ def test_the_same_files_as_the_single_picture_command(
     summary = upscale_dataset(
         config.model_copy(update={"input": str(source), "options": options, "files": files})
     )
-    assert (summary.inputs, summary.done, summary.failed) == (5, 5, 0)
+    assert (summary.total, summary.done, summary.failed) == (5, 5, 0)
     names = set(written(str(alone)))
     assert len(names) == 5 and set(written(config.output)) == names
     for name in names:
@@ -171,7 +171,7 @@ def _env(config: UpscaleConfig) -> dict[str, str]:
     }
 
 
-def test_a_bucket_on_a_bad_day(on_s3: UpscaleConfig, s3: Server) -> None:
+def test_failing_s3_requests_lose_nothing(on_s3: UpscaleConfig, s3: Server) -> None:
     """8% of the requests fail, 4% of the bodies break off: nothing is lost or damaged."""
     with s3.proxy(seed=3) as proxy:
         # Some 240 requests in an order of their own: enough for some of each kind.
@@ -182,7 +182,7 @@ def test_a_bucket_on_a_bad_day(on_s3: UpscaleConfig, s3: Server) -> None:
     assert_all_there(on_s3)
 
 
-def test_a_killed_driver_goes_on_where_it_was(on_s3: UpscaleConfig) -> None:
+def test_a_killed_driver_goes_on_with_the_rest(on_s3: UpscaleConfig) -> None:
     """Killed three times, at moments a seed chose; what is finished is never written again."""
     chosen = np.random.default_rng(2).choice(np.arange(5, MANY - 20), 3, replace=False)
     finished: dict[str, int] = {}
@@ -218,7 +218,7 @@ def _kill(driver: subprocess.Popen[bytes]) -> None:
 def _workers() -> list[int]:
     """Process ids of the actors at work."""
     alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return [a.pid for a in alive if "MapWorker" in a.class_name]
+    return [a.pid for a in alive if a.class_name == "DatasetActor"]
 
 
 def test_a_killed_actor_is_replaced(config: UpscaleConfig) -> None:
@@ -250,7 +250,7 @@ def test_parquet_in_parquet_out(config: UpscaleConfig, pictures: Path, tmp_path:
     config = config.model_copy(update={"input": str(shards), "kind": "parquet"})
     for earlier in (0, 19):  # the second run finds everything done but the empty row
         summary = upscale_dataset(config)
-        assert (summary.inputs, summary.earlier, summary.failed) == (20, earlier, 1)
+        assert (summary.total, summary.earlier, summary.failed) == (20, earlier, 1)
         rows = pq.read_table(Path(config.output) / "data").to_pylist()
         assert sorted(row["id"] for row in rows) == sorted(ids[:19])
     for row in rows:
@@ -260,7 +260,7 @@ def test_parquet_in_parquet_out(config: UpscaleConfig, pictures: Path, tmp_path:
     assert [row["id"] for row in errors] == [ids[19]]
 
 
-def test_unequal_sizes(config: UpscaleConfig, tmp_path: Path) -> None:
+def test_pictures_of_unequal_sizes_are_upscaled(config: UpscaleConfig, tmp_path: Path) -> None:
     source = tmp_path / "sizes"
     source.mkdir()
     photo = Image.fromarray(np.asarray(skimage.data.coffee()))
@@ -274,7 +274,9 @@ def test_unequal_sizes(config: UpscaleConfig, tmp_path: Path) -> None:
         assert result.size == (4 * width, 4 * height)
 
 
-def test_results_of_other_options_are_not_mixed(config: UpscaleConfig, tmp_path: Path) -> None:
+def test_other_options_in_the_same_output_are_refused(
+    config: UpscaleConfig, tmp_path: Path
+) -> None:
     source = tmp_path / "one"
     crops(source, 1)
     config = config.model_copy(update={"input": str(source)})
@@ -284,7 +286,7 @@ def test_results_of_other_options_are_not_mixed(config: UpscaleConfig, tmp_path:
     assert upscale_dataset(config.model_copy(update={"batch": 1})).earlier == 1
 
 
-def test_what_is_refused_before_any_work(config: UpscaleConfig, tmp_path: Path) -> None:
+def test_wrong_requests_are_refused_before_any_work(config: UpscaleConfig, tmp_path: Path) -> None:
     source = tmp_path / "in"
     crops(source, 1)
     (source / "day 0" / "0000.jpg").write_bytes(b"")
@@ -298,7 +300,7 @@ def test_what_is_refused_before_any_work(config: UpscaleConfig, tmp_path: Path) 
     assert not (Path(config.output) / "day 0").exists()
 
 
-def test_a_wrong_request_ends_the_job(config: UpscaleConfig, tmp_path: Path) -> None:
+def test_tags_for_a_model_without_tags_end_the_job(config: UpscaleConfig, tmp_path: Path) -> None:
     crops(tmp_path / "in", 3)
     with pytest.raises(OptionError, match="trained without tags"):
         upscale_dataset(
@@ -309,12 +311,12 @@ def test_a_wrong_request_ends_the_job(config: UpscaleConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("id", ["../up.png", "/etc/passwd", "a/../../b.png", ".."])
-def test_ids_cannot_leave_the_output(id: str) -> None:
+def test_ids_outside_the_output_are_refused(id: str) -> None:
     with pytest.raises(InputError, match="outside the output"):
         target_name(id, FileOptions())
 
 
-def test_names_of_results() -> None:
+def test_results_are_named_after_their_inputs() -> None:
     assert target_name("a/b.jpeg", FileOptions()) == "a/b.jpeg"
     assert target_name("a/b.avif", FileOptions()) == "a/b.png"
     assert target_name("a/b.jpg#3", FileOptions()) == "a/b.jpg#3.png"

@@ -1,9 +1,8 @@
-"""Folders of pictures -> a shard dataset: Parquet files of degraded pairs, the same on every run.
+"""Build a shard dataset: Parquet files of degraded pairs, the same bytes on every run.
 
-    plan ─▶ a task per shard: fetch ▸ crop ▸ degrade ▸ encode ▸ write whole
+    scan ─▶ plan ─▶ a task per shard: fetch ▸ crop ▸ degrade ▸ encode ▸ write whole
 
-The output is the job's checkpoint: a shard appears complete, under a name that the plan decides, so
-what is there is done, and a killed job goes on when it is started again.
+A shard's name follows from the plan, so a job that is started again builds only what is missing.
 """
 
 from __future__ import annotations
@@ -26,31 +25,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
-from tqdm import tqdm
 
+from linearsr.distributed.datasets.resume import Errors, Failure, claim, progress
+from linearsr.distributed.datasets.shards.config import ShardConfig
 from linearsr.distributed.datasets.shards.filters import Box
-from linearsr.distributed.datasets.shards.plan import (
+from linearsr.distributed.datasets.shards.plan import cut, plan, reject_duplicates
+from linearsr.distributed.datasets.shards.scan import (
     UNREADABLE,
-    ShardConfig,
-    cut,
     decode,
     digest,
     fetcher,
     list_sources,
-    one_thread,
-    plan,
-    reject_duplicates,
-    survey,
+    scan,
+    use_one_thread,
 )
-from linearsr.distributed.tasks import each
-from linearsr.errors import InputError, OptionError, one_line
+from linearsr.distributed.queue import CRASHED, map_tasks
+from linearsr.errors import InputError, one_line
 from linearsr.imaging.degradation import PRESETS, degrade
 from linearsr.imaging.files import Picture, encode
-from linearsr.storage.location import Location, check_writable, locate
+from linearsr.storage.location import Location, locate
 
 # Encoded pictures, never tensors: they vary in shape, and HR has scale^2 times the pixels of LR.
-# `tags` is null until a tagger has looked; (), when it found none. `degradation.seed` alone gives
-# LR from HR: degrade(hr, scale, PRESETS[preset], np.random.default_rng(seed)).
+# `tags` is null until the row is tagged, and empty if the tagger found nothing. `degradation.seed`
+# alone gives LR from HR: degrade(hr, scale, PRESETS[preset], np.random.default_rng(seed)).
 SCHEMA: Final = pa.schema(
     [
         ("id", pa.string()),
@@ -66,16 +63,15 @@ SCHEMA: Final = pa.schema(
         ("source", pa.string()),
     ]
 )
-# A reader fetches row groups whole, so they are small: so many rows, or HR pixels.
+# Limits of a row group. A reader fetches row groups whole, so they are small.
 GROUP_ROWS, GROUP_PIXELS = 32, 1 << 25
-# What changes nothing in the shards.
-_OUTSIDE: Final = {"inputs", "output", "cpus", "most_cpus"}
-_LOST: Final = "its worker died, repeatedly"
+# Fields that change nothing in the shards.
+_IRRELEVANT: Final = {"inputs", "output", "cpus", "max_cpus"}
 
 
 @dataclass(frozen=True)
-class Built:
-    """What became of a dataset: the manifest, the faulty pictures, and the shards that lack."""
+class BuildResult:
+    """The manifest of a dataset, and one line for each picture or shard that failed."""
 
     manifest: dict[str, Any]
     unreadable: list[str]
@@ -90,113 +86,91 @@ class Built:
         )
 
 
-def build_shards(config: ShardConfig) -> Built:
-    """Build the shards that are not there yet, on a running Ray; then rejects.csv, manifest.json.
+def build_shards(config: ShardConfig) -> BuildResult:
+    """Build the missing shards on a running Ray, then rejects.csv and manifest.json.
 
-    Raises InputError, OutputError or OptionError before any work for what can be known by then;
-    InputError when no picture passes.
+    Raises InputError, OutputError or OptionError before any work for everything that can be known
+    by then, and InputError if no picture passes the filters.
     """
     sources = list_sources(config)
     folder = locate(config.output)
-    _claim(folder, config, sources)
-    with _bar("looking", len(sources), "picture") as bar:
-        looks = reject_duplicates(survey(config, sources, bar.update), config.duplicate_distance)
-    _write_rejects(folder, looks)
-    shards = plan(looks, config)
-    if not shards:
-        raise InputError(
-            f"{config.output}: no picture passes ({_rejected(looks)}); see rejects.csv"
-        )
-    failed = _build_missing(folder, shards, config)
-    manifest = _manifest(config, looks, shards, failed)
-    (folder / "manifest.json").write(_json(manifest))
-    unreadable = [row for row in _rejects(looks) if row["reason"] == UNREADABLE]
-    named = [f"{row['source']}: {row['detail']}" for row in unreadable]
-    return Built(manifest, named, [f"{shard_name(n)}: {error}" for n, error in failed.items()])
-
-
-def shard_name(number: int) -> str:
-    """A shard's file; names sort as numbers do."""
-    return f"shard-{number:05d}.parquet"
-
-
-def _bar(told: str, total: int, unit: str) -> Any:
-    return tqdm(desc=told, total=total, unit=f" {unit}s", mininterval=1)
-
-
-def _claim(folder: Location, config: ShardConfig, sources: list[str]) -> None:
-    """Write down what the folder is to hold, or check that it is the same."""
-    fingerprint = {
-        **config.model_dump(mode="json", exclude=_OUTSIDE),
+    settings = {
+        **config.model_dump(mode="json", exclude=_IRRELEVANT),
         "inputs": list(config.roots()),
         "pictures": sha256("\n".join(sources).encode()).hexdigest(),
     }
-    note = folder / "plan.json"
-    check_writable(folder)
-    if note.exists():
-        _check_same(folder, json.loads(note.read()), fingerprint)
-        return
-    if folder.files():
-        raise OptionError(f"{folder.path}: not empty, and not of this job; give another --output")
-    note.write(_json(fingerprint))
+    claim(folder, settings, new=True, hidden="pictures")
+    with progress("scan", len(sources), "pictures") as bar:
+        scanned = reject_duplicates(scan(config, sources, bar.update), config.duplicate_distance)
+    rejects = scanned.filter(pc.is_valid(scanned["reason"])).select(["source", "reason", "detail"])
+    rejected = dict(sorted(Counter(rejects["reason"].to_pylist()).items()))
+    _write_csv(folder / "rejects.csv", rejects)
+    # Tagging lists its own errors in the same file where it writes into its input.
+    with Errors(folder, keep=lambda row: row["stage"] == "tag") as errors:
+        unreadable = [row for row in rejects.to_pylist() if row["reason"] == UNREADABLE]
+        for row in unreadable:
+            errors.add(row["source"], Failure("scan", row["detail"]))
+        shards = plan(scanned, config)
+        if not shards:
+            raise InputError(f"{config.output}: no picture passes ({rejected}); see rejects.csv")
+        failed = _build_missing(folder, shards, config)
+        for name, failure in failed.items():
+            errors.add(name, failure)
+    manifest = _manifest(config, scanned.num_rows, rejected, shards, failed)
+    (folder / "manifest.json").write(f"{json.dumps(manifest, indent=1)}\n".encode())
+    return BuildResult(
+        manifest,
+        [f"{row['source']}: {row['detail']}" for row in unreadable],
+        [f"{name}: {failure.error}" for name, failure in failed.items()],
+    )
 
 
-def _check_same(folder: Location, before: dict[str, Any], now: dict[str, Any]) -> None:
-    other = [
-        name if name == "pictures" else f"{name} ({before.get(name)}, now {now[name]})"
-        for name in now
-        if before.get(name) != now[name]
-    ]
-    if other:
-        raise OptionError(
-            f"{folder.path}: holds shards of other {', '.join(other)}; give another --output, or "
-            "delete that one"
-        )
+def shard_name(number: int) -> str:
+    """Return a shard's file name; names sort as numbers do."""
+    return f"shard-{number:05d}.parquet"
 
 
-def _json(value: object) -> bytes:
-    return f"{json.dumps(value, indent=1)}\n".encode()
-
-
-# Shards
-
-
-def _build_missing(folder: Location, shards: list[pa.Table], config: ShardConfig) -> dict[int, str]:
-    """Build what is not there, twice where it fails; which shards lack after that, and why."""
-    there = {file.name for file in folder.files()}
-    errors = {n: _LOST for n in range(len(shards)) if shard_name(n) not in there}
-    with _bar("building", sum(shard.num_rows for shard in shards), "row") as bar:
-        bar.update(sum(s.num_rows for n, s in enumerate(shards) if n not in errors))
+def _build_missing(
+    folder: Location, shards: list[pa.Table], config: ShardConfig
+) -> dict[str, Failure]:
+    """Build what is missing, twice if it fails; return the failures of shards still missing."""
+    existing = {file.name for file in folder.files()}
+    left = [n for n in range(len(shards)) if shard_name(n) not in existing]
+    failed: dict[int, Failure] = {}
+    rows = [shard.num_rows for shard in shards]
+    earlier = sum(rows) - sum(rows[n] for n in left)
+    with progress("build", sum(rows), "rows", initial=earlier) as bar:
         for _ in range(2):
-            missing = [(n, shards[n].to_pylist()) for n in errors]
-            for number, error in each(
-                missing, partial(_build, config=config), config.cpus, config.most_cpus
-            ):
-                if error is not None:
-                    errors[number] = error
-                    continue
-                del errors[number]
-                bar.update(shards[number].num_rows)
-    return errors
+            todo, failed = [(n, shards[n].to_pylist()) for n in left], {}
+            build = partial(_build, config=config)
+            for (number, _), error in map_tasks(todo, build, config.cpus, config.max_cpus):
+                if error is None:
+                    failed[number] = Failure("build", CRASHED)
+                elif error:
+                    failed[number] = Failure("build", error)
+                else:
+                    bar.update(rows[number])
+            left = sorted(failed)
+    return {shard_name(number): failed[number] for number in left}
 
 
-def _build(shard: tuple[int, list[dict[str, Any]]], config: ShardConfig) -> tuple[int, str | None]:
-    """One shard, written whole, or why it could not be. Raises OutputError: all would fail."""
+def _build(shard: tuple[int, list[dict[str, Any]]], config: ShardConfig) -> str:
+    """Write one shard; return what was wrong, or "". Raises OutputError: all would fail."""
     number, rows = shard
     try:
         data = shard_bytes(rows, config)
     except InputError as error:
-        return number, one_line(error)
+        return one_line(error)
     (locate(config.output) / shard_name(number)).write(data)
-    return number, None
+    return ""
 
 
 def shard_bytes(rows: list[dict[str, Any]], config: ShardConfig) -> bytes:
-    """A Parquet file of the planned rows: the same bytes whenever and wherever it is made.
+    """Return a Parquet file of the planned rows: the same bytes whenever and wherever it is made.
 
-    Raises InputError for a picture that is gone or is not what it was.
+    Raises InputError for a picture that is gone or has changed since it was planned.
     """
-    one_thread()
+    use_one_thread()
     pairs = _pairs(rows, config)
     sink = io.BytesIO()
     # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
@@ -209,21 +183,23 @@ def shard_bytes(rows: list[dict[str, Any]], config: ShardConfig) -> bytes:
 
 
 def _pairs(rows: list[dict[str, Any]], config: ShardConfig) -> Iterator[dict[str, Any]]:
-    """Rows of SCHEMA; a picture is fetched and decoded once for all its crops in the shard."""
+    """Yield rows of SCHEMA; a picture is fetched and decoded once for all its crops in a shard."""
     fetch = fetcher(config)
     for source, crops in groupby(rows, key=lambda row: row["source"]):
         data = fetch(source)
         pixels, picture = decode(data, source, config)
         for crop in crops:
             if crop["digest"] != digest(data):
-                raise InputError(f"{source}: not the picture that was planned; give a new --output")
+                raise InputError(
+                    f"{source}: not the picture that was planned; choose another --output"
+                )
             yield _pair(crop, pixels, picture, config)
 
 
 def _pair(
     row: dict[str, Any], pixels: Tensor, picture: Picture, config: ShardConfig
 ) -> dict[str, Any]:
-    """One row of SCHEMA, of (3, H, W) uint8 and the Picture whose profile its pair gets."""
+    """Return a row of SCHEMA from pixels (3, H, W) uint8; the pair gets the picture's profile."""
     box = Box(*(row[side] for side in Box._fields))
     hr = box.cut(pixels).float() / 255
     seed = config.seed_of(row["id"])
@@ -243,49 +219,39 @@ def _pair(
     }
 
 
-# What is told
-
-
-def _rejects(looks: pa.Table) -> list[dict[str, str]]:
-    rejected = looks.filter(pc.is_valid(looks["reason"]))
-    return rejected.select(["source", "reason", "detail"]).to_pylist()
-
-
-def _write_rejects(folder: Location, looks: pa.Table) -> None:
+def _write_csv(file: Location, rows: pa.Table) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["source", "reason", "detail"])
+    writer = csv.DictWriter(text, rows.column_names)
     writer.writeheader()
-    writer.writerows(_rejects(looks))
-    (folder / "rejects.csv").write(text.getvalue().encode())
-
-
-def _rejected(looks: pa.Table) -> dict[str, int]:
-    """How many pictures were rejected for each reason."""
-    return dict(sorted(Counter(looks["reason"].drop_null().to_pylist()).items()))
+    writer.writerows(rows.to_pylist())
+    file.write(text.getvalue().encode())
 
 
 def _manifest(
-    config: ShardConfig, looks: pa.Table, shards: list[pa.Table], failed: dict[int, str]
+    config: ShardConfig,
+    pictures: int,
+    rejected: dict[str, int],
+    shards: list[pa.Table],
+    failed: dict[str, Failure],
 ) -> dict[str, Any]:
-    rejected = _rejected(looks)
-    rows = {shard_name(n): s.num_rows for n, s in enumerate(shards) if n not in failed}
+    rows = {shard_name(n): shard.num_rows for n, shard in enumerate(shards)}
+    rows = {name: count for name, count in rows.items() if name not in failed}
+    # The versions of all packages that decide the bytes.
+    packages = ("linearsr", "torch", "numpy", "pyarrow", "pyvips-binary", "pillow", "imagehash")
     return {
-        "settings": config.model_dump(mode="json", exclude=_OUTSIDE),
+        "settings": config.model_dump(mode="json", exclude=_IRRELEVANT),
         "inputs": config.roots(),
         "counts": {
-            "seen": looks.num_rows,
-            "accepted": looks.num_rows - sum(rejected.values()),
+            "seen": pictures,
+            "accepted": pictures - sum(rejected.values()),
             "rejected": rejected,
             "rows": sum(rows.values()),
             "shards": len(rows),
         },
         "shards": rows,
-        "failed": {shard_name(n): error for n, error in failed.items()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "failed": {name: failure.error for name, failure in failed.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
     }
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides the bytes."""
-    packages = ("linearsr", "torch", "numpy", "pyarrow", "pyvips-binary", "pillow", "imagehash")
-    return {name: version(name) for name in packages}

@@ -1,7 +1,7 @@
-"""Which pictures, and which parts of them, are worth training on.
+"""Choose pictures, and parts of them, that are worth training on.
 
-Sharpness, crops, perceptual hashes and near-duplicates; knows nothing of files, shards or Ray.
-Importing it raises MissingExtra without imagehash: later, each picture would be refused for it.
+Crops, sharpness, perceptual hashes and near-duplicates; knows nothing of files, shards or Ray.
+Importing it raises MissingExtra without imagehash; otherwise each picture would be refused later.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from linearsr.errors import require
 
 require("data", "imagehash")
 
-# Sharpness is measured in tiles of this side, in pixels.
+# Side in pixels of the tiles in which sharpness is measured.
 TILE: Final = 128
 HASH_BITS: Final = 64
-# Pictures whose hashes differ in more bits look nothing alike, and would take hours to find.
-MOST_DISTANCE: Final = 11
+# Pictures whose hashes differ in more bits do not look alike, and the search would take hours.
+MAX_DISTANCE: Final = 11
 
 _SET_BITS: Final = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 _LUMA: Final = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
@@ -33,7 +33,7 @@ _LAPLACIAN: Final = torch.tensor([[[[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0
 
 
 class Box(NamedTuple):
-    """A part of a picture, in pixels from its upper left corner."""
+    """A part of a picture, in pixels from the upper left corner."""
 
     left: int
     top: int
@@ -41,15 +41,15 @@ class Box(NamedTuple):
     height: int
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """That part of (C, H, W)."""
+        """Return that part of (C, H, W)."""
         return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 def boxes(height: int, width: int, crop: int, multiple: int, rng: np.random.Generator) -> list[Box]:
-    """Where to cut `crop` x `crop` from a picture: cells of a grid, none overlapping, shuffled.
+    """Return boxes of `crop` x `crop` pixels in random order: the cells of a grid, so none overlap.
 
-    The grid is put at a random place, so that no part of pictures is favoured. `crop` 0 takes the
-    whole picture, trimmed to a multiple of `multiple`. Empty where the picture is too small.
+    The grid has a random offset, so that no part of pictures is favoured. `crop` 0 takes the whole
+    picture, trimmed to a multiple of `multiple`. A picture that is too small has no boxes.
     """
     if not crop:
         whole = Box(0, 0, width - width % multiple, height - height % multiple)
@@ -61,30 +61,32 @@ def boxes(height: int, width: int, crop: int, multiple: int, rng: np.random.Gene
 
 
 def sharpness(pixels: Tensor) -> float:
-    """Variance of the Laplacian of the luma, in 8 bit steps squared, of (3, H, W) uint8.
+    """Return the sharpness of (3, H, W) uint8: the variance of its luma's Laplacian, in 8-bit steps
+    squared.
 
-    At the picture's own resolution, since that is what a model would be taught; in tiles, of which
-    one in ten has to reach the value: so it means the same for any size, and a sharp subject before
-    a soft background counts. Noise counts as sharpness. 0 for sides below 3.
+    It is measured at the picture's own resolution, since that is what a model would learn, and in
+    tiles, one in ten of which has to reach the value. So it means the same for any size, and a
+    sharp subject before a soft background counts. Noise counts as sharpness. A picture with a side
+    below 3 has 0.
     """
     height = pixels.shape[1]
     if min(pixels.shape[1:]) < 3:
         return 0.0
     tops = range(0, max(1, height - TILE - 1), TILE)
-    # A row of tiles at a time: in floats, a whole photograph would be large.
+    # A row of tiles at a time, since a whole photograph is large in floats.
     rows = [_tile_variances(pixels[:, top : top + TILE + 2].float()) for top in tops]
     return max(0.0, float(np.quantile(torch.cat(rows).numpy(), 0.9)))
 
 
 def _tile_variances(strip: Tensor) -> Tensor:
-    """The Laplacian's variance in each tile of a strip, (3, up to TILE + 2, W), from the left."""
+    """Return the Laplacian's variance in each tile of a strip (3, TILE + 2 or fewer, W)."""
     edges = F.conv2d((strip[None] * _LUMA).sum(1, keepdim=True), _LAPLACIAN)
     tile = [min(TILE, side) for side in edges.shape[2:]]
     return (F.avg_pool2d(edges**2, tile) - F.avg_pool2d(edges, tile) ** 2).flatten()
 
 
 def perceptual_hash(pixels: Tensor) -> int:
-    """64 bits of (3, H, W) uint8 that change little with size and compression (pHash)."""
+    """Return 64 bits of (3, H, W) uint8 that change little with size and compression (pHash)."""
     import imagehash
 
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -92,13 +94,14 @@ def perceptual_hash(pixels: Tensor) -> int:
 
 
 def near_duplicates(hashes: Sequence[int], distance: int) -> list[int | None]:
-    """For each hash the first one kept within `distance` bits of it; None: it is kept itself.
+    """Return, for each hash, the number of the first kept hash near it, or None if it is kept.
 
-    Hashes are of 64 bits; `distance` from -1 (keeps all) to MOST_DISTANCE. Only what is kept is
-    compared with, so that a chain of small steps does not make strangers duplicates.
+    Hashes have 64 bits; near means within `distance` bits, from -1 (keeps all) to MAX_DISTANCE.
+    Hashes are compared with kept ones only, so that a chain of small steps does not make strangers
+    duplicates. Raises ValueError for another distance.
     """
-    if not -1 <= distance <= MOST_DISTANCE:
-        raise ValueError(f"distance must be from -1 to {MOST_DISTANCE}: {distance}")
+    if not -1 <= distance <= MAX_DISTANCE:
+        raise ValueError(f"distance must be from -1 to {MAX_DISTANCE}: {distance}")
     if distance < 0:
         return [None] * len(hashes)
     index = _Index(distance)
@@ -106,20 +109,20 @@ def near_duplicates(hashes: Sequence[int], distance: int) -> list[int | None]:
 
 
 class _Index:
-    """Hashes that were kept, in buckets by each of their bands.
+    """The kept hashes, in buckets by each of their bands of bits.
 
-    There is a band more than bits may differ, so near hashes agree in at least one.
+    There is one band more than bits may differ, so near hashes agree in at least one band.
     """
 
     def __init__(self, distance: int) -> None:
         self.distance = distance
         self.width = HASH_BITS // (distance + 1)
         self.numbers: dict[int, int] = {}
-        # Packed, for a million of them would be as many objects, and searched at once.
+        # Packed: a million hashes would be as many objects, and a bucket is searched at once.
         self.buckets: defaultdict[tuple[int, int], array[int]] = defaultdict(lambda: array("Q"))
 
     def find_or_keep(self, value: int, number: int) -> int | None:
-        """The number of the first hash near `value`; with none, `value` is kept."""
+        """Return the number of the first hash near `value`; without one, keep `value`."""
         if value in self.numbers:
             return self.numbers[value]
         keys = [
