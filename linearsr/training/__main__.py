@@ -104,27 +104,27 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
 
 def _start(
     recipe: Recipe, config: TrainConfig, options: argparse.Namespace, index: int | None
-) -> loop.Stage:
+) -> loop.TrainState:
     """The stage at its first step, from the stages before it."""
+
+    def load(expert: int) -> LinearSR:
+        return export.load(_latest(options.out, options.stage, expert), recipe.model)
+
     torch.manual_seed(config.seed)
-    model = LinearSR(recipe.model.denoiser)
     if index is not None:
-        before = _latest(options.out, options.stage, index)
-        model.load_state_dict(export.average(before, recipe.model))
+        model = load(index)
     elif recipe.start:
-        model.load_state_dict(weights.load(recipe.start).experts[0].state_dict())
+        model = weights.load(recipe.start, only={0}).experts[0].requires_grad_(True).train()
+    else:
+        model = LinearSR(recipe.model.denoiser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = TorchEngine(model, config, device)
     objective: loop.Objective | None = None
     if isinstance(config, PerceptualConfig) and index is not None:
-        states = [
-            export.average(_latest(options.out, options.stage, i), recipe.model)
-            for i in range(index)
-        ]
-        objective = perceptual.objective(recipe.model, config, index, states, engine)
+        objective = perceptual.objective(recipe.model, config, index, load, engine)
     autoencoder = load_autoencoder(recipe.model.latent, device)
     encoder = tag_encoder(recipe.model, device)
-    return loop.Stage.start(engine, autoencoder, config, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, config, encoder, objective)
 
 
 def _name(stage: str, index: int | None) -> str:
@@ -140,8 +140,8 @@ def _latest(out: Path, stage: str, index: int) -> Path:
     return next((folder for folder in reversed(folders) if folder.is_dir()), folders[0])
 
 
-def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
-    def report(stage: loop.Stage, r: loop.Report) -> None:
+def _reporter(folder: Path) -> Callable[[loop.TrainState, loop.Report], None]:
+    def report(stage: loop.TrainState, r: loop.Report) -> None:
         if r.step % stage.config.checkpoint_every == 0 or stage.finished:
             _save(stage, folder)
         minutes = "" if stage.config.minutes is None else f" of {stage.config.minutes:g}"
@@ -157,7 +157,7 @@ def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
     return report
 
 
-def _save(stage: loop.Stage, folder: Path) -> None:
+def _save(stage: loop.TrainState, folder: Path) -> None:
     """A whole checkpoint, complete before it takes the place of the one before."""
     temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)

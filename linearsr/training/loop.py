@@ -84,11 +84,11 @@ class Losses(NamedTuple):
 class Objective(Protocol):
     """What a stage minimises, and what it has to learn for that beside the model."""
 
-    def losses(self, stage: Stage, batch: Batch) -> Losses:
+    def losses(self, state: TrainState, batch: Batch) -> Losses:
         """Of this rank's part of a global batch, in the engine's precision."""
         ...
 
-    def learn(self, stage: Stage, fraction: float) -> float:
+    def learn(self, state: TrainState, fraction: float) -> float:
         """One step of what learns beside the model, after the model's own; its loss.
 
         fraction: the learning rate as a part of the config's. Raises Diverged, on all ranks alike.
@@ -107,13 +107,13 @@ class Objective(Protocol):
 class FlowMatching:
     """The objective of most stages: `flow_loss`, and nothing that learns beside the model."""
 
-    def losses(self, stage: Stage, batch: Batch) -> Losses:
+    def losses(self, state: TrainState, batch: Batch) -> Losses:
         """The same losses are minimised and reported."""
-        model, autoencoder = stage.engine.module, stage.autoencoder
-        losses, t = flow_loss(model, autoencoder, batch, stage.config, stage.encoder)
+        model, autoencoder = state.engine.module, state.autoencoder
+        losses, t = flow_loss(model, autoencoder, batch, state.config, state.encoder)
         return Losses(losses, losses, t)
 
-    def learn(self, stage: Stage, fraction: float) -> float:  # noqa: ARG002
+    def learn(self, state: TrainState, fraction: float) -> float:  # noqa: ARG002
         """There is nothing to learn."""
         return 0.0
 
@@ -125,10 +125,10 @@ class FlowMatching:
 
 
 @dataclass
-class Stage:
-    """A stage under way: what steps, what is averaged, what is done.
+class TrainState:
+    """A training stage while it runs: its engine, its average and its progress.
 
-    clock: seconds from any start; a stage counts the minutes that it takes.
+    clock: returns seconds since any fixed moment; the stage counts its minutes by it.
     """
 
     engine: Engine
@@ -149,11 +149,11 @@ class Stage:
         config: TrainConfig,
         encoder: TagEncoder | None = None,
         objective: Objective | None = None,
-    ) -> Stage:
-        """A stage at its first step, from the weights that `engine` holds.
+    ) -> TrainState:
+        """Return the state before the first step, with the weights that `engine` holds.
 
-        encoder: of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
-        objective: flow matching, if no other is given.
+        encoder: the tag encoder of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
+        objective: flow matching by default.
         """
         ema = EMA(engine.module, config.ema, engine.rank, engine.world)
         guard, progress = Guard(config.guard), Progress(world=engine.world)
@@ -188,6 +188,10 @@ class Stage:
         self.ema.load(folder)
         self.objective.load(folder)
         self.progress.world = self.engine.world
+
+
+# The ablation is being rewritten with the old name.
+Stage = TrainState
 
 
 def read_progress(folder: Path) -> Progress:
@@ -342,62 +346,62 @@ class _Sums:
 
 
 def run(
-    stage: Stage, batches: Iterator[Batch], report: Callable[[Stage, Report], bool | None]
-) -> Stage:
+    state: TrainState, batches: Iterator[Batch], report: Callable[[TrainState, Report], bool | None]
+) -> TrainState:
     """Train until the stage has finished, calling `report` every `report_every` steps and then.
 
     `batches`: this rank's part of each global batch, in order. `report` may return True to end the
     stage early. Raises Diverged when the guard fires: before the weights change for what is not
     finite, after it for what has merely grown.
     """
-    config, progress = stage.config, stage.progress
-    largest, sums, watch = _Largest(stage.engine.module), _Sums(), _Watch(stage)
+    config, progress = state.config, state.progress
+    largest, sums, watch = _Largest(state.engine.module), _Sums(), _Watch(state)
     try:
-        while not stage.finished:
+        while not state.finished:
             rate = learning_rate(progress.step, config, progress.attempt, progress.minutes)
-            sums.add(*_step(stage, next(batches), largest, rate), stage.engine.world)
+            sums.add(*_step(state, next(batches), largest, rate), state.engine.world)
             watch.look()
-            if progress.step % config.report_every == 0 or stage.finished:
+            if progress.step % config.report_every == 0 or state.finished:
                 summary = sums.report(progress.step, rate)
                 progress.history.append(dict(summary._asdict(), attempt=progress.attempt))
-                if report(stage, summary):
+                if report(state, summary):
                     break
                 sums = _Sums()
     finally:
         largest.hook.remove()
-    return stage
+    return state
 
 
 class _Watch:
     """Adds the minutes that go by to a stage's progress, the same on all ranks."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.before, self.began = stage.progress.minutes, stage.clock()
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self.before, self.began = state.progress.minutes, state.clock()
 
     def look(self) -> None:
-        minutes = self.before + (self.stage.clock() - self.began) / 60
-        if self.stage.config.minutes is not None:  # all ranks must end together
-            _, minutes = self.stage.engine.share(0.0, minutes)
-        self.stage.progress.minutes = minutes
+        minutes = self.before + (self.state.clock() - self.began) / 60
+        if self.state.config.minutes is not None:  # all ranks must end together
+            _, minutes = self.state.engine.share(0.0, minutes)
+        self.state.progress.minutes = minutes
 
 
 def _step(
-    stage: Stage, batch: Batch, largest: _Largest, rate: float
+    state: TrainState, batch: Batch, largest: _Largest, rate: float
 ) -> tuple[Signals, Losses, float]:
-    engine, config, progress = stage.engine, stage.config, stage.progress
+    engine, config, progress = state.engine, state.config, state.progress
     progress.seen += len(batch.numbers) * engine.world
     batch = batch._replace(
         hr=batch.hr.to(engine.device, non_blocking=True),
         lr=batch.lr.to(engine.device, non_blocking=True),
     )
     with engine.precision():
-        losses = stage.objective.losses(stage, batch)
+        losses = state.objective.losses(state, batch)
     mean, peak = engine.share(losses.told.mean().item(), largest.value.item())
     check_finite(progress.step, Signals(mean, 0.0, peak))
     signals = Signals(mean, engine.step(losses.total.mean(), rate), peak)
-    stage.guard.check(progress.step, signals)
-    beside = stage.objective.learn(stage, rate / config.learning_rate)
+    state.guard.check(progress.step, signals)
+    beside = state.objective.learn(state, rate / config.learning_rate)
     progress.step += 1
-    stage.ema.update(progress.step)
+    state.ema.update(progress.step)
     return signals, losses, beside

@@ -11,7 +11,7 @@ enough to end with, at whatever number of steps. Knows nothing of Ray, files or 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from linearsr.training.data import Batch
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.engine import Engine, as_weights_error
 from linearsr.training.guard import Diverged
-from linearsr.training.loop import Given, Losses, Stage, draw
+from linearsr.training.loop import Given, Losses, TrainState, draw
 
 DISCRIMINATOR = "discriminator.pt"
 
@@ -107,19 +107,19 @@ class Perceptual:
         self.critic = Critic(config, device) if config.gan else None
         self.shown: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def losses(self, stage: Stage, batch: Batch) -> Losses:
+    def losses(self, state: TrainState, batch: Batch) -> Losses:
         """The weighted distances and, on top of them, how far the discriminator is from fooled."""
-        model, autoencoder = stage.engine.module, stage.autoencoder
+        model, autoencoder = state.engine.module, state.autoencoder
         with torch.no_grad():
-            given = Given.of(batch, model, autoencoder, stage.encoder)
-            latent, t = self.arrive(stage, batch, given)
+            given = Given.of(batch, model, autoencoder, state.encoder)
+            latent, t = self.arrive(state, batch, given)
         guess = clean_guess(latent, model(latent, t, given.condition(model)), t)
         guess, real, lr_picture = self._cut(guess, batch, given.lr_picture, autoencoder.factor)
         picture = autoencoder.decode(guess, lr_picture)
         # The distances are of small differences: bfloat16 would not see them.
         with torch.autocast(self.device.type, enabled=False):
             told = self.distance(picture.float(), real)
-            total = told + self._fooling(picture.float(), real, lr_picture, stage.progress.step)
+            total = told + self._fooling(picture.float(), real, lr_picture, state.progress.step)
         return Losses(total, told, t)
 
     def distance(self, picture: Tensor, real: Tensor) -> Tensor:
@@ -136,13 +136,13 @@ class Perceptual:
         weight = self.config.gan * min(1.0, step / max(self.config.gan_warmup, 1))
         return weight * self.critic.fooled(picture, lr_picture)
 
-    def arrive(self, stage: Stage, batch: Batch, given: Given) -> tuple[Tensor, Tensor]:
+    def arrive(self, state: TrainState, batch: Batch, given: Given) -> tuple[Tensor, Tensor]:
         """Noisy latents (B, C, h, w) as sampling in a few steps brings them to t (B,), and t.
 
         The first expert steps from noise to t, or to a timestep in between, from where the expert
         before the trained one or the trained one itself goes on to t. Call without gradients.
         """
-        model, factor = stage.engine.module, stage.autoencoder.factor
+        model, factor = state.engine.module, state.autoencoder.factor
         cells = [side // factor for side in batch.hr.shape[-2:]]
         shape = torch.Size([model.config.latent_channels, *cells])
         t, noise = (x.to(batch.hr) for x in draw(batch.numbers, shape, self.config))
@@ -189,12 +189,12 @@ class Perceptual:
         latent, real, bicubic = (torch.stack(part) for part in zip(*parts, strict=True))
         return latent, real, bicubic
 
-    def learn(self, stage: Stage, fraction: float) -> float:
+    def learn(self, state: TrainState, fraction: float) -> float:
         """The discriminator's step, on the pictures that `losses` has just judged."""
         if self.critic is None or self.shown is None:
             return 0.0
-        loss = self.critic.step(*self.shown, stage.engine, fraction)
-        return stage.engine.share(loss, 0.0)[0]
+        loss = self.critic.step(*self.shown, state.engine, fraction)
+        return state.engine.share(loss, 0.0)[0]
 
     def save(self, folder: Path) -> None:
         """The discriminator and its optimizer, in one file of tensors."""
@@ -225,22 +225,18 @@ def objective(
     model: ModelConfig,
     config: PerceptualConfig,
     expert: int,
-    states: Sequence[Mapping[str, Tensor]],
+    load: Callable[[int], LinearSR],
     engine: Engine,
 ) -> Perceptual:
-    """The objective for `expert` (from 1 on) of a model whose experts begin the stage at `states`.
+    """Return the objective for `expert` (from 1 on) of a model.
 
-    Only the states of the first expert and of the one before `expert` are looked at. The frozen
-    experts have the precision of the trained one. Raises MissingExtra or WeightsError where LPIPS
-    cannot be had.
+    load: returns the weights that an expert has at the start of the stage. It is called for the
+    experts that the objective keeps, one after the other: the first one and the one before
+    `expert`. They are kept in the precision of the trained one.
+    Raises MissingExtra or WeightsError if LPIPS or its weights are missing.
     """
     dtype = engine.module.embed.weight.dtype
-
-    def frozen(index: int) -> LinearSR:
-        made = LinearSR(model.denoiser)
-        made.load_state_dict(states[index])
-        return made.to(dtype)
-
-    before = frozen(expert - 1) if expert > 1 else None
+    first = load(0).to(engine.device, dtype)
+    before = load(expert - 1).to(engine.device, dtype) if expert > 1 else None
     between = ranges(model.sampling.boundaries)[expert - 1]
-    return Perceptual(config, engine.device, frozen(0), before, between)
+    return Perceptual(config, engine.device, first, before, between)

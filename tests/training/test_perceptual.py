@@ -56,19 +56,18 @@ def stage_of(
     config: PerceptualConfig,
     expert: int = 2,
     autoencoder: Autoencoder | None = None,
-) -> loop.Stage:
+) -> loop.TrainState:
     experts = random_experts(model, len(model.sampling.boundaries) + 1)
     denoiser = LinearSR(model.denoiser)
     denoiser.load_state_dict(experts[expert].state_dict())
     engine = TorchEngine(denoiser, config, CPU)
-    states = [e.state_dict() for e in experts]
-    objective = perceptual.objective(model, config, expert, states, engine)
+    objective = perceptual.objective(model, config, expert, experts.__getitem__, engine)
     encoder = tag_encoder(model) if model.tags else None
     autoencoder = autoencoder or SpaceToDepth(model.latent)
-    return loop.Stage.start(engine, autoencoder, config, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, config, encoder, objective)
 
 
-def objective_of(stage: loop.Stage) -> perceptual.Perceptual:
+def objective_of(stage: loop.TrainState) -> perceptual.Perceptual:
     assert isinstance(stage.objective, perceptual.Perceptual)
     return stage.objective
 
@@ -81,11 +80,11 @@ def batches(start: int = 0, size: int = 3, side: int = 32) -> Iterator[Batch]:
         yield Batch(hr, resize(hr, side // 4, side // 4), torch.tensor(numbers))
 
 
-def quiet(stage: loop.Stage, report: loop.Report) -> None:
+def quiet(stage: loop.TrainState, report: loop.Report) -> None:
     pass
 
 
-def weights_of(stage: loop.Stage) -> Tensor:
+def weights_of(stage: loop.TrainState) -> Tensor:
     critic = objective_of(stage).critic
     models = [stage.engine.module, *([critic.model] if critic else [])]
     return torch.cat([p.detach().flatten() for m in models for p in m.parameters()])
@@ -346,7 +345,7 @@ def test_resuming_gives_the_same_weights_as_never_stopping(
     config = config_of(small_config, 2, lpips_trunk)
     whole = loop.run(stage_of(small_config, config), batches(), quiet)
 
-    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
+    def save_at_four(stage: loop.TrainState, report: loop.Report) -> bool:
         if report.step == 4:
             stage.save(tmp_path)
         return report.step == 4

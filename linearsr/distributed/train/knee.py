@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -53,8 +53,42 @@ class Knee(Config):
     history: list[Validated] = Field(default_factory=list)
 
 
+def advance(
+    before: Knee,
+    reported: Iterable[tuple[Checkpoint, Mapping[str, Any]]],
+    higher_is_better: Mapping[str, bool],
+    patience: int | None = None,
+) -> Knee:
+    """Return the knee after the checkpoints that Ray Train reports, validated or not.
+
+    The history of `before` counts too, since Ray reports no checkpoint that retention has deleted.
+    `checkpoint` stays that of `before` while the knee does not move, and is None otherwise.
+    """
+    history = _merge(before.history, _validated(reported, set(higher_is_better)))
+    if (history, higher_is_better) == (before.history, before.higher_is_better):
+        return before.model_copy(update={"stop": _spent(before, patience)})
+    state = detect(history, higher_is_better)
+    if before.status == "confirmed" and state.status != "confirmed":
+        # A divergence has shortened the history; a confirmed knee is final all the same.
+        state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
+    return Knee(
+        status=state.status,
+        step=state.step,
+        checkpoint=before.checkpoint if state.step == before.step else None,
+        since=state.since,
+        stop=_spent(state, patience),
+        evidence=state.evidence,
+        higher_is_better=dict(higher_is_better),
+        history=history,
+    )
+
+
 class KneePointCallback(UserCallback):  # type: ignore[misc]
-    """Runs in the controller after every report; keeps the knee of the run and its picture."""
+    """Keeps the knee of a run, its checkpoint and its picture, in the controller.
+
+    `knee.json` is read once, when a controller starts; from then on the knee is kept in memory and
+    follows what Ray Train has recorded.
+    """
 
     def __init__(
         self, run: Location, higher_is_better: Mapping[str, bool], patience: int | None = None
@@ -62,6 +96,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         self.run = run
         self.higher_is_better = dict(higher_is_better)
         self.patience = patience
+        self.knee: Knee | None = None
 
     def after_report(
         self,
@@ -69,7 +104,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         metrics: list[dict[str, Any]],  # noqa: ARG002
         checkpoint: Checkpoint | None,  # noqa: ARG002
     ) -> None:
-        """Validations end between reports: each report sees those before it.
+        """Update the knee. Validations end between reports: each report sees those before it.
 
         Storage that fails for a moment must not end the run: the next report does it all again.
         """
@@ -80,49 +115,42 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
 
     def update(self) -> Knee:
         """Find the knee in what was validated so far, keep it, write `knee.json` and the plot."""
-        before = read_knee(self.run)
-        history = _merge(before.history, _validated(self.run, set(self.higher_is_better)))
-        state = detect(history, self.higher_is_better)
-        if before.status == "confirmed" and state.status != "confirmed":
-            # A divergence has shortened the history; a confirmed knee is final all the same.
-            state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
-        knee = Knee(
-            status=state.status,
-            step=state.step,
-            checkpoint=self._keep(before, history, state.step),
-            since=state.since,
-            stop=_spent(state, self.patience),
-            evidence=state.evidence,
-            higher_is_better=self.higher_is_better,
-            history=history,
-        )
+        before = self.knee or read_knee(self.run)
+        result = last_result(self.run)
+        reported = (result.best_checkpoints if result else None) or []
+        knee = advance(before, reported, self.higher_is_better, self.patience)
+        knee = knee.model_copy(update={"checkpoint": self._keep(knee)})
         (self.run / KNEE).write(knee.model_dump_json(indent=1).encode())
-        self._drop_all_but(knee.checkpoint)
-        self._draw(knee)
+        self.knee = knee
+        self._delete_other_copies(knee.checkpoint)
+        self._draw(knee, result)
         return knee
 
-    def _keep(self, before: Knee, history: list[Validated], step: int | None) -> str | None:
-        """Copy the knee's checkpoint out of retention's reach. None when retention was faster."""
-        if step is None:
+    def _keep(self, knee: Knee) -> str | None:
+        """Copy the knee's checkpoint out of retention's reach, unless this is done.
+
+        Returns the copy's folder; None while rising, and if retention was faster.
+        """
+        if knee.step is None or knee.checkpoint is not None:
+            return knee.checkpoint
+        source = next(v.path for v in knee.history if v.step == knee.step)
+        original = Location(self.run.filesystem, source)
+        if not original.exists():
             return None
-        name = f"step-{step:08d}"
-        kept = self.run / KEPT / name
-        if kept.path != before.checkpoint:
-            source = next(v.path for v in history if v.step == step)
-            original = Location(self.run.filesystem, source)
-            if not original.exists():
-                return None
-            original.copy_to(kept)
+        kept = self.run / KEPT / f"step-{knee.step:08d}"
+        original.copy_to(kept)
         return kept.path
 
-    def _drop_all_but(self, kept: str | None) -> None:
-        """Copies of former knees; only now that `knee.json` names the new one."""
-        for old in (self.run / KEPT).files():
-            if kept is not None and not old.path.startswith(f"{kept}/"):
-                old.delete_file()
+    def _delete_other_copies(self, kept: str | None) -> None:
+        """Delete copies of former knees, once `knee.json` names the new one."""
+        for file in (self.run / KEPT).files():
+            if kept is not None and not file.path.startswith(f"{kept}/"):
+                file.delete_file()
 
-    def _draw(self, knee: Knee) -> None:
-        progress = last_checkpoint(self.run)[0] / PROGRESS
+    def _draw(self, knee: Knee, result: Result | None) -> None:
+        if result is None or result.checkpoint is None:
+            return
+        progress = Location(self.run.filesystem, result.checkpoint.path) / PROGRESS
         training = json.loads(progress.read())["history"]
         points = [{"step": v.step, **v.metrics} for v in knee.history]
         (self.run / REPORT).write(
@@ -198,20 +226,21 @@ def last_result(run: Location) -> Result | None:
         return None
 
 
-def _validated(run: Location, names: set[str]) -> list[Validated]:
-    """Checkpoints that the run still has and that were validated, in order of report."""
-    result = last_result(run)
-    found = [
+def _validated(
+    reported: Iterable[tuple[Checkpoint, Mapping[str, Any]]], names: set[str]
+) -> list[Validated]:
+    """Return the checkpoints that have any of these metrics, in the order of training."""
+    validated = [
         Validated(
             step=metrics["step"],
             seen=metrics["seen"],
             path=checkpoint.path,
             metrics={k: v for k, v in metrics.items() if "@" in k and math.isfinite(v)},
         )
-        for checkpoint, metrics in (result.best_checkpoints if result else None) or []
+        for checkpoint, metrics in reported
         if names & metrics.keys()
     ]
-    return sorted(found, key=lambda v: v.seen)
+    return sorted(validated, key=lambda v: v.seen)
 
 
 def _merge(before: list[Validated], now: list[Validated]) -> list[Validated]:
@@ -223,7 +252,7 @@ def _merge(before: list[Validated], now: list[Validated]) -> list[Validated]:
     return merged
 
 
-def _spent(state: KneeState, patience: int | None) -> bool:
+def _spent(state: KneeState | Knee, patience: int | None) -> bool:
     return patience is not None and state.status == "confirmed" and state.since >= patience
 
 
