@@ -103,7 +103,7 @@ class Recipe(Config):
             wanted = spans[1:] if kind == "perceptual" else spans
             if trains != wanted and not (kind == "perceptual" and not trains):
                 raise ValueError(
-                    f"{kind}: the timesteps are {trains}, but the boundaries of the experts need "
+                    f"{kind} train timesteps {trains}, but the boundaries of the experts need "
                     f"{wanted}"
                 )
         return self

@@ -202,7 +202,7 @@ def test_pairs_arrive_as_sampling_brings_them(
     objective, experts = objective_of(stage), random_experts(small_config, 4)
     bounds = ranges(small_config.sampling.boundaries)
     with torch.no_grad():
-        given = loop.Given.of(batch, stage.engine.module, stage.autoencoder, None)
+        given = loop.Conditions.of(batch, stage.engine.module, stage.autoencoder, None)
         latent, t = objective.arrive(stage, batch, given)
         middle, by_before, by_itself = objective._detours(batch.numbers, t)
         drawn, noise = loop.draw(batch.numbers, latent.shape[1:], config)
@@ -232,9 +232,9 @@ def test_the_picture_that_is_judged_is_the_decoded_guess(
     objective.losses(stage, batch)
     assert objective.shown is not None
     with torch.no_grad():
-        given = loop.Given.of(batch, model, stage.autoencoder, None)
+        given = loop.Conditions.of(batch, model, stage.autoencoder, None)
         latent, t = objective.arrive(stage, batch, given)
-        guess = clean_guess(latent, model(latent, t, given.condition(model)), t)
+        guess = clean_guess(latent, model(latent, t, given.encode(model)), t)
         picture = stage.autoencoder.decode(guess, given.lr_picture)
     torch.testing.assert_close(objective.shown[1], picture)
 
@@ -305,7 +305,7 @@ def test_bfloat16_leaves_no_weight_without_a_gradient(
     with stage.engine.precision():
         losses = stage.objective.losses(stage, next(batches()))
     losses.total.mean().backward()
-    assert losses.told.dtype == torch.float32
+    assert losses.reported.dtype == torch.float32
     assert all(p.grad is not None for p in stage.engine.module.parameters())
 
 
@@ -427,7 +427,7 @@ def test_tags_guide_frozen_experts_as_well(tagged_config: ModelConfig, lpips_tru
     for tags in (("cat",), ("dog",)):
         named = batch._replace(tags=(tags, ()))
         with torch.no_grad():
-            given = loop.Given.of(named, stage.engine.module, stage.autoencoder, stage.encoder)
+            given = loop.Conditions.of(named, stage.engine.module, stage.autoencoder, stage.encoder)
             latents.append(objective_of(stage).arrive(stage, named, given)[0])
     assert not torch.allclose(latents[0][0], latents[1][0])
     torch.testing.assert_close(latents[0][1], latents[1][1])

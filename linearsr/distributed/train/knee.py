@@ -1,8 +1,8 @@
-"""The knee of a Ray Train run: found online, written down, kept from retention.
+"""The knee of a Ray Train run: found while it trains, written down, and kept from retention.
 
-The state is a file, `knee.json` beside the checkpoints, recomputed from what the run has reported;
-so it survives the controller that wrote it. Which step is the knee is decided by
-`linearsr.training.knee` alone.
+The controller follows the checkpoints that Ray Train records and writes `knee.json` beside them:
+for users, for the next stage, and for the controller of a restarted run. `linearsr.training.knee`
+alone decides which step is the knee.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KNEE, KEPT, REPORT = "knee.json", "knee", "report.png"
 
 
 class Validated(Config):
-    """One validated checkpoint. `seen` orders checkpoints across restarts; `path` is its folder."""
+    """A validated checkpoint: `seen` orders checkpoints across restarts, `path` is its folder."""
 
     step: int
     seen: int
@@ -37,9 +37,9 @@ class Validated(Config):
 
 
 class Knee(Config):
-    """What `knee.json` holds.
+    """The content of `knee.json`.
 
-    checkpoint: the knee's folder, kept there until the knee moves; None while rising.
+    checkpoint: folder with a copy of the knee's checkpoint; None while rising.
     stop: the knee is confirmed and the patience after it is spent.
     """
 
@@ -159,7 +159,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
 
 
 def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> KneeState:
-    """The detector's state after a whole history; metrics that were never measured are left out."""
+    """Return the detector's state after a history, without metrics that were never measured."""
     measured = {name for v in history for name in v.metrics}
     known = {name: up for name, up in higher_is_better.items() if name in measured}
     if not known:
@@ -174,7 +174,7 @@ def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> Kn
 
 
 def read_knee(run: Location) -> Knee:
-    """A run's `knee.json`; an empty one when there is none. Raises InputError when damaged."""
+    """Read a run's `knee.json`, or return an empty Knee. Raises InputError if it is damaged."""
     file = run / KNEE
     if not file.exists():
         return Knee()
@@ -185,11 +185,11 @@ def read_knee(run: Location) -> Knee:
 
 
 def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, int | None]:
-    """Where the stage after `run` starts: its confirmed knee's checkpoint folder, and that step.
+    """Return the checkpoint folder that the stage after `run` starts from, and its step.
 
-    `anyway` accepts less: the candidate, or else the last checkpoint.
-    Raises WeightsError when there is no confirmed knee: starting anywhere else is what makes
-    fine-tuning collapse (LinearSR, ESGF).
+    That is the confirmed knee; `anyway` accepts the candidate, or else the last checkpoint.
+    Raises WeightsError if there is no confirmed knee: fine-tuning collapses when it starts from
+    anywhere else (LinearSR, ESGF).
     """
     knee = read_knee(run)
     if knee.checkpoint and (knee.status == "confirmed" or anyway):
@@ -209,7 +209,7 @@ def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, i
 
 
 def last_checkpoint(run: Location) -> tuple[Location, int | None]:
-    """The checkpoint folder that a run has come to, and its step. Raises WeightsError for none."""
+    """Return a run's last checkpoint folder and its step. Raises WeightsError if it has none."""
     latest = last_result(run)
     if latest is None or latest.checkpoint is None:
         raise WeightsError(f"{run.path}: no checkpoint of a training run here")
@@ -217,8 +217,8 @@ def last_checkpoint(run: Location) -> tuple[Location, int | None]:
 
 
 def last_result(run: Location) -> Result | None:
-    """What Ray Train has stored of a run; None when it never reported."""
-    # Each reading would be announced as the resumption of a run.
+    """Read what Ray Train has recorded of a run; None if the run never reported."""
+    # Ray would log each reading as the resumption of a run.
     logging.getLogger(checkpoint_manager.__name__).setLevel(logging.WARNING)
     try:
         return Result.from_path(run.path, storage_filesystem=run.filesystem)
@@ -244,7 +244,7 @@ def _validated(
 
 
 def _merge(before: list[Validated], now: list[Validated]) -> list[Validated]:
-    """Old and new, by `seen`; what a divergence threw away (later steps, fewer seen) is dropped."""
+    """Merge histories by `seen`, without what a divergence discarded: later steps, fewer seen."""
     merged: list[Validated] = []
     for validated in sorted({v.seen: v for v in [*before, *now]}.values(), key=lambda v: v.seen):
         merged = [v for v in merged if v.step < validated.step]
@@ -257,7 +257,7 @@ def _spent(state: KneeState | Knee, patience: int | None) -> bool:
 
 
 def summary(knee: Knee) -> str:
-    """One line for people."""
+    """Describe a knee in one line."""
     if knee.step is None:
         return f"no knee yet after {len(knee.history)} validated checkpoints: still rising"
     return f"knee {knee.status} at step {knee.step} ({json.dumps(knee.evidence)})"

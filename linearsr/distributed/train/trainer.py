@@ -55,9 +55,9 @@ ADVICE = "lower learning_rate, or start from an earlier checkpoint"
 
 
 class Outcome(NamedTuple):
-    """Where a finished stage lies, its knee, and what it last reported.
+    """The folder of a finished stage, its knee, and its last metrics.
 
-    kept: the checkpoint and step of an expert that a stage has left as it was.
+    kept: checkpoint and step of an expert that a stage has left as it was.
     """
 
     run: Location
@@ -67,10 +67,10 @@ class Outcome(NamedTuple):
 
 
 def train(stage: StageConfig) -> Outcome:
-    """Run a stage to its end, or go on with it: the same storage and name resume by themselves.
+    """Train a stage to its end; a run of the same storage and name is continued.
 
-    Raises LinearSRError before anything is started for what can be known then, and afterwards when
-    the stage failed: everything it had reported is still there.
+    Raises LinearSRError if `check` does, before anything starts, and if the stage fails; what it
+    had reported is kept.
     """
     check(stage)
     callback = KneePointCallback(stage.run, stage.recipe.validation.knee, stage.cluster.patience)
@@ -85,7 +85,7 @@ def train(stage: StageConfig) -> Outcome:
 
 
 def check(stage: StageConfig) -> None:
-    """Refuse what cannot work, before any worker or GPU is taken."""
+    """Raise LinearSRError for what cannot work, before any worker starts or GPU is reserved."""
     require("train", "deepspeed", "tensorboard", "matplotlib")
     cluster, recipe = stage.cluster, stage.recipe
     if stage.data.batch % cluster.workers:
@@ -105,7 +105,7 @@ def check(stage: StageConfig) -> None:
 
 
 def _check_same_model(stage: StageConfig) -> None:
-    """A run remembers its model; another one cannot go on from its checkpoints."""
+    """Raise OptionError if the run was started with another model: its checkpoints do not fit."""
     file, model = stage.run / MODEL, stage.recipe.model
     if not file.exists():
         file.write(model.model_dump_json().encode())
