@@ -160,12 +160,12 @@ def _fine_tuned(
     )
     engine = TorchEngine(model, train, torch.device("cpu"))
     autoencoder = load_autoencoder(config.latent, "cpu")
-    stage = loop.Stage.start(engine, autoencoder, train, tag_encoder(config))
+    stage = loop.TrainState.start(engine, autoencoder, train, tag_encoder(config))
     batches = iter(Batches(Photos([partial(same, p) for p in photos], recipe.data, index), 0))
     return loop.run(stage, batches, _told).ema.average
 
 
-def _told(_: loop.Stage, report: loop.Report) -> None:
+def _told(_: loop.TrainState, report: loop.Report) -> None:
     print(f"step {report.step}  loss {report.loss:.4f}", file=sys.stderr, flush=True)
 
 

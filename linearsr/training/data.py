@@ -62,33 +62,34 @@ class Pair(NamedTuple):
 
 
 class DataConfig(Config):
-    """How photographs become training pairs."""
+    """How training pairs are made from photographs."""
 
     patch: int = 96
-    """Side of HR crops in pixels."""
+    """Side of the HR patch in pixels."""
     batch: int = 8
-    """Pairs of one step, of all workers together."""
+    """Number of pairs in a step, all workers together."""
     scale: int = Field(default=4, ge=1)
-    """How many times smaller LR is, at most."""
+    """Largest scale: how many times smaller LR is than HR."""
     scales: tuple[float, float] = (4.0, 4.0)
-    """The scales that batches have, from the least to `scale`, as far as patch and margin are whole
-    numbers of LR pixels at them."""
+    """Range of the scales of batches; its upper end is `scale`. A scale is used only if patch and
+    margin are whole numbers of LR pixels at it."""
     at_largest: float = Field(default=0.6, ge=0, le=1)
-    """The share of batches at the largest scale, if there are others; those are drawn evenly in
-    the logarithm of the scale."""
+    """Share of batches at the largest scale, if there are others; those are drawn evenly in the
+    logarithm of the scale."""
     shrink: tuple[float, float] = (0.25, 1.0)
-    """Random factor that photographs are shrunk by first: sharpens soft ones, multiplies few."""
+    """Range of the random factor that a photograph is resized by first. It sharpens soft
+    photographs and gives more variety where there are few."""
     degradations: dict[Preset, float] = Field(
         default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
     )
-    """How often each degradation preset is drawn; must sum to one."""
+    """Share of pairs of each degradation preset; the shares must sum to one."""
     clean_near_one: float = Field(default=0.1, ge=0, le=1)
-    """The largest share of the clean preset at scales below 1.5, where it leaves hardly anything to
-    do; the other presets, if there are any, share the rest."""
+    """Largest share of the preset `clean` at scales below 1.5, where it leaves hardly anything to
+    restore; the other presets, if there are any, share the rest."""
     margin: int = 16
-    """Pixels around the patch that blur and resize may look at."""
+    """Pixels around the patch that blur and resizing may use."""
     tag_dropout: float = Field(default=0.1, ge=0, le=1)
-    """How often a pair loses its tags, so that the model can do without."""
+    """Share of pairs that lose their tags, so that the model learns to do without."""
 
     @property
     def needs(self) -> int:

@@ -63,17 +63,23 @@ def save(
     provenance: Mapping[str, str],
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write one safetensors per expert into `folder`; each is complete before it gets its name."""
+    """Write one safetensors per expert into `folder`; each is complete before it gets its name.
+
+    An expert is asked for when its turn comes and is not kept, so a sequence may load it then.
+    """
     names = expert_names(config)
     if len(names) != len(experts):
         raise WeightsError(f"the config asks for {len(names)} experts, got {len(experts)}")
-    for name, tensors in zip(names, experts, strict=True):
-        _check_finite(tensors, name)
+    for number, name in enumerate(names):
+        _check_finite(experts[number], name)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
-    for name, tensors in zip(names, experts, strict=True):
-        packed = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
-        _write(folder / f"{name}.safetensors", packed, {**metadata, "expert": name})
+    for number, name in enumerate(names):
+        _write(
+            folder / f"{name}.safetensors",
+            {k: v.detach().to(dtype).contiguous() for k, v in experts[number].items()},
+            {**metadata, "expert": name},
+        )
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

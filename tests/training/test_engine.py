@@ -93,10 +93,10 @@ def _train(**changes: object) -> TrainConfig:
 
 def _stage(
     model: ModelConfig, train: TrainConfig, engine: type[TorchEngine] | type[ZeroEngine]
-) -> loop.Stage:
+) -> loop.TrainState:
     torch.manual_seed(0)
     denoiser = LinearSR(model.denoiser)
-    return loop.Stage.start(engine(denoiser, train, CPU), SpaceToDepth(model.latent), train)
+    return loop.TrainState.start(engine(denoiser, train, CPU), SpaceToDepth(model.latent), train)
 
 
 def _batches(engine: Engine, start: int = 0) -> Iterator[Batch]:
@@ -109,15 +109,15 @@ def _batches(engine: Engine, start: int = 0) -> Iterator[Batch]:
         yield Batch(hr, resize(hr, 8, 8), torch.tensor(numbers))
 
 
-def _losses(stage: loop.Stage) -> list[float]:
+def _losses(stage: loop.TrainState) -> list[float]:
     return [entry["loss"] for entry in stage.progress.history]
 
 
-def _weights(stage: loop.Stage) -> torch.Tensor:
+def _weights(stage: loop.TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in stage.engine.module.parameters()])
 
 
-def _quiet(stage: loop.Stage, report: loop.Report) -> None:
+def _quiet(stage: loop.TrainState, report: loop.Report) -> None:
     pass
 
 
@@ -132,7 +132,7 @@ def _difference(losses: list[float], expected: list[float]) -> float:
 def _curve(model: ModelConfig, save_to: Path) -> dict[str, Any]:
     stage = _stage(model, _train(), ZeroEngine)
 
-    def save(stage: loop.Stage, report: loop.Report) -> None:
+    def save(stage: loop.TrainState, report: loop.Report) -> None:
         if report.step == SAVED_AT:  # as in Ray Train, to a folder of one's own; merged later
             own = save_to / str(stage.engine.rank)
             own.mkdir(parents=True)
@@ -176,15 +176,14 @@ def _perceptual(
         }
     )
 
-    def begin() -> loop.Stage:
+    def begin() -> loop.TrainState:
         experts = random_experts(model, 4)
-        states = [expert.state_dict() for expert in experts]
         held = engine(experts[2].requires_grad_(True), train, CPU)
-        objective = perceptual.objective(model, train, 2, states, held)
+        objective = perceptual.objective(model, train, 2, experts.__getitem__, held)
         autoencoder = SpaceToDepth(model.latent)
-        return loop.Stage.start(held, autoencoder, train, None, objective)
+        return loop.TrainState.start(held, autoencoder, train, None, objective)
 
-    def save(stage: loop.Stage, report: loop.Report) -> None:
+    def save(stage: loop.TrainState, report: loop.Report) -> None:
         if report.step == 4:
             stage.save(folder)
 
@@ -211,11 +210,11 @@ def _timed(model: ModelConfig) -> dict[str, Any]:
     return {"steps": stage.progress.step, "minutes": stage.progress.minutes, "rates": rates}
 
 
-def _stopped(stage: loop.Stage, batches: Iterator[Batch]) -> dict[str, Any]:
+def _stopped(stage: loop.TrainState, batches: Iterator[Batch]) -> dict[str, Any]:
     """Where and why a run diverged, and whether its last step left the weights alone."""
     kept = {"weights": _weights(stage)}
 
-    def keep(stage: loop.Stage, report: loop.Report) -> None:
+    def keep(stage: loop.TrainState, report: loop.Report) -> None:
         kept["weights"] = _weights(stage)
 
     with pytest.raises(Diverged) as diverged:
@@ -247,7 +246,7 @@ def _poisoned_gradient(model: ModelConfig, train: TrainConfig) -> dict[str, Any]
     return _stopped(stage, _batches(stage.engine))
 
 
-def _refusal(stage: loop.Stage, folder: Path) -> str:
+def _refusal(stage: loop.TrainState, folder: Path) -> str:
     with pytest.raises(WeightsError) as error:
         stage.load(folder)
     return str(error.value)
@@ -271,7 +270,7 @@ def _bfloat16(model: ModelConfig, folder: Path) -> dict[str, Any]:
     train = _train(steps=10, bfloat16=True)
     stage = _stage(model, train, ZeroEngine)
 
-    def save(stage: loop.Stage, report: loop.Report) -> None:
+    def save(stage: loop.TrainState, report: loop.Report) -> None:
         if report.step == 5:
             stage.save(folder)
 

@@ -56,13 +56,13 @@ def _config(**changes: object) -> TrainConfig:
 
 def _stage(
     config: ModelConfig, train: TrainConfig, encoder: TagEncoder | None = None
-) -> loop.Stage:
+) -> loop.TrainState:
     torch.manual_seed(0)
     engine = TorchEngine(LinearSR(config.denoiser), train, torch.device("cpu"))
-    return loop.Stage.start(engine, SpaceToDepth(config.latent), train, encoder)
+    return loop.TrainState.start(engine, SpaceToDepth(config.latent), train, encoder)
 
 
-def _weights(stage: loop.Stage) -> torch.Tensor:
+def _weights(stage: loop.TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in stage.engine.module.parameters()])
 
 
@@ -70,7 +70,7 @@ def _batches(photos: Path, seed: int = 0, start: int = 0) -> Iterator[Batch]:
     return iter(Batches(load_photos(photos, DATA, seed), start))
 
 
-def _quiet(stage: loop.Stage, report: loop.Report) -> None:
+def _quiet(stage: loop.TrainState, report: loop.Report) -> None:
     pass
 
 
@@ -275,7 +275,7 @@ def test_resuming_gives_the_same_weights_as_never_stopping(
     train = _config()
     whole = loop.run(_stage(small_config, train), _batches(photos), _quiet)
 
-    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
+    def save_at_four(stage: loop.TrainState, report: loop.Report) -> bool:
         if report.step == 4:
             stage.save(tmp_path)
         return report.step == 4
@@ -431,12 +431,12 @@ def test_a_stage_ends_with_its_minutes_and_goes_on_with_what_is_left(
 ) -> None:
     train = _config(steps=50, minutes=2.0, report_every=1, checkpoint_every=1)
 
-    def begin() -> loop.Stage:
+    def begin() -> loop.TrainState:
         stage = _stage(small_config, train)
         stage.clock = _clock(20)
         return stage
 
-    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
+    def save_at_four(stage: loop.TrainState, report: loop.Report) -> bool:
         if report.step == 4:
             stage.save(tmp_path)
         return report.step == 4

@@ -81,15 +81,15 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     photograph.resize((128, 96)).save(tmp_path / "photo.png")
     out = tmp_path / "runs"
     settings = [part for setting in SMALL for part in ("--set", setting)]
-    start = loop.Stage.start
+    start = loop.TrainState.start
 
-    def timed(*arguments: Any) -> loop.Stage:
+    def timed(*arguments: Any) -> loop.TrainState:
         """By a clock that is 20 s later at each look."""
         stage = start(*arguments)
         stage.clock = map((20.0).__mul__, itertools.count()).__next__
         return stage
 
-    monkeypatch.setattr(loop.Stage, "start", timed)
+    monkeypatch.setattr(loop.TrainState, "start", timed)
     steps = []
     for minutes in (2, 2, 3):
         arguments = [f"--photos={tmp_path}", f"--out={out}", f"--minutes={minutes}", *settings]

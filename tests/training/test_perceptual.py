@@ -56,19 +56,18 @@ def stage_of(
     config: PerceptualConfig,
     expert: int = 2,
     autoencoder: Autoencoder | None = None,
-) -> loop.Stage:
+) -> loop.TrainState:
     experts = random_experts(model, len(model.sampling.boundaries) + 1)
     denoiser = LinearSR(model.denoiser)
     denoiser.load_state_dict(experts[expert].state_dict())
     engine = TorchEngine(denoiser, config, CPU)
-    states = [e.state_dict() for e in experts]
-    objective = perceptual.objective(model, config, expert, states, engine)
+    objective = perceptual.objective(model, config, expert, experts.__getitem__, engine)
     encoder = tag_encoder(model) if model.tags else None
     autoencoder = autoencoder or SpaceToDepth(model.latent)
-    return loop.Stage.start(engine, autoencoder, config, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, config, encoder, objective)
 
 
-def objective_of(stage: loop.Stage) -> perceptual.Perceptual:
+def objective_of(stage: loop.TrainState) -> perceptual.Perceptual:
     assert isinstance(stage.objective, perceptual.Perceptual)
     return stage.objective
 
@@ -81,11 +80,11 @@ def batches(start: int = 0, size: int = 3, side: int = 32) -> Iterator[Batch]:
         yield Batch(hr, resize(hr, side // 4, side // 4), torch.tensor(numbers))
 
 
-def quiet(stage: loop.Stage, report: loop.Report) -> None:
+def quiet(stage: loop.TrainState, report: loop.Report) -> None:
     pass
 
 
-def weights_of(stage: loop.Stage) -> Tensor:
+def weights_of(stage: loop.TrainState) -> Tensor:
     critic = objective_of(stage).critic
     models = [stage.engine.module, *([critic.model] if critic else [])]
     return torch.cat([p.detach().flatten() for m in models for p in m.parameters()])
@@ -203,7 +202,7 @@ def test_pairs_arrive_as_sampling_brings_them(
     objective, experts = objective_of(stage), random_experts(small_config, 4)
     bounds = ranges(small_config.sampling.boundaries)
     with torch.no_grad():
-        given = loop.Given.of(batch, stage.engine.module, stage.autoencoder, None)
+        given = loop.Conditions.of(batch, stage.engine.module, stage.autoencoder, None)
         latent, t = objective.arrive(stage, batch, given)
         middle, by_before, by_itself = objective._detours(batch.numbers, t)
         drawn, noise = loop.draw(batch.numbers, latent.shape[1:], config)
@@ -233,9 +232,9 @@ def test_the_picture_that_is_judged_is_the_decoded_guess(
     objective.losses(stage, batch)
     assert objective.shown is not None
     with torch.no_grad():
-        given = loop.Given.of(batch, model, stage.autoencoder, None)
+        given = loop.Conditions.of(batch, model, stage.autoencoder, None)
         latent, t = objective.arrive(stage, batch, given)
-        guess = clean_guess(latent, model(latent, t, given.condition(model)), t)
+        guess = clean_guess(latent, model(latent, t, given.encode(model)), t)
         picture = stage.autoencoder.decode(guess, given.lr_picture)
     torch.testing.assert_close(objective.shown[1], picture)
 
@@ -306,7 +305,7 @@ def test_bfloat16_leaves_no_weight_without_a_gradient(
     with stage.engine.precision():
         losses = stage.objective.losses(stage, next(batches()))
     losses.total.mean().backward()
-    assert losses.told.dtype == torch.float32
+    assert losses.reported.dtype == torch.float32
     assert all(p.grad is not None for p in stage.engine.module.parameters())
 
 
@@ -346,7 +345,7 @@ def test_resuming_gives_the_same_weights_as_never_stopping(
     config = config_of(small_config, 2, lpips_trunk)
     whole = loop.run(stage_of(small_config, config), batches(), quiet)
 
-    def save_at_four(stage: loop.Stage, report: loop.Report) -> bool:
+    def save_at_four(stage: loop.TrainState, report: loop.Report) -> bool:
         if report.step == 4:
             stage.save(tmp_path)
         return report.step == 4
@@ -428,7 +427,7 @@ def test_tags_guide_frozen_experts_as_well(tagged_config: ModelConfig, lpips_tru
     for tags in (("cat",), ("dog",)):
         named = batch._replace(tags=(tags, ()))
         with torch.no_grad():
-            given = loop.Given.of(named, stage.engine.module, stage.autoencoder, stage.encoder)
+            given = loop.Conditions.of(named, stage.engine.module, stage.autoencoder, stage.encoder)
             latents.append(objective_of(stage).arrive(stage, named, given)[0])
     assert not torch.allclose(latents[0][0], latents[1][0])
     torch.testing.assert_close(latents[0][1], latents[1][1])

@@ -1,4 +1,4 @@
-"""What a training job is told besides its recipe: where things lie and what it may take."""
+"""The configuration of a training job besides its recipe: paths and resources."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from linearsr.training.recipes import Kind, Recipe
 
 
 class ClusterConfig(Config):
-    """Places and resources of a run. CPUs are Ray's logical ones: reservations, not limits."""
+    """Paths and resources of a run. CPUs are Ray's logical ones: reservations, not limits."""
 
     data: str
-    """Pictures or shards to train on; s3:// too."""
+    """Folder of pictures or shards to train on, local or s3://."""
     validation: str
-    """Pictures to validate on; s3:// too."""
+    """Folder of pictures to validate on, local or s3://."""
     storage: str
-    """Where runs go: a folder that all nodes see; s3:// too."""
+    """Folder that all nodes see, local or s3://, for the runs' results."""
     name: str = "linearsr"
-    """The run's folder in the storage; an old one goes on."""
+    """Name of the run and of its folder in the storage; an existing run is continued."""
     workers: int = Field(default=1, ge=1)
-    """Training workers."""
+    """Number of training workers."""
     gpu: bool = False
-    """One GPU per worker (NCCL); without, CPU workers (gloo)."""
+    """Reserve one GPU for each worker (NCCL); by default, workers use CPUs (gloo)."""
     worker_cpus: float = Field(default=0.5, gt=0)
     """Logical CPUs of each worker."""
     data_cpus: float = Field(default=0.25, gt=0)
@@ -36,33 +36,34 @@ class ClusterConfig(Config):
     """GPUs of the validation task."""
     # A knee is seen some checkpoints after it was passed, hence the minimum.
     keep: int | None = Field(default=None, ge=16)
-    """How many of the latest checkpoints stay, all by default; the knee's always does."""
+    """Number of latest checkpoints to keep, by default all; the knee's is always kept."""
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures to recover from, -1 for any number; nodes whose loss was announced are
-    not counted."""
+    """Number of worker failures to recover from, -1 for any number; the loss of a node does not
+    count if it was announced."""
     patience: int | None = Field(default=None, ge=0)
-    """End a stage this many checkpoints after its knee was confirmed; never by default."""
+    """Number of checkpoints after the confirmation of the knee at which a stage ends; by default,
+    it does all its steps."""
 
     @field_validator("data", "validation", "storage")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        """Workers have working folders of their own."""
+        """Make paths absolute: workers have working folders of their own."""
         return url(locate(path))
 
     def gpus(self) -> float:
-        """GPUs that one stage takes at once."""
+        """Return the number of GPUs that one stage takes at once."""
         return self.workers * self.gpu + self.validation_gpus
 
     def cpus(self) -> float:
-        """Logical CPUs that one stage takes at once."""
+        """Return the number of logical CPUs that one stage takes at once."""
         return self.workers * (self.worker_cpus + self.data_cpus) + self.validation_cpus
 
 
 class StageConfig(Config):
-    """One stage of one model: everything a worker must know.
+    """One training stage of one model: everything that a worker must know.
 
-    start: a weights folder, bundled name or s3:// folder; None starts from random weights.
-    expert: which of the start's experts is trained; None for pretraining the one model.
+    expert: number of the expert that is trained; None in pretraining, where there is one model.
+    start: weights folder, bundled name or s3:// folder; None for random weights.
     """
 
     recipe: Recipe
@@ -73,15 +74,15 @@ class StageConfig(Config):
 
     @property
     def train(self) -> TrainConfig:
-        """This stage's own configuration."""
+        """Return the configuration of this stage."""
         return self.recipe.stage(self.kind, self.expert)
 
     @property
     def data(self) -> DataConfig:
-        """The data that this stage is trained on."""
+        """Return the configuration of this stage's training pairs."""
         return self.recipe.data_of(self.kind)
 
     @property
     def run(self) -> Location:
-        """The folder of the run."""
+        """Return the folder of the run."""
         return locate(self.cluster.storage) / self.cluster.name

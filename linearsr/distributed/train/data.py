@@ -39,27 +39,27 @@ from linearsr.training.data import (
 # Decoded photographs, and row groups of encoded ones, that one actor keeps.
 PHOTOS_KEPT = 64
 GROUPS_KEPT = 4
-# Rows of a shard dataset passed over in a row before a run gives up on it.
-TRIES = 100
-# How many pictures are looked at before a run is allowed to start.
-LOOKED_AT = 32
+# Number of unusable rows of a shard dataset, one after the other, that end a run.
+MAX_SKIPPED = 100
+# Number of pictures that are checked before a run may start.
+CHECKED = 32
 # Small blocks: a rank waits for its first one, and prefetches by blocks.
-STEPS_PER_BLOCK, MOST_BLOCKS, BLOCK_BYTES = 8, 512, 8 << 20
+STEPS_PER_BLOCK, MAX_BLOCKS, BLOCK_BYTES = 8, 512, 8 << 20
 
 
 class Source(Protocol):
     """Numbered training pairs."""
 
     def pair(self, number: int) -> Pair:
-        """Pair `number`."""
+        """Return pair `number`."""
         ...
 
 
 def open_source(path: str, config: DataConfig, seed: int) -> Source:
-    """A folder of pictures, or of Parquet shards, local or s3://.
+    """Open a folder of pictures or of Parquet shards, local or s3://.
 
-    Tags come from the folder's tags.jsonl, or from the shards' column `tags`, where there is one.
-    Raises InputError when there is nothing to train on, saying why.
+    Tags come from the folder's tags.jsonl, or from the shards' column `tags`, if there is one.
+    Raises InputError, with the reason, if there is nothing to train on.
     """
     pictures, shards = choose(locate(path).files(), locate(path), "hr")
     if shards:
@@ -69,7 +69,7 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
     usable = _usable(pictures, config)
     if not usable:
         raise InputError(
-            f"{path}: none of the first {LOOKED_AT} pictures can be decoded and is at least "
+            f"{path}: none of the first {CHECKED} pictures can be decoded and is at least "
             f"{config.needs} px on its shorter side (patch plus margins)"
         )
     tags = _tags(locate(path), pictures)
@@ -78,7 +78,7 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
 
 
 def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
-    """Tags by the whole path of a picture."""
+    """Return tags by the whole path of a picture."""
     sidecar = folder / SIDECAR
     if not sidecar.exists():
         return {}
@@ -89,9 +89,9 @@ def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
 
 
 def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
-    """Up to three pictures, of the first few, that a patch can be cut from."""
+    """Return up to three of the first pictures that a patch can be cut from."""
     usable: list[Location] = []
-    for picture in pictures[:LOOKED_AT]:
+    for picture in pictures[:CHECKED]:
         if len(usable) < 3 and _decoded(picture, config.needs) is not None:
             usable.append(picture)
     return usable
@@ -99,7 +99,7 @@ def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
 
 @lru_cache(maxsize=PHOTOS_KEPT)
 def _decoded(picture: Location, needs: int) -> Tensor | None:
-    """(3, H, W) uint8, or None for a picture that is damaged or too small."""
+    """Return pixels (3, H, W) uint8, or None if the picture is damaged or too small."""
     try:
         photo = as_bytes(read(picture.read(), name=picture.path))
     except StorageError:
@@ -112,7 +112,7 @@ def _decoded(picture: Location, needs: int) -> Tensor | None:
 def _photo(
     picture: Location, needs: int, instead: tuple[Location, ...], tags: Mapping[str, Tags]
 ) -> Photo:
-    """The picture; for one that cannot be used, another that can: a bad file ends no run."""
+    """Return the picture, or another one if it is unusable: a bad file must not end a run."""
     for candidate in (picture, *instead):
         pixels = _decoded(candidate, needs)
         if pixels is not None:
@@ -131,21 +131,21 @@ class _Group(NamedTuple):
 
 
 class Shards:
-    """HR pictures of a shard dataset, in an order shuffled anew each epoch: groups, then rows."""
+    """HR pictures of a shard dataset; each epoch shuffles the groups, and the rows in a group."""
 
     def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self.groups = [group for found in at_once(files, _groups) for group in found]
+        self.groups = [group for groups in at_once(files, _groups) for group in groups]
         self.rows = sum(group.rows for group in self.groups)
         if not self.rows:
             raise InputError(f"{files[0].path}: the shards hold no rows")
 
     def pair(self, number: int) -> Pair:
-        """Pair `number`; rows that cannot be used are passed over.
+        """Return pair `number`; unusable rows are skipped.
 
-        Raises InputError after a whole epoch, or TRIES rows, of them.
+        Raises InputError after a whole epoch, or MAX_SKIPPED rows, of unusable ones.
         """
-        for candidate in range(number, number + min(self.rows, TRIES)):
+        for candidate in range(number, number + min(self.rows, MAX_SKIPPED)):
             photo = self._photo(*divmod(candidate, self.rows))
             if photo is not None:
                 rng = np.random.default_rng([self.seed, number])
@@ -158,16 +158,16 @@ class Shards:
 
     def _photo(self, epoch: int, position: int) -> Photo | None:
         group, row = self._find(epoch, position)
-        shown = _columns(group).slice(row, 1).to_pylist()[0]
-        if shown["hr"] is None:
+        columns = _columns(group).slice(row, 1).to_pylist()[0]
+        if columns["hr"] is None:
             return None
         try:
-            pixels = as_bytes(read(shown["hr"], name=f"{group.file.path}:{row}"))
+            pixels = as_bytes(read(columns["hr"], name=f"{group.file.path}:{row}"))
         except LinearSRError:
             return None
         if min(pixels.shape[1:]) < self.config.needs:
             return None
-        return Photo(pixels, tuple(filter(None, shown.get("tags") or ())))
+        return Photo(pixels, tuple(filter(None, columns.get("tags") or ())))
 
     def _find(self, epoch: int, position: int) -> tuple[_Group, int]:
         order, starts = _epoch_order(tuple(g.rows for g in self.groups), self.seed, epoch)
@@ -179,7 +179,7 @@ class Shards:
 
 @lru_cache(maxsize=2)
 def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group numbers in the order of an epoch, and the position of each one's first row."""
+    """Return the groups in the order of an epoch, and the position of each one's first row."""
     order = np.random.default_rng([seed, epoch]).permutation(len(rows))
     return order, np.concatenate([[0], np.cumsum(np.array(rows)[order])])
 
@@ -187,28 +187,28 @@ def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarr
 def _groups(file: Location) -> list[_Group]:
     shard = open_shard(file, "hr")
     metadata, schema = shard.metadata, shard.schema_arrow
-    if "tags" in schema.names and not _lists_text(schema.field("tags").type):
+    if "tags" in schema.names and not _is_lists_of_text(schema.field("tags").type):
         raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     return [_Group(file, number, size) for number, size in enumerate(sizes)]
 
 
-def _lists_text(kind: pa.DataType) -> bool:
+def _is_lists_of_text(kind: pa.DataType) -> bool:
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     return lists and str(kind.value_type).removeprefix("large_") == "string"
 
 
 @lru_cache(maxsize=GROUPS_KEPT)
 def _columns(group: _Group) -> pa.Table:
-    """hr, and tags where there are any."""
+    """Read the columns `hr` and, if there is one, `tags`."""
     shard = open_shard(group.file, "hr")
-    wanted = [name for name in ("hr", "tags") if name in shard.schema_arrow.names]
+    names = [name for name in ("hr", "tags") if name in shard.schema_arrow.names]
     with explained(group.file):
-        return shard.read_row_group(group.number, columns=wanted)
+        return shard.read_row_group(group.number, columns=names)
 
 
 class Share(NamedTuple):
-    """Which part of each global batch a rank takes, and what its data actor reserves."""
+    """The part of each global batch that a rank takes, and the CPUs of its data actor."""
 
     rank: int
     world: int
@@ -216,7 +216,7 @@ class Share(NamedTuple):
 
 
 class _PairMaker:
-    """The actor beside a rank: step numbers in, that rank's pairs of those steps out."""
+    """Actor beside a rank that turns step numbers into that rank's pairs of those steps."""
 
     def __init__(
         self, path: str, config: DataConfig, seed: int, first_step: int, share: Share
@@ -232,8 +232,8 @@ class _PairMaker:
         return {
             "number": np.array(numbers),
             "hr": np.stack([picture.numpy() for picture in hr]),
-            # As bytes: another step's are of another size. Tags as text: lists of unlike lengths
-            # are no column.
+            # LR as bytes, since its size differs between steps; tags as text, since a column cannot
+            # hold lists of different lengths.
             "lr": np.array([picture.numpy().tobytes() for picture in lr], dtype=object),
             "tags": np.array([json.dumps(names) for names in tags]),
         }
@@ -246,15 +246,15 @@ class _PairMaker:
 def batches(
     path: str, config: DataConfig, seed: int, seen: int, steps: int, share: Share
 ) -> Generator[Batch, None, None]:
-    """A rank's part of `steps` global batches from pair number `seen` on, in order.
+    """Yield a rank's part of `steps` global batches from pair number `seen` on, in order.
 
-    Must run inside a Ray worker. Pairs are made ahead of time, a few steps deep.
+    It must run inside a Ray worker. Pairs are made a few steps ahead.
     """
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # In memory: reading a range would be tasks of a whole CPU each, that nobody has reserved.
-    blocks = min(MOST_BLOCKS, max(1, steps // STEPS_PER_BLOCK))
+    # In memory: reading a range would start tasks of a whole CPU each, which nobody has reserved.
+    blocks = min(MAX_BLOCKS, max(1, steps // STEPS_PER_BLOCK))
     tables = [pa.table({"step": part}) for part in np.array_split(np.arange(steps), blocks)]
     dataset = ray.data.from_blocks(tables)
     dataset.context.target_max_block_size = BLOCK_BYTES
@@ -279,6 +279,6 @@ def _batch(rows: dict[str, np.ndarray]) -> Batch:
 
 
 def _square(pixels: bytes) -> Tensor:
-    """(3, n, n) uint8 from its bytes."""
+    """Return (3, n, n) uint8 from its bytes."""
     side = math.isqrt(len(pixels) // 3)
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, side, side)

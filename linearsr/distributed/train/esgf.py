@@ -3,7 +3,7 @@
     pretraining ─knee─▶ experts (four runs, side by side where there is room) ─knees─▶ fine-tuning
                 ─knees─▶ perceptual (of all but the first, which goes on as it is)
 
-Which checkpoint a stage may start from is decided in `linearsr.distributed.train.knee` alone.
+`linearsr.distributed.train.knee` alone decides from which checkpoint a stage may start.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from linearsr.weights.bundle import expert_names
 
 
 def check_stages(kinds: Sequence[Kind], recipe: Recipe) -> None:
-    """Raise for a stage that the recipe or this machine cannot do, before those ahead of it run.
+    """Check that recipe and machine can do all stages, before the first of them runs.
 
-    Raises OptionError, MissingExtra or WeightsError.
+    Raises OptionError, MissingExtra or WeightsError for the first stage that they cannot do.
     """
     for kind in kinds:
         for expert in recipe.trained(kind):
-            train = recipe.stage(kind, expert)
-            if isinstance(train, PerceptualConfig):
-                perceptual.check(train)
+            config = recipe.stage(kind, expert)
+            if isinstance(config, PerceptualConfig):
+                perceptual.check(config)
 
 
 def run_stage(
@@ -53,57 +53,51 @@ def run_stage(
 ) -> list[Outcome]:
     """Train every expert of one stage, each from the knee of the run before it.
 
-    before: the pretraining run, or the four runs of the experts. Runs lie in a folder each under
-    `cluster.storage`/`cluster.name`. An expert that the stage does not train has the outcome of the
-    run before it. Raises WeightsError where no knee is confirmed (unless `anyway`), and
-    LinearSRError naming the experts that failed, after all have ended.
+    before: the pretraining run, or the runs of all experts. Each run gets a folder under
+    `cluster.storage`/`cluster.name`. For an expert that the stage does not train, the outcome of
+    the run before it is returned. Raises WeightsError where no knee is confirmed (unless `anyway`),
+    and, after all runs have ended, LinearSRError naming the experts that failed.
     """
-    trained = recipe.trained(kind)
     starts = [start_from_knee(run, anyway=anyway) for run in before]
-    home = locate(cluster.storage) / cluster.name
     model = recipe.model if len(starts) > 1 else export.single(recipe.model)
-    notes = {"stage": f"start of {kind}", "steps": json.dumps([step for _, step in starts])}
-    start = home / f"{kind}-start"
-    write_bundle(start, model, [folder for folder, _ in starts], notes)
-    stages = [
-        _stage(kind, recipe, cluster, i, name, home, start)
-        for i, name in enumerate(expert_names(recipe.model))
-        if i in trained
-    ]
+    provenance = {"stage": f"start of {kind}", "steps": json.dumps([step for _, step in starts])}
+    start = locate(cluster.storage) / cluster.name / f"{kind}-start"
+    write_bundle(start, model, [folder for folder, _ in starts], provenance)
+    stages = stages_of(kind, recipe, cluster, start)
     check(stages[0])
-    outcomes = dict(zip(trained, _train_all(stages, say), strict=True))
+    trained = dict(zip(recipe.trained(kind), _train_all(stages, say), strict=True))
+    for expert in range(len(recipe.experts)):
+        # An expert that goes on as it is, or the one model that all experts come from.
+        at = expert if len(starts) > 1 else 0
+        if expert not in trained:
+            trained[expert] = Outcome(before[at], read_knee(before[at]), {}, starts[at])
+    return [trained[expert] for expert in range(len(recipe.experts))]
+
+
+def stages_of(
+    kind: Kind, recipe: Recipe, cluster: ClusterConfig, start: Location
+) -> list[StageConfig]:
+    """Return a stage for each expert that is trained, each with a run of its own."""
+    home, names = locate(cluster.storage) / cluster.name, expert_names(recipe.model)
     return [
-        outcomes[i] if i in outcomes else _kept(before, starts, i)
-        for i in range(len(recipe.experts))
+        StageConfig(
+            recipe=recipe,
+            cluster=cluster.model_copy(
+                update={"storage": url(home), "name": f"{kind}-{expert}-{names[expert]}"}
+            ),
+            kind=kind,
+            expert=expert,
+            start=url(start),
+        )
+        for expert in recipe.trained(kind)
     ]
-
-
-def _kept(
-    before: Sequence[Location], starts: Sequence[tuple[Location, int | None]], expert: int
-) -> Outcome:
-    """The outcome of an expert that goes on as it is; that of the one model, if there is one."""
-    at = expert if len(starts) > 1 else 0
-    return Outcome(before[at], read_knee(before[at]), {}, starts[at])
-
-
-def _stage(
-    kind: Kind,
-    recipe: Recipe,
-    cluster: ClusterConfig,
-    expert: int,
-    name: str,
-    home: Location,
-    start: Location,
-) -> StageConfig:
-    place = cluster.model_copy(update={"storage": url(home), "name": f"{kind}-{expert}-{name}"})
-    return StageConfig(recipe=recipe, cluster=place, kind=kind, expert=expert, start=url(start))
 
 
 class _Runner:
     """Waits for one training run after the other; the runs themselves take the resources."""
 
     def train(self, stage: StageConfig) -> tuple[StageConfig, Outcome | str]:
-        """An outcome, or what went wrong: one failed expert must not cost the others."""
+        """Return the outcome, or the error: one failed expert must not cost the others."""
         try:
             return stage, train(stage)
         except LinearSRError as error:
@@ -111,15 +105,15 @@ class _Runner:
 
 
 def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Outcome]:
-    """As many at once as the cluster has room for; outcomes in the order of `stages`."""
+    """Run as many at once as the cluster has room for; outcomes are in the order of `stages`."""
     cluster = stages[0].cluster
     room = capacity(cluster.cpus(), cluster.gpus(), limit=len(stages))
-    # A run is led from where its runner is: from the driver's node, which nobody takes away.
+    # A runner leads its run from the driver's node, which nobody takes away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     runner = ray.remote(num_cpus=0, scheduling_strategy=here)(_Runner)
     pool = ActorPool([runner.remote() for _ in range(room)])
     ended: dict[str, Outcome | str] = {}
-    # Unordered: a place that is free must not wait for an earlier run that is still going.
+    # Unordered: free resources must not wait for an earlier run that is still going.
     for stage, result in pool.map_unordered(lambda r, s: r.train.remote(s), stages):
         ended[stage.cluster.name] = result
         say(result if isinstance(result, str) else f"{result.run.name}: {summary(result.knee)}")
@@ -131,7 +125,10 @@ def _train_all(stages: list[StageConfig], say: Callable[[str], None]) -> list[Ou
 
 
 def write_bundle(
-    target: Location, model: ModelConfig, checkpoints: Sequence[Location], notes: dict[str, str]
+    target: Location,
+    model: ModelConfig,
+    checkpoints: Sequence[Location],
+    provenance: dict[str, str],
 ) -> None:
     """Export checkpoints, one per expert, to a weights folder on storage."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -143,22 +140,22 @@ def write_bundle(
                 if file.name.startswith("ema-"):
                     (folders[-1] / file.name).write_bytes(file.read())
         bundle = Path(temporary) / "bundle"
-        export.bundle(bundle, model, folders, notes)
+        export.bundle(bundle, model, folders, provenance)
         locate(bundle).copy_to(target)
 
 
 def export_outcomes(outcomes: Sequence[Outcome], recipe: Recipe, target: Location) -> None:
-    """Publish finished runs as weights: each one's confirmed knee, else its last checkpoint.
+    """Publish runs as weights, each from its confirmed knee, or else from its last checkpoint.
 
-    Of an expert that was not trained, what the others were trained with.
+    An expert that was not trained keeps the weights that the others were trained with.
     """
-    chosen = [o.kept or _result(o) for o in outcomes]
-    told = [
-        {"run": o.run.name, "step": step, "knee": o.knee.status}
-        for o, (_, step) in zip(outcomes, chosen, strict=True)
+    chosen = [outcome.kept or _result(outcome) for outcome in outcomes]
+    experts = [
+        {"run": outcome.run.name, "step": step, "knee": outcome.knee.status}
+        for outcome, (_, step) in zip(outcomes, chosen, strict=True)
     ]
-    notes = {"experts": json.dumps(told), "recipe": recipe.model_dump_json()}
-    write_bundle(target, recipe.model, [folder for folder, _ in chosen], notes)
+    provenance = {"experts": json.dumps(experts), "recipe": recipe.model_dump_json()}
+    write_bundle(target, recipe.model, [folder for folder, _ in chosen], provenance)
 
 
 def _result(outcome: Outcome) -> tuple[Location, int | None]:

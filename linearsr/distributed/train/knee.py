@@ -1,8 +1,8 @@
-"""The knee of a Ray Train run: found online, written down, kept from retention.
+"""The knee of a Ray Train run: found while it trains, written down, and kept from retention.
 
-The state is a file, `knee.json` beside the checkpoints, recomputed from what the run has reported;
-so it survives the controller that wrote it. Which step is the knee is decided by
-`linearsr.training.knee` alone.
+The controller follows the checkpoints that Ray Train records and writes `knee.json` beside them:
+for users, for the next stage, and for the controller of a restarted run. `linearsr.training.knee`
+alone decides which step is the knee.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -28,7 +28,7 @@ KNEE, KEPT, REPORT = "knee.json", "knee", "report.png"
 
 
 class Validated(Config):
-    """One validated checkpoint. `seen` orders checkpoints across restarts; `path` is its folder."""
+    """A validated checkpoint: `seen` orders checkpoints across restarts, `path` is its folder."""
 
     step: int
     seen: int
@@ -37,9 +37,9 @@ class Validated(Config):
 
 
 class Knee(Config):
-    """What `knee.json` holds.
+    """The content of `knee.json`.
 
-    checkpoint: the knee's folder, kept there until the knee moves; None while rising.
+    checkpoint: folder with a copy of the knee's checkpoint; None while rising.
     stop: the knee is confirmed and the patience after it is spent.
     """
 
@@ -53,8 +53,42 @@ class Knee(Config):
     history: list[Validated] = Field(default_factory=list)
 
 
+def advance(
+    before: Knee,
+    reported: Iterable[tuple[Checkpoint, Mapping[str, Any]]],
+    higher_is_better: Mapping[str, bool],
+    patience: int | None = None,
+) -> Knee:
+    """Return the knee after the checkpoints that Ray Train reports, validated or not.
+
+    The history of `before` counts too, since Ray reports no checkpoint that retention has deleted.
+    `checkpoint` stays that of `before` while the knee does not move, and is None otherwise.
+    """
+    history = _merge(before.history, _validated(reported, set(higher_is_better)))
+    if (history, higher_is_better) == (before.history, before.higher_is_better):
+        return before.model_copy(update={"stop": _spent(before, patience)})
+    state = detect(history, higher_is_better)
+    if before.status == "confirmed" and state.status != "confirmed":
+        # A divergence has shortened the history; a confirmed knee is final all the same.
+        state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
+    return Knee(
+        status=state.status,
+        step=state.step,
+        checkpoint=before.checkpoint if state.step == before.step else None,
+        since=state.since,
+        stop=_spent(state, patience),
+        evidence=state.evidence,
+        higher_is_better=dict(higher_is_better),
+        history=history,
+    )
+
+
 class KneePointCallback(UserCallback):  # type: ignore[misc]
-    """Runs in the controller after every report; keeps the knee of the run and its picture."""
+    """Keeps the knee of a run, its checkpoint and its picture, in the controller.
+
+    `knee.json` is read once, when a controller starts; from then on the knee is kept in memory and
+    follows what Ray Train has recorded.
+    """
 
     def __init__(
         self, run: Location, higher_is_better: Mapping[str, bool], patience: int | None = None
@@ -62,6 +96,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         self.run = run
         self.higher_is_better = dict(higher_is_better)
         self.patience = patience
+        self.knee: Knee | None = None
 
     def after_report(
         self,
@@ -69,7 +104,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         metrics: list[dict[str, Any]],  # noqa: ARG002
         checkpoint: Checkpoint | None,  # noqa: ARG002
     ) -> None:
-        """Validations end between reports: each report sees those before it.
+        """Update the knee. Validations end between reports: each report sees those before it.
 
         Storage that fails for a moment must not end the run: the next report does it all again.
         """
@@ -80,49 +115,42 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
 
     def update(self) -> Knee:
         """Find the knee in what was validated so far, keep it, write `knee.json` and the plot."""
-        before = read_knee(self.run)
-        history = _merge(before.history, _validated(self.run, set(self.higher_is_better)))
-        state = detect(history, self.higher_is_better)
-        if before.status == "confirmed" and state.status != "confirmed":
-            # A divergence has shortened the history; a confirmed knee is final all the same.
-            state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
-        knee = Knee(
-            status=state.status,
-            step=state.step,
-            checkpoint=self._keep(before, history, state.step),
-            since=state.since,
-            stop=_spent(state, self.patience),
-            evidence=state.evidence,
-            higher_is_better=self.higher_is_better,
-            history=history,
-        )
+        before = self.knee or read_knee(self.run)
+        result = last_result(self.run)
+        reported = (result.best_checkpoints if result else None) or []
+        knee = advance(before, reported, self.higher_is_better, self.patience)
+        knee = knee.model_copy(update={"checkpoint": self._keep(knee)})
         (self.run / KNEE).write(knee.model_dump_json(indent=1).encode())
-        self._drop_all_but(knee.checkpoint)
-        self._draw(knee)
+        self.knee = knee
+        self._delete_other_copies(knee.checkpoint)
+        self._draw(knee, result)
         return knee
 
-    def _keep(self, before: Knee, history: list[Validated], step: int | None) -> str | None:
-        """Copy the knee's checkpoint out of retention's reach. None when retention was faster."""
-        if step is None:
+    def _keep(self, knee: Knee) -> str | None:
+        """Copy the knee's checkpoint out of retention's reach, unless this is done.
+
+        Returns the copy's folder; None while rising, and if retention was faster.
+        """
+        if knee.step is None or knee.checkpoint is not None:
+            return knee.checkpoint
+        source = next(v.path for v in knee.history if v.step == knee.step)
+        original = Location(self.run.filesystem, source)
+        if not original.exists():
             return None
-        name = f"step-{step:08d}"
-        kept = self.run / KEPT / name
-        if kept.path != before.checkpoint:
-            source = next(v.path for v in history if v.step == step)
-            original = Location(self.run.filesystem, source)
-            if not original.exists():
-                return None
-            original.copy_to(kept)
+        kept = self.run / KEPT / f"step-{knee.step:08d}"
+        original.copy_to(kept)
         return kept.path
 
-    def _drop_all_but(self, kept: str | None) -> None:
-        """Copies of former knees; only now that `knee.json` names the new one."""
-        for old in (self.run / KEPT).files():
-            if kept is not None and not old.path.startswith(f"{kept}/"):
-                old.delete_file()
+    def _delete_other_copies(self, kept: str | None) -> None:
+        """Delete copies of former knees, once `knee.json` names the new one."""
+        for file in (self.run / KEPT).files():
+            if kept is not None and not file.path.startswith(f"{kept}/"):
+                file.delete_file()
 
-    def _draw(self, knee: Knee) -> None:
-        progress = last_checkpoint(self.run)[0] / PROGRESS
+    def _draw(self, knee: Knee, result: Result | None) -> None:
+        if result is None or result.checkpoint is None:
+            return
+        progress = Location(self.run.filesystem, result.checkpoint.path) / PROGRESS
         training = json.loads(progress.read())["history"]
         points = [{"step": v.step, **v.metrics} for v in knee.history]
         (self.run / REPORT).write(
@@ -131,7 +159,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
 
 
 def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> KneeState:
-    """The detector's state after a whole history; metrics that were never measured are left out."""
+    """Return the detector's state after a history, without metrics that were never measured."""
     measured = {name for v in history for name in v.metrics}
     known = {name: up for name, up in higher_is_better.items() if name in measured}
     if not known:
@@ -146,7 +174,7 @@ def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> Kn
 
 
 def read_knee(run: Location) -> Knee:
-    """A run's `knee.json`; an empty one when there is none. Raises InputError when damaged."""
+    """Read a run's `knee.json`, or return an empty Knee. Raises InputError if it is damaged."""
     file = run / KNEE
     if not file.exists():
         return Knee()
@@ -157,11 +185,11 @@ def read_knee(run: Location) -> Knee:
 
 
 def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, int | None]:
-    """Where the stage after `run` starts: its confirmed knee's checkpoint folder, and that step.
+    """Return the checkpoint folder that the stage after `run` starts from, and its step.
 
-    `anyway` accepts less: the candidate, or else the last checkpoint.
-    Raises WeightsError when there is no confirmed knee: starting anywhere else is what makes
-    fine-tuning collapse (LinearSR, ESGF).
+    That is the confirmed knee; `anyway` accepts the candidate, or else the last checkpoint.
+    Raises WeightsError if there is no confirmed knee: fine-tuning collapses when it starts from
+    anywhere else (LinearSR, ESGF).
     """
     knee = read_knee(run)
     if knee.checkpoint and (knee.status == "confirmed" or anyway):
@@ -181,7 +209,7 @@ def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, i
 
 
 def last_checkpoint(run: Location) -> tuple[Location, int | None]:
-    """The checkpoint folder that a run has come to, and its step. Raises WeightsError for none."""
+    """Return a run's last checkpoint folder and its step. Raises WeightsError if it has none."""
     latest = last_result(run)
     if latest is None or latest.checkpoint is None:
         raise WeightsError(f"{run.path}: no checkpoint of a training run here")
@@ -189,7 +217,7 @@ def last_checkpoint(run: Location) -> tuple[Location, int | None]:
 
 
 def last_result(run: Location) -> Result | None:
-    """What Ray Train has stored of a run; None when it never reported."""
+    """Read what Ray Train has recorded of a run; None if the run never reported."""
     quiet_checkpoint_manager()
     try:
         return Result.from_path(run.path, storage_filesystem=run.filesystem)
@@ -197,24 +225,25 @@ def last_result(run: Location) -> Result | None:
         return None
 
 
-def _validated(run: Location, names: set[str]) -> list[Validated]:
-    """Checkpoints that the run still has and that were validated, in order of report."""
-    result = last_result(run)
-    found = [
+def _validated(
+    reported: Iterable[tuple[Checkpoint, Mapping[str, Any]]], names: set[str]
+) -> list[Validated]:
+    """Return the checkpoints that have any of these metrics, in the order of training."""
+    validated = [
         Validated(
             step=metrics["step"],
             seen=metrics["seen"],
             path=checkpoint.path,
             metrics={k: v for k, v in metrics.items() if "@" in k and math.isfinite(v)},
         )
-        for checkpoint, metrics in (result.best_checkpoints if result else None) or []
+        for checkpoint, metrics in reported
         if names & metrics.keys()
     ]
-    return sorted(found, key=lambda v: v.seen)
+    return sorted(validated, key=lambda v: v.seen)
 
 
 def _merge(before: list[Validated], now: list[Validated]) -> list[Validated]:
-    """Old and new, by `seen`; what a divergence threw away (later steps, fewer seen) is dropped."""
+    """Merge histories by `seen`, without what a divergence discarded: later steps, fewer seen."""
     merged: list[Validated] = []
     for validated in sorted({v.seen: v for v in [*before, *now]}.values(), key=lambda v: v.seen):
         merged = [v for v in merged if v.step < validated.step]
@@ -222,12 +251,12 @@ def _merge(before: list[Validated], now: list[Validated]) -> list[Validated]:
     return merged
 
 
-def _spent(state: KneeState, patience: int | None) -> bool:
+def _spent(state: KneeState | Knee, patience: int | None) -> bool:
     return patience is not None and state.status == "confirmed" and state.since >= patience
 
 
 def summary(knee: Knee) -> str:
-    """One line for people."""
+    """Describe a knee in one line."""
     if knee.step is None:
         return f"no knee yet after {len(knee.history)} validated checkpoints: still rising"
     return f"knee {knee.status} at step {knee.step} ({json.dumps(knee.evidence)})"

@@ -38,8 +38,8 @@ from linearsr.distributed.compat import progress_bar
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.data import Share, batches, open_source
-from linearsr.distributed.train.knee import Knee, KneePointCallback, read_knee
-from linearsr.distributed.train.start import start_weights
+from linearsr.distributed.train.knee import Knee, KneePointCallback, advance, read_knee
+from linearsr.distributed.train.start import check_start, start_experts
 from linearsr.distributed.train.validation import validate_checkpoint, validation_pictures
 from linearsr.errors import LinearSRError, OptionError, one_line, require
 from linearsr.latent import load_autoencoder
@@ -56,9 +56,9 @@ ADVICE = "lower learning_rate, or start from an earlier checkpoint"
 
 
 class Outcome(NamedTuple):
-    """Where a finished stage lies, its knee, and what it last reported.
+    """The folder of a finished stage, its knee, and its last metrics.
 
-    kept: the checkpoint and step of an expert that a stage has left as it was.
+    kept: checkpoint and step of an expert that a stage has left as it was.
     """
 
     run: Location
@@ -68,10 +68,10 @@ class Outcome(NamedTuple):
 
 
 def train(stage: StageConfig) -> Outcome:
-    """Run a stage to its end, or go on with it: the same storage and name resume by themselves.
+    """Train a stage to its end; a run of the same storage and name is continued.
 
-    Raises LinearSRError before anything is started for what can be known then, and afterwards when
-    the stage failed: everything it had reported is still there.
+    Raises LinearSRError if `check` does, before anything starts, and if the stage fails; what it
+    had reported is kept.
     """
     check(stage)
     callback = KneePointCallback(stage.run, stage.recipe.validation.knee, stage.cluster.patience)
@@ -86,7 +86,7 @@ def train(stage: StageConfig) -> Outcome:
 
 
 def check(stage: StageConfig) -> None:
-    """Refuse what cannot work, before any worker or GPU is taken."""
+    """Raise LinearSRError for what cannot work, before any worker starts or GPU is reserved."""
     require("train", "deepspeed", "tensorboard", "matplotlib")
     cluster, recipe = stage.cluster, stage.recipe
     if stage.data.batch % cluster.workers:
@@ -96,8 +96,7 @@ def check(stage: StageConfig) -> None:
     check_writable(locate(cluster.storage))
     open_source(cluster.data, stage.data, stage.train.seed)
     validation_pictures(cluster.validation, recipe.validation)
-    if stage.start is not None:
-        start_weights(stage)
+    check_start(stage)
     if isinstance(stage.train, PerceptualConfig):
         perceptual.check(stage.train)
     advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
@@ -107,7 +106,7 @@ def check(stage: StageConfig) -> None:
 
 
 def _check_same_model(stage: StageConfig) -> None:
-    """A run remembers its model; another one cannot go on from its checkpoints."""
+    """Raise OptionError if the run was started with another model: its checkpoints do not fit."""
     file, model = stage.run / MODEL, stage.recipe.model
     if not file.exists():
         file.write(model.model_dump_json().encode())
@@ -159,42 +158,47 @@ def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:
 def _worker(config: dict[str, str]) -> str | None:
     """Train this rank's part, from the last checkpoint if there is one.
 
-    Returns why it gave up, if it did: raised, it would be tried again in vain.
+    Returns the reason if it gave up: Ray Train would retry after an exception, in vain.
     """
     job = StageConfig.model_validate_json(config["stage"])
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size(), job.cluster.data_cpus)
     with _Reporter(job, share) as reporter:
-        stage = _build(job)
+        state = _build(job)
         if checkpoint := ray.train.get_checkpoint():
             with Location(checkpoint.filesystem, checkpoint.path).local() as folder:
-                stage.load(folder)
-        while not reporter.ended():
+                state.load(folder)
+        while not reporter.stops():
             try:
-                with closing(_stream(job, stage.progress, share)) as data:
-                    loop.run(stage, data, reporter)
+                with closing(_stream(job, state.progress, share)) as data:
+                    loop.run(state, data, reporter)
                 return None
             except Diverged as error:
-                restarts = stage.progress.attempt
-                if restarts >= job.train.guard.restarts:
-                    return f"{error}; gave up after {restarts} restarts: {ADVICE}"
-                stage = _go_back(job, stage, error, reporter)
+                reason = str(error)
+            progress = state.progress
+            if progress.attempt >= job.train.guard.restarts:
+                return f"{reason}; gave up after {progress.attempt} restarts: {ADVICE}"
+            state.engine.close()
+            del state  # before its successor is built: both may not fit
+            state = _restart(job, progress, reason, reporter)
     return None
 
 
-def _build(job: StageConfig) -> loop.Stage:
+def _build(job: StageConfig) -> loop.TrainState:
     torch.manual_seed(job.train.seed)
-    model, train, expert = LinearSR(job.recipe.model.denoiser), job.train, job.expert or 0
-    states = [] if job.start is None else start_weights(job, {expert - 1, expert})
-    if states:
-        model.load_state_dict(states[expert])
-    device, config = get_device(), job.recipe.model
-    engine = ZeroEngine(model, train, device)
+    train, config, expert = job.train, job.recipe.model, job.expert or 0
     objective: loop.Objective | None = None
-    if isinstance(train, PerceptualConfig):
-        objective = perceptual.objective(config, train, expert, states, engine)
+    with start_experts(job) as load:
+        if job.start is None:
+            model = LinearSR(config.denoiser)
+        else:
+            model = load(expert).requires_grad_(True).train()
+        device = get_device()
+        engine = ZeroEngine(model, train, device)
+        if isinstance(train, PerceptualConfig):
+            objective = perceptual.objective(config, train, expert, load, engine)
     autoencoder, encoder = load_autoencoder(config.latent, device), tag_encoder(config, device)
-    return loop.Stage.start(engine, autoencoder, train, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, train, encoder, objective)
 
 
 def _stream(
@@ -204,26 +208,28 @@ def _stream(
     return batches(job.cluster.data, job.data, job.train.seed, progress.seen, steps, share)
 
 
-def _go_back(
-    job: StageConfig, failed: loop.Stage, error: Diverged, reporter: _Reporter
-) -> loop.Stage:
-    """After a divergence: the knee, or the stage's start, again, at a lower rate, on new data."""
-    attempt = failed.progress.attempt + 1
-    failed.engine.close()
-    stage = _build(job)
+def _restart(
+    job: StageConfig, failed: loop.Progress, reason: str, reporter: _Reporter
+) -> loop.TrainState:
+    """After a divergence, go back to the knee or to the start, at a lower rate and on new data."""
+    state = _build(job)
+    # The copy that the controller keeps: retention may have deleted the checkpoint itself.
     knee = broadcast_from_rank_zero(read_knee(job.run).checkpoint if reporter.leads else None)
     if knee is not None:
         with Location(job.run.filesystem, knee).local() as folder:
-            stage.load(folder)
-    stage.progress.attempt, stage.progress.seen = attempt, failed.progress.seen
-    stage.progress.minutes = failed.progress.minutes
-    reporter.say(f"{error}; back to step {stage.progress.step} at a lower rate (try {attempt})")
-    reporter.checkpoint(stage, {"diverged": str(error)}, validation=False)
-    return stage
+            state.load(folder)
+    state.progress.attempt, state.progress.seen = failed.attempt + 1, failed.seen
+    state.progress.minutes = failed.minutes
+    reporter.say(
+        f"{reason}; back to step {state.progress.step} at a lower rate "
+        f"(attempt {state.progress.attempt})"
+    )
+    reporter.checkpoint(state, {"diverged": reason}, validation=False)
+    return state
 
 
 class _Reporter:
-    """What a rank tells: progress and curves by rank 0, checkpoints by all."""
+    """Reports of a rank: checkpoints from all ranks, progress and curves from rank 0."""
 
     def __init__(self, job: StageConfig, share: Share) -> None:
         self.job = job
@@ -231,6 +237,8 @@ class _Reporter:
         self.local = Path(tempfile.mkdtemp(prefix="linearsr-"))
         self.board = _board(self.local) if self.leads else None
         self.bar = _bar(job) if self.leads else None
+        # Read once: Ray does not report checkpoints that retention has deleted.
+        self.last_knee = read_knee(job.run) if self.leads else Knee()
         self.began, self.stalled = time.perf_counter(), 0.0
         self.warned: list[str] = []
 
@@ -242,41 +250,55 @@ class _Reporter:
             self.bar.close()
         shutil.rmtree(self.local, ignore_errors=True)
 
-    def __call__(self, stage: loop.Stage, report: loop.Report) -> bool:
-        """On all ranks alike; True ends the stage: knee confirmed and patience spent."""
+    def __call__(self, state: loop.TrainState, report: loop.Report) -> bool:
+        """Report, on all ranks alike; True ends the stage: its knee and the patience are past."""
         if self.leads:
             self._show(report)
         notice = ray.train.get_preemption_info()
         # Once per notice: the nodes named in it have minutes, and an upload takes its time.
         preempted = notice is not None and notice.preempted_node_ids != self.warned
         self.warned = notice.preempted_node_ids if notice else []
-        due = report.step % stage.config.checkpoint_every == 0 or stage.finished
+        due = report.step % state.config.checkpoint_every == 0 or state.finished
         if not (due or preempted):
             return False
-        self.checkpoint(stage, report._asdict(), validation=due)
-        return self.ended()
+        self.checkpoint(state, report._asdict(), validation=due)
+        return self.stops()
 
-    def ended(self) -> bool:
-        """Whether the knee is confirmed and the patience after it spent, on all ranks alike."""
-        return broadcast_from_rank_zero(read_knee(self.job.run).stop if self.leads else None)
+    def stops(self) -> bool:
+        """Return, on all ranks alike, whether the patience after the confirmed knee is spent."""
+        return broadcast_from_rank_zero(self._knee().stop if self.leads else None)
 
-    def checkpoint(self, stage: loop.Stage, metrics: dict[str, Any], *, validation: bool) -> None:
+    def _knee(self) -> Knee:
+        """Return the knee according to the checkpoints that Ray Train has recorded by now."""
+        # Without waiting for uploads and validations that are on their way.
+        reported = ray.train.get_all_reported_checkpoints(timeout_s=0)
+        self.last_knee = advance(
+            self.last_knee,
+            [(each.checkpoint, each.metrics) for each in reported],
+            self.job.recipe.validation.knee,
+            self.job.cluster.patience,
+        )
+        return self.last_knee
+
+    def checkpoint(
+        self, state: loop.TrainState, metrics: dict[str, Any], *, validation: bool
+    ) -> None:
         """Save all ranks' shares here, and let Ray carry them to storage while training goes on.
 
         Reports as `stall` the share of the time so far that checkpoints have kept steps waiting.
         """
         began = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))
-        stage.save(folder)
-        progress = stage.progress
-        told: dict[str, float] = {
+        state.save(folder)
+        progress = state.progress
+        position: dict[str, float] = {
             "step": progress.step,
             "seen": progress.seen,
             "attempt": progress.attempt,
+            "stall": self.stalled / (began - self.began),
         }
-        told["stall"] = self.stalled / (began - self.began)
         ray.train.report(
-            {**metrics, **told},
+            {**metrics, **position},
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
@@ -288,7 +310,7 @@ class _Reporter:
         self.stalled += time.perf_counter() - began
 
     def say(self, text: str) -> None:
-        """A line for people, once."""
+        """Print a line for people, once."""
         if self.leads:
             print(f"{self.job.cluster.name}: {text}", flush=True)
 
@@ -297,7 +319,7 @@ class _Reporter:
         assert self.bar is not None
         for name, value in report._asdict().items():
             self.board.add_scalar(f"train/{name}", value, report.step)
-        knee = read_knee(self.job.run)
+        knee = self._knee()
         known = "rising" if knee.step is None else f"{knee.status} at {knee.step}"
         self.bar.set_description(
             f"{self.job.cluster.name} loss {report.loss:.4f} "
@@ -314,13 +336,13 @@ def _board(folder: Path) -> Any:
 
 
 def _bar(job: StageConfig) -> Any:
-    """Ray's bar: it is drawn once, by the driver, however many workers have one."""
+    """Return Ray's progress bar: the driver draws it once, however many workers have one."""
     bar = progress_bar(job.cluster.name, job.train.steps, "step")
     bar.step = 0
     return bar
 
 
 def _cause(error: Exception) -> str:
-    """The error that ended the workers: ours rather than what it did to the other ranks."""
+    """Return the error that ended the workers: ours, not its consequences on other ranks."""
     failures = list((getattr(error, "worker_failures", {}) or {}).values()) or [error]
     return one_line(min(failures, key=lambda failure: not isinstance(failure, LinearSRError)))

@@ -11,23 +11,22 @@ from PIL import Image
 from ray.train import Checkpoint
 from torch import Tensor
 
-from linearsr import weights
 from linearsr.denoiser import LinearSR
 from linearsr.distributed.train.config import StageConfig
-from linearsr.distributed.train.start import start_weights
+from linearsr.distributed.train.start import start_experts
 from linearsr.errors import InputError
 from linearsr.imaging.files import READ_SUFFIXES, read
 from linearsr.storage.location import Location, locate
 from linearsr.training import export
-from linearsr.training.ema import load_average
 from linearsr.training.recipes import ValidationConfig
-from linearsr.training.validation import validate
+from linearsr.training.validation import validate_experts
 
 
 def validation_pictures(path: str, config: ValidationConfig) -> list[tuple[str, Tensor]]:
-    """The first `config.pictures` of a folder, local or s3://: names and pixels in [0, 1].
+    """Return names and pixels, (3, H, W) in [0, 1], of the first pictures of a folder.
 
-    Raises InputError when there is none, and for one that cannot be decoded.
+    path: a local or s3:// folder, of which `config.pictures` are read.
+    Raises InputError if there is no picture, and for one that cannot be decoded.
     """
     files = locate(path).files()
     pictures = [f for f in files if f".{f.name.rsplit('.', 1)[-1].lower()}" in READ_SUFFIXES]
@@ -38,37 +37,32 @@ def validation_pictures(path: str, config: ValidationConfig) -> list[tuple[str, 
 
 
 def validate_checkpoint(checkpoint: Checkpoint, stage_json: str) -> dict[str, Any]:
-    """Metrics of the averaged weights, as Ray Train's validation hook wants them.
+    """Return the metrics of a checkpoint's averaged weights, for Ray Train's validation hook.
 
-    Also writes the strip of samples beside the checkpoints.
+    An expert is validated as users would meet it: among those that its stage has started with. One
+    expert is in memory at a time. Also writes the strip of samples beside the checkpoints.
     """
     job = StageConfig.model_validate_json(stage_json)
-    source = Location(checkpoint.filesystem, checkpoint.path)
-    with source.local(".safetensors") as folder:
-        bundle = _bundle(job, load_average(folder))
-    config = job.recipe.validation
+    config, model = job.recipe.validation, job.recipe.model
+    if job.expert is None:
+        model = export.single(model)
     # Ray shows all GPUs to a task that reserved none: those are the workers'.
     device = "cuda" if job.cluster.validation_gpus else "cpu"
-    with torch.inference_mode():
-        pictures = validation_pictures(job.cluster.validation, config)
-        metrics, strip = validate(bundle, pictures, config, device)
+    source = Location(checkpoint.filesystem, checkpoint.path)
+    pictures = validation_pictures(job.cluster.validation, config)
+    with (
+        torch.inference_mode(),
+        source.local(".safetensors") as folder,
+        start_experts(job) as others,
+    ):
+
+        def load(number: int) -> LinearSR:
+            trained = number == (job.expert or 0)
+            return export.load(folder, model) if trained else others(number)
+
+        metrics, strip = validate_experts(model, load, pictures, config, device)
     (job.run / "samples" / f"{source.name}.png").write(_png(strip))
     return metrics
-
-
-def _bundle(job: StageConfig, average: dict[str, Tensor]) -> weights.Bundle:
-    """The checkpoint as users would meet it: an expert among the others it was started with."""
-    model = LinearSR(job.recipe.model.denoiser)
-    model.load_state_dict(average)
-    model.requires_grad_(False).eval()
-    if job.expert is None:
-        return weights.Bundle(export.single(job.recipe.model), [model], {})
-    experts = [LinearSR(job.recipe.model.denoiser) for _ in job.recipe.experts]
-    for other, tensors in zip(experts, start_weights(job), strict=True):
-        other.load_state_dict(tensors)
-        other.requires_grad_(False).eval()
-    experts[job.expert] = model
-    return weights.Bundle(job.recipe.model, experts, {})
 
 
 def _png(strip: Tensor) -> bytes:

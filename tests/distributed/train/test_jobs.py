@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,16 +19,16 @@ from ray.job_submission import JobStatus
 
 from linearsr import weights
 from linearsr.cli.job import configs, parser
-from linearsr.diffusion.experts import ranges
+from linearsr.diffusion.experts import EXPERTS, ranges
 from linearsr.distributed.train.config import ClusterConfig
-from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage
+from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage, stages_of
 from linearsr.distributed.train.knee import read_knee
 from linearsr.distributed.train.trainer import Outcome
 from linearsr.errors import OptionError, WeightsError
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import locate
 from linearsr.training.perceptual import DISCRIMINATOR
-from linearsr.training.recipes import Recipe, override
+from linearsr.training.recipes import Recipe, override, tiny_cpu
 from tests.distributed.conftest import (
     ROOT,
     SMALL,
@@ -40,6 +41,7 @@ from tests.distributed.conftest import (
     until,
 )
 
+# The fields of an expert's short training.
 EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
 
 
@@ -49,7 +51,12 @@ JUDGED_DATA = tuple(f"perceptual_data.{name}" for name in ("patch=32", "batch=4"
 
 
 def _command(job: str, photos: Path, runs: Path, name: str, *more: str) -> list[str]:
-    settings = [*SMALL, *STEPS, *(f"experts.{i}.{field}" for i in range(4) for field in EXPERT)]
+    """A job with two experts: each costs a run, and what is asserted needs no more than two."""
+    fields = _two_experts(tiny_cpu()).model_dump(mode="json")
+    lists = (f"{kind}={json.dumps(fields[kind])}" for kind in ("experts", "finetune", "perceptual"))
+    two = ("model.sampling.boundaries=[0.5]", "model.sampling.plans=[]", *lists)
+    short = (f"experts.{i}.{field}" for i in range(2) for field in EXPERT)
+    settings = [*SMALL, *STEPS, *two, *short]
     return [
         sys.executable,
         f"ray_jobs/{job}.py",
@@ -122,7 +129,7 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
 ) -> None:
     assert (runs / "pretrain").exists(), "the pretraining test has to run first"
     command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
-    # Two of the four runs fit on the cluster at once.
+    # Both runs fit on the cluster at once.
     command += ["--worker-cpus=1", "--stages", "experts"]
     refused, allowed = (
         jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
@@ -133,10 +140,26 @@ def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
     assert "Traceback" not in output
     status, _, output = jobs.end(allowed)
     assert status == JobStatus.SUCCEEDED, output
-    for name in ("0-structure", "3-"):
-        assert any(name in folder.name for folder in (runs / "experts").glob("experts-*"))
+    folders = {folder.name for folder in (runs / "experts").glob("experts-[0-9]*")}
+    assert folders == {"experts-0-expert-0", "experts-1-expert-1"}
     upscaler = Upscaler.load(runs / "experts" / "weights", "cpu")
     assert upscaler(photograph, steps=4).size == (256, 192)
+
+
+def test_the_runs_of_four_experts_have_the_papers_names(
+    recipe: Recipe, photos: Path, tmp_path: Path
+) -> None:
+    home = stage_of(recipe, photos, tmp_path, "experts").cluster
+    stages = stages_of("experts", recipe, home, locate(tmp_path / "start"))
+    names = [f"experts-{i}-{name}" for i, name in enumerate(EXPERTS)]
+    assert [stage.cluster.name for stage in stages] == names
+    assert [stage.expert for stage in stages] == [0, 1, 2, 3]
+    stages = stages_of("perceptual", recipe, home, locate(tmp_path / "start"))
+    assert [stage.cluster.name for stage in stages] == [
+        "perceptual-1-refinement",
+        "perceptual-2-texture",
+        "perceptual-3-polish",
+    ]
 
 
 def test_the_perceptual_stage_trains_all_experts_but_the_first(
@@ -191,7 +214,7 @@ def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
     check_stages(["experts", "finetune"], missing)
 
 
-def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs: Path) -> None:
+def test_job_errors_are_one_line_with_an_exit_code(jobs: Jobs, photos: Path, runs: Path) -> None:
     wrong = {
         ("pretrain.stepz: no such field", 2): _command(
             "pretrain", photos, runs, "wrong", "--set", "pretrain.stepz=1"
@@ -207,8 +230,8 @@ def test_what_a_job_cannot_do_is_said_in_one_line(jobs: Jobs, photos: Path, runs
     for (message, expected), job in submitted.items():
         status, code, output = jobs.end(job)
         assert (status, code) == (JobStatus.FAILED, expected), output
-        told = [line for line in output.splitlines() if line.startswith("linearsr: ")]
-        assert len(told) == 1 and message in told[0] and "Traceback" not in output
+        errors = [line for line in output.splitlines() if line.startswith("linearsr: ")]
+        assert len(errors) == 1 and message in errors[0] and "Traceback" not in output
 
 
 def _parsed(*flags: str) -> tuple[object, ClusterConfig]:

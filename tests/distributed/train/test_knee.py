@@ -15,6 +15,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from linearsr.distributed.train.knee import (
+    Knee,
     KneePointCallback,
     Validated,
     _merge,
@@ -167,7 +168,7 @@ def test_a_knee_whose_checkpoint_is_gone_ends_nothing_but_is_no_start(short: Pat
         for n in range(EVERY, EVERY * LAST, EVERY)
     ]
     callback = KneePointCallback(run, UP)
-    assert callback._keep(read_knee(run), lost, KNEE * EVERY) is None
+    assert callback._keep(Knee(step=KNEE * EVERY, history=lost)) is None
     knee = read_knee(run).model_copy(update={"status": "confirmed", "step": 500})
     before = (run / "knee.json").read()
     (run / "knee.json").write(knee.model_dump_json().encode())
