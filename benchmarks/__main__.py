@@ -28,7 +28,7 @@ from benchmarks.tables import Row
 from benchmarks.timing import Asked
 from linearsr.config import MODELS
 from linearsr.errors import OptionError
-from linearsr.pipeline.upscaler import best_dtype, pick_device
+from linearsr.pipeline.device import best_dtype, pick_device
 
 SECTIONS = {m.__name__.split(".")[-1]: m for m in (attention, forward, image, gains)}
 RESULTS = Path(__file__).parent / "results"

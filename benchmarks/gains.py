@@ -23,8 +23,9 @@ from linearsr.config import Options
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser import cpu_block as in_strips
 from linearsr.imaging.files import Picture
-from linearsr.pipeline import upscaler as stages
-from linearsr.pipeline.upscaler import Upscaler, UpscaleState
+from linearsr.pipeline import upscaler as pipeline
+from linearsr.pipeline.state import UpscaleState
+from linearsr.pipeline.upscaler import Upscaler
 
 LARGEST = 2048
 COMPILED = "torch.compile of plain blocks, for strips"
@@ -83,7 +84,7 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
         kernels = Switch("Triton kernels", lambda: mock.patch.dict(os.environ, _TORCH_KERNELS))
         joining = Switch(
             "pictures joined on the GPU, not on the CPU",
-            lambda: mock.patch.object(Upscaler, "_finished", _finished_on_the_cpu),
+            lambda: mock.patch.object(Upscaler, "_finish_on", _finished_on_the_cpu),
         )
         return [kernels, joining, compiled]
     switches = [
@@ -92,8 +93,8 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
             lambda: mock.patch.object(LinearSR, "in_strips", False),
         ),
         Switch(
-            f"tiles of {stages.AUTO_TILE} cells, not {SMALLER_TILE}",
-            lambda: mock.patch.object(stages, "AUTO_TILE", SMALLER_TILE),
+            f"tiles of {pipeline.AUTO_TILE} cells, not {SMALLER_TILE}",
+            lambda: mock.patch.object(pipeline, "AUTO_TILE", SMALLER_TILE),
         ),
         Switch(
             f"strips of {in_strips.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",
@@ -131,7 +132,7 @@ def _int8(model: LinearSR) -> LinearSR:
     return model
 
 
-_finished = Upscaler._finished
+_finished = Upscaler._finish_on
 
 
 def _finished_on_the_cpu(upscaler: Upscaler, job: UpscaleState, _: torch.device) -> Picture:

@@ -26,7 +26,8 @@ from linearsr.denoiser import LinearSR
 from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import resize
 from linearsr.latent import autoencoder
-from linearsr.pipeline import upscaler as stages
+from linearsr.pipeline import upscaler as pipeline
+from linearsr.pipeline.state import DenoiseState
 from linearsr.pipeline.upscaler import Upscaler
 
 BICUBIC, REAL_ESRGAN = "bicubic", "Real-ESRGAN x4plus"
@@ -169,10 +170,10 @@ def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
         return call
 
     places: list[tuple[str, Any, str]] = [
-        ("encode", Upscaler, "_upsampled"),
+        ("encode", DenoiseState, "enlarged_lr"),
         ("stem", LinearSR, "condition"),
         ("steps", LinearSR, "forward"),
-        ("colour fix", stages, "fix_colour"),
+        ("colour fix", pipeline, "fix_colour"),
     ]
     for kind in (autoencoder.SpaceToDepth, autoencoder.DCAutoencoder):
         places += [("encode", kind, "condition"), ("decode", kind, "decode")]

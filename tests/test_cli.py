@@ -168,7 +168,7 @@ def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type:
     ("arguments", "code", "words"),
     [
         (["missing.png", "-o", "x.png"], 1, "missing.png"),
-        (["{photos}/a.png", "-o", "{photos}/a.png/x.png"], 1, "a.png: cannot be made"),
+        (["{photos}/a.png", "-o", "{photos}/a.png/x.png"], 1, "a.png cannot be created"),
         (["{photos}/a.png", "-o", "x.xyz"], 2, "x.xyz"),
         (["{photos}", "-o", "{photos}/a.png"], 2, "a.png"),
         (["{photos}/a.png", "-o", "x.png", "--steps", "99"], 2, "steps"),

@@ -18,7 +18,7 @@ from textwrap import dedent
 from typing import Any
 
 from linearsr.cli import serve as serve_command
-from linearsr.cli.job import explained
+from linearsr.cli.flags import explained
 from linearsr.config import Config, FileOptions, Options
 from linearsr.distributed.datasets.evaluate import EvaluationConfig
 from linearsr.distributed.datasets.shards.plan import ShardConfig

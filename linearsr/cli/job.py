@@ -1,85 +1,56 @@
-"""What the scripts in ray_jobs/ share: how they end, their cluster, and the flags of training."""
+"""Parts that the scripts in ray_jobs/ share: their parsers, exit codes and cluster connection."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
+from linearsr.cli.flags import JobHelpFormatter, add_fields
 from linearsr.cli.report import exit_code
-from linearsr.config import Config
 from linearsr.errors import LinearSRError, OptionError, require
 
 if TYPE_CHECKING:
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import Recipe
 
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is, and each flag's default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return explained(action)
-
-
-def explained(action: argparse.Action) -> str:
-    """A flag's help with its default: the same in --help and in docs/reference."""
-    told = action.help or ""
-    none = action.default in (None, "", [], argparse.SUPPRESS) or action.default is False
-    return told if none or "default" in told else f"{told}; default %(default)s"
+__all__ = ["add_fields", "configs", "connect", "described", "parser", "run", "validated"]
 
 
 def described(docstring: str | None) -> argparse.ArgumentParser:
-    """A parser that tells a script's docstring."""
-    return argparse.ArgumentParser(description=docstring, formatter_class=_Help)
-
-
-def add_fields(made: argparse.ArgumentParser, config: type[Config], names: Iterable[str]) -> None:
-    """A flag for each of these fields, as the config itself describes them and checks them."""
-    for name in names:
-        field = config.model_fields[name]
-        flag, told = f"--{name.replace('_', '-')}", _fragment(field.description or "")
-        if field.annotation is bool:
-            made.add_argument(flag, action="store_true", help=told)
-        elif field.is_required():
-            made.add_argument(flag, required=True, help=told)
-        else:
-            words = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-            made.add_argument(flag, default=field.default, choices=words, help=told)
-
-
-def _fragment(sentence: str) -> str:
-    """As --help has it: on one line, without a capital (but of "GPU") and a full stop."""
-    told = " ".join(sentence.split()).rstrip(".")
-    return told if told[1:2].isupper() else told[:1].lower() + told[1:]
+    """A parser whose --help begins with the script's docstring."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=JobHelpFormatter)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Flags of both training jobs: which recipe, and every field of a ClusterConfig.
+    """The parser of both training jobs: the recipe, and every field of a ClusterConfig.
 
-    Raises MissingExtra without the packages that they need.
+    Raises MissingExtra without the packages that training needs.
     """
     require("train", "ray", "deepspeed")
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES
 
-    made = described(description)
-    made.add_argument("--recipe", choices=RECIPES, default="tiny_cpu", help="what is trained, how")
-    add_fields(made, ClusterConfig, ClusterConfig.model_fields)
-    made.add_argument(
+    parser = described(description)
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="tiny_cpu", help="recipe: model, data and schedule"
+    )
+    add_fields(parser, ClusterConfig)
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="any field of the recipe (docs/reference/recipe.md), as pretrain.steps=1000",
+        help="change a field of the recipe, such as pretrain.steps=1000; may be repeated "
+        "(docs/reference/recipe.md)",
     )
-    return made
+    return parser
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
-    """What the flags say. Raises OptionError naming the field."""
+    """The recipe and the cluster config of these flags. Raises OptionError naming the field."""
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES, override
 
@@ -89,7 +60,7 @@ def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
 
 
 def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterConfig:
-    """A ClusterConfig from untyped fields. Raises OptionError."""
+    """A ClusterConfig from untyped fields. Raises OptionError naming the flag."""
     from pydantic import ValidationError
 
     try:
@@ -101,30 +72,32 @@ def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterCo
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Do the job's `main` and end the process with its exit code, errors told in a line each."""
-    sys.exit(exit_code(main, "start it again to go on"))
+    """Run the job's `main` and end the process with its exit code; errors take one line each."""
+    sys.exit(exit_code(main, "start it again to continue"))
 
 
 def connect(*, data: bool = True) -> str:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
 
-    data: the job uses Ray Data. Returns http://HOST:PORT of the cluster's dashboard.
-    Raises MissingExtra without Ray, LinearSRError when there is no such cluster.
+    data: whether the job uses Ray Data. Returns the dashboard's address, http://HOST:PORT.
+    Raises MissingExtra without Ray, LinearSRError if the cluster cannot be reached.
     """
     require("data", "ray")
     import ray
 
-    # A report waits for the controller's next look; its default of 2 s would be felt.
+    # A report waits for the controller's next poll; the default of 2 s would slow training down.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # A GPU node takes minutes to come. No deadline: after it Train asks for its workers again.
+    # A GPU node takes minutes to start. This is no deadline: Train then asks for workers again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
-        joined = ray.init(log_to_driver=True, logging_level="WARNING")
+        context = ray.init(log_to_driver=True, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        # Nothing is there, another version of Ray, or no token for it.
-        raise LinearSRError(f"no cluster to be reached: {error}; see RAY_ADDRESS") from error
+        # No cluster at that address, another version of Ray, or no token for it.
+        raise LinearSRError(
+            f"cannot connect to a Ray cluster: {error} (check RAY_ADDRESS)"
+        ) from error
     if data:
         from linearsr.distributed.compat import keep_data_actors_here
 
         keep_data_actors_here()
-    return f"http://{joined.dashboard_url}"
+    return f"http://{context.dashboard_url}"

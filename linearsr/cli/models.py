@@ -1,4 +1,4 @@
-"""`linearsr models`: what is bundled."""
+"""`linearsr models`: list the bundled models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from linearsr.cli.report import OK
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("models", help="list models: parameters, experts, steps, licence")
+    text = "list the bundled models with their size, experts, steps and licence"
+    parser = commands.add_parser("models", help=text, description=f"{text.capitalize()}.")
     parser.set_defaults(run=_run)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from linearsr.errors import WeightsError, one_line, require
 from linearsr.imaging.resample import resize
 from linearsr.imaging.tiles import Canvas, tile_grid
-from linearsr.pipeline.upscaler import pick_device
+from linearsr.pipeline.device import pick_device
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 # Pixels of LR. A tile of Real-ESRGAN x4plus takes about 1 GB. Neighbours are faded into each other

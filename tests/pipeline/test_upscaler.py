@@ -21,7 +21,9 @@ from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
 from linearsr.pipeline import upscaler
-from linearsr.pipeline.upscaler import UpscaleState
+from linearsr.pipeline.device import best_dtype
+from linearsr.pipeline.memory import OutOfMemory, memory_errors
+from linearsr.pipeline.state import UpscaleState
 from linearsr.tags.base import Tag, TaggerConfig
 from tests.conftest import random_experts
 
@@ -101,7 +103,7 @@ def test_at_any_scale_a_tile_sees_its_part_of_the_bicubic_picture(
     below, beside = (4 * (-(-side // 4)) - side for side in job.size)
     whole = torch.nn.functional.pad(whole, (0, beside, 0, below), mode="replicate")
     for tile in job.tiles:
-        part = scaling._upsampled(job, tile)
+        part = job.enlarged_lr(tile, 4, scaling.device)
         torch.testing.assert_close(part, tile.scaled(4).crop(whole), atol=2e-5, rtol=0)
 
 
@@ -110,7 +112,7 @@ def test_at_any_scale_a_silent_model_is_bicubic_whatever_the_tiles(
     scaling: Upscaler, picture: Picture, scale: float
 ) -> None:
     bundle = scaling.config, [silent(m) for m in scaling.experts]
-    quiet = Upscaler(upscaler.weights.Bundle(*bundle, {}))
+    quiet = Upscaler(weights.Bundle(*bundle, {}))
     bicubic = resize(picture.pixels[None], round(48 * scale), round(64 * scale))[0].clamp(0, 1)
     for tile in ("off", 20):
         result = quiet.upscale(picture, Options(scale=scale, steps=1, tile=tile)).pixels
@@ -390,7 +392,7 @@ def test_who_plans_loads_no_decoder(learned: Upscaler, picture: Picture) -> None
 
 def test_work_is_what_experts_need_and_no_picture(small: Upscaler, picture: Picture) -> None:
     job = small.prepare(picture, Options(steps=2))
-    work = job.work()
+    work = job.denoise_state()
     assert not hasattr(work, "picture") and not hasattr(work, "options")
     segment = job.segments[0]
     alone = small.denoise(work, segment)
@@ -433,7 +435,9 @@ def test_a_tile_sees_its_part_of_the_whole_bicubic_picture(
     assert len(job.tiles) > 4
     whole = resize(job.lr, *(4 * n for n in job.lr.shape[-2:]))
     for tile in job.tiles:
-        torch.testing.assert_close(small._upsampled(job, tile), tile.scaled(4).crop(whole))
+        torch.testing.assert_close(
+            job.enlarged_lr(tile, 4, small.device), tile.scaled(4).crop(whole)
+        )
 
 
 def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture) -> None:
@@ -446,7 +450,7 @@ def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture)
 def test_a_silent_model_is_bicubic_whatever_the_tiles(small: Upscaler, picture: Picture) -> None:
     """With no residual predicted, tiling, blending and colour fix must add nothing."""
     bundle = small.config, [silent(m) for m in small.experts]
-    quiet = Upscaler(upscaler.weights.Bundle(*bundle, {}))
+    quiet = Upscaler(weights.Bundle(*bundle, {}))
     bicubic = resize(picture.pixels[None], 192, 256)[0].clamp(0, 1)
     for tile in ("off", 20):
         result = quiet.upscale(picture, Options(steps=1, tile=tile)).pixels
@@ -496,7 +500,7 @@ def test_a_chosen_tile_is_never_overridden(
     small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch, tile: int | str
 ) -> None:
     tried = _limit_memory(small, monkeypatch, largest=50)
-    with pytest.raises(upscaler.OutOfMemory, match="--tile"):
+    with pytest.raises(OutOfMemory, match="--tile"):
         small.upscale(picture, Options(steps=1, tile=tile))
     assert tried == [64 if tile == 64 else None]
 
@@ -508,8 +512,8 @@ def _limit_memory(
     tried: list[int | None] = []
     prepare = small.prepare
 
-    @upscaler._memory_errors()
-    def limited(picture: Picture, options: Options, tile: int | None) -> upscaler.UpscaleState:
+    @memory_errors()
+    def limited(picture: Picture, options: Options, tile: int | None) -> UpscaleState:
         tried.append(tile)
         if tile is None or tile > largest:
             torch.empty(2**60)
@@ -549,16 +553,16 @@ def test_a_picture_that_the_device_has_no_room_for_is_joined_on_the_cpu(
     job, whole = small.prepare(picture, Options(steps=1)), small.upscale(picture, Options(steps=1))
     for segment in job.segments:
         job = small.denoise(job, segment)
-    finished, asked = Upscaler._finished, []
+    finished, asked = Upscaler._finish_on, []
 
     def with_little_room(self: Upscaler, job: UpscaleState, device: torch.device) -> Picture:
         asked.append(device.type)
         if device.type != "cpu":
-            raise upscaler.OutOfMemory
+            raise OutOfMemory
         monkeypatch.setattr(self, "device", device)  # there is no other here
         return finished(self, job, device)
 
-    monkeypatch.setattr(Upscaler, "_finished", with_little_room)
+    monkeypatch.setattr(Upscaler, "_finish_on", with_little_room)
     monkeypatch.setattr(small, "device", torch.device("meta"))
     assert torch.equal(small.finish(job).pixels, whole.pixels)
     assert asked == ["meta", "cpu"]
@@ -570,7 +574,7 @@ def test_joined_on_a_gpu_it_is_the_same_picture(small_bundle: Path, picture: Pic
     job = on_gpu.prepare(picture, Options(steps=1))
     for segment in job.segments:
         job = on_gpu.denoise(job, segment)
-    here = on_gpu._finished(job, torch.device("cpu")).pixels
+    here = on_gpu._finish_on(job, torch.device("cpu")).pixels
     torch.testing.assert_close(on_gpu.finish(job).pixels, here, atol=2 / 255, rtol=0)
 
 
@@ -599,7 +603,7 @@ def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
     """Guided by tags; from a disk, so that the encoder's config is what a bundle carries."""
     folder = tmp_path_factory.mktemp("tagged")
     experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
-    upscaler.weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
+    weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
     return Upscaler.load(folder, "cpu")
 
 
@@ -653,7 +657,9 @@ def test_automatic_tags_are_the_taggers_and_are_told(
     assert tagged.describe(chosen)["tags"] == "dark"
     automatic, explicit = (tagged.upscale(picture, o).pixels for o in (options, chosen))
     assert torch.equal(automatic, explicit)
-    assert tagged.prepare(picture, options).options.tags == ("dark",)
+    assert tagged.prepare(picture, chosen).options.tags == ("dark",)
+    with pytest.raises(ValueError, match="with_tags"):
+        tagged.prepare(picture, options)
 
 
 def test_unusable_device_is_named(small_bundle: Path) -> None:
@@ -674,14 +680,14 @@ def test_bfloat16_is_for_processors_that_multiply_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert upscaler.best_dtype(torch.device("cpu")) == best
-    assert upscaler.best_dtype(torch.device("cuda")) == torch.bfloat16
-    assert upscaler.best_dtype(torch.device("mps")) == torch.float32
+    assert best_dtype(torch.device("cpu")) == best
+    assert best_dtype(torch.device("cuda")) == torch.bfloat16
+    assert best_dtype(torch.device("mps")) == torch.float32
 
 
 def test_bfloat16_stays_close_and_finite(small: Upscaler, small_bundle: Path) -> None:
     """The default on CUDA and on CPUs with AMX or AVX512-BF16."""
-    half = Upscaler(upscaler.weights.load(small_bundle, dtype=torch.bfloat16))
+    half = Upscaler(weights.load(small_bundle, dtype=torch.bfloat16))
     for size in [(1, 1), (7, 5), (40, 33)]:
         given = from_pil(Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB"))
         ours, theirs = (u.upscale(given, Options(steps=4)).pixels for u in (half, small))
@@ -710,7 +716,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
         latent=LatentConfig(kind="dc-ae", factor=8, scale=0.4, source=str(folder / "ae")),
     )
     experts = [m.state_dict() for m in random_experts(config, 4)]
-    upscaler.weights.save(folder / "weights", config, experts, {}, dtype=torch.float32)
+    weights.save(folder / "weights", config, experts, {}, dtype=torch.float32)
     return Upscaler.load(folder / "weights", "cpu")
 
 

@@ -25,8 +25,9 @@ from linearsr.config import FileOptions, Options
 from linearsr.distributed.models import absolute, check_model, load_upscaler
 from linearsr.distributed.queue import LOST, Pool, pooled
 from linearsr.errors import InputError, LinearSRError, OptionError, StorageError, one_line
-from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
+from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, Picture, result_name
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
+from linearsr.pipeline.codec import Encoded, upscale_encoded
 from linearsr.storage.location import (
     Location,
     check_writable,
@@ -264,14 +265,6 @@ class _Failure(NamedTuple):
 LOST_WORKER = _Failure("lost", LOST)
 
 
-class _Result(NamedTuple):
-    """An upscaled picture as a file's bytes."""
-
-    image: bytes
-    width: int
-    height: int
-
-
 class _Worker:
     """The actor: one model, and `hands` calls at a time that take turns with it."""
 
@@ -295,7 +288,7 @@ class _Worker:
         suffix = PurePosixPath(row["target"]).suffix.lower()
         result = self._upscaled(row, WRITE_SUFFIXES[suffix], stage)
         stage.name = "write"
-        target.write(result.image)
+        target.write(result.data)
 
     def _to_parquet(self, rows: list[dict[str, Any]]) -> list[_Failure]:
         """One file for the batch, named after what is in it: a retry writes the same one."""
@@ -303,7 +296,9 @@ class _Worker:
         format = WRITE_SUFFIXES[f".{self.config.files.format or 'png'}"]
 
         def keep(row: dict[str, Any], stage: _Stage) -> None:
-            results.append({"id": row["id"], **self._upscaled(row, format, stage)._asdict()})
+            result = self._upscaled(row, format, stage)
+            size = {"width": result.width, "height": result.height}
+            results.append({"id": row["id"], "image": result.data, **size})
 
         told = [self._guarded(row, keep) for row in rows]
         if results:
@@ -311,18 +306,17 @@ class _Worker:
             write_table(self.output / "data" / name, results, RESULTS)
         return told
 
-    def _upscaled(self, row: dict[str, Any], format: str, stage: _Stage) -> _Result:
-        options, files = self.config.options, self.config.files
+    def _upscaled(self, row: dict[str, Any], format: str, stage: _Stage) -> Encoded:
         data = read_input(self.source, row, self.config.column)
-        picture = read(data, max_pixels=files.max_pixels, name=row["id"])
-        stage.name = "upscale"
-        options = self.upscaler.with_tags(picture, options)
-        result = self.upscaler.upscale(picture, options)
-        stage.name = "encode"
-        provenance = self.upscaler.describe(options)
-        image = encode(result, format, quality=files.quality, provenance=provenance)
-        height, width = result.pixels.shape[-2:]
-        return _Result(image, width, height)
+        return upscale_encoded(
+            self.upscaler,
+            data,
+            self.config.options,
+            self.config.files,
+            format=format,
+            name=row["id"],
+            on_stage=stage.begin,
+        )
 
     def _guarded(
         self, row: dict[str, Any], work: Callable[[dict[str, Any], _Stage], None]
@@ -344,3 +338,7 @@ class _Stage:
     """Where a picture is, for the error it may end in."""
 
     name = "read"
+
+    def begin(self, name: str, _: Picture) -> None:
+        """Note that a picture's next stage begins."""
+        self.name = name
