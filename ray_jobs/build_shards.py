@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """Where pictures come from and go to, and what a ShardConfig has besides."""
     from linearsr.distributed.datasets.shards.plan import ShardConfig
 
-    made = job.described(__doc__)
+    made = job.new_parser(__doc__)
     made.add_argument("--input", nargs="+", required=True, help="folders of pictures; s3:// too")
     made.add_argument("--output", required=True, help="a folder of its own; s3:// too")
     job.add_fields(made, ShardConfig, FLAGS)

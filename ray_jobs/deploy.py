@@ -20,7 +20,7 @@ from linearsr.errors import OptionError, require
 
 def parser() -> argparse.ArgumentParser:
     """What may be set."""
-    made = job.described(__doc__)
+    made = job.new_parser(__doc__)
     made.add_argument(
         "--file", type=Path, default=Path("ray_jobs/serve.yaml"), help="a Serve config"
     )

@@ -20,7 +20,7 @@ from linearsr.cli import job
 
 def parser() -> argparse.ArgumentParser:
     """The options of an evaluation, and those of a job."""
-    made = job.described(__doc__)
+    made = job.new_parser(__doc__)
     options.add_options(made)
     made.add_argument("--actors", type=int, default=1, help="models at work; fixed")
     made.add_argument("--actor-cpus", type=float, default=1, help="logical CPUs of each")

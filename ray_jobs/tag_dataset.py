@@ -24,7 +24,7 @@ FILES = ("tagger_model", "tagger_adapter", "vocabulary")
 
 def parser() -> argparse.ArgumentParser:
     """The options of a tagger, and those of a job."""
-    made = job.described(__doc__)
+    made = job.new_parser(__doc__)
     made.add_argument("--input", required=True, help="a folder of Parquet shards; s3:// too")
     made.add_argument("--output", required=True, help="a folder; s3:// too; may be the input")
     made.add_argument("--column", choices=("lr", "hr"), default="lr", help="the picture looked at")

@@ -21,7 +21,7 @@ FLAGS += ("actors", "actor_cpus", "gpu", "batch", "hands")
 
 def parser() -> argparse.ArgumentParser:
     """The options of one picture, and those of a job."""
-    made = job.described(__doc__)
+    made = job.new_parser(__doc__)
     made.add_argument("--input", required=True, help="pictures or Parquet shards; s3:// too")
     made.add_argument("--output", required=True, help="a folder of its own; s3:// too")
     made.add_argument(

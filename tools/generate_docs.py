@@ -18,7 +18,7 @@ from textwrap import dedent
 from typing import Any
 
 from linearsr.cli import serve as serve_command
-from linearsr.cli.flags import explained
+from linearsr.cli.flags import help_text
 from linearsr.config import Config, FileOptions, Options
 from linearsr.distributed.datasets.evaluate import EvaluationConfig
 from linearsr.distributed.datasets.shards.plan import ShardConfig
@@ -103,7 +103,7 @@ def _flags(parser: argparse.ArgumentParser, configs: Iterable[type[Config]]) -> 
                 ", ".join(f"`{flag}`" for flag in action.option_strings)
                 or f"`{action.metavar or action.dest}`"
             )
-            told = explained(action) % {"default": action.default}
+            told = help_text(action) % {"default": action.default}
             rows.append(
                 [name + (" (required)" if action.required else ""), _taken(action, known), told]
             )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from linearsr import __version__
 from linearsr.cli import evaluate, models, serve, tag, upscale
+from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import exit_code
 
 COMMANDS = (upscale, serve, tag, evaluate, models)
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="linearsr", description="Make photographs larger and sharper, with linear attention."
+        prog="linearsr",
+        description="Make photographs larger and sharper, with linear attention.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"linearsr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

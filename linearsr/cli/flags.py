@@ -10,21 +10,26 @@ from linearsr.config import Config
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows each flag's default, unless it says nothing."""
+    """Begins each help text with a capital and ends it with the default, if there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return explained(action)
+        return help_text(action)
 
 
 class JobHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Also keeps the line breaks of the script's docstring."""
 
 
-def explained(action: argparse.Action) -> str:
+def help_text(action: argparse.Action) -> str:
     """A flag's help text with its default: the same in --help and in docs/reference."""
     text = action.help or ""
-    silent = action.default in (None, "", [], (), argparse.SUPPRESS) or action.default is False
-    return text if silent or "default" in text else f"{text} (default: %(default)s)"
+    if text.split(" ")[0].isalpha():  # not "s3://..." or a path
+        text = text[0].upper() + text[1:]
+    default = action.default
+    if default in (None, "", [], (), argparse.SUPPRESS) or default is False or "default" in text:
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return f"{text} (default: {shown})"
 
 
 def add_fields(

@@ -1,31 +1,32 @@
-"""Parts that the scripts in ray_jobs/ share: their parsers, exit codes and cluster connection."""
+"""Shared by the scripts in ray_jobs/: exit codes, the cluster, flags from configs."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from linearsr.cli.flags import JobHelpFormatter, add_fields
 from linearsr.cli.report import exit_code
+from linearsr.config import Config
 from linearsr.errors import LinearSRError, OptionError, require
 
 if TYPE_CHECKING:
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import Recipe
 
-__all__ = ["add_fields", "configs", "connect", "described", "parser", "run", "validated"]
+C = TypeVar("C", bound=Config)
 
 
-def described(docstring: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help begins with the script's docstring."""
+def new_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """Return a parser that shows a script's docstring."""
     return argparse.ArgumentParser(description=docstring, formatter_class=JobHelpFormatter)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The parser of both training jobs: the recipe, and every field of a ClusterConfig.
+    """Return a parser with the flags of both training jobs: recipe and cluster.
 
     Raises MissingExtra without the packages that training needs.
     """
@@ -33,24 +34,23 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES
 
-    parser = described(description)
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default="tiny_cpu", help="recipe: model, data and schedule"
+    training = new_parser(description)
+    training.add_argument(
+        "--recipe", choices=RECIPES, default="tiny_cpu", help="model, data and schedule to train"
     )
-    add_fields(parser, ClusterConfig)
-    parser.add_argument(
+    add_fields(training, ClusterConfig, ClusterConfig.model_fields)
+    training.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a field of the recipe, such as pretrain.steps=1000; may be repeated "
-        "(docs/reference/recipe.md)",
+        help="change a field of the recipe (docs/reference/recipe.md), as in pretrain.steps=1000",
     )
-    return parser
+    return training
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
-    """The recipe and the cluster config of these flags. Raises OptionError naming the field."""
+    """Return the recipe and the config that the flags choose. Raises OptionError for a field."""
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES, override
 
@@ -59,12 +59,12 @@ def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
     return recipe, validated(ClusterConfig, fields)
 
 
-def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterConfig:
-    """A ClusterConfig from untyped fields. Raises OptionError naming the flag."""
+def validated(config: type[C], fields: Mapping[str, object]) -> C:
+    """Return a config made from the values of flags. Raises OptionError naming the flag."""
     from pydantic import ValidationError
 
     try:
-        return kind.model_validate(fields)
+        return config.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-")
@@ -72,14 +72,14 @@ def validated(kind: type[ClusterConfig], fields: dict[str, object]) -> ClusterCo
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run the job's `main` and end the process with its exit code; errors take one line each."""
+    """Run the job's `main` and end the process with its exit code; an error is one line."""
     sys.exit(exit_code(main, "start it again to continue"))
 
 
 def connect(*, data: bool = True) -> str:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
 
-    data: whether the job uses Ray Data. Returns the dashboard's address, http://HOST:PORT.
+    data: the job uses Ray Data, as training does. Returns http://HOST:PORT of the dashboard.
     Raises MissingExtra without Ray, LinearSRError if the cluster cannot be reached.
     """
     require("data", "ray")
@@ -87,12 +87,12 @@ def connect(*, data: bool = True) -> str:
 
     # A report waits for the controller's next poll; the default of 2 s would slow training down.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # A GPU node takes minutes to start. This is no deadline: Train then asks for workers again.
+    # A GPU node takes minutes to start, and after this deadline Train asks for its workers again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
         context = ray.init(log_to_driver=True, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        # No cluster at that address, another version of Ray, or no token for it.
+        # No cluster, another version of Ray, or no token for it.
         raise LinearSRError(
             f"cannot connect to a Ray cluster: {error} (check RAY_ADDRESS)"
         ) from error

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
     text = "list the bundled models with their size, experts, steps and licence"
-    parser = commands.add_parser("models", help=text, description=f"{text.capitalize()}.")
+    parser = commands.add_parser(
+        "models", help=text, description=f"{text.capitalize()}.", formatter_class=HelpFormatter
+    )
     parser.set_defaults(run=_run)
 
 

@@ -49,13 +49,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--layout",
         choices=("together", "split"),
         default="together",
-        help="together: every replica holds all experts; split: each expert has its own replicas",
+        help="placement of the experts: together in each replica, or split over their own replicas",
     )
     parser.add_argument(
         "--replicas", type=int, help="number of replicas in all (default: 1, or 1 for each expert)"
     )
     parser.add_argument(
-        "--replica-cpus", type=float, help="CPU threads of each replica (default: all cores)"
+        "--replica-cpus",
+        type=float,
+        help="CPU threads of each replica (default: all cores, or 1 with --layout split)",
     )
     parser.add_argument(
         "--replica-gpus",

@@ -28,7 +28,7 @@ from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import Item, Score, Settings, Source
 from linearsr.evaluation.judge import Judge
 from linearsr.evaluation.report import Report
-from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
+from linearsr.evaluation.run import Evaluation, ModelViews, Request, finish, plan
 from linearsr.imaging.sources import choose, list_inputs, open_shard, read_input
 from linearsr.metrics.measure import conventions
 from linearsr.pipeline.upscaler import Upscaler
@@ -154,7 +154,7 @@ def _fingerprint(config: EvaluationConfig, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
-def _scores(made: Plan, config: EvaluationConfig, parts: Location) -> list[Score]:
+def _scores(made: Evaluation, config: EvaluationConfig, parts: Location) -> list[Score]:
     """Of earlier parts and of what they lack."""
     done = dict(_read_parts(parts))
     wanted = {item.id for item in made.items}
@@ -212,18 +212,18 @@ class _Worker:
         return [self.judge.scores(item) for item in items]
 
 
-def _look(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
+def _look(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> ModelViews:
     """The models and examples, from one task with an actor's resources."""
     import ray
 
     task = ray.remote(num_cpus=config.actor_cpus, num_gpus=1 if config.gpu else 0)(_seen)
     try:
-        seen: Seen = ray.get(task.remote(settings, items, config))
+        seen: ModelViews = ray.get(task.remote(settings, items, config))
     except ray.exceptions.RayError as error:
         raise LinearSRError(f"the contact sheet failed: {last_line(error)}") from error
     return seen
 
 
-def _seen(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
+def _seen(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> ModelViews:
     judge = _judge(settings, config)
-    return Seen(judge.describe(), [judge.example(item) for item in items])
+    return ModelViews(judge.describe(), [judge.example(item) for item in items])
