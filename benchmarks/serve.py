@@ -5,8 +5,8 @@
     python -m benchmarks.serve batching      8 equal requests through one expert at once and in turn
 
 Each replica has one thread. In-process, `overhead` has one too, `throughput` and `batching` have
-all cores. Pixels are compared before anything is timed. Requests to the endpoint and in-process calls
-take turns, so that other load on the machine slows both.
+all cores. Pixels are compared before anything is timed. Requests to the endpoint and in-process
+calls take turns, so that other load on the machine slows both.
 """
 
 from __future__ import annotations

@@ -188,12 +188,12 @@ def _split(together: SolverState, group: Sequence[TileTask]) -> list[SolverState
         [None] * len(group) if tensor is None else tensor.cpu().split(1) for tensor in together
     )
     states = []
-    for task, latent, seen, guess in zip(group, latents, previous, guesses, strict=True):
+    for task, latent, last, guess in zip(group, latents, previous, guesses, strict=True):
         assert latent is not None
         states.append(
             SolverState(
                 latent.clone(),
-                seen.clone() if seen is not None and task.keeps_previous else None,
+                last.clone() if last is not None and task.keeps_previous else None,
                 guess.clone()
                 if guess is not None and task.keeps_guess
                 else task.solver_state.guess,

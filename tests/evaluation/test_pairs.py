@@ -1,4 +1,4 @@
-"""Who belongs to whom, by name alone."""
+"""Pictures are paired by their names alone."""
 
 from __future__ import annotations
 

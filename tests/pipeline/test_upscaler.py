@@ -375,7 +375,7 @@ def test_tag_keys_are_computed_once_for_all_tiles_and_steps(
 
 
 def test_planning_and_some_denoisers_load_no_decoder(learned: Upscaler, picture: Picture) -> None:
-    """Nor does who takes steps without the encoded picture; a whole upscaler has it at once."""
+    """A denoiser without the encoded picture does without it; a whole upscaler loads it at once."""
     folder = Path(str(learned.config.latent.source)).parent / "weights"
     assert "autoencoder" in vars(learned)
     part = Upscaler.load(folder, "cpu", only=[0])
