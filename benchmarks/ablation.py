@@ -1,4 +1,4 @@
-"""What the knee, the experts and their boundaries are worth, at equal training.
+"""Measure the value of the knee, the experts and their boundaries, at equal training.
 
     python -m benchmarks.ablation --knee RUNS/pretrain/knee/step-00000650 \\
         --last RUNS/pretrain/checkpoint_... --photos PHOTOS --data BSD100 --steps 100
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--last", type=Path, required=True, help="the run's last checkpoint")
     parser.add_argument("--photos", type=Path, required=True, help="training photographs")
     parser.add_argument("--data", type=Path, required=True, help="validation pictures")
-    parser.add_argument("--steps", type=int, default=100, help="of each expert")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each expert")
     parser.add_argument("--every", type=int, default=4, help="only every n-th validation picture")
     options = parser.parse_args()
     paths = find_images(options.data)[:: options.every]
@@ -91,7 +91,7 @@ def _trained(config: ModelConfig, start: Path, options: argparse.Namespace) -> w
 def _fine_tuned(
     config: ModelConfig, start: dict[str, Tensor], train: TrainConfig, photos: Path
 ) -> dict[str, Tensor]:
-    """The average after `train.steps` from `start`."""
+    """Return the averaged weights after `train.steps` steps from `start`."""
     model = LinearSR(config.denoiser)
     model.load_state_dict(start)
     engine = TorchEngine(model, train, torch.device("cpu"))

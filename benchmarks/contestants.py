@@ -36,7 +36,7 @@ class SoftmaxAttention(LinearAttention):
 
 
 class Inputs(NamedTuple):
-    """Of one forward for an output of a given side."""
+    """Inputs of one forward, for an output of a given side."""
 
     latent: Tensor
     t: Tensor
@@ -62,7 +62,7 @@ class Contestants:
         self.compiled_ours: Any = torch.compile(_plain(self.ours), dynamic=False)
 
     def inputs(self, side: int) -> Inputs:
-        """Random ones for a picture of side x side pixels, in the precision of the models."""
+        """Random inputs for a picture of side x side pixels, in the precision of the models."""
         cells, channels = side // self.config.latent.factor, self.config.denoiser.latent_channels
         shapes = (1, channels, cells, cells), (1, TAGS, self.ours.config.tag_dim or 0)
         latent, tags = (
@@ -72,12 +72,12 @@ class Contestants:
         return Inputs(latent, torch.tensor([0.5], device=self.device), tags)
 
     def condition(self, given: Inputs) -> Condition:
-        """Of a model converted from Sana, whose LR stem says nothing yet."""
+        """Inputs of Sana: those of a converted model whose LR stem contributes nothing yet."""
         embedded = self.ours.embed.bias.expand(1, *given.latent.shape[2:], -1)
         return Condition(embedded, self.ours.tag_keys(given.tags))
 
     def forwards(self, given: Inputs, compiled: bool) -> dict[str, Forward]:
-        """Every way to compute the same function (but for softmax), by name."""
+        """Every way to compute the same function, and softmax attention, by name."""
         condition = self.condition(given)
         last = given.latent.contiguous(memory_format=torch.channels_last)
         plain = _plain(self.ours)
@@ -94,7 +94,7 @@ class Contestants:
         return ways
 
     def flops(self, side: int) -> int:
-        """Counted, of one forward; linear attention's few are in it."""
+        """Counted operations of one forward, including the few of linear attention."""
 
         def forward() -> Forward:
             given = self.inputs(side)

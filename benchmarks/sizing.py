@@ -1,8 +1,8 @@
-"""The cost of jobs, counted. `python -m benchmarks.sizing` prints docs/guides/sizing.md's tables.
+"""Count the cost of jobs. `python -m benchmarks.sizing` prints the tables of docs/guides/sizing.md.
 
-Operations are counted on shapes, memory from the layout of ZeRO-1 and from what PyTorch keeps for
-the way back. What a GPU sustains is an assumption, and a column of its own; what was measured comes
-from benchmarks/results.
+Operations are counted from shapes, memory from the layout of ZeRO-1 and from the tensors that
+PyTorch keeps for the backward pass. The rate that a GPU sustains is an assumption, and has its own
+column; measured rates come from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from linearsr.diffusion.solvers import schedule
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.recipes import RECIPES, Recipe, split_metric
 
-# Of the tag encoder's 300, what a handful of names takes.
+# Tokens of a handful of names; the tag encoder could take 300.
 TAG_TOKENS = 16
-# Forward, and twice that for the gradients of activations and of weights.
+# One forward, and twice that for the gradients of activations and of weights.
 FORWARD_AND_BACKWARD = 3
-# TFLOP/s that a GPU keeps up over a whole run: assumed, not measured.
+# TFLOP/s that a GPU sustains over a whole run: assumed, not measured.
 SUSTAINED = (50, 100, 200, 400)
 RANKS = (1, 2, 4, 8)
 SIDE = 1024
@@ -39,7 +39,7 @@ CHANNELS = 32
 
 
 class Forward(NamedTuple):
-    """A model on what it takes for one result."""
+    """A model with the inputs of one result."""
 
     model: LinearSR
     picture: Tensor
@@ -48,16 +48,16 @@ class Forward(NamedTuple):
     tags: Tensor | None
 
     def condition(self) -> Any:
-        """What an expert computes once."""
+        """The part that an expert computes once."""
         return self.model.condition(self.picture, self.joined, self.tags)
 
     def step(self, condition: Any) -> Tensor:
-        """What it computes at every step."""
+        """The part that an expert computes at every step."""
         return self.model(self.latent, torch.rand(1), condition)
 
 
 def forward(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> Forward:
-    """For a result of side x side pixels."""
+    """Make the model and inputs for a result of side x side pixels."""
     shape, dim = config.denoiser, config.denoiser.tag_dim
     model, cells = LinearSR(shape), side // config.latent.factor
     model.in_strips = False
@@ -69,7 +69,7 @@ def forward(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> Forward
 
 @cache
 def denoiser(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> tuple[int, int]:
-    """Operations of a step of one result, and of what an expert computes once before its first."""
+    """Operations of a step of one result, and of the part that an expert computes once."""
 
     def step() -> Callable[[], object]:
         given = forward(config, side, tokens)
@@ -80,7 +80,7 @@ def denoiser(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> tuple[
 
 
 def saved(config: ModelConfig, side: int) -> int:
-    """Bytes that PyTorch keeps for the way back of one pair, in bfloat16."""
+    """Bytes that PyTorch keeps for the backward pass of one pair, in bfloat16."""
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def kept(config: ModelConfig, side: int) -> int:
 
 @cache
 def autoencoder(latent: LatentConfig, side: int) -> tuple[int, int]:
-    """Operations of encoding and of decoding one picture; none where the latent is not learned."""
+    """Operations of encoding and of decoding one picture; 0 for a latent that is not learned."""
     if latent.kind == "space-to-depth":
         return 0, 0
     cells = side // latent.factor
@@ -140,7 +140,7 @@ def dc_ae() -> Any:
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers it has."""
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -153,7 +153,7 @@ def size(config: ModelConfig) -> tuple[int, int]:
 
 
 def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> int:
-    """Of one result: the steps, what each expert that takes some does once, and decoding."""
+    """Operations of one result: the steps, the part that each expert does once, and decoding."""
     sampling = config.sampling
     times = schedule(sampling, steps)[:-1]
     step, once = denoiser(config, side)
@@ -162,10 +162,10 @@ def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> i
 
 
 def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
-    """Of one training pair: denoiser there and back, encoding, and the decoded guess if asked for.
+    """Operations of one training pair: denoiser there and back, encoding, the decoded guess.
 
-    Of the guess the gradient goes back to the latent only: as much as decoding again. A perceptual
-    pair encodes nothing, and comes by one frozen forward or two; its judges are not counted.
+    The guess's gradient goes back to the latent only, which costs as much as decoding again. A
+    perceptual pair encodes nothing and takes one or two frozen forwards; judges are not counted.
     """
     if isinstance(stage, PerceptualConfig):
         side, latent = recipe.data_of("perceptual").patch, recipe.model.latent
@@ -179,15 +179,15 @@ def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
 
 
 def validation_flops(recipe: Recipe, stage: TrainConfig) -> int:
-    """Of all checkpoints of a stage, sampled at each number of steps that a metric asks for."""
-    asked = recipe.validation
-    counts = {split_metric(name)[1] for name in asked.metrics}
-    one = sum(picture_flops(recipe.model, asked.size, count) for count in counts)
-    return stage.steps // stage.checkpoint_every * asked.pictures * one
+    """Operations of validating all checkpoints of a stage at each metric's number of steps."""
+    validation = recipe.validation
+    counts = {split_metric(name)[1] for name in validation.metrics}
+    one = sum(picture_flops(recipe.model, validation.size, count) for count in counts)
+    return stage.steps // stage.checkpoint_every * validation.pictures * one
 
 
 def stages(recipe: Recipe) -> dict[str, tuple[TrainConfig, ...]]:
-    """What is trained, one after the other."""
+    """The stages of training, one after the other."""
     return {
         "pretraining": (recipe.pretrain,),
         "experts": recipe.experts,
@@ -274,7 +274,7 @@ TABLES: tuple[Table, ...] = (results, training, memory, weights, measured)
 
 
 def _number(value: float) -> str:
-    """Two digits: what is counted is not known better than that."""
+    """Two digits: the counts are no more exact than that."""
     if value and value < 0.001:
         return "under 0.001"
     return f"{value:.2g}" if value < 10 else f"{int(float(f'{value:.2g}')):,}"

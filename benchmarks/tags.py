@@ -1,12 +1,12 @@
-"""Whether the default tagger's tags help the bundled model, at equal training.
+"""Measure whether the default tagger's tags help the bundled model, at equal training.
 
     python -m benchmarks.tags --photos PHOTOS --data Set5 BSD100 --steps 120 60 60
 
 Fine-tunes the first experts of linearsr-tiny, as many as there are numbers in --steps, on the same
 pairs with the same seeds: without tags; with tag cross-attention and each photograph's own tags;
-the same with another photograph's, which is what more parameters alone are worth. Judges them at 1
-and 4 steps on the validation pictures that the tagger says something about; tags are always those
-of the LR picture. Prints a Markdown table: means without tags, then mean paired differences to them
+the same with another photograph's tags, which is the gain of more parameters alone. Judges them at
+1 and 4 steps on the validation pictures for which the tagger has tags; tags are always those of the
+LR picture. Prints a Markdown table: means without tags, then mean paired differences to them
 with 95% bootstrap intervals.
 """
 
@@ -60,9 +60,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="HR pictures")
     parser.add_argument("--every", type=int, default=1, help="only every n-th picture of the last")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=(120, 60, 60), help="of each expert"
+        "--steps", type=int, nargs="+", default=(120, 60, 60), help="training steps of each expert"
     )
-    parser.add_argument("--threshold", type=float, help="of the tagger; default: its own")
+    parser.add_argument(
+        "--threshold", type=float, help="threshold of the tagger; by default its own"
+    )
     options = parser.parse_args()
     tagger = load_tagger(TaggerConfig(threshold=options.threshold))
     photos = [_tagged(path, tagger) for path in find_images(options.photos)]
@@ -79,7 +81,7 @@ def main() -> int:
 
 
 def _tagged(path: Path, tagger: Tagger) -> Photo:
-    """Pixels as uint8, and what the tagger sees when they are a quarter of the size."""
+    """Pixels as uint8, and the tags of the picture at a quarter of its size."""
     picture = read(path)
     height, width = (max(1, n // SCALE) for n in picture.pixels.shape[1:])
     small = resize(picture.pixels[None, :3], height, width)[0].clamp(0, 1)
@@ -87,7 +89,7 @@ def _tagged(path: Path, tagger: Tagger) -> Photo:
 
 
 def _exchanged(tags: Sequence[Tags]) -> list[Tags]:
-    """Each list goes to another place, to one with another list as long as there is one."""
+    """Give each list to another picture, if possible to one with a different list."""
     order = sorted(range(len(tags)), key=lambda i: tags[i])
     given = order[len(order) // 2 :] + order[: len(order) // 2]
     places = dict(zip(order, given, strict=True))
@@ -95,7 +97,7 @@ def _exchanged(tags: Sequence[Tags]) -> list[Tags]:
 
 
 def _cases(pictures: list[tuple[Path, Photo]]) -> list[Case]:
-    """Of the pictures with tags."""
+    """Cases of the pictures that have tags."""
     tagged = [(path, photo) for path, photo in pictures if photo.tags]
     others = _exchanged([photo.tags for _, photo in tagged])
     return [Case(*_middle(*p), p[1].tags, other) for p, other in zip(tagged, others, strict=True)]
@@ -136,13 +138,13 @@ def _judged(photos: list[Photo], cases: list[Case], steps: Sequence[int]) -> Val
 
 
 def _trained(config: ModelConfig, photos: list[Photo], steps: Sequence[int]) -> Upscaler:
-    """The bundled model with its first experts fine-tuned, in the precision it is used in."""
+    """The bundled model with its first experts fine-tuned, in the precision for inference."""
     states = [expert.state_dict() for expert in weights.load("linearsr-tiny").experts]
     models = []
     for i, state in enumerate(states):
         torch.manual_seed(i)
         model = LinearSR(config.denoiser)
-        # Cross-attention is new, and silent before it is trained.
+        # The cross-attention is new: it contributes nothing before training.
         model.load_state_dict({**model.state_dict(), **state})
         if i < len(steps):
             model.load_state_dict(_fine_tuned(model, config, photos, i, steps[i]))
@@ -153,7 +155,7 @@ def _trained(config: ModelConfig, photos: list[Photo], steps: Sequence[int]) -> 
 def _fine_tuned(
     model: LinearSR, config: ModelConfig, photos: list[Photo], index: int, steps: int
 ) -> dict[str, Tensor]:
-    """The average after `steps` of the recipe's expert `index`."""
+    """Averaged weights after `steps` steps of the recipe's expert `index`."""
     recipe = tiny_cpu()
     train = recipe.experts[index].model_copy(
         update={"steps": steps, "warmup": 10, "ema": 0.95, "report_every": 20}

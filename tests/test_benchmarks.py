@@ -29,7 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> int:
     return command.main()
 
 
-def test_everything_is_measured_and_written(
+def test_all_sections_are_measured_and_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert run(monkeypatch, tmp_path) == 0
@@ -46,7 +46,7 @@ def test_everything_is_measured_and_written(
         assert set(numbers["machine"]) == {"machine", "precision", "peak", "versions", "date"}
 
 
-def test_a_section_measured_anew_leaves_the_others(
+def test_measuring_one_section_keeps_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -56,7 +56,7 @@ def test_a_section_measured_anew_leaves_the_others(
     assert page.index("## The attention operator") < page.index("## What was measured before")
 
 
-def test_what_is_numerically_wrong_is_not_timed(
+def test_numerically_wrong_way_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = strips.forward_
@@ -83,29 +83,29 @@ def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gate_lets_any_order_of_sums_pass_but_not_shorter_numbers(dtype: torch.dtype) -> None:
+def test_gate_allows_any_order_of_sums_but_no_shorter_numbers(dtype: torch.dtype) -> None:
     machine = Machine("any", CPU, dtype, threads=1, memory=0, peak=0.0)
     gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.float32), machine)
     with pytest.raises(GateError, match="linear attention"):
         gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.bfloat16), machine)
 
 
-def test_what_would_take_too_long_is_not_started() -> None:
+def test_run_beyond_the_limit_is_not_started() -> None:
     expected = Expected(limit=10)
     assert expected.within("a", 512)
-    expected.saw("a", 512, 2.0)
+    expected.record("a", 512, 2.0)
     assert expected.within("a", 1024) and not expected.within("a", 1024, power=2)
     assert not expected.within("a", 2048)
 
 
-def test_runs_are_in_turn_after_one_that_does_not_count() -> None:
+def test_runs_take_turns_after_a_warm_up() -> None:
     order: list[str] = []
     timed = in_turn({name: lambda n=name: order.append(n) for name in "ab"}, CPU, rounds=2)
     assert "".join(order) == "aabb" + "abab"
     assert set(timed) == {"a", "b"}
 
 
-def test_memory_is_what_a_call_takes() -> None:
+def test_memory_is_that_of_the_call() -> None:
     def large() -> float:
         return float(torch.ones(30 * 2**20).sum())  # 120 MiB
 
@@ -113,7 +113,7 @@ def test_memory_is_what_a_call_takes() -> None:
     assert 100 * 2**20 < memory < 200 * 2**20
 
 
-def test_what_runs_out_of_memory_is_told_and_the_others_go_on() -> None:
+def test_out_of_memory_is_reported_and_the_others_are_timed() -> None:
     def fails() -> None:
         raise torch.OutOfMemoryError("no memory")
 
@@ -123,7 +123,7 @@ def test_what_runs_out_of_memory_is_told_and_the_others_go_on() -> None:
     assert not expected.within("a", 1024)
 
 
-def test_tables_say_what_was_not_run() -> None:
+def test_tables_mark_runs_over_the_limit() -> None:
     rows = [Row("theirs", 8, 2.0, 2**20), Row("ours", 8, 0.5, 2**20, 10**12), Row("x", 8)]
     text = table(rows, "theirs", peak=4e12)
     assert "| 8² | ours | 500.0 ms | 4.00x | 1 MiB | 2.000 | 50.0% |" in text
@@ -132,7 +132,7 @@ def test_tables_say_what_was_not_run() -> None:
     assert parts.splitlines()[-1] == "| 8² | ours | 750.0 ms | 1.00 s |"
 
 
-def test_slope_of_linear_and_of_quadratic_cost() -> None:
+def test_slope_tells_linear_from_quadratic_cost() -> None:
     rows = [Row("a", side, side**2 / 1e6) for side in (1, 2, 4)]
     rows += [Row("b", side, side**4 / 1e6) for side in (1, 2, 4)]
     assert attention.slope(rows, "a") == pytest.approx(1)

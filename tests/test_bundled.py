@@ -49,7 +49,7 @@ def test_one_step_is_closer_to_the_truth_than_bicubic(
     assert _psnr(result, truth) > _psnr(bicubic, truth) + 1.0
 
 
-def test_default_steps_come_about_halfway_to_a_photographs_sharpness(
+def test_default_steps_reach_half_a_photographs_sharpness(
     tiny: Upscaler, truth: torch.Tensor, small: Picture
 ) -> None:
     bicubic = resize(small.pixels[None], 256, 256).clamp(0, 1)

@@ -31,7 +31,7 @@ def photo(photograph: Image.Image, tmp_path: Path) -> Path:
     return path
 
 
-def test_versions_side_by_side(
+def test_upscale_example_draws_versions_side_by_side(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tmp_path / "compare.png"
@@ -46,7 +46,7 @@ def test_versions_side_by_side(
         assert sum(difference.convert("L").histogram()[100:]) < 0.05 * width * sheet.height
 
 
-def test_the_client_tells_the_progress_and_keeps_the_result(
+def test_client_example_prints_progress_and_saves_the_result(
     photo: Path,
     small_bundle: Path,
     tmp_path: Path,

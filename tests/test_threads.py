@@ -35,7 +35,7 @@ def told(code: str, **chosen: str) -> str:
         "linearsr.distributed.train.trainer",
     ],
 )
-def test_threads_spin_briefly_wherever_a_process_of_ours_begins(module: str) -> None:
+def test_threads_spin_briefly_in_every_entry_point(module: str) -> None:
     assert told(f"import {module}") == SPIN_ROUNDS
 
 
@@ -43,15 +43,15 @@ def test_threads_spin_briefly_wherever_a_process_of_ours_begins(module: str) -> 
     ("chosen", "left"),
     [({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
-def test_what_the_user_has_set_stays(chosen: dict[str, str], left: str) -> None:
+def test_settings_of_the_user_are_kept(chosen: dict[str, str], left: str) -> None:
     assert told("import linearsr", **chosen) == left
 
 
-def test_a_process_that_has_loaded_torch_is_left_alone() -> None:
+def test_process_that_has_loaded_torch_is_left_alone() -> None:
     assert told("import torch, linearsr") == "None"
 
 
-def test_openmp_has_read_it_when_torch_has_loaded() -> None:
+def test_openmp_reads_the_setting_when_torch_loads() -> None:
     """GNU OpenMP tells its settings as it loads, which is when it reads them."""
     code = "import linearsr.pipeline.upscaler"
     environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}

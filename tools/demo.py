@@ -23,11 +23,19 @@ LARGEST = 256 * 256
 
 
 def main() -> int:
-    """Write OUTPUT/input.png, OUTPUT/upscaled.png and OUTPUT/compare.png."""
+    """Write OUTPUT/input.png, OUTPUT/upscaled.png and OUTPUT/compare.png; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", type=Path, help="a photograph; default: scikit-image's cat")
-    parser.add_argument("--output", type=Path, default=Path("demo"))
-    parser.add_argument("--model", default="linearsr-tiny")
+    parser.add_argument(
+        "--input", type=Path, help="photograph to upscale (default: scikit-image's cat)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), help="folder to write to (default: demo)"
+    )
+    parser.add_argument(
+        "--model",
+        default="linearsr-tiny",
+        help="name of a bundled model, or a folder of weights (default: linearsr-tiny)",
+    )
     options = parser.parse_args()
     try:
         _demo(options.input, options.output, options.model)
@@ -42,7 +50,7 @@ def _demo(source: Path | None, output: Path, model: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     upscaler = Upscaler.load(model)
     began = time.perf_counter()
-    result = upscaler.upscale(picture, Options(), _say)
+    result = upscaler.upscale(picture, Options(), _print_progress)
     seconds = time.perf_counter() - began
     write(picture, output / "input.png")
     write(result, output / "upscaled.png", provenance=upscaler.describe(Options()))
@@ -51,18 +59,20 @@ def _demo(source: Path | None, output: Path, model: str) -> None:
     print(f"{output}/upscaled.png  {size} in {seconds:.1f} s\n{output}/compare.png")
 
 
-def _say(expert: str, done: int, steps: int) -> None:
+def _print_progress(expert: str, done: int, steps: int) -> None:
     print(f"  {expert}: step {done} of {steps}", flush=True)
 
 
 def _fit(picture: Picture) -> Picture:
-    """At most 256 x 256 pixels' worth: a demo on a CPU should take seconds, not an hour."""
+    """Shrink a picture to at most 256 x 256 pixels in all, so that a CPU needs only seconds."""
     height, width = picture.pixels.shape[-2:]
     shrink = (LARGEST / (height * width)) ** 0.5
     if shrink >= 1:
         return picture
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
-    print(f"  the demo shrinks {width}x{height} to {size[1]}x{size[0]} first; to upscale it whole:")
+    print(
+        f"  the demo first shrinks {width}x{height} to {size[1]}x{size[0]}; to upscale all of it:"
+    )
     print("  .venv/bin/linearsr upscale PHOTO -o OUTPUT")
     pixels = resize(picture.pixels[None], *size)[0].clamp(0, 1)
     alpha = picture.alpha
@@ -72,7 +82,7 @@ def _fit(picture: Picture) -> Picture:
 
 
 def _cat() -> Picture:
-    """The photograph inside the scikit-image wheel, halved: its full size is a little soft."""
+    """Return the photograph in the scikit-image wheel at half its size: it is a little soft."""
     require("demo", "skimage")
     import skimage.data
 
@@ -81,7 +91,7 @@ def _cat() -> Picture:
 
 
 def compare(picture: Picture, result: Picture) -> Image.Image:
-    """One picture: input, bicubic and `result` in a row, then enlarged details of each."""
+    """Draw input, bicubic and `result` in a row, and below it enlarged details of each."""
     size = result.pixels.shape[-2:]
     bicubic = resize(picture.pixels[None], *size)[0].clamp(0, 1)
     small = _rgb(picture)
@@ -110,7 +120,7 @@ def _enlarged(image: Image.Image, top: int, left: int) -> Image.Image:
 
 
 def _rgb(picture: Picture) -> Image.Image:
-    # PIL clips 16-bit grey to white; eight bits are enough to look at.
+    # PIL would clip 16-bit grey to white; eight bits are enough for display.
     return to_pil(dataclasses.replace(picture, bits=8)).convert("RGB")
 
 

@@ -18,7 +18,7 @@ from textwrap import dedent
 from typing import Any
 
 from linearsr.cli import serve as serve_command
-from linearsr.cli.job import help_text
+from linearsr.cli.flags import help_text
 from linearsr.config import Config, FileOptions, Options
 from linearsr.distributed.datasets.evaluate import EvaluationConfig
 from linearsr.distributed.datasets.shards.config import ShardConfig

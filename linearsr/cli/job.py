@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from linearsr.cli.flags import JobHelpFormatter, add_fields
 from linearsr.cli.report import exit_code
 from linearsr.config import Config
 from linearsr.errors import LinearSRError, OptionError, require
@@ -16,47 +17,12 @@ if TYPE_CHECKING:
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import Recipe
 
-
 C = TypeVar("C", bound=Config)
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Show the docstring as it is, and each flag's default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return help_text(action)
-
-
-def help_text(action: argparse.Action) -> str:
-    """Return a flag's help with its default: the same in --help and in docs/reference."""
-    text = action.help or ""
-    no_default = action.default in (None, "", [], argparse.SUPPRESS) or action.default is False
-    return text if no_default or "default" in text else f"{text}; default %(default)s"
 
 
 def new_parser(docstring: str | None) -> argparse.ArgumentParser:
     """Return a parser that shows a script's docstring."""
-    return argparse.ArgumentParser(description=docstring, formatter_class=_Help)
-
-
-def add_fields(parser: argparse.ArgumentParser, config: type[Config], names: Iterable[str]) -> None:
-    """Add a flag for each of these fields; the config describes it, and checks it later."""
-    for name in names:
-        field = config.model_fields[name]
-        flag, text = f"--{name.replace('_', '-')}", _as_help(field.description or "")
-        if field.annotation is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        elif field.is_required():
-            parser.add_argument(flag, required=True, help=text)
-        else:
-            words = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-            parser.add_argument(flag, default=field.default, choices=words, help=text)
-
-
-def _as_help(description: str) -> str:
-    """Return a field's description as --help shows texts: one line, no capital, no full stop."""
-    text = " ".join(description.split()).rstrip(".")
-    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+    return argparse.ArgumentParser(description=docstring, formatter_class=JobHelpFormatter)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -107,7 +73,7 @@ def validated(config: type[C], fields: Mapping[str, object]) -> C:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run the job's `main` and end the process with its exit code; an error is one line."""
-    sys.exit(exit_code(main, "start it again to go on"))
+    sys.exit(exit_code(main, "start it again to continue"))
 
 
 def connect(*, data: bool = True) -> str:
@@ -119,7 +85,7 @@ def connect(*, data: bool = True) -> str:
     require("data", "ray")
     import ray
 
-    # A report waits for the controller's next look; its default of 2 s would be felt.
+    # A report waits for the controller's next poll; the default of 2 s would slow training down.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # A GPU node takes minutes to start, and after this deadline Train asks for its workers again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")

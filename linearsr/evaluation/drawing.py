@@ -1,4 +1,4 @@
-"""Pictures side by side with labels, and where in a picture it is worth looking."""
+"""Draw labelled pictures side by side, and find the details that are worth showing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ GAP, LABEL = 8, 28
 
 
 class Row(NamedTuple):
-    """Pictures of one height, each with a label above it unless all are empty."""
+    """Pictures of one height, each with its label above; without labels if all are empty."""
 
     labels: Sequence[str]
     pictures: Sequence[Image.Image]
 
     @property
     def header(self) -> int:
-        """Pixels that the labels take."""
+        """Height in pixels of the labels, or of the gap in their place."""
         return LABEL if any(self.labels) else GAP
 
 
 def sheet(rows: Sequence[Row], width: int) -> Image.Image:
-    """Rows one below the other on white, in columns of `width` pixels.
+    """Draw rows one below the other on white, in columns of `width` pixels.
 
     The label of a row with a single picture may be as long as the sheet is wide.
     """
@@ -43,7 +43,7 @@ def sheet(rows: Sequence[Row], width: int) -> Image.Image:
 
 
 def _write(whole: Image.Image, left: int, top: int, text: str, width: int) -> None:
-    """The text, smaller where it would not fit."""
+    """Write the text, smaller if it would not fit."""
     if not text:
         return
     longest = ImageFont.load_default(size=18).getlength(text)
@@ -52,21 +52,21 @@ def _write(whole: Image.Image, left: int, top: int, text: str, width: int) -> No
 
 
 def details(pixels: torch.Tensor, size: int, count: int) -> list[tuple[int, int]]:
-    """Top and left of the `count` squares of most contrast, `size` wide, that do not overlap.
+    """Top and left of the `count` squares with most contrast, `size` wide, without overlap.
 
-    pixels: (3, H, W). One corner, (0, 0), where the picture is smaller than that.
+    pixels: (3, H, W). A picture smaller than `size` has one corner, (0, 0).
     """
     grey = pixels.mean(0)[None, None]
     if min(grey.shape[-2:]) < size:
         return [(0, 0)]
     mean, square = (torch.nn.functional.avg_pool2d(x, size, size // 4) for x in (grey, grey**2))
     scores = (square - mean**2)[0, 0]
-    found: list[tuple[int, int]] = []
+    corners: list[tuple[int, int]] = []
     for index in scores.flatten().argsort(descending=True).tolist():
         row, column = divmod(index, scores.shape[1])
         corner = (row * (size // 4), column * (size // 4))
-        if all(max(abs(corner[0] - r), abs(corner[1] - c)) >= size for r, c in found):
-            found.append(corner)
-        if len(found) == count:
+        if all(max(abs(corner[0] - r), abs(corner[1] - c)) >= size for r, c in corners):
+            corners.append(corner)
+        if len(corners) == count:
             break
-    return found
+    return corners

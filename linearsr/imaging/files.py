@@ -448,7 +448,7 @@ def write(
         raise OutputError(f"{path}: no picture format has this suffix; use one of {known}.")
     try:
         data = encode(picture, format, quality=quality, provenance=provenance)
-        _write_atomically(path, data)
+        write_bytes(path, data)
     except OutputError as error:
         raise OutputError(f"{path}: {error}") from error
 
@@ -471,7 +471,8 @@ def result_format(source: str, format: str | None) -> str:
     return WRITE_SUFFIXES.get(f".{format or source}", "png")
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it appears complete or not at all. Raises OutputError."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with temporary.open("xb") as file:

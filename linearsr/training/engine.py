@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError, one_line
-from linearsr.pipeline.upscaler import best_dtype
+from linearsr.pipeline.device import best_dtype
 from linearsr.training.config import TrainConfig
 
 # DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.

@@ -21,7 +21,8 @@ from linearsr.imaging.degradation import PRESETS
 from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import resize
 from linearsr.metrics.measure import measure
-from linearsr.pipeline.upscaler import Upscaler, UpscaleState
+from linearsr.pipeline.state import UpscaleState
+from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training.recipes import ValidationConfig, split_metric
 
 # How many pictures the strip shows.

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from linearsr.errors import InputError, LinearSRError, NoPicture, OptionError, TooLarge, one_line
-from linearsr.pipeline.upscaler import OutOfMemory
+from linearsr.pipeline.memory import OutOfMemory
 from linearsr.web.service import Full, NotReady, TookTooLong
 
 MEDIA_TYPE = "application/problem+json"

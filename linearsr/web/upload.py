@@ -17,7 +17,7 @@ from starlette.requests import Request
 from linearsr.config import FileOptions, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
 from linearsr.imaging.files import check_fits, measure, result_format
-from linearsr.pipeline.upscaler import output_size
+from linearsr.pipeline.sizes import output_size
 from linearsr.web.service import Limits, ModelInfo
 from linearsr.web.service import Request as Work
 

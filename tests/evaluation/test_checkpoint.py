@@ -54,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_picture_is_that_of_the_network(files: Path) -> None:
+def test_checkpoint_gives_the_networks_picture(files: Path) -> None:
     lr = torch.rand(3, 20, 17)
     with torch.no_grad():
         expected = _compact(4)(lr[None])[0].clamp(0, 1)
@@ -62,7 +62,7 @@ def test_the_picture_is_that_of_the_network(files: Path) -> None:
     assert found.shape == (3, 80, 68) and torch.allclose(found, expected, atol=1e-5)
 
 
-def test_another_scale_is_resized_by_bicubic(files: Path) -> None:
+def test_checkpoint_of_another_scale_is_resized_by_bicubic(files: Path) -> None:
     lr = torch.rand(3, 20, 17)
     with torch.no_grad():
         own = _compact(2)(lr[None]).clamp(0, 1)
@@ -71,7 +71,7 @@ def test_another_scale_is_resized_by_bicubic(files: Path) -> None:
     assert found.min() >= 0 and found.max() <= 1
 
 
-def test_tiles_give_the_picture_without_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_give_the_picture_without_tiles(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lr = Checkpoint.load(files / "four.safetensors", "cpu"), torch.rand(3, 40, 70)
     whole, seen = model.upscale(lr, 4), []
     monkeypatch.setattr(checkpoint, "TILE", 32)
@@ -87,7 +87,7 @@ def test_tiles_give_the_picture_without_them(files: Path, monkeypatch: pytest.Mo
     assert torch.allclose(tiled[:, :40, :40], whole[:, :40, :40], atol=1e-5)
 
 
-def test_a_file_with_code_is_refused_and_the_code_is_not_run(
+def test_file_with_code_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -99,16 +99,16 @@ def test_a_file_with_code_is_refused_and_the_code_is_not_run(
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("other.pth", nn.Linear(2, 2).state_dict(), "no architecture that spandrel knows"),
-        ("grey.pth", _compact(4, 1).state_dict(), "takes 1 channels and gives 1"),
+        ("other.pth", nn.Linear(2, 2).state_dict(), "spandrel does not know this architecture"),
+        ("grey.pth", _compact(4, 1).state_dict(), "takes 1 channels and returns 1"),
         ("list.pt", [1], "holds no state dict"),
         ("broken.pth", b"abc", "cannot be read"),
         ("empty.ckpt", b"", "cannot be read"),
         ("broken.safetensors", b"abc", "cannot be read"),
-        ("absent.pth", None, "there is no such file"),
+        ("absent.pth", None, "no such file"),
     ],
 )
-def test_files_that_are_no_contestant_are_named(
+def test_unusable_file_is_named_with_the_reason(
     name: str, content: object, told: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -120,13 +120,13 @@ def test_files_that_are_no_contestant_are_named(
         Checkpoint.load(path, "cpu")
 
 
-def test_folders_and_bundled_names_are_no_checkpoints(tmp_path: Path) -> None:
+def test_is_checkpoint_rejects_folders_and_bundled_names(tmp_path: Path) -> None:
     (tmp_path / "run.pt").mkdir()
     assert not is_checkpoint(str(tmp_path / "run.pt")) and not is_checkpoint("linearsr-tiny")
     assert is_checkpoint("s3://models/x4.PTH")
 
 
-def test_the_command_compares_models_of_both_kinds(
+def test_evaluate_compares_models_of_both_kinds(
     files: Path, photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -142,7 +142,7 @@ def test_the_command_compares_models_of_both_kinds(
     )
 
 
-def test_two_files_of_one_name_need_names(
+def test_evaluate_refuses_two_models_of_one_name(
     files: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -150,11 +150,11 @@ def test_two_files_of_one_name_need_names(
     other.write_bytes((files / "two.pth").read_bytes())
     words = f"evaluate --hr {photos} --models {files / 'two.pth'} {other} -o {tmp_path / 'out'}"
     assert main(words.split()) == 2
-    assert "--models two: two methods of this name; give one as NAME=" in capsys.readouterr().err
+    assert "--models two: two methods have this name; give one as NAME=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("contestants", "columns", "lines"), [(2, 4, 1), (4, 6, 1), (8, 5, 2)])
-def test_contestants_stand_side_by_side_pixel_by_pixel(
+def test_contact_sheet_shows_methods_pixel_by_pixel(
     contestants: int, columns: int, lines: int
 ) -> None:
     names = [BICUBIC, *(f"model {i}" for i in range(contestants)), TRUTH]

@@ -62,9 +62,7 @@ def whole(
     return code, output
 
 
-def test_bicubic_psnr_is_what_pillow_and_float64_give(
-    whole: tuple[int, Path], photos: Path
-) -> None:
+def test_bicubic_psnr_equals_pillow_in_float64(whole: tuple[int, Path], photos: Path) -> None:
     code, output = whole
     assert code == 0
     values = _values(output)
@@ -74,7 +72,7 @@ def test_bicubic_psnr_is_what_pillow_and_float64_give(
         assert found == pytest.approx(_bicubic_psnr(photos / f"{name}.png"), abs=0.03)
 
 
-def test_every_method_has_every_metric_and_hr_only_those_without_reference(
+def test_methods_have_all_metrics_and_hr_those_without_reference(
     whole: tuple[int, Path],
 ) -> None:
     _, output = whole
@@ -85,7 +83,7 @@ def test_every_method_has_every_metric_and_hr_only_those_without_reference(
     assert found == {(f"{name}.png", *one) for name in SIZES for one in wanted}
 
 
-def test_the_parquet_table_says_what_it_holds(whole: tuple[int, Path]) -> None:
+def test_parquet_table_records_settings_and_directions(whole: tuple[int, Path]) -> None:
     read = pq.read_table(whole[1] / "metrics.parquet")
     assert read.column_names == ["id", "method", "metric", "value", "better"]
     better = {row["metric"]: row["better"] for row in read.to_pylist()}
@@ -94,7 +92,7 @@ def test_the_parquet_table_says_what_it_holds(whole: tuple[int, Path]) -> None:
     assert note["settings"]["degradation"] == "clean" and "pyiqa" in note["conventions"]
 
 
-def test_the_report_tells_conventions_means_and_provenance(whole: tuple[int, Path]) -> None:
+def test_report_has_conventions_means_and_provenance(whole: tuple[int, Path]) -> None:
     text = (whole[1] / "report.md").read_text()
     values = _values(whole[1])
     mean = sum(values[f"{name}.png", "bicubic", "psnr"] for name in SIZES) / 3
@@ -104,14 +102,14 @@ def test_the_report_tells_conventions_means_and_provenance(whole: tuple[int, Pat
         assert told in text
 
 
-def test_the_contact_sheet_has_a_column_for_each_method(whole: tuple[int, Path]) -> None:
+def test_contact_sheet_has_a_column_per_method(whole: tuple[int, Path]) -> None:
     sheet = Image.open(whole[1] / "contact.jpg")
     assert sheet.width == 4 * (320 + 8) + 8
     assert sheet.height > sum(height for _, height in SIZES.values()), "a row for each picture"
     assert np.asarray(sheet).std() > 20
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(
+def test_failed_picture_is_named_and_the_others_are_judged(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lows, hr, output = tmp_path / "lr", tmp_path / "hr", tmp_path / "out"
@@ -132,7 +130,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(
     assert "nobody.png" in (output / "report.md").read_text()
 
 
-def test_results_of_others_are_judged_against_hr(photos: Path, tmp_path: Path) -> None:
+def test_results_of_other_programs_are_judged_against_hr(photos: Path, tmp_path: Path) -> None:
     results = tmp_path / "mine"
     results.mkdir()
     for name in SIZES:
@@ -145,16 +143,16 @@ def test_results_of_others_are_judged_against_hr(photos: Path, tmp_path: Path) -
     assert all(v == pytest.approx(1, abs=1e-4) for (_, m, _), v in values.items() if m == "mine")
 
 
-def test_without_hr_reference_metrics_are_skipped_not_failed(
+def test_reference_metrics_are_skipped_without_hr(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     assert main(["evaluate", str(photos), "--metrics", "psnr", "piqe", "-o", str(output)]) == 0
-    assert "skipped: psnr: compares with the true pictures" in capsys.readouterr().out
+    assert "skipped: psnr: it compares with the true pictures" in capsys.readouterr().out
     assert {(m, metric) for _, m, metric in _values(output)} == {(photos.name, "piqe")}
 
 
-def test_low_resolution_without_truth_compares_models_by_naturalness(
+def test_models_are_compared_by_naturalness_without_hr(
     photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -165,9 +163,7 @@ def test_low_resolution_without_truth_compares_models_by_naturalness(
     assert (output / "contact.jpg").exists()
 
 
-def test_a_metric_that_needs_more_pixels_is_told_and_is_no_failure(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_metric_that_needs_more_pixels_is_reported_not_failed(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = f"evaluate --hr {photos} --models --metrics psnr ms_ssim -o {output}"
     assert main(words.split()) == 0
@@ -175,7 +171,7 @@ def test_a_metric_that_needs_more_pixels_is_told_and_is_no_failure(
     assert "ms_ssim: cannot measure 96x72" in text and "(3 in all)" in text
 
 
-def test_solvers_are_compared_where_they_are_asked_for(
+def test_solvers_flag_adds_a_row_per_solver(
     photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -202,7 +198,7 @@ def test_solvers_are_compared_where_they_are_asked_for(
         "",
     ],
 )
-def test_a_wrong_request_ends_with_2_before_any_work(
+def test_wrong_request_exits_with_2_before_any_work(
     words: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -212,14 +208,14 @@ def test_a_wrong_request_ends_with_2_before_any_work(
     assert not list(output.glob("*"))
 
 
-def test_the_same_name_gives_the_same_lr_whatever_else_is_in_the_set() -> None:
+def test_lr_depends_on_the_pictures_name_alone() -> None:
     hr = torch.rand(3, 32, 32)
     first, again = (seeded_lr(hr, "a.png", 4, DEGRADATIONS["degraded"]) for _ in range(2))
     other = seeded_lr(hr, "b.png", 4, DEGRADATIONS["degraded"])
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_ranks_run_from_best_to_worst_whichever_way_the_metric_points() -> None:
+def test_rank_orders_best_to_worst_for_both_directions() -> None:
     for metric, best in (("psnr", "c"), ("niqe", "a")):
         scores = [
             Score(id, "m", metric, value) for id, value in zip("abc", (1.0, 2, 3), strict=True)
@@ -232,7 +228,7 @@ def test_ranks_run_from_best_to_worst_whichever_way_the_metric_points() -> None:
         assert len(ranking.ends(2)) == 3
 
 
-def test_means_are_over_the_pictures_that_have_a_value() -> None:
+def test_mean_covers_pictures_with_a_value() -> None:
     scores = [Score("a", "m", "psnr", 30.0), Score("b", "m", "psnr", None, "too small")]
     row = table(Report("t", Settings(metrics=("psnr",)), scores)).splitlines()[-1]
     assert row.split("|")[1:4] == [" m  ", "  2 ", " 30.0000 (n=1) "]
@@ -242,7 +238,7 @@ def test_means_are_over_the_pictures_that_have_a_value() -> None:
     ("error", "told"),
     [(MemoryError(), "out of memory"), (TypeError("odd"), "TypeError: odd")],
 )
-def test_a_model_that_fails_costs_its_row_only(
+def test_failing_model_costs_only_its_row(
     photos: Path, small_bundle: Path, error: Exception, told: str
 ) -> None:
     class Full(Upscaler):
@@ -258,7 +254,7 @@ def test_a_model_that_fails_costs_its_row_only(
     assert [name for name, _ in judge.example(item).details] == ["bicubic", "HR"]
 
 
-def test_a_metric_that_one_worker_lacks_is_a_failure_told_once_a_picture(
+def test_metric_missing_on_a_worker_fails_once_per_picture(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request left out what nobody has; what is missing now, another node has."""

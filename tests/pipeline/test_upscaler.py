@@ -21,7 +21,9 @@ from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
 from linearsr.pipeline import upscaler
-from linearsr.pipeline.upscaler import UpscaleState
+from linearsr.pipeline.device import best_dtype
+from linearsr.pipeline.memory import OutOfMemory, memory_errors
+from linearsr.pipeline.state import UpscaleState
 from linearsr.tags.base import Tag, TaggerConfig
 from tests.conftest import random_experts
 
@@ -49,7 +51,7 @@ def picture(photograph: Image.Image) -> Picture:
         ({"width": 33, "height": 77}, (33, 77)),
     ],
 )
-def test_sizes(
+def test_result_has_the_requested_size(
     small: Upscaler, photograph: Image.Image, options: dict[str, int], size: tuple[int, int]
 ) -> None:
     assert small(photograph, steps=1, **options).size == size
@@ -74,7 +76,7 @@ def scaling(scaling_bundle: Path) -> Upscaler:
         ({"width": 300}, (300, 225), 4),
     ],
 )
-def test_the_network_works_at_the_scale_asked_for_where_it_was_trained_for_it(
+def test_network_runs_at_the_nearest_trained_scale(
     scaling: Upscaler,
     picture: Picture,
     options: dict[str, float],
@@ -89,7 +91,7 @@ def test_the_network_works_at_the_scale_asked_for_where_it_was_trained_for_it(
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2, 2.37, 4])
-def test_at_any_scale_a_tile_sees_its_part_of_the_bicubic_picture(
+def test_tile_sees_its_part_of_the_bicubic_picture_at_any_scale(
     scaling: Upscaler, picture: Picture, scale: float
 ) -> None:
     odd = dataclasses.replace(picture, pixels=picture.pixels[:, :47, :61])
@@ -101,35 +103,35 @@ def test_at_any_scale_a_tile_sees_its_part_of_the_bicubic_picture(
     below, beside = (4 * (-(-side // 4)) - side for side in job.size)
     whole = torch.nn.functional.pad(whole, (0, beside, 0, below), mode="replicate")
     for tile in job.tiles:
-        part = scaling._upsampled(job, tile)
+        part = job.enlarged_lr(tile, 4, scaling.device)
         torch.testing.assert_close(part, tile.scaled(4).crop(whole), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2.37])
-def test_at_any_scale_a_silent_model_is_bicubic_whatever_the_tiles(
+def test_silent_model_gives_bicubic_at_any_scale_and_tile(
     scaling: Upscaler, picture: Picture, scale: float
 ) -> None:
     bundle = scaling.config, [silent(m) for m in scaling.experts]
-    quiet = Upscaler(upscaler.weights.Bundle(*bundle, {}))
+    quiet = Upscaler(weights.Bundle(*bundle, {}))
     bicubic = resize(picture.pixels[None], round(48 * scale), round(64 * scale))[0].clamp(0, 1)
     for tile in ("off", 20):
         result = quiet.upscale(picture, Options(scale=scale, steps=1, tile=tile)).pixels
         torch.testing.assert_close(result, bicubic, atol=2e-5, rtol=0)
 
 
-def test_tile_is_a_side_in_input_pixels_at_any_scale(scaling: Upscaler, picture: Picture) -> None:
+def test_tile_option_counts_input_pixels_at_any_scale(scaling: Upscaler, picture: Picture) -> None:
     for scale, cells in ((1, 8), (2, 16), (4, 32)):
         options = Options(scale=scale, tile=32)
         assert list(scaling.tile_sizes(picture, options)) == [cells]
 
 
-def test_a_model_of_one_scale_shrinks_what_it_computes(small: Upscaler, picture: Picture) -> None:
+def test_model_of_one_scale_shrinks_its_result(small: Upscaler, picture: Picture) -> None:
     job = small.prepare(picture, Options(scale=1.5))
     assert job.scale == 4 and job.size == (192, 256)
     assert small.upscale(picture, Options(scale=1.5, steps=1)).pixels.shape == (3, 72, 96)
 
 
-def test_detail_leads_from_the_first_steps_answer_to_the_last_ones(
+def test_detail_blends_the_first_steps_result_with_the_last(
     scaling: Upscaler, picture: Picture
 ) -> None:
     """Latents are pixels here, so their blend is the pictures'; clamping apart."""
@@ -149,7 +151,7 @@ def test_detail_leads_from_the_first_steps_answer_to_the_last_ones(
         assert (full - one).abs().max() > 1e-2
 
 
-def test_without_detail_one_forward_is_taken(small: Upscaler, picture: Picture) -> None:
+def test_detail_zero_takes_one_forward(small: Upscaler, picture: Picture) -> None:
     calls: list[int] = []
     hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in small.experts]
     small.upscale(picture, Options(steps=20, detail=0))
@@ -158,7 +160,7 @@ def test_without_detail_one_forward_is_taken(small: Upscaler, picture: Picture) 
     assert len(calls) == 1
 
 
-def test_the_guess_travels_only_with_requests_that_blend(small: Upscaler, picture: Picture) -> None:
+def test_guess_travels_only_with_requests_that_blend(small: Upscaler, picture: Picture) -> None:
     """Side by side with others, some at their first step and some not."""
     details = (0.5, 1.0, 0.5)
     jobs = [
@@ -179,7 +181,7 @@ def test_the_guess_travels_only_with_requests_that_blend(small: Upscaler, pictur
         assert ours.untyped_storage().nbytes() == ours.nbytes
 
 
-def test_a_models_plan_is_walked(small: Upscaler, picture: Picture) -> None:
+def test_prepare_follows_the_models_plan(small: Upscaler, picture: Picture) -> None:
     """Each expert once, at the timesteps that the config names."""
     sampling = small.config.sampling.model_copy(update={"plans": ((1.0, 0.9, 0.5, 0.2),)})
     config = small.config.model_copy(update={"sampling": sampling})
@@ -194,12 +196,12 @@ def test_a_models_plan_is_walked(small: Upscaler, picture: Picture) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (200, 3), (5, 5)])
-def test_odd_pictures(small: Upscaler, size: tuple[int, int]) -> None:
+def test_tiny_and_narrow_pictures_are_upscaled(small: Upscaler, size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
     assert small(image, steps=2).size == (size[0] * 4, size[1] * 4)
 
 
-def test_same_seed_same_pixels_and_another_seed_others(small: Upscaler, picture: Picture) -> None:
+def test_seed_decides_the_pixels(small: Upscaler, picture: Picture) -> None:
     first, again, other = (
         small.upscale(picture, Options(steps=4, seed=s)).pixels for s in (1, 1, 2)
     )
@@ -207,7 +209,7 @@ def test_same_seed_same_pixels_and_another_seed_others(small: Upscaler, picture:
     assert not torch.equal(first, other)
 
 
-def test_threads_may_share_an_upscaler(small: Upscaler, picture: Picture) -> None:
+def test_threads_sharing_an_upscaler_get_the_same_pixels(small: Upscaler, picture: Picture) -> None:
     asked = [Options(steps=2, seed=seed, tile=16) for seed in range(6)]
     alone = [small.upscale(picture, options).pixels for options in asked]
     with ThreadPoolExecutor(3) as pool:
@@ -241,9 +243,7 @@ def _segments(jobs: Sequence[UpscaleState], expert: int) -> list[tuple[UpscaleSt
     return [(job, next(s for s in job.segments if s.expert == expert)) for job in jobs]
 
 
-def test_side_by_side_every_work_gets_what_it_gets_alone(
-    tagged: Upscaler, picture: Picture
-) -> None:
+def test_batch_gives_each_request_its_result_alone(tagged: Upscaler, picture: Picture) -> None:
     """Other seeds, steps, shapes, tags and numbers of tiles, at timesteps of their own."""
     corner = dataclasses.replace(picture, pixels=picture.pixels[:, :16, :24])
     asked: list[tuple[Picture, int | None, Options]] = [
@@ -267,9 +267,7 @@ def test_side_by_side_every_work_gets_what_it_gets_alone(
                 assert ours.untyped_storage().nbytes() == ours.nbytes  # no neighbours along
 
 
-def test_a_work_among_others_that_do_not_fit_gets_the_same_bits(
-    small: Upscaler, picture: Picture
-) -> None:
+def test_batch_without_room_gives_the_same_bits_as_alone(small: Upscaler, picture: Picture) -> None:
     """One cell at a time: everyone goes through the model alone."""
     jobs = [small.prepare(picture, Options(seed=seed), tile=20) for seed in (1, 2)]
     batch = _segments(jobs, 0)
@@ -279,7 +277,7 @@ def test_a_work_among_others_that_do_not_fit_gets_the_same_bits(
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm", "adams"])
-def test_by_any_solver_segments_give_the_bits_of_one_run(
+def test_segments_give_the_bits_of_one_run_with_any_solver(
     small: Upscaler, picture: Picture, solver: Solver
 ) -> None:
     """The same expert each time; what it saw last travels with the work."""
@@ -290,7 +288,7 @@ def test_by_any_solver_segments_give_the_bits_of_one_run(
     assert all(map(torch.equal, job.latents, whole.latents))
 
 
-def test_only_what_the_next_step_needs_travels(small: Upscaler, picture: Picture) -> None:
+def test_previous_travels_only_if_the_next_step_needs_it(small: Upscaler, picture: Picture) -> None:
     kept = {}
     for solver in ("euler", "dpm", "adams"):
         job = small.prepare(picture, Options(steps=5, solver=solver), tile=20)
@@ -307,7 +305,7 @@ def test_only_what_the_next_step_needs_travels(small: Upscaler, picture: Picture
     }
 
 
-def test_side_by_side_solvers_do_not_mix(small_bundle: Path, picture: Picture) -> None:
+def test_batch_does_not_mix_solvers(small_bundle: Path, picture: Picture) -> None:
     """Works of every solver, some with a step behind them and some without, in one batch."""
     small = Upscaler(weights.load(small_bundle, dtype=torch.float32))
     jobs = [
@@ -328,7 +326,7 @@ def test_side_by_side_solvers_do_not_mix(small_bundle: Path, picture: Picture) -
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_the_solver_is_the_models_own_unless_asked_for(small: Upscaler, picture: Picture) -> None:
+def test_solver_is_the_models_own_by_default(small: Upscaler, picture: Picture) -> None:
     by = {s: small.upscale(picture, Options(steps=5, solver=s)).pixels for s in SOLVERS}
     assert torch.equal(by[None], by["euler"])
     assert not torch.equal(by["dpm"], by["euler"]) and not torch.equal(by["adams"], by["dpm"])
@@ -336,15 +334,13 @@ def test_the_solver_is_the_models_own_unless_asked_for(small: Upscaler, picture:
     assert small.describe(Options(solver="dpm"))["solver"] == "dpm"
 
 
-def test_a_batch_is_one_experts(small: Upscaler, picture: Picture) -> None:
+def test_batch_refuses_segments_of_several_experts(small: Upscaler, picture: Picture) -> None:
     job = small.prepare(picture, Options(steps=4))
     with pytest.raises(ValueError, match="one expert"):
         small.denoise_batch([(job, segment) for segment in job.segments[:2]])
 
 
-def test_what_nobody_wants_any_more_is_given_up_between_tiles(
-    small: Upscaler, picture: Picture
-) -> None:
+def test_batch_gives_up_unwanted_requests_between_tiles(small: Upscaler, picture: Picture) -> None:
     jobs = [small.prepare(picture, Options(seed=seed), tile=20) for seed in (1, 2)]
     batch = _segments(jobs, 0)
     forwards: list[int] = []
@@ -365,7 +361,7 @@ def test_what_nobody_wants_any_more_is_given_up_between_tiles(
     assert all(map(torch.equal, kept.latents, alone.latents))
 
 
-def test_tags_are_taken_in_once_for_all_tiles_and_steps(
+def test_tag_keys_are_computed_once_for_all_tiles_and_steps(
     tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tagged.prepare(picture, Options(steps=8, tags=("cat",)), tile=20)
@@ -378,8 +374,8 @@ def test_tags_are_taken_in_once_for_all_tiles_and_steps(
     assert len(calls) == 1
 
 
-def test_who_plans_loads_no_decoder(learned: Upscaler, picture: Picture) -> None:
-    """Nor does who takes steps without the encoded picture; a whole upscaler has it at once."""
+def test_planning_and_some_denoisers_load_no_decoder(learned: Upscaler, picture: Picture) -> None:
+    """A denoiser without the encoded picture does without it; a whole upscaler loads it at once."""
     folder = Path(str(learned.config.latent.source)).parent / "weights"
     assert "autoencoder" in vars(learned)
     part = Upscaler.load(folder, "cpu", only=[0])
@@ -388,16 +384,16 @@ def test_who_plans_loads_no_decoder(learned: Upscaler, picture: Picture) -> None
     assert "autoencoder" not in vars(part)
 
 
-def test_work_is_what_experts_need_and_no_picture(small: Upscaler, picture: Picture) -> None:
+def test_denoise_state_has_no_picture_and_suffices(small: Upscaler, picture: Picture) -> None:
     job = small.prepare(picture, Options(steps=2))
-    work = job.work()
+    work = job.denoise_state()
     assert not hasattr(work, "picture") and not hasattr(work, "options")
     segment = job.segments[0]
     alone = small.denoise(work, segment)
     assert all(map(torch.equal, alone.latents, small.denoise(job, segment).latents))
 
 
-def test_only_the_experts_that_are_needed_are_loaded(
+def test_load_only_loads_the_chosen_experts(
     small: Upscaler, small_bundle: Path, picture: Picture
 ) -> None:
     part = Upscaler.load(small_bundle, "cpu", only=(1,))
@@ -414,7 +410,7 @@ def test_only_the_experts_that_are_needed_are_loaded(
         part.denoise(job, job.segments[0])
 
 
-def test_each_segment_is_taken_by_its_own_expert(small: Upscaler, picture: Picture) -> None:
+def test_each_segment_is_denoised_by_its_own_expert(small: Upscaler, picture: Picture) -> None:
     """Silencing one expert changes the result exactly when the plan uses it."""
     before = small.upscale(picture, Options(steps=4)).pixels
     for expert, used in enumerate([True, True, True, False]):
@@ -426,14 +422,14 @@ def test_each_segment_is_taken_by_its_own_expert(small: Upscaler, picture: Pictu
         assert torch.equal(before, after) != used
 
 
-def test_a_tile_sees_its_part_of_the_whole_bicubic_picture(
-    small: Upscaler, picture: Picture
-) -> None:
+def test_tile_sees_its_part_of_the_bicubic_picture(small: Upscaler, picture: Picture) -> None:
     job = small.prepare(picture, Options(), tile=20)
     assert len(job.tiles) > 4
     whole = resize(job.lr, *(4 * n for n in job.lr.shape[-2:]))
     for tile in job.tiles:
-        torch.testing.assert_close(small._upsampled(job, tile), tile.scaled(4).crop(whole))
+        torch.testing.assert_close(
+            job.enlarged_lr(tile, 4, small.device), tile.scaled(4).crop(whole)
+        )
 
 
 def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture) -> None:
@@ -443,10 +439,10 @@ def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture)
         assert torch.equal(latent, tile.crop(whole))
 
 
-def test_a_silent_model_is_bicubic_whatever_the_tiles(small: Upscaler, picture: Picture) -> None:
+def test_silent_model_gives_bicubic_for_any_tile(small: Upscaler, picture: Picture) -> None:
     """With no residual predicted, tiling, blending and colour fix must add nothing."""
     bundle = small.config, [silent(m) for m in small.experts]
-    quiet = Upscaler(upscaler.weights.Bundle(*bundle, {}))
+    quiet = Upscaler(weights.Bundle(*bundle, {}))
     bicubic = resize(picture.pixels[None], 192, 256)[0].clamp(0, 1)
     for tile in ("off", 20):
         result = quiet.upscale(picture, Options(steps=1, tile=tile)).pixels
@@ -462,7 +458,7 @@ def silent(model: torch.nn.Module) -> torch.nn.Module:
     return copy.requires_grad_(False)
 
 
-def test_alpha_and_metadata_come_along(small: Upscaler, picture: Picture) -> None:
+def test_result_keeps_alpha_and_metadata(small: Upscaler, picture: Picture) -> None:
     alpha = torch.linspace(0, 1, 64).expand(1, 48, 64)
     given = dataclasses.replace(picture, alpha=alpha, bits=16, icc=None, exif=None)
     result = small.upscale(given, Options(steps=1))
@@ -483,7 +479,7 @@ def test_progress_names_the_experts(small: Upscaler, picture: Picture) -> None:
     ]
 
 
-def test_out_of_memory_is_answered_with_smaller_tiles(
+def test_out_of_memory_tries_smaller_tiles(
     small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = _limit_memory(small, monkeypatch, largest=50)
@@ -492,11 +488,11 @@ def test_out_of_memory_is_answered_with_smaller_tiles(
 
 
 @pytest.mark.parametrize("tile", [64, "off"])
-def test_a_chosen_tile_is_never_overridden(
+def test_out_of_memory_keeps_a_chosen_tile(
     small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch, tile: int | str
 ) -> None:
     tried = _limit_memory(small, monkeypatch, largest=50)
-    with pytest.raises(upscaler.OutOfMemory, match="--tile"):
+    with pytest.raises(OutOfMemory, match="--tile"):
         small.upscale(picture, Options(steps=1, tile=tile))
     assert tried == [64 if tile == 64 else None]
 
@@ -508,8 +504,8 @@ def _limit_memory(
     tried: list[int | None] = []
     prepare = small.prepare
 
-    @upscaler._memory_errors()
-    def limited(picture: Picture, options: Options, tile: int | None) -> upscaler.UpscaleState:
+    @memory_errors()
+    def limited(picture: Picture, options: Options, tile: int | None) -> UpscaleState:
         tried.append(tile)
         if tile is None or tile > largest:
             torch.empty(2**60)
@@ -538,56 +534,56 @@ def _limit_memory(
         {"unknown": 1},
     ],
 )
-def test_bad_options_are_named(fields: dict[str, object]) -> None:
+def test_options_name_the_bad_field(fields: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=next(iter(fields))):
         Options.parse(**fields)
 
 
-def test_a_picture_that_the_device_has_no_room_for_is_joined_on_the_cpu(
+def test_finish_falls_back_to_the_cpu_when_the_device_is_full(
     small: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, whole = small.prepare(picture, Options(steps=1)), small.upscale(picture, Options(steps=1))
     for segment in job.segments:
         job = small.denoise(job, segment)
-    finished, asked = Upscaler._finished, []
+    finished, asked = Upscaler._finish_on, []
 
     def with_little_room(self: Upscaler, job: UpscaleState, device: torch.device) -> Picture:
         asked.append(device.type)
         if device.type != "cpu":
-            raise upscaler.OutOfMemory
+            raise OutOfMemory
         monkeypatch.setattr(self, "device", device)  # there is no other here
         return finished(self, job, device)
 
-    monkeypatch.setattr(Upscaler, "_finished", with_little_room)
+    monkeypatch.setattr(Upscaler, "_finish_on", with_little_room)
     monkeypatch.setattr(small, "device", torch.device("meta"))
     assert torch.equal(small.finish(job).pixels, whole.pixels)
     assert asked == ["meta", "cpu"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_joined_on_a_gpu_it_is_the_same_picture(small_bundle: Path, picture: Picture) -> None:
+def test_finish_on_a_gpu_gives_the_same_picture(small_bundle: Path, picture: Picture) -> None:
     on_gpu = Upscaler.load(small_bundle, "cuda")
     job = on_gpu.prepare(picture, Options(steps=1))
     for segment in job.segments:
         job = on_gpu.denoise(job, segment)
-    here = on_gpu._finished(job, torch.device("cpu")).pixels
+    here = on_gpu._finish_on(job, torch.device("cpu")).pixels
     torch.testing.assert_close(on_gpu.finish(job).pixels, here, atol=2 / 255, rtol=0)
 
 
-def test_compiled_is_refused_where_it_would_be_slower(small_bundle: Path) -> None:
+def test_compile_is_refused_on_a_cpu(small_bundle: Path) -> None:
     with pytest.raises(OptionError, match="compile is for CUDA"):
         Upscaler.load(small_bundle, "cpu", compiled=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiled_it_is_the_same_picture(small_bundle: Path, picture: Picture) -> None:
+def test_compile_gives_the_same_picture(small_bundle: Path, picture: Picture) -> None:
     plain, compiled = (Upscaler.load(small_bundle, "cuda", compiled=c) for c in (False, True))
     results = [u.upscale(picture, Options(steps=1)).pixels for u in (plain, compiled)]
     torch.testing.assert_close(*results, atol=4 / 255, rtol=0)
 
 
 @pytest.mark.parametrize("tags", [("cat",), "auto"])
-def test_tags_on_a_model_without_tags_are_refused(
+def test_model_without_tags_refuses_tags(
     small: Upscaler, picture: Picture, tags: tuple[str, ...] | str
 ) -> None:
     with pytest.raises(OptionError, match="without tags"):
@@ -599,7 +595,7 @@ def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
     """Guided by tags; from a disk, so that the encoder's config is what a bundle carries."""
     folder = tmp_path_factory.mktemp("tagged")
     experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
-    upscaler.weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
+    weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
     return Upscaler.load(folder, "cpu")
 
 
@@ -607,11 +603,11 @@ def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
     ("text", "tags"),
     [("cat, grass ,,", ("cat", "grass")), ("", ()), ("auto", "auto"), ("auto,", ("auto",))],
 )
-def test_tags_as_text(text: str, tags: object) -> None:
+def test_options_split_tags_at_commas(text: str, tags: object) -> None:
     assert Options.parse(tags=text).tags == tags
 
 
-def test_tags_steer_every_expert_and_no_tags_are_none(tagged: Upscaler, picture: Picture) -> None:
+def test_tags_change_every_experts_result(tagged: Upscaler, picture: Picture) -> None:
     corner = dataclasses.replace(picture, pixels=picture.pixels[:, :8, :8])
     cat, dog, none = (
         tagged.prepare(corner, Options(steps=20, tags=tags)) for tags in (("cat",), ("dog",), ())
@@ -622,7 +618,7 @@ def test_tags_steer_every_expert_and_no_tags_are_none(tagged: Upscaler, picture:
         assert len({float(latent.double().sum()) for latent in latents}) == 3
 
 
-def test_whoever_denoises_needs_no_encoder(
+def test_denoising_needs_no_tag_encoder(
     tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job carries its embeddings: stages may lie on machines without the text model."""
@@ -635,7 +631,7 @@ def test_whoever_denoises_needs_no_encoder(
     assert torch.equal(tagged.finish(job).pixels, whole)
 
 
-def test_automatic_tags_are_the_taggers_and_are_told(
+def test_automatic_tags_are_the_taggers_and_are_recorded(
     tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
@@ -653,10 +649,12 @@ def test_automatic_tags_are_the_taggers_and_are_told(
     assert tagged.describe(chosen)["tags"] == "dark"
     automatic, explicit = (tagged.upscale(picture, o).pixels for o in (options, chosen))
     assert torch.equal(automatic, explicit)
-    assert tagged.prepare(picture, options).options.tags == ("dark",)
+    assert tagged.prepare(picture, chosen).options.tags == ("dark",)
+    with pytest.raises(ValueError, match="with_tags"):
+        tagged.prepare(picture, options)
 
 
-def test_unusable_device_is_named(small_bundle: Path) -> None:
+def test_load_names_an_unusable_device(small_bundle: Path) -> None:
     with pytest.raises(OptionError, match="nonsense"):
         Upscaler.load(small_bundle, "nonsense")
 
@@ -669,19 +667,19 @@ def test_unusable_device_is_named(small_bundle: Path) -> None:
         (False, True, torch.bfloat16),
     ],
 )
-def test_bfloat16_is_for_processors_that_multiply_it(
+def test_best_dtype_is_bfloat16_only_with_hardware_support(
     monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, best: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert upscaler.best_dtype(torch.device("cpu")) == best
-    assert upscaler.best_dtype(torch.device("cuda")) == torch.bfloat16
-    assert upscaler.best_dtype(torch.device("mps")) == torch.float32
+    assert best_dtype(torch.device("cpu")) == best
+    assert best_dtype(torch.device("cuda")) == torch.bfloat16
+    assert best_dtype(torch.device("mps")) == torch.float32
 
 
-def test_bfloat16_stays_close_and_finite(small: Upscaler, small_bundle: Path) -> None:
+def test_bfloat16_is_close_to_float32_and_finite(small: Upscaler, small_bundle: Path) -> None:
     """The default on CUDA and on CPUs with AMX or AVX512-BF16."""
-    half = Upscaler(upscaler.weights.load(small_bundle, dtype=torch.bfloat16))
+    half = Upscaler(weights.load(small_bundle, dtype=torch.bfloat16))
     for size in [(1, 1), (7, 5), (40, 33)]:
         given = from_pil(Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB"))
         ours, theirs = (u.upscale(given, Options(steps=4)).pixels for u in (half, small))
@@ -710,13 +708,13 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
         latent=LatentConfig(kind="dc-ae", factor=8, scale=0.4, source=str(folder / "ae")),
     )
     experts = [m.state_dict() for m in random_experts(config, 4)]
-    upscaler.weights.save(folder / "weights", config, experts, {}, dtype=torch.float32)
+    weights.save(folder / "weights", config, experts, {}, dtype=torch.float32)
     return Upscaler.load(folder / "weights", "cpu")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (13, 7), (64, 48)])
 @pytest.mark.parametrize("tile", ["off", 16])
-def test_learned_latents_of_another_factor_than_the_scale(
+def test_learned_latent_works_with_another_factor_than_the_scale(
     learned: Upscaler, size: tuple[int, int], tile: int | str
 ) -> None:
     image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB")

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from linearsr.diffusion.experts import Segment
-from linearsr.imaging.files import encode, read, result_format
-from linearsr.pipeline.upscaler import Upscaler, UpscaleState
+from linearsr.pipeline.codec import encode_result, read_tagged
+from linearsr.pipeline.state import UpscaleState
+from linearsr.pipeline.upscaler import Upscaler
 from linearsr.web.api import create_app
 from linearsr.web.service import (
     Events,
@@ -74,14 +75,11 @@ class Local:
                 if request.progress:
                     yield Progress(expert, segment.stop, job.steps)
             picture, timing["decode"] = await _timed(self.upscaler.finish, job)
-            format = result_format(job.picture.format, request.files.format)
-            told = self.upscaler.describe(job.options)
-            image, timing["encode"] = await _timed(
-                lambda: encode(picture, format, quality=request.files.quality, provenance=told)
+            result, timing["encode"] = await _timed(
+                encode_result, self.upscaler, picture, job.options, request.files
             )
-            height, width = picture.pixels.shape[-2:]
             model, seed = self.upscaler.config.name, job.options.seed
-            yield Result(image, format, width, height, model, seed, job.steps, job.scale, timing)
+            yield Result(*result, model, seed, job.steps, job.scale, timing)
         finally:
             self._take(-1)
 
@@ -105,8 +103,7 @@ class Local:
             self._changed.notify_all()
 
     def _prepare(self, request: Request) -> UpscaleState:
-        picture = read(request.data, max_pixels=request.files.max_pixels)
-        options = self.upscaler.with_tags(picture, request.options)
+        picture, options = read_tagged(self.upscaler, request.data, request.options, request.files)
         return self.upscaler.prepare(
             picture, options, next(self.upscaler.tile_sizes(picture, options))
         )

@@ -31,7 +31,7 @@ from linearsr import Upscaler, cli, weights
 from linearsr.config import FileOptions, ModelConfig, Options
 from linearsr.errors import InputError, OptionError, OutputError, TooLarge, WeightsError
 from linearsr.imaging.files import Picture, encode, read, read_provenance
-from linearsr.pipeline.upscaler import OutOfMemory
+from linearsr.pipeline.memory import OutOfMemory
 from linearsr.web.api import create_app
 from linearsr.web.service import (
     Events,

@@ -26,7 +26,7 @@ from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import Item, Score, Settings
 from linearsr.evaluation.judge import Judge
 from linearsr.evaluation.report import Report
-from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
+from linearsr.evaluation.run import Evaluation, ModelViews, Request, finish, plan
 from linearsr.evaluation.sources import list_pictures, read_source
 from linearsr.metrics.measure import conventions
 from linearsr.pipeline.upscaler import Upscaler
@@ -129,7 +129,7 @@ def _fingerprint(config: EvaluationConfig, settings: Settings) -> str:
     return digest([fields, request.lr, folders, conventions(), config.model_device])
 
 
-def _scores(planned: Plan, config: EvaluationConfig, parts: Location) -> list[Score]:
+def _scores(planned: Evaluation, config: EvaluationConfig, parts: Location) -> list[Score]:
     """Return the scores of all pictures: those of earlier runs, and those judged now."""
     done = dict(_read_parts(parts))
     wanted = {item.id for item in planned.items}
@@ -187,19 +187,19 @@ class _Worker:
 class _ExampleWorker(_Worker):
     """Describes the models and cuts the examples of the contact sheet."""
 
-    def __call__(self, lists: list[Sequence[Item]]) -> list[Seen]:  # type: ignore[override]
+    def __call__(self, lists: list[Sequence[Item]]) -> list[ModelViews]:  # type: ignore[override]
         """Return the descriptions and examples for each list of pictures."""
         return [
-            Seen(self.judge.describe(), [self.judge.example(item) for item in items])
+            ModelViews(self.judge.describe(), [self.judge.example(item) for item in items])
             for items in lists
         ]
 
 
-def _examples(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> Seen:
+def _examples(settings: Settings, items: Sequence[Item], config: EvaluationConfig) -> ModelViews:
     """Return the models' descriptions and the examples, from one actor."""
     pool = config.model_copy(update={"actors": 1})
     ((_, result),) = map_actors([items], _ExampleWorker, (settings, config), pool)
     if result is None:
         raise LinearSRError(f"the contact sheet failed: {CRASHED}")
-    examples: Seen = result
+    examples: ModelViews = result
     return examples

@@ -9,7 +9,7 @@ Pixels never travel between processes: memory does not grow with the dataset.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field, field_validator
@@ -27,8 +27,9 @@ from linearsr.distributed.datasets.resume import (
 from linearsr.distributed.models import absolute, check_model, load_upscaler
 from linearsr.distributed.queue import Pool, map_actors
 from linearsr.errors import InputError, OptionError, StorageError
-from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, encode, read, result_name
+from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, Picture, result_name
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
+from linearsr.pipeline.codec import Encoded, upscale_encoded
 from linearsr.storage.location import Location, explained, locate, part_name, url, write_table
 
 RESULTS = pa.schema(
@@ -180,18 +181,14 @@ def _ids_in(folder: Location) -> set[str]:
     return done
 
 
-class _Result(NamedTuple):
-    """An upscaled picture as the bytes of a file."""
-
-    image: bytes
-    width: int
-    height: int
-
-
 class _Stage:
     """The stage that a picture is at, for the error that it may end in."""
 
     name = "read"
+
+    def begin(self, name: str, _: Picture) -> None:
+        """Note that the picture's next stage begins."""
+        self.name = name
 
 
 class _Worker:
@@ -217,7 +214,8 @@ class _Worker:
                 else:
                     format = WRITE_SUFFIXES[f".{self.config.files.format or 'png'}"]
                     result = self._upscale(row, format, stage)
-                    results.append({"id": row["id"], **result._asdict()})
+                    size = {"width": result.width, "height": result.height}
+                    results.append({"id": row["id"], "image": result.data, **size})
             except (OptionError, StorageError):
                 raise  # the next one would fail as well
             except Exception as failure:  # one bad picture must not end the job
@@ -235,17 +233,15 @@ class _Worker:
         suffix = PurePosixPath(row["target"]).suffix.lower()
         result = self._upscale(row, WRITE_SUFFIXES[suffix], stage)
         stage.name = "write"
-        target.write(result.image)
+        target.write(result.data)
 
-    def _upscale(self, row: dict[str, Any], format: str, stage: _Stage) -> _Result:
-        options, files = self.config.options, self.config.files
-        data = read_input(self.source, row, self.config.column)
-        picture = read(data, max_pixels=files.max_pixels, name=row["id"])
-        stage.name = "upscale"
-        options = self.upscaler.with_tags(picture, options)
-        result = self.upscaler.upscale(picture, options)
-        stage.name = "encode"
-        provenance = self.upscaler.describe(options)
-        image = encode(result, format, quality=files.quality, provenance=provenance)
-        height, width = result.pixels.shape[-2:]
-        return _Result(image, width, height)
+    def _upscale(self, row: dict[str, Any], format: str, stage: _Stage) -> Encoded:
+        return upscale_encoded(
+            self.upscaler,
+            read_input(self.source, row, self.config.column),
+            self.config.options,
+            self.config.files,
+            format=format,
+            name=row["id"],
+            on_stage=stage.begin,
+        )

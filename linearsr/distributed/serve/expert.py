@@ -18,7 +18,8 @@ from linearsr.distributed.serve.config import ServeConfig
 from linearsr.distributed.serve.retry import StaleModel, WeightsChanged
 from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
-from linearsr.pipeline.upscaler import DenoiseState, Upscaler
+from linearsr.pipeline.state import DenoiseState
+from linearsr.pipeline.upscaler import Upscaler
 
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
 

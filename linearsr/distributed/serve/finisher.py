@@ -9,8 +9,8 @@ from linearsr.config import FileOptions
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.distributed.serve.expert import Handoff, check_planned_for
-from linearsr.imaging.files import encode, result_format
-from linearsr.pipeline.upscaler import UpscaleState
+from linearsr.pipeline.codec import encode_result
+from linearsr.pipeline.state import UpscaleState
 from linearsr.web.service import Result
 
 
@@ -37,12 +37,9 @@ class Finisher:
         began = time.perf_counter()
         picture = self.upscaler.finish(job.after(passed.work))
         decoded = time.perf_counter()
-        format = result_format(job.picture.format, files.format)
-        told = self.upscaler.describe(job.options)
-        image = encode(picture, format, quality=files.quality, provenance=told)
-        height, width = picture.pixels.shape[-2:]
+        result = encode_result(self.upscaler, picture, job.options, files)
         ended = time.perf_counter()
         timing = {"queue": passed.queue, **passed.denoise}
         timing |= {"decode": 1000 * (decoded - began), "encode": 1000 * (ended - decoded)}
         model, seed = self.upscaler.config.name, job.options.seed
-        return Result(image, format, width, height, model, seed, job.steps, job.scale, timing)
+        return Result(*result, model, seed, job.steps, job.scale, timing)

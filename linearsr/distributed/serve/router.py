@@ -33,8 +33,9 @@ from linearsr.distributed.serve.retry import (
     cause,
     retry_policy,
 )
-from linearsr.imaging.files import read
-from linearsr.pipeline.upscaler import OutOfMemory, UpscaleState
+from linearsr.pipeline.codec import read_tagged
+from linearsr.pipeline.memory import OutOfMemory
+from linearsr.pipeline.state import UpscaleState
 from linearsr.web.service import Events, NotReady, Progress, Request, Result
 
 Value = TypeVar("Value")
@@ -74,8 +75,9 @@ class Router:
 
     async def _upscale(self, request: Request) -> Events:
         began = time.perf_counter()
-        picture = await self._threaded(read, request.data, max_pixels=request.files.max_pixels)
-        options = await self._threaded(self.upscaler.with_tags, picture, request.options)
+        picture, options = await self._threaded(
+            read_tagged, self.upscaler, request.data, request.options, request.files
+        )
         for tile in self.upscaler.tile_sizes(picture, options):
             with contextlib.suppress(OutOfMemory):
                 job = await self._threaded(self.upscaler.prepare, picture, options, tile)
@@ -110,7 +112,9 @@ class Router:
         """One call for each segment, all at once: each waits for the one before it by itself."""
         responses: list[DeploymentResponse] = []
         for segment in job.segments:
-            passed = responses[-1] if responses else Handoff(job.work(), self.upscaler.config)
+            passed = (
+                responses[-1] if responses else Handoff(job.denoise_state(), self.upscaler.config)
+            )
             responses.append(self.experts[segment.expert].denoise.remote(passed, segment))
         return responses
 

@@ -103,7 +103,7 @@ def test_shards_give_the_scores_of_their_pictures(
     assert main([*words.split(), "-o", str(tmp_path / "plain")]) == 1
     assert _rows(tmp_path / "job") == _rows(tmp_path / "plain")
     # Names without a partner stay without one: nothing is left for another try.
-    assert report.failures == ["astronaut.png (other): left out: no result picture fits"]
+    assert report.failures == ["astronaut.png (other): left out: no result picture matches"]
     assert not list((tmp_path / "job").glob("parts-*"))
 
 

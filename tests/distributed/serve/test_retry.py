@@ -92,7 +92,7 @@ def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
     experts = Experts(ServeConfig(model=str(small_bundle), device="cpu"), (0,))
     picture = from_pil(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
     job = experts.upscaler.prepare(picture, Options(steps=4))
-    planned = Handoff(job.work(), experts.upscaler.config)
+    planned = Handoff(job.denoise_state(), experts.upscaler.config)
     segment = job.segments[0]
 
     async def at_once(item: Any) -> Any:
