@@ -16,17 +16,17 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from linearsr.cli import job
 from linearsr.distributed.serve import ServeConfig
 from tools.rehearsal.__main__ import main
-from tools.rehearsal.machine import CLUSTER, Place, scaled_down
+from tools.rehearsal.machine import CLUSTER, Target, scaled_down
 from tools.rehearsal.run import Failed, run
-from tools.rehearsal.scenario import Stage, story
+from tools.rehearsal.scenario import Step, scenario
 
-PLACE = Place("http://127.0.0.1:1", "http://127.0.0.1:2", "s3://bucket/folder")
+TARGET = Target("http://127.0.0.1:1", "http://127.0.0.1:2", "s3://bucket/folder")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_every_stage_is_understood_by_its_job(gpu: bool) -> None:
-    for stage in story(PLACE, gpu=gpu):
-        script, *flags = shlex.split(stage.command)
+    for step in scenario(TARGET, gpu=gpu):
+        script, *flags = shlex.split(step.command)
         parser = import_module(f"ray_jobs.{script.removesuffix('.py')}").parser()
         options = parser.parse_args(flags)
         if script in ("pretrain.py", "finetune_experts.py"):
@@ -39,13 +39,13 @@ def test_every_stage_is_understood_by_its_job(gpu: bool) -> None:
 
 
 def test_each_stage_reads_what_an_earlier_one_has_written() -> None:
-    there = {f"{PLACE.storage}/{name}" for name in ("train", "validation", "small")}
-    for stage in story(PLACE):
-        words = shlex.split(stage.command)
+    there = {f"{TARGET.storage}/{name}" for name in ("train", "validation", "small")}
+    for step in scenario(TARGET):
+        words = shlex.split(step.command)
         for flag in ("--input", "--data", "--validation", "--hr", "--from", "--model"):
             if flag in words:
-                assert words[words.index(flag) + 1] in there, f"{stage.name}: {flag}"
-        there.add(stage.results)
+                assert words[words.index(flag) + 1] in there, f"{step.name}: {flag}"
+        there.add(step.results)
 
 
 def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
@@ -60,11 +60,11 @@ def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
 
 def test_what_fails_is_in_the_table(tmp_path: Path) -> None:
     """Nobody listens there: `ray job submit` itself says so."""
-    stage = Stage(
+    step = Step(
         "tag", "tag_dataset.py --help", "s3://bucket/shards", lambda: Image.new("1", (1, 1))
     )
     with pytest.raises(Failed, match="tag: no word of rehearsal-"):
-        run([stage, stage], PLACE, tmp_path)
+        run([step, step], TARGET, tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert "| tag | failed: no word of" in page and "1-tag_dataset.log" in page
     assert (tmp_path / "1-tag_dataset.log").stat().st_size
@@ -74,9 +74,9 @@ def test_what_fails_is_in_the_table(tmp_path: Path) -> None:
 def test_what_was_not_made_fails_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.rehearsal.run._submit", lambda *_: "")
     nothing: list[Image.Image] = []
-    stage = Stage("tag", "tag_dataset.py", "s3://bucket/shards", lambda: next(iter(nothing)))
+    step = Step("tag", "tag_dataset.py", "s3://bucket/shards", lambda: next(iter(nothing)))
     with pytest.raises(Failed, match="tag: StopIteration"):
-        run([stage], PLACE, tmp_path)
+        run([step], TARGET, tmp_path)
 
 
 @pytest.mark.parametrize(
