@@ -1,10 +1,10 @@
-"""All stages of linearsr-tiny on one GPU, each in the seconds that it is given.
+"""All stages of linearsr-tiny on one GPU, each within a given number of seconds.
 
     python -m linearsr.training.accelerated --photos PHOTOS --out OUT \\
         --stages pretrain=165 structure=105 texture=210 polish=35 refinement=12
 
-Pairs are cut and degraded on the device, blocks are compiled, and each stage leaves its averaged
-weights in OUT/STAGE.pt, from which a later call goes on. Needs torch, numpy, pillow, pydantic and
+Pairs are cut and degraded on the device, blocks are compiled, and each stage writes its averaged
+weights to OUT/STAGE.pt, from which a later call continues. Needs torch, numpy, pillow, pydantic and
 safetensors, and lpips for the perceptual stages. Knows nothing of Ray, of recipes and of knees; it
 has no guard and no exact resuming, as a stage takes minutes. Without a GPU it is for tests.
 """
@@ -41,7 +41,7 @@ from linearsr.training.ema import EMA
 
 MODEL = TINY
 LATENT = SpaceToDepth(MODEL.latent)
-AT_FOUR = 0.72  # the share of pairs at scale 4
+AT_FOUR = 0.72  # share of pairs at scale 4
 FLOW_MIX: dict[Preset, float]
 FLOW_MIX = {"clean": 0.4, "mild": 0.15, "camera": 0.15, "seesr": 0.12, "web": 0.18}
 PERCEPTUAL_MIX: dict[Preset, float]
@@ -54,10 +54,10 @@ STARTED = time.perf_counter()
 
 
 class Flow(NamedTuple):
-    """A stage that learns clean latents at timesteps of (low, high], on a share `at_one` at 1.
+    """A stage that learns clean latents at timesteps of (low, high], a share `at_one` of them at 1.
 
-    begins: the stage whose weights it starts with. rate: as a multiple of --rate; it falls to
-    `floor` of that. velocities: all timesteps are trained, and judged by their velocities.
+    begins: stage whose weights it starts with. rate: multiple of --rate; it falls to the share
+    `floor` of itself. velocities: train all timesteps by the error of the velocity.
     """
 
     begins: str | None
@@ -72,7 +72,7 @@ class Flow(NamedTuple):
 
 
 class Perceptual(NamedTuple):
-    """A stage that is judged by its pictures, behind the experts `before`, which are frozen."""
+    """A stage that learns from its pictures, after the frozen experts `before`."""
 
     begins: str
     rate: float
@@ -89,7 +89,7 @@ STAGES: dict[str, Flow | Perceptual] = {
     "texture": Perceptual("pretrain", 3e-4, ("structure",)),
     "polish": Perceptual("texture", 1.5e-4, ("structure", "texture")),
 }
-# The timesteps of the sampling by which a stage is judged, the last of them its own.
+# Timesteps of the sampling that measures a stage; the last one is the stage's own.
 PLANS = {
     "pretrain": ((1.0,),),
     "structure": ((1.0,),),
@@ -99,7 +99,7 @@ PLANS = {
 
 
 def say(text: str) -> None:
-    """A line of the program's log, with the seconds since it began."""
+    """Print a line with the seconds since the program started."""
     print(f"{time.perf_counter() - STARTED:6.1f} s  {text}", flush=True)
 
 
@@ -107,9 +107,9 @@ def say(text: str) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ReLU linear attention of (B, N, H, D), with its products in the precision of v.
+    """Return ReLU linear attention of (B, N, H, D), with products in the precision of v.
 
-    What `relu_linear_attention` computes but for its care for magnitudes that overflow, in
+    It computes the same as `relu_linear_attention`, without protection against overflow, in
     operations that compile into few passes over memory, forward and backward.
     """
     q, k, v = (x.transpose(1, 2) for x in (q.relu(), k.relu(), v))
@@ -121,7 +121,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def light_attention() -> Iterator[None]:
-    """Blocks take `attention` while this lasts."""
+    """Make the blocks use `attention` within the context."""
     name = "relu_linear_attention"
     before = getattr(blocks, name)
     setattr(blocks, name, attention)
@@ -132,19 +132,19 @@ def light_attention() -> Iterator[None]:
 
 
 def velocity(network: LinearSR, latent: Tensor, t: Tensor, bicubic: Tensor) -> Tensor:
-    """The network's velocity (B, C, h, w) at latents of that shape and t (B,), in float32."""
+    """Return the velocity (B, C, h, w) at latents of that shape and t (B,), in float32."""
     with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.is_cuda):
         condition = network.condition(bicubic, LATENT.condition(bicubic))
         return network(latent, t, condition).float()
 
 
 def guess(network: LinearSR, latent: Tensor, t: Tensor, bicubic: Tensor) -> Tensor:
-    """The clean latent that the network sees in `latent` at t."""
+    """Return the network's guess of the clean latent, from `latent` at t."""
     return clean_guess(latent, velocity(network, latent, t, bicubic), t)
 
 
 def noise_for(bicubic: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Noise of the latent's shape; with a generator of the CPU, the same on every device."""
+    """Return noise of the latent's shape; with a CPU generator, the same on every device."""
     count, _, height, width = bicubic.shape
     cells = height // LATENT.factor, width // LATENT.factor
     device = bicubic.device if generator is None else None
@@ -152,11 +152,11 @@ def noise_for(bicubic: Tensor, generator: torch.Generator | None = None) -> Tens
     return torch.randn(shape, generator=generator, device=device).to(bicubic.device)
 
 
-# Judging
+# Measuring
 
 
 class Judge:
-    """PSNR on Y and LPIPS of results at scale 4, for pictures that stay the same.
+    """PSNR on Y and LPIPS of results at scale 4, on fixed pictures.
 
     folder: `hr/*.png`, and `clean` and `degraded` with their LR pictures of the same names.
     """
@@ -183,7 +183,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, nets: Sequence[LinearSR], times: Sequence[float]) -> dict[str, float]:
-        """Means over the pictures, after Euler's steps at `times`, the i-th by nets[i]."""
+        """Return means over the pictures, after Euler steps at `times`, the i-th by nets[i]."""
         scores = {}
         for kind, groups in self.sets.items():
             values: dict[str, list[float]] = {}
@@ -195,20 +195,20 @@ class Judge:
                 if self.distance is not None:
                     far = self.distance(picture, hr).flatten()
                     values.setdefault("lpips", []).extend(far.tolist())
-            for metric, found in values.items():
-                scores[f"{kind} {metric}"] = round(float(np.mean(found)), 4)
+            for metric, each in values.items():
+                scores[f"{kind} {metric}"] = round(float(np.mean(each)), 4)
         return scores
 
 
 def psnr(picture: Tensor, hr: Tensor) -> Tensor:
-    """PSNR in dB (B,) of pictures (B, 3, H, W) in [-1, 1]: on Y of BT.601, 4 pixels cropped."""
+    """Return PSNR in dB (B,) of pictures (B, 3, H, W) in [-1, 1]: Y of BT.601, 4 px cropped."""
     luma = torch.tensor([65.481, 128.553, 24.966], device=hr.device).view(3, 1, 1) / 2
     error = ((picture - hr) * luma).sum(1)[:, 4:-4, 4:-4]
     return 10 * torch.log10(255**2 / error.square().mean((1, 2)))
 
 
 def walk(nets: Sequence[LinearSR], times: Sequence[float], bicubic: Tensor) -> Tensor:
-    """The clean latent after Euler's steps from noise that is always the same."""
+    """Return the clean latent after Euler steps from fixed noise."""
     latent = noise_for(bicubic, torch.Generator().manual_seed(0))
     for network, begin, end in zip(nets, times, (*times[1:], 0.0), strict=True):
         t, after = (torch.full((len(latent),), x, device=latent.device) for x in (begin, end))
@@ -217,7 +217,7 @@ def walk(nets: Sequence[LinearSR], times: Sequence[float], bicubic: Tensor) -> T
 
 
 def read(path: Path) -> Tensor:
-    """A picture's pixels, (3, H, W) uint8."""
+    """Read a picture's pixels, (3, H, W) uint8."""
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
@@ -225,7 +225,7 @@ def read(path: Path) -> Tensor:
 
 
 class Clock:
-    """The time of a stage. It begins anew after a few steps: compiling does not count."""
+    """The time of a stage; it restarts after a few steps, since compiling does not count."""
 
     def __init__(self, seconds: float, device: torch.device) -> None:
         self.seconds, self.device = seconds, device
@@ -233,11 +233,11 @@ class Clock:
         self.steps = 0
 
     def used(self) -> float:
-        """The share of the stage's seconds that is over."""
+        """Return the share of the stage's seconds that has passed."""
         return 0.0 if self.began is None else (time.perf_counter() - self.began) / self.seconds
 
     def tick(self) -> bool:
-        """Count a step; whether the stage's time began with its end."""
+        """Count a step; return whether the stage's time has just started."""
         self.steps += 1
         if self.steps not in (1, 5):
             return False
@@ -248,21 +248,21 @@ class Clock:
 
 
 class Log:
-    """Means of what a stage's steps tell, and the time of a step, said every few seconds."""
+    """Prints the mean losses of a stage's steps and the time of a step, every few seconds."""
 
     def __init__(self, name: str, every: float) -> None:
         self.name, self.every = name, every
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was added so far."""
+        """Start new means."""
         self.began, self.steps = time.perf_counter(), 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, step: int, told: Mapping[str, Tensor]) -> None:
-        """What one step told; a line when it is time for one."""
+    def add(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """Add the losses of a step, and print a line when it is time for one."""
         self.steps += 1
-        self.sums = {k: v + self.sums[k] if k in self.sums else v for k, v in told.items()}
+        self.sums = {k: v + self.sums[k] if k in self.sums else v for k, v in losses.items()}
         seconds = time.perf_counter() - self.began
         if seconds > self.every:
             means = "  ".join(f"{k} {v.item() / self.steps:.4f}" for k, v in self.sums.items())
@@ -271,10 +271,10 @@ class Log:
 
 
 class Objective(Protocol):
-    """What a stage does with a batch."""
+    """The training step of a stage."""
 
     def step(self, hr: Tensor, bicubic: Tensor, clock: Clock) -> dict[str, Tensor]:
-        """One update of the network; the losses that it came from."""
+        """Update the network with a batch; return the losses."""
         ...
 
 
@@ -283,7 +283,7 @@ def _adamw(model: nn.Module, rate: float, betas: tuple[float, float]) -> torch.o
 
 
 def _update(optimizer: torch.optim.AdamW, rate: float, clip: float | None = None) -> None:
-    """A step of the optimizer at that rate, with the gradients that there are."""
+    """Step the optimizer at that learning rate, and clear the gradients."""
     (group,) = optimizer.param_groups
     if clip is not None:
         nn.utils.clip_grad_norm_(group["params"], clip)
@@ -293,14 +293,14 @@ def _update(optimizer: torch.optim.AdamW, rate: float, clip: float | None = None
 
 
 class FlowObjective:
-    """Latents of a stage's timesteps, and the clean ones that the network sees in them."""
+    """The network guesses clean latents from noisy ones at the stage's timesteps."""
 
     def __init__(self, stage: Flow, network: LinearSR, rate: float) -> None:
         self.stage, self.network, self.rate = stage, network, rate * stage.rate
         self.optimizer = _adamw(network, self.rate, (0.9, 0.99))
 
     def step(self, hr: Tensor, bicubic: Tensor, clock: Clock) -> dict[str, Tensor]:
-        """One update of the network; its loss."""
+        """Update the network; return its loss."""
         clean = LATENT.encode(hr, bicubic)
         t = self._timesteps(len(hr), hr.device)
         latent = add_noise(clean, torch.randn_like(clean), t)
@@ -321,7 +321,7 @@ class FlowObjective:
         return torch.where(at_one, 1.0, t.clamp(low + 1e-3, high))
 
     def _loss(self, error: Tensor, t: Tensor) -> Tensor:
-        """Of the clean latents' errors (B, C, h, w) at t (B,)."""
+        """Return the loss of clean latents' errors (B, C, h, w) at t (B,)."""
         if self.stage.velocities:
             # The velocity's error is that of the clean latent over t.
             wrong = error / t.view(-1, 1, 1, 1).clamp(min=0.05)
@@ -330,9 +330,9 @@ class FlowObjective:
 
 
 class PerceptualObjective:
-    """Pictures from where sampling comes by, judged by L1, LPIPS and a discriminator.
+    """L1, LPIPS and a discriminator compare pictures, which start where sampling would.
 
-    first: the structure expert. between: the texture expert, where the polish expert is trained.
+    first: the structure expert. between: the texture expert if the polish expert is trained.
     """
 
     def __init__(
@@ -353,14 +353,14 @@ class PerceptualObjective:
         self.rng = np.random.default_rng(options.seed)
 
     def step(self, hr: Tensor, bicubic: Tensor, clock: Clock) -> dict[str, Tensor]:
-        """One update of the discriminator and one of the network; their losses."""
+        """Update the discriminator, then the network; return their losses."""
         fall = min(1.0, (clock.steps + 1) / 100) * min(1.0, (1 - clock.used()) / 0.4)
         with torch.no_grad():
             latent, t = self._arrive(bicubic)
         picture = LATENT.decode(guess(self.network, latent, t, bicubic), bicubic)
         real, fake = (self._scores(x, bicubic) for x in (hr, picture.detach()))
-        told = hinge(real, fake)
-        told.backward()
+        critic_loss = hinge(real, fake)
+        critic_loss.backward()
         _update(self.critic, DISCRIMINATOR_RATE * fall)
         self.discriminator.requires_grad_(False)
         pixels, far = (picture - hr).abs().mean(), self.distance(picture, hr).mean()
@@ -369,7 +369,7 @@ class PerceptualObjective:
         (self.options.l1 * pixels + self.options.lp * far + gan * fooling).backward()
         self.discriminator.requires_grad_(True)
         _update(self.optimizer, self.rate * fall, clip=1.0)
-        losses = {"l1": pixels, "lpips": far, "fooling": fooling, "discriminator": told}
+        losses = {"l1": pixels, "lpips": far, "fooling": fooling, "discriminator": critic_loss}
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _scores(self, picture: Tensor, bicubic: Tensor) -> list[Tensor]:
@@ -377,17 +377,17 @@ class PerceptualObjective:
             return [scores.float() for scores in self.discriminator(picture, bicubic)]
 
     def _arrive(self, bicubic: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents as sampling in a few steps brings them to t (B,), and t."""
+        """Return latents that sampling in a few steps brings to t (B,), and t."""
         count, device = len(bicubic), bicubic.device
         noise, one = noise_for(bicubic), torch.ones(count, device=device)
         u, wide = torch.rand(count, device=device), torch.rand(count, device=device) < 0.4
-        # All of the texture expert's range, and oftener where one of two steps would begin.
+        # The texture expert's whole range, and more often where the second of two steps starts.
         t = torch.where(wide, 0.23 + 0.645 * u, 0.25 + 0.35 * u)
         latent = euler_step(noise, velocity(self.first, noise, one, bicubic), one, t)
         if self.between is not None:
             after = uniform(count, (0.02, 0.223), device).flatten()
         elif self.rng.random() < 0.2:
-            # Another step of its own: what more steps bring there.
+            # One more step of its own, as in sampling with more steps.
             after = 0.23 + (t - 0.23) * torch.rand(count, device=device)
         else:
             return latent, t
@@ -399,7 +399,7 @@ class PerceptualObjective:
 
 
 class Trainer:
-    """The stages of one call, and what they share: photographs, judge, files."""
+    """Trains the stages of one call; they share photographs, judge and files."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.options, self.device, self.out = options, device, options.out
@@ -427,7 +427,7 @@ class Trainer:
         return atlas
 
     def run(self, name: str, seconds: float) -> None:
-        """One stage, to its file."""
+        """Train one stage and write its file."""
         stage = STAGES[name]
         begins = name if self._path(name).exists() else stage.begins
         say(f"{name}: {seconds:g} s, from {begins or 'random weights'}")
@@ -451,14 +451,14 @@ class Trainer:
         clock, log = Clock(seconds, self.device), Log(name, options.say_every)
         judged = time.perf_counter()
         while clock.used() < 1:
-            told = objective.step(*next(data), clock)
+            losses = objective.step(*next(data), clock)
             began = clock.tick()
             average.update(clock.steps)
             if began:
                 log.restart()
                 judged = time.perf_counter()
             else:
-                log.add(clock.steps, told)
+                log.add(clock.steps, losses)
             if time.perf_counter() - judged > options.judge_every:
                 self._judge(name, clock.steps, average.average)
                 judged = time.perf_counter()
@@ -478,14 +478,14 @@ class Trainer:
             say(f"{name} {step} at {times}: {scores}")
 
     def two_steps(self) -> None:
-        """Say how good two steps are with the second one at other timesteps."""
+        """Print the scores of two steps, with the second one at several timesteps."""
         if self.judge is not None and self._path("texture").exists():
             nets = [self._network(name) for name in ("structure", "texture")]
             for t in (0.25, 0.35, 0.5, 0.65):
                 say(f"two steps, the second at {t}: {self.judge(nets, (1.0, t))}")
 
     def bundle(self, folder: Path) -> None:
-        """All four experts as a folder of weights. Raises WeightsError where one is missing."""
+        """Write the four experts to a folder of weights. Raises WeightsError if one is missing."""
         states = [self._state(name) for name in weights.expert_names(MODEL)]
         stages = " ".join(f"{name}={seconds:g}" for name, seconds in self.options.stages)
         provenance = {"program": "linearsr.training.accelerated", "stages": stages}
@@ -504,7 +504,7 @@ class Trainer:
         )
 
     def _ready(self, network: LinearSR) -> LinearSR:
-        """The same network, its blocks compiled where there is a GPU."""
+        """Compile the network's blocks if there is a GPU, and return it."""
         if self.device.type == "cuda":
             network.compile_blocks()
         return network
@@ -530,7 +530,7 @@ class Trainer:
             ) from error
 
     def _seed(self, name: str) -> int:
-        """Another one for each stage."""
+        """Return a seed of the stage's own."""
         return int(self.options.seed) + list(STAGES).index(name)
 
     def _path(self, name: str) -> Path:
@@ -551,7 +551,7 @@ class Trainer:
 
 
 def _stage(text: str) -> tuple[str, float]:
-    """ "pretrain=165" as ("pretrain", 165.0). Raises ValueError for anything else."""
+    """Parse "pretrain=165" to ("pretrain", 165.0). Raises ValueError for anything else."""
     name, _, seconds = text.partition("=")
     if name not in STAGES or not float(seconds) > 0:
         raise ValueError(text)
@@ -564,22 +564,22 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--photos", nargs="+", default=[], help="folders of *.jpg or *.png")
-    add("--val", type=Path, help="pictures to judge by: hr/, clean/ and degraded/ with *.png")
-    add("--trunk", type=Path, help="SqueezeNet 1.1 for LPIPS (default: where linearsr looks)")
-    add("--out", type=Path, required=True, help="where the stages' weights go")
-    given = f"any of {', '.join(STAGES)}, in the order given"
-    add("--stages", nargs="+", type=_stage, default=[], metavar="STAGE=SECONDS", help=given)
+    add("--val", type=Path, help="validation pictures: *.png in hr/, clean/ and degraded/")
+    add("--trunk", type=Path, help="file of SqueezeNet 1.1 for LPIPS (default: see the docs)")
+    add("--out", type=Path, required=True, help="folder for the stages' weights")
+    order = f"stages to train, in this order: any of {', '.join(STAGES)}"
+    add("--stages", nargs="+", type=_stage, default=[], metavar="STAGE=SECONDS", help=order)
     add("--bundle", type=Path, metavar="FOLDER", help="write the four experts there at the end")
-    add("--patch", type=int, default=160, choices=range(32, 193, 32), help="pixels of HR")
-    add("--batch", type=int, default=64, help="patches")
-    add("--shrinks", type=int, default=6, help="smaller sizes of each photograph")
-    add("--rate", type=float, default=1.5e-3, help="of the pretraining")
-    add("--l1", type=float, default=4.0, help="weight in the perceptual stages")
-    add("--lp", type=float, default=1.0, help="likewise, of LPIPS")
-    add("--gan", type=float, default=0.03, help="likewise, of the discriminator")
-    add("--say-every", type=float, default=8.0, help="seconds")
-    add("--judge-every", type=float, default=20.0, help="seconds")
-    add("--seed", type=int, default=int(time.time()) % 100000, help="default: from the time")
+    add("--patch", type=int, default=160, choices=range(32, 193, 32), help="side of HR in pixels")
+    add("--batch", type=int, default=64, help="patches in a batch")
+    add("--shrinks", type=int, default=6, help="smaller copies of each photograph")
+    add("--rate", type=float, default=1.5e-3, help="learning rate of the pretraining")
+    add("--l1", type=float, default=4.0, help="weight of L1 in the perceptual stages")
+    add("--lp", type=float, default=1.0, help="weight of LPIPS in them")
+    add("--gan", type=float, default=0.03, help="weight of the discriminator in them")
+    add("--say-every", type=float, default=8.0, help="seconds between lines of the log")
+    add("--judge-every", type=float, default=20.0, help="seconds between validations")
+    add("--seed", type=int, default=int(time.time()) % 100000, help="seed (default: from the time)")
     options = parser.parse_args()
     if options.stages and not options.photos:
         parser.error("--photos is needed to train")
@@ -587,7 +587,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the stages that were asked for, then write the bundle."""
+    """Train the chosen stages, then write the bundle."""
     options = _options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

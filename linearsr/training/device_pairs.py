@@ -1,4 +1,4 @@
-"""Training pairs cut and degraded on the device: what one GPU needs to be kept busy.
+"""Training pairs cut and degraded on the device, fast enough to keep one GPU busy.
 
     photographs ─ Atlas.crops ─▶ HR ─ degraded ─▶ LR ─ resize ─▶ enlarged LR
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from linearsr.imaging.degradation import PRESETS, Degradation, Preset, Range, Stage
 from linearsr.imaging.resample import resize
 
-CHUNKS = 8  # that are made before their pairs are shuffled
+CHUNKS = 8  # number of chunks whose pairs are shuffled together
 KERNEL = 21  # pixels
 # The quantisation tables of JPEG's Annex K.
 LUMINANCE = torch.tensor(
@@ -60,13 +60,13 @@ class Atlas:
                 places.append((offset, h, w))
                 offset += h * w
         self.pixels, self.device = torch.cat(flat), device
-        # Of each picture: where its pixels begin, height, width.
+        # For each picture: index of its first pixel, height, width.
         self.places = torch.tensor(places, device=device)
 
     def crops(self, count: int, size: int) -> Tensor:
-        """(count, 3, size, size) in [0, 1], with `size` up to SMALLEST, turned at random.
+        """Return random crops (count, 3, size, size) in [0, 1], flipped and turned at random.
 
-        Half of them are the busier of two; a fifth is made darker or lighter.
+        size: up to SMALLEST. Half of the crops are the busier of two; a fifth is darker or lighter.
         """
         candidates = self._crops(2 * count, size).unflatten(0, (2, count))
         busy = candidates.diff(dim=-1).abs().mean((2, 3, 4))
@@ -98,19 +98,19 @@ class Atlas:
 
 
 def uniform(count: int, span: Range, device: torch.device) -> Tensor:
-    """Numbers between those of `span`, one for each picture: (count, 1, 1, 1)."""
+    """Return random numbers within `span`, one for each picture: (count, 1, 1, 1)."""
     return torch.empty(count, 1, 1, 1, device=device).uniform_(*span)
 
 
 def pick(x: Tensor, other: Tensor, share: float) -> Tensor:
-    """Pictures of `other` instead of those of `x`, on a random share of the batch."""
+    """Return `x` with a random share of its pictures replaced by those of `other`."""
     if share >= 1:
         return other
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < share, other, x)
 
 
 def gaussian_kernels(count: int, sigma: Range, device: torch.device) -> Tensor:
-    """Anisotropic Gaussians at random angles, (count, KERNEL, KERNEL), sum 1; sigma in pixels."""
+    """Return anisotropic Gaussians, (count, KERNEL, KERNEL), sum 1; sigma in pixels."""
     sx, sy = (uniform(count, sigma, device)[:, 0] for _ in range(2))
     angle = uniform(count, (0.0, math.pi), device)[:, 0]
     y, x = _offsets(device)
@@ -120,7 +120,7 @@ def gaussian_kernels(count: int, sigma: Range, device: torch.device) -> Tensor:
 
 
 def sinc_kernels(count: int, device: torch.device) -> Tensor:
-    """Circular low-pass filters, (count, KERNEL, KERNEL), sum 1."""
+    """Return circular low-pass filters, (count, KERNEL, KERNEL), sum 1."""
     cutoff = uniform(count, (math.pi / 3, math.pi), device)[:, 0]
     radius = torch.hypot(*_offsets(device))[None]
     safe = radius.clamp(min=1e-6)
@@ -130,14 +130,14 @@ def sinc_kernels(count: int, device: torch.device) -> Tensor:
 
 
 def _offsets(device: torch.device) -> tuple[Tensor, Tensor]:
-    """How far each pixel of a kernel lies below its middle and to the right of it."""
+    """Return how far each pixel of a kernel is below the middle and to its right."""
     axis = torch.arange(KERNEL, device=device, dtype=torch.float32) - KERNEL // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return y, x
 
 
 def filtered(x: Tensor, kernels: Tensor) -> Tensor:
-    """Pictures (B, C, H, W), each by its own kernel (B, K, K), through the Fourier transform.
+    """Filter pictures (B, C, H, W) by kernels (B, K, K) of their own, by Fourier transform.
 
     K is odd; beyond the edges the outermost pixels are repeated.
     """
@@ -153,7 +153,7 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def blurred(x: Tensor, stage: Stage) -> Tensor:
-    """Gaussian blur, or at times a sinc filter, on the stage's share of the pictures."""
+    """Apply Gaussian blur, or sometimes a sinc filter, to the stage's share of the pictures."""
     kernels = gaussian_kernels(len(x), stage.blur_sigma, x.device)
     if stage.sinc_probability:
         some = torch.rand(len(x), 1, 1, device=x.device) < stage.sinc_probability
@@ -162,7 +162,7 @@ def blurred(x: Tensor, stage: Stage) -> Tensor:
 
 
 def noisy(x: Tensor, stage: Stage) -> Tensor:
-    """Gaussian or Poisson noise, some of it grey, on the stage's share of the pictures."""
+    """Add Gaussian or Poisson noise, some of it grey, to the stage's share of the pictures."""
     count = len(x)
     gray = torch.rand(count, 1, 1, 1, device=x.device) < stage.gray_noise_probability
     noise = torch.randn_like(x)
@@ -178,7 +178,7 @@ def noisy(x: Tensor, stage: Stage) -> Tensor:
 
 
 def jpeg(x: Tensor, quality: Range, share: float = 1.0) -> Tensor:
-    """JPEG with 4:2:0 on a share of pictures (B, 3, H, W) in [0, 1], each at its own quality.
+    """Apply JPEG with 4:2:0 to a share of pictures (B, 3, H, W) in [0, 1], at random qualities.
 
     Qualities are whole numbers from 1 to 100, on the scale of libjpeg and Pillow.
     """
@@ -198,9 +198,9 @@ def jpeg(x: Tensor, quality: Range, share: float = 1.0) -> Tensor:
 
 
 def _quantised(plane: Tensor, table: Tensor, factor: Tensor) -> Tensor:
-    """Planes (B, C, H, W) in [0, 255] through an 8x8 DCT rounded to the steps of their quality.
+    """Round the 8x8 DCT of planes (B, C, H, W) in [0, 255] to the steps of their quality.
 
-    table (8, 8), factor (B, 1, 1, 1, 1, 1): the steps at quality 50, and percent of them.
+    table: (8, 8), the steps at quality 50. factor: (B, 1, 1, 1, 1, 1), percent of them.
     """
     n = torch.arange(8, device=plane.device, dtype=torch.float32)
     basis = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
@@ -213,7 +213,7 @@ def _quantised(plane: Tensor, table: Tensor, factor: Tensor) -> Tensor:
 
 
 def second_order(x: Tensor, preset: Degradation, small: int, rng: np.random.Generator) -> Tensor:
-    """Real-ESRGAN's second-order degradation, or a milder set of it, down to a side of `small`."""
+    """Apply Real-ESRGAN's second-order degradation, or a milder one, down to side `small`."""
     for stage in preset.stages:
         x = blurred(x, stage)
         low, high = stage.resize_range
@@ -227,14 +227,14 @@ def second_order(x: Tensor, preset: Degradation, small: int, rng: np.random.Gene
 
 
 def one_round(x: Tensor, preset: Degradation, small: int) -> Tensor:
-    """A camera's picture: blur, then shrinking to a side of `small`, then noise and JPEG."""
+    """Degrade as a camera does: blur, shrink to side `small`, add noise, apply JPEG."""
     (stage,) = preset.stages
     x = noisy(resize(blurred(x, stage), small, small), stage)
     return jpeg(x, stage.jpeg_quality, stage.jpeg_probability)
 
 
-# A simpler one than that of `degrade`: no WebP, and found somewhat larger than LR.
-FOUND = Stage(
+# Simpler than the preset of `degrade`: no WebP; the first file is somewhat larger than LR.
+WEB_FILE = Stage(
     blur_probability=0.3,
     blur_sigma=(0.2, 1.5),
     sinc_probability=0.0,
@@ -247,17 +247,17 @@ FOUND = Stage(
 
 
 def web(x: Tensor, small: int, rng: np.random.Generator) -> Tensor:
-    """A picture from the web: shrunk and saved as JPEG, often twice with a resize in between."""
+    """Degrade as the web does: shrink and save as JPEG, often twice with a resize in between."""
     first = round(small * rng.uniform(1, 1.6))
-    x = noisy(resize(blurred(x, FOUND), first, first), FOUND)
-    x = jpeg(x, FOUND.jpeg_quality, FOUND.jpeg_probability)
-    return jpeg(resize(x, small, small), FOUND.jpeg_quality, 0.8)
+    x = noisy(resize(blurred(x, WEB_FILE), first, first), WEB_FILE)
+    x = jpeg(x, WEB_FILE.jpeg_quality, WEB_FILE.jpeg_probability)
+    return jpeg(resize(x, small, small), WEB_FILE.jpeg_quality, 0.8)
 
 
 def degraded(hr: Tensor, preset: Preset, small: int, rng: np.random.Generator) -> Tensor:
-    """HR (B, 3, S, S) in [0, 1] -> LR (B, 3, small, small) in [0, 1], rounded to 8 bits.
+    """Return LR (B, 3, small, small) in [0, 1], rounded to 8 bits, of HR (B, 3, S, S) in [0, 1].
 
-    `rng` draws the sizes in between; all else comes from torch's generator of the device.
+    `rng` draws the intermediate sizes; all else comes from torch's generator of the device.
     """
     if preset == "clean":
         x = resize(hr, small, small)
@@ -273,11 +273,11 @@ def degraded(hr: Tensor, preset: Preset, small: int, rng: np.random.Generator) -
 def pairs(
     atlas: Atlas, patch: int, batch: int, mix: Mapping[Preset, float], at_four: float, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches: HR and the enlarged LR, (batch, 3, patch, patch) in [-1, 1].
+    """Yield endless batches: HR and the enlarged LR, (batch, 3, patch, patch) in [-1, 1].
 
-    mix: the share of each preset. at_four: the share at scale 4; others are from 1 to 4. patch: a
-    multiple of 32. CHUNKS chunks are made at a time, of one preset and scale each, and shuffled
-    into as many batches.
+    mix: share of each preset. at_four: share at scale 4; other scales are from 1 to 4. patch: a
+    multiple of 32. CHUNKS chunks of one preset and scale each are made at a time, and shuffled into
+    as many batches.
     """
     rng = np.random.default_rng(seed)
     presets, shares = list(mix), list(mix.values())
@@ -299,9 +299,9 @@ def pairs(
 def _chunk(
     atlas: Atlas, patch: int, batch: int, preset: Preset, side: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One batch of one preset, whose patches have LR of `side` pixels.
+    """Return a batch of one preset, whose patches have LR of `side` pixels.
 
-    An eighth more is degraded on each side of the patch, so that no filter sees an edge in it.
+    An eighth more is degraded on each side of the patch, so no filter sees an edge inside it.
     """
     margin = patch // 8
     hr = atlas.crops(batch, patch + 2 * margin)

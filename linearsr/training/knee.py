@@ -2,8 +2,9 @@ r"""The knee point of the validation metrics: the checkpoint from which fine-tun
 
 LinearSR (arXiv 2510.08771, "ESGF") starts each later stage from the last checkpoint before
 "plateau and oscillation" of the validation metrics, although the loss still falls, and picks it by
-hand. Here it is found online. The model says that up to checkpoint k a metric y (scaled, high is
-good) rises along a concave curve, and that from k on it moves about a level that does not rise:
+hand. Here it is found during training. The model says that up to checkpoint k a metric y (scaled,
+high is good) rises along a concave curve, and that after k it moves about a level that does not
+rise:
 
     y_i = a + b f(u_i) + noise,              i <= k, b > 0, sd about `noise`
     y_i = c - d (u_i - u_k) + oscillation,   i > k,  d >= 0, sd unknown, about 3 x `noise`
@@ -12,7 +13,8 @@ with u the time in checkpoints, f one of ten concave shapes, and the two halves 
 a + b f(u_k) = c, but for their errors. The variances are integrated out, f, single outliers, and
 "this metric says nothing" are averaged over, and the metrics' log-likelihoods are added. That gives
 P(k) for every k, among them k = now: "still rising". docs/design/knee.md has the derivation,
-measurements, and where it fails. No torch, no ray.
+measurements, failures, and the comparison with simple rules, which find fewer knees. No torch, no
+ray.
 """
 
 from __future__ import annotations
@@ -31,20 +33,20 @@ Array = NDArray[np.float64]
 
 # A rise needs three checkpoints: two would fit any curve.
 FIRST = 2
-# The plateau's level at the knee is the mean of its first checkpoints: later ones have drifted.
+# The plateau's level at the knee is the mean of this many checkpoints; later ones have drifted.
 LEVEL = 10
 # At the knee the rise is at least this share of its mean slope; a flatter one is plateau already.
 SLOPE = 0.2
-# The same for "still rising": a curve with less slope at its end has arrived.
+# The same for "still rising": a curve with less slope at its end is on its plateau.
 STILL = 0.05
-# Prior odds that a given checkpoint is an outlier, and that a metric knows nothing of the knee.
+# Prior odds that a given checkpoint is an outlier, and that a metric does not show the knee.
 OUTLIER, MUTE = 0.05, 0.02
 # The rise must be this many times the mean deviation of the plateau: noise alone has no knee.
 CONTRAST = 4.0
 
 
 class KneeState(NamedTuple):
-    """What is known after an update.
+    """The state after an update.
 
     `status`: "rising"; "candidate": a plateau has probably begun after `step`; "confirmed": final.
     `step`: the training step of the knee, None while rising. `since`: updates since confirmation, 0
@@ -62,12 +64,12 @@ class KneeState(NamedTuple):
 
 
 class KneeDetector:
-    """Finds the knee from one `update` per validated checkpoint; deterministic and replayable.
+    """Finds the knee from one `update` per validated checkpoint; a replay gives the same states.
 
     `higher_is_better`: the direction of each metric, at least one. `noise` in (0, 0.5): what a
     metric is expected to jitter during the rise, as a share of the rise; learned from the data, so
     a factor of two is harmless. `patience` >= 3: checkpoints of plateau before a confirmation.
-    `confidence` in (0.5, 1): the probability asked of the plateau, and, until it is twice
+    `confidence` in (0.5, 1): the required probability of the plateau, and, until it is twice
     `patience` long, of the knee's place too. Raises OptionError outside these ranges.
     """
 
@@ -95,10 +97,10 @@ class KneeDetector:
         self._state = KneeState("rising", None, 0, {"checkpoints": 0.0})
 
     def update(self, step: int, metrics: Mapping[str, float]) -> KneeState:
-        """Take in the metrics of the checkpoint at `step` (rising from call to call).
+        """Add the metrics of the checkpoint at `step`, which must rise from call to call.
 
-        A metric that is missing or not finite is skipped this once. Raises OptionError for a step
-        that does not rise, a metric never declared, and one still without any value after
+        A metric that is missing or not finite is skipped this time. Raises OptionError for a step
+        that does not rise, an undeclared metric, and a metric without any value after
         `patience` + 1 updates; the first two leave the detector as it was.
         """
         self._check(step, metrics)
@@ -116,14 +118,16 @@ class KneeDetector:
         return self._state
 
     def curve(self) -> list[tuple[int, float]]:
-        """(step, combined score) so far: the median of the scaled metrics; empty below three."""
+        """Return (step, median of the scaled metrics) so far; empty below three checkpoints."""
         if len(self._rows) <= FIRST:
             return []
         values, weights = self._scaled()
         known = (weights > 0).any(axis=0)
-        seen = np.where(weights > 0, values, np.nan)[:, known]
+        present = np.where(weights > 0, values, np.nan)[:, known]
         steps = np.array(self._steps)[known]
-        return [(int(s), float(v)) for s, v in zip(steps, np.nanmedian(seen, axis=0), strict=True)]
+        return [
+            (int(s), float(v)) for s, v in zip(steps, np.nanmedian(present, axis=0), strict=True)
+        ]
 
     def _check(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._last is not None and step <= self._last:
@@ -134,12 +138,12 @@ class KneeDetector:
     def _check_presence(self) -> None:
         if self._updates <= self._patience:
             return
-        seen = ~np.isnan(np.array(self._rows).reshape(-1, len(self._signs))).all(axis=0)
-        if absent := [name for name, ok in zip(self._signs, seen, strict=True) if not ok]:
+        measured = ~np.isnan(np.array(self._rows).reshape(-1, len(self._signs))).all(axis=0)
+        if absent := [name for name, ok in zip(self._signs, measured, strict=True) if not ok]:
             raise OptionError(f"no value of {absent} in {self._updates} updates: is it measured?")
 
     def _scaled(self) -> tuple[Array, Array]:
-        """Values in units of their range, and weights (0 where missing), both (metrics, n)."""
+        """Return values in units of their range and weights, 0 where missing: (metrics, n) each."""
         rows = np.array(self._rows).T
         weights = (~np.isnan(rows)).astype(float)
         kept = weights.sum(axis=1) > FIRST
@@ -191,20 +195,20 @@ class KneeDetector:
 
 
 def knee_posterior(time: Array, values: Array, weights: Array, noise: float) -> Array:
-    """P(the knee is at or just after checkpoint k), (n,); k = n - 1 means "still rising".
+    """Return P(the knee is at or just after checkpoint k), (n,); k = n - 1: "still rising".
 
     `time` (n,), rising from 0, in checkpoints; `values` and `weights` (metrics, n), scaled so that
     a metric's range is 1, and 1 where there is a value. `noise` > 0 as in KneeDetector.
     """
-    suspects = _loneliness(values).argsort(axis=-1, kind="stable")[:, ::-1]
-    # Three tales of each metric: no outlier, the loneliest value is one, the next is.
-    tales = np.repeat(weights[None], 3, axis=0)
-    for tale in (1, 2):
-        np.put_along_axis(tales[tale], suspects[:, tale - 1 : tale], 0.0, axis=-1)
+    suspects = _isolation(values).argsort(axis=-1, kind="stable")[:, ::-1]
+    # Hypotheses for each metric: no outlier, the most isolated value is one, the next one is.
+    hypotheses = np.repeat(weights[None], 3, axis=0)
+    for number in (1, 2):
+        np.put_along_axis(hypotheses[number], suspects[:, number - 1 : number], 0.0, axis=-1)
     odds = np.log([1.0, OUTLIER, OUTLIER])[:, None, None]
-    told = np.logaddexp.reduce(_log_likelihood(time, values, tales, noise) + odds)
-    mute = _plateau(_line(_sums(weights, time, values)[..., -1:]), noise) + math.log(MUTE)
-    log_p = np.logaddexp(told, mute)[:, FIRST:].sum(axis=0)
+    with_knee = np.logaddexp.reduce(_log_likelihood(time, values, hypotheses, noise) + odds)
+    without = _plateau(_line(_sums(weights, time, values)[..., -1:]), noise) + math.log(MUTE)
+    log_p = np.logaddexp(with_knee, without)[:, FIRST:].sum(axis=0)
     p = np.exp(log_p - log_p.max())
     return np.concatenate([np.zeros(FIRST), p / p.sum()])
 
@@ -221,7 +225,7 @@ class _Line(NamedTuple):
 
 
 def _sums(weights: Array, x: Array, y: Array) -> Array:
-    """Running sums of w, wx, wy, wxx, wxy, wyy: any stretch of checkpoints is a difference."""
+    """Return running sums of w, wx, wy, wxx, wxy, wyy; a range of checkpoints is a difference."""
     sums = np.empty((6, *np.broadcast_shapes(weights.shape, x.shape, y.shape)))
     wx, wy = weights * x, weights * y
     for i, term in enumerate((weights, wx, wy, wx * x, wx * y, wy * y)):
@@ -236,7 +240,7 @@ def _line(sums: Array) -> _Line:
 
 
 def _log_likelihood(time: Array, values: Array, weights: Array, noise: float) -> Array:
-    """log p(values | knee at k), (..., metrics, n) like `weights`: rise, plateau, and they meet."""
+    """Return log p(values | knee at k), (..., metrics, n): rise, plateau, and their meeting."""
     with np.errstate(divide="ignore", invalid="ignore"):
         shapes = _shapes(time)
         rise = _line(_sums(weights[..., None, :], shapes, values[:, None]))
@@ -248,7 +252,7 @@ def _log_likelihood(time: Array, values: Array, weights: Array, noise: float) ->
 
 
 def _rise(rise: _Line, time: Array, shapes: Array, noise: float) -> Array:
-    """log p(y up to k | shape), (..., shapes, n); -inf if it falls, or is flat before k."""
+    """Return log p(y up to k | shape), (..., shapes, n); -inf if it falls, or is flat before k."""
     gained = shapes - shapes[:, :1]
     log_p = _log_student(rise.weight - 2, _left(rise, rise.xy / rise.xx), noise)
     # Level and gain are integrated out too, each a priori about one range wide.
@@ -260,13 +264,13 @@ def _rise(rise: _Line, time: Array, shapes: Array, noise: float) -> Array:
 
 
 def _plateau(after: _Line, noise: float) -> Array:
-    """log p(y after k), (..., n), from the line through what comes after k; 0 if nothing does."""
+    """Return log p(y after k), (..., n), from the line through y after k; 0 at the end."""
     log_p = _log_student(after.weight - 1, _left(after, _fall(after)), 3 * noise)
     return _or(log_p - 0.5 * np.log(after.weight), 0.0)
 
 
 def _meet(rise: _Line, shapes: Array, sums: Array, after: _Line, noise: float) -> Array:
-    """log N(gap; 0, its variance) between the rise's end and the plateau's level, like `_rise`."""
+    """Return log N(gap; 0, its variance) between the rise's end and the plateau's level."""
     ends = np.minimum(np.arange(sums.shape[-1]) + LEVEL, sums.shape[-1] - 1)
     level = _line(sums[..., ends] - sums)
     slope = rise.xy / rise.xx
@@ -285,17 +289,17 @@ def _or(x: Array, other: float) -> Array:
 
 
 def _left(line: _Line, slope: Array) -> Array:
-    """The squares left by the least-squares slope, or by slope zero."""
+    """Return the squared residuals of the least-squares slope, or of slope zero."""
     return np.maximum(line.yy - slope * line.xy, 0.0)
 
 
 def _fall(line: _Line) -> Array:
-    """The plateau's slope: the least-squares one if it falls, else zero."""
+    """Return the plateau's slope: the least-squares one if it falls, else zero."""
     return np.where(line.weight > 1, np.minimum(line.xy, 0.0) / line.xx, 0.0)
 
 
 def _log_student(count: Array, squares: Array, sd: float) -> Array:
-    """log p of `count` residuals; their variance has a scaled inverse-chi2(2, sd^2) prior."""
+    """Return log p of `count` residuals whose variance has an inverse-chi2(2, sd^2) prior."""
     index = np.maximum(_or(count, 0.0), -1).astype(int) + 1
     log_gamma = _log_gammas(int(index.max()))[index]
     spread = 2 * sd**2
@@ -305,17 +309,17 @@ def _log_student(count: Array, squares: Array, sd: float) -> Array:
 
 @cache
 def _log_gammas(most: int) -> Array:
-    """log Gamma((i + 1) / 2) for i = 0 .. most."""
+    """Return log Gamma((i + 1) / 2) for i = 0 .. most."""
     return np.array([math.lgamma((i + 1) / 2) for i in range(most + 1)])
 
 
 def _variance(count: Array, squares: Array, sd: float) -> Array:
-    """The variance expected under the same prior."""
+    """Return the expected variance under the prior of `_log_student`."""
     return (squares + 2 * sd**2) / (count + 2)
 
 
 def _shapes(time: Array) -> Array:
-    """Concave increasing curves, (10, n): a line, saturating exponentials, powers, a logarithm."""
+    """Return concave rising curves, (10, n): a line, exponentials, powers, a logarithm."""
     later = time + 1
     exponentials = [1 - np.exp(-time / tau) for tau in (1, 2, 4, 8, 16)]
     powers = [(later**p - 1) / p for p in (0.5, -0.5, -1.0)]
@@ -323,41 +327,41 @@ def _shapes(time: Array) -> Array:
 
 
 def _step(x: Array) -> Array:
-    """The increment to each checkpoint from the one before."""
+    """Return the increment to each checkpoint from the one before."""
     return np.diff(x, axis=-1, prepend=x[..., :1])
 
 
-def _loneliness(y: Array) -> Array:
-    """How far each value is from all that its neighbours foretell, (metrics, n): high for outliers.
+def _isolation(y: Array) -> Array:
+    """Return how far each value is from all forecasts, (metrics, n): high for outliers.
 
-    The three forecasts are the lines through the two before, the two after, and one on each side.
-    A kink agrees with one of them. The last two values lack a future and are not judged.
+    The three forecasts are the lines through the two values before, the two after, and one on each
+    side. A kink agrees with one of them. The last two values lack successors and get 0.
     """
     edge = np.full((len(y), 2), np.nan)
     padded = np.hstack([edge, y, edge])
     before2, before, after, after2 = (padded[:, i : i + y.shape[1]] for i in (0, 1, 3, 4))
     forecasts = np.stack([2 * before - before2, 2 * after - after2, (before + after) / 2])
     off = y - forecasts
-    lone = np.fmax.reduce(np.stack([np.fmin.reduce(off), np.fmin.reduce(-off), 0 * y]))
-    lone[:, -2:] = 0
-    return lone
+    isolation = np.fmax.reduce(np.stack([np.fmin.reduce(off), np.fmin.reduce(-off), 0 * y]))
+    isolation[:, -2:] = 0
+    return isolation
 
 
 def _fill(row: Array) -> Array:
-    """Missing values from their neighbours: they have weight zero, but must not look lone."""
+    """Fill missing values from their neighbours: weight 0, but they must not look like outliers."""
     known = ~np.isnan(row)
     return np.interp(np.arange(len(row)), np.flatnonzero(known), row[known])
 
 
 def _range(values: Array) -> tuple[Array, Array]:
-    """Lowest value and width, (metrics, 1), of the running median of three (and the first)."""
+    """Return lowest value and width, (metrics, 1), of the running median of three and the first."""
     middle = np.sort(np.stack([values[:, :-2], values[:, 1:-1], values[:, 2:]]), axis=0)[1]
     calm = np.hstack([values[:, :1], middle])
     return calm.min(axis=1, keepdims=True), np.ptp(calm, axis=1)[:, None]
 
 
 def _contrast(values: Array, knee: int) -> tuple[float, float]:
-    """Gain of the rise and mean deviation of the plateau, medians over the metrics."""
+    """Return the rise's gain and the plateau's mean deviation, medians over the metrics."""
     plateau = values[:, knee + 1 :]
     level = _median(plateau)
     gain = level - values[:, :2].min(axis=1)
@@ -366,5 +370,5 @@ def _contrast(values: Array, knee: int) -> tuple[float, float]:
 
 
 def _median(x: Array) -> Array:
-    """Over the last axis; the upper of two (np.median is slow on few values)."""
+    """Return the median over the last axis, the upper of two (np.median is slow on few values)."""
     return np.sort(x, axis=-1)[..., x.shape[-1] // 2]

@@ -1,4 +1,4 @@
-"""A run as one picture: loss above, validation metrics below, the knee marked in both."""
+"""A picture of a run: loss above, validation metrics below, the knee marked in both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Point = Mapping[str, float]
 def report(
     title: str, history: Sequence[Point], validated: Sequence[Point], knee: int | None, status: str
 ) -> bytes:
-    """PNG bytes.
+    """Draw the report of a run and return it as PNG bytes.
 
     history: dicts with step, loss, gradient_norm, learning_rate, as `loop.Report`.
     validated: dicts with step and one value per metric. knee: a step, or None while rising.

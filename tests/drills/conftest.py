@@ -19,7 +19,7 @@ from ray.util.state import list_actors, list_nodes
 
 from tests.distributed.conftest import ROOT, Jobs, until
 from tools import s3_server as swift
-from tools.rehearsal.machine import Place, machine
+from tools.rehearsal.machine import Target, machine
 
 __all__ = ["ROOT", "Fleet", "until"]
 
@@ -27,7 +27,7 @@ __all__ = ["ROOT", "Fleet", "until"]
 class Fleet(NamedTuple):
     """The cluster, as its users and the spot market see it."""
 
-    place: Place
+    place: Target
     jobs: Jobs
 
     def start(self, command: str, environment: Mapping[str, str] | None = None) -> str:

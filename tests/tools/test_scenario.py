@@ -1,4 +1,4 @@
-"""What the rehearsal asks of the jobs, against the jobs' own parsers and recipes; it itself is
+"""The rehearsal's commands, checked by the jobs' own parsers and recipes. The rehearsal itself is
 `make rehearse`.
 """
 
@@ -16,17 +16,17 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from linearsr.cli import job
 from linearsr.distributed.serve import ServeConfig
 from tools.rehearsal.__main__ import main
-from tools.rehearsal.machine import CLUSTER, Place, scaled_down
+from tools.rehearsal.machine import CLUSTER, Target, scaled_down
 from tools.rehearsal.run import Failed, run
-from tools.rehearsal.scenario import Stage, story
+from tools.rehearsal.scenario import Step, scenario
 
-PLACE = Place("http://127.0.0.1:1", "http://127.0.0.1:2", "s3://bucket/folder")
+TARGET = Target("http://127.0.0.1:1", "http://127.0.0.1:2", "s3://bucket/folder")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_every_stage_is_understood_by_its_job(gpu: bool) -> None:
-    for stage in story(PLACE, gpu=gpu):
-        script, *flags = shlex.split(stage.command)
+def test_the_parser_of_each_job_accepts_its_flags(gpu: bool) -> None:
+    for step in scenario(TARGET, gpu=gpu):
+        script, *flags = shlex.split(step.command)
         parser = import_module(f"ray_jobs.{script.removesuffix('.py')}").parser()
         options = parser.parse_args(flags)
         if script in ("pretrain.py", "finetune_experts.py"):
@@ -38,14 +38,14 @@ def test_every_stage_is_understood_by_its_job(gpu: bool) -> None:
             assert ServeConfig.parse(**settings) and options.on_head
 
 
-def test_each_stage_reads_what_an_earlier_one_has_written() -> None:
-    there = {f"{PLACE.storage}/{name}" for name in ("train", "validation", "small")}
-    for stage in story(PLACE):
-        words = shlex.split(stage.command)
+def test_each_step_reads_results_of_an_earlier_one() -> None:
+    there = {f"{TARGET.storage}/{name}" for name in ("train", "validation", "small")}
+    for step in scenario(TARGET):
+        words = shlex.split(step.command)
         for flag in ("--input", "--data", "--validation", "--hr", "--from", "--model"):
             if flag in words:
-                assert words[words.index(flag) + 1] in there, f"{stage.name}: {flag}"
-        there.add(stage.results)
+                assert words[words.index(flag) + 1] in there, f"{step.name}: {flag}"
+        there.add(step.results)
 
 
 def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
@@ -58,25 +58,25 @@ def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
     assert not config["available_node_types"][config["head_node_type"]]["resources"]["CPU"]
 
 
-def test_what_fails_is_in_the_table(tmp_path: Path) -> None:
+def test_the_table_names_a_failed_step(tmp_path: Path) -> None:
     """Nobody listens there: `ray job submit` itself says so."""
-    stage = Stage(
+    step = Step(
         "tag", "tag_dataset.py --help", "s3://bucket/shards", lambda: Image.new("1", (1, 1))
     )
     with pytest.raises(Failed, match="tag: no word of rehearsal-"):
-        run([stage, stage], PLACE, tmp_path)
+        run([step, step], TARGET, tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert "| tag | failed: no word of" in page and "1-tag_dataset.log" in page
     assert (tmp_path / "1-tag_dataset.log").stat().st_size
     assert not (tmp_path / "2-tag_dataset.log").exists()
 
 
-def test_what_was_not_made_fails_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_results_fail_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.rehearsal.run._submit", lambda *_: "")
     nothing: list[Image.Image] = []
-    stage = Stage("tag", "tag_dataset.py", "s3://bucket/shards", lambda: next(iter(nothing)))
+    step = Step("tag", "tag_dataset.py", "s3://bucket/shards", lambda: next(iter(nothing)))
     with pytest.raises(Failed, match="tag: StopIteration"):
-        run([stage], PLACE, tmp_path)
+        run([step], TARGET, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_was_not_made_fails_its_stage(tmp_path: Path, monkeypatch: pytest.M
         (["--storage=s3://b/f", "--endpoint=http://host/"], r"--endpoint is http://HOST:PORT"),
     ],
 )
-def test_what_would_fail_late_is_refused_at_once(
+def test_wrong_flags_are_refused_before_the_first_step(
     flags: list[str],
     message: str,
     tmp_path: Path,

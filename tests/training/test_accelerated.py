@@ -158,7 +158,7 @@ def test_sampling_is_that_of_the_upscaler(small_config: ModelConfig) -> None:
         (["--trunk=nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_done_is_said(
+def test_impossible_options_are_refused_with_the_reason(
     call: Call, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(*arguments) == 1

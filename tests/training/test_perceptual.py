@@ -212,7 +212,7 @@ def test_pairs_arrive_as_sampling_brings_them(
         assert 4 < (by_before | by_itself).sum() < 20 and not (by_before & by_itself).any()
         for i in range(24):
             z, at, end = noise[i : i + 1], torch.ones(1), t[i : i + 1]
-            condition = given.only(torch.arange(24) == i).condition
+            condition = given.only(torch.arange(24) == i).encode
             if by_before[i] or by_itself[i]:
                 other = expert if by_itself[i] else expert - 1
                 stop = middle[i : i + 1]

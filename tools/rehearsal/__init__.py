@@ -1,1 +1,1 @@
-"""The whole story through `ray job submit`, on this machine or on a real cluster."""
+"""All jobs in order through `ray job submit`, on this machine or on a real cluster."""

@@ -1,8 +1,7 @@
-"""This machine as the cluster of cluster.yaml: its node types and its autoscaler, with raylets for
-machines, and an S3 server.
+"""The cluster of cluster.yaml on this machine: its node types and autoscaler, and an S3 server.
 
-A node of cluster.yaml becomes a raylet of a few logical CPUs. The head takes no work here either,
-and there is no other node until somebody asks for one.
+A node of cluster.yaml becomes a raylet of a few logical CPUs. The head runs no tasks here either,
+and there is no other node until a job needs one.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from ray.autoscaler._private.util import fillout_defaults
 from tools import s3_server as swift
 
 CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
-# 127.0.0.1 Ray would replace by an address that can be reached from outside.
+# Ray would replace 127.0.0.1 by an address that can be reached from outside.
 HEAD = "127.0.0.2"
 STARTS_WITHIN, STOPS_WITHIN = 180.0, 60.0
 NODE = {"CPU": 4, "object_store_memory": 300 * 2**20}
@@ -45,10 +44,10 @@ COMMANDS = (
 )
 
 
-class Place(NamedTuple):
-    """A cluster's job server, its HTTP endpoint, and a folder on S3 for all that is made.
+class Target(NamedTuple):
+    """A cluster to rehearse on: its job server, its HTTP endpoint, and a folder on S3 for results.
 
-    s3_port: of the S3 server on this machine.
+    s3_port: port of the S3 server on this machine, 0 for a real cluster.
     """
 
     dashboard: str
@@ -58,12 +57,12 @@ class Place(NamedTuple):
 
 
 @contextlib.contextmanager
-def machine(log: Path) -> Iterator[Place]:
-    """The cluster and the S3 server, until the end of the block; `log` is Ray's own output.
+def machine(log: Path) -> Iterator[Target]:
+    """Run the cluster and the S3 server until the end of the block; Ray's output goes to `log`.
 
-    Ray's own ports can be reached from outside, so the cluster has a token of its own, unless
-    RAY_AUTH_MODE says otherwise. RAY_AUTH_* and AWS_* of this process are set to what leads there.
-    Raises RuntimeError when Ray does not start, and SwiftError when the S3 server does not.
+    Ray's ports can be reached from outside, so the cluster has a token of its own, unless
+    RAY_AUTH_MODE says otherwise. RAY_AUTH_* and AWS_* of this process are set for it.
+    Raises RuntimeError if Ray does not start, and SwiftError if the S3 server does not.
     """
     folder = Path(tempfile.mkdtemp(prefix="lsr-"))  # a short path, for it holds sockets
     port = swift.free_port()
@@ -73,15 +72,15 @@ def machine(log: Path) -> Iterator[Place]:
     try:
         with swift.running(folder / "s3", port), _ray(folder, log) as dashboard:
             boto3.client("s3").create_bucket(Bucket="rehearsal")
-            yield Place(dashboard, f"http://127.0.0.1:{swift.free_port()}", "s3://rehearsal", port)
+            yield Target(dashboard, f"http://127.0.0.1:{swift.free_port()}", "s3://rehearsal", port)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def scaled_down(cluster: dict[str, Any], gcs: str, folder: Path) -> dict[str, Any]:
-    """The launcher's config for raylets of this machine.
+    """Return the cluster launcher's config for raylets of this machine.
 
-    gcs: where they find the head. folder: where they have theirs.
+    gcs: address of the head. folder: parent of the raylets' own folders.
     """
     types = {
         name: {
@@ -96,7 +95,7 @@ def scaled_down(cluster: dict[str, Any], gcs: str, folder: Path) -> dict[str, An
     types[FAKE_HEAD_NODE_TYPE] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     return {
         **fillout_defaults(cluster),
-        # What is done to machines when they start has no raylet to do it to.
+        # Commands and files are for machines that start; raylets need none.
         **{name: [] for name in COMMANDS},
         **{name: {} for name in ("auth", "docker", "file_mounts")},
         "max_workers": MOST_NODES,
@@ -118,7 +117,7 @@ def scaled_down(cluster: dict[str, Any], gcs: str, folder: Path) -> dict[str, An
 
 @contextlib.contextmanager
 def _ray(folder: Path, log: Path) -> Iterator[str]:
-    """A head with an autoscaler; yields the dashboard's address."""
+    """Run a head with an autoscaler, and yield the dashboard's address."""
     gcs, dashboard = swift.free_port(), swift.free_port()
     config = folder / "cluster.json"
     cluster = yaml.safe_load(CLUSTER.read_text())
@@ -158,7 +157,7 @@ def _environment() -> dict[str, str]:
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        # Nobody waits for what still runs when the rehearsal is over.
+        # When the rehearsal is over, nothing waits for tasks that still run.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
 
@@ -179,7 +178,7 @@ def _answers(url: str) -> bool:
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
-    """The head, and the nodes that its autoscaler started, down to the last worker."""
+    """End the head and the nodes that its autoscaler started, down to the last worker."""
     everything = []
     with contextlib.suppress(psutil.NoSuchProcess):  # it may not have started
         everything = psutil.Process(head.pid).children(recursive=True)

@@ -17,19 +17,19 @@ NAMES = (
     *("coffee", "astronaut", "brick", "camera", "chelsea", "gravel", "grass"),
     *("hubble_deep_field", "ihc", "motorcycle_left", "rocket", "retina"),
 )
-# Every so many is for validation, and small versions of those are what is upscaled.
+# One of so many is for validation; its small version is upscaled.
 EVERY = 3
 SMALL = 96
 
 
 def gather(folder: Path | None, storage: str) -> None:
-    """Copy them to `storage`: train/, validation/, and small/ to upscale.
+    """Copy photographs to `storage`: train/, validation/, and small/ to upscale.
 
-    Raises InputError when there are too few.
+    folder: photographs to use; None for those of scikit-image. Raises InputError for too few.
     """
     paths = find_images(folder) if folder else _bundled()
     if len(paths) < 2 * EVERY:
-        raise InputError(f"{folder}: {len(paths)} pictures; a rehearsal takes {2 * EVERY} or more")
+        raise InputError(f"{folder}: {len(paths)} pictures; a rehearsal needs {2 * EVERY} or more")
     for number, path in enumerate(paths):
         name = f"{number:03d}-{path.stem}"
         if number % EVERY:
@@ -41,8 +41,8 @@ def gather(folder: Path | None, storage: str) -> None:
 
 def _bundled() -> list[Path]:
     folder = Path(skimage.data.__file__).parent
-    found = {path.stem: path for path in folder.iterdir()}
-    return [found[name] for name in NAMES]
+    paths = {path.stem: path for path in folder.iterdir()}
+    return [paths[name] for name in NAMES]
 
 
 def _small(path: Path) -> bytes:
@@ -51,6 +51,6 @@ def _small(path: Path) -> bytes:
     return encode(from_pil(picture), "png")
 
 
-def _put(place: str, data: bytes) -> None:
-    if not locate(place).exists():
-        locate(place).write(data)
+def _put(path: str, data: bytes) -> None:
+    if not locate(path).exists():
+        locate(path).write(data)

@@ -1,4 +1,4 @@
-"""A picture of what each stage made, from where it lies on storage."""
+"""A picture of each job's results, read from storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PANEL, ROWS = 320, 4
 
 
 def pairs(shards: str) -> Image.Image:
-    """LR and HR of the first rows."""
+    """Draw LR and HR of the first rows."""
     rows = []
     for row in _rows(shards):
         labels = [f"LR {row['lr_width']}x{row['lr_height']}", f"HR of {row['id'].split('/')[-1]}"]
@@ -28,7 +28,7 @@ def pairs(shards: str) -> Image.Image:
 
 
 def tags(shards: str) -> Image.Image:
-    """LR of the first rows, and what the tagger saw."""
+    """Draw LR of the first rows with the tagger's tags."""
     rows = []
     for row in _rows(shards, column="tags"):
         scored = zip(row["tags"], row["tag_scores"], strict=True)
@@ -38,28 +38,28 @@ def tags(shards: str) -> Image.Image:
 
 
 def reports(run: str) -> Image.Image:
-    """The curves of a run, or of all runs in a folder: loss, metrics, and the knee."""
-    found = [file for file in locate(run).files() if file.name == "report.png"]
-    curves = [Image.open(io.BytesIO(file.read())).convert("RGB") for file in found]
-    names = [file.path.rsplit("/", 2)[-2] for file in found]
+    """Draw the curves of a run, or of all runs in a folder: loss, metrics, and the knee."""
+    files = [file for file in locate(run).files() if file.name == "report.png"]
+    curves = [Image.open(io.BytesIO(file.read())).convert("RGB") for file in files]
+    names = [file.path.rsplit("/", 2)[-2] for file in files]
     width = max(curve.width for curve in curves)
     return sheet([Row([name], [curve]) for name, curve in zip(names, curves, strict=True)], width)
 
 
 def contact(report: str) -> Image.Image:
-    """The evaluation's own contact sheet."""
+    """Return the evaluation's contact sheet."""
     return Image.open(io.BytesIO((locate(report) / "contact.jpg").read())).convert("RGB")
 
 
 def before_and_after(small: str, large: str) -> Image.Image:
-    """Pictures of one folder, bicubic, and their results of the same names in another."""
+    """Draw pictures of one folder, bicubic, beside their results in another."""
     results = {file.name: file for file in locate(large).files()}
     both = [(file, results[file.name]) for file in _pictures(small) if file.name in results]
     return beside([(f.name, f.read(), result.read()) for f, result in both[:ROWS]])
 
 
 def answers(small: str, endpoint: str) -> Image.Image:
-    """Pictures of a folder, bicubic, and what the endpoint answers to them."""
+    """Draw pictures of a folder, bicubic, beside the endpoint's answers."""
     return beside([(f.name, f.read(), _ask(endpoint, f)) for f in list(_pictures(small))[:ROWS]])
 
 
@@ -76,7 +76,7 @@ def _ask(endpoint: str, file: Location) -> bytes:
 
 
 def beside(named: Sequence[tuple[str, bytes, bytes]]) -> Image.Image:
-    """Encoded pictures, bicubic, beside their encoded results."""
+    """Draw encoded pictures, bicubic, beside their encoded results."""
     rows = [
         Row([f"{name}, bicubic", "LinearSR"], [_panel(small), _panel(large)])
         for name, small, large in named
@@ -89,13 +89,13 @@ def _pictures(folder: str) -> Iterator[Location]:
 
 
 def _rows(shards: str, column: str = "id") -> list[dict[str, Any]]:
-    """Of the first shard, rows that have something in `column` first."""
+    """Return rows of the first shard; those with a value in `column` come first."""
     shard = next(file for file in locate(shards).files() if file.name.endswith(".parquet"))
     rows = pq.read_table(shard.path, filesystem=shard.filesystem).to_pylist()
     return sorted(rows, key=lambda row: not row[column])[:ROWS]
 
 
 def _panel(encoded: bytes) -> Image.Image:
-    """The middle square of a picture, at the size of a panel."""
+    """Return the middle square of a picture, at the size of a panel."""
     picture = to_pil(read(encoded)).convert("RGB")
     return ImageOps.fit(picture, (PANEL, PANEL), Image.Resampling.BICUBIC)

@@ -1,6 +1,6 @@
-"""Raylets as the autoscaler's machines: Ray's own provider for that, with a folder for each.
+"""Ray's provider of raylets as the autoscaler's machines, with a folder for each raylet.
 
-Loaded by the autoscaler's process.
+The autoscaler's process loads this module.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 
 
 class Raylets(FakeMultiNodeProvider):  # type: ignore[misc]
-    """`folder` of the provider's config: where the machines' own folders lie."""
+    """`folder` of the provider's config is the parent of the raylets' folders."""
 
     def _create_node_with_resources_and_labels(self, *node: Any) -> None:
-        """In one folder for all, a new node unpacks a job's files over those others work in."""
+        """Give the node a folder of its own: in a shared one, a new node would unpack a job's files
+        over those that other nodes use."""
         own = tempfile.mkdtemp(prefix="n", dir=self.provider_config["folder"])
         params = partial(parameter.RayParams, temp_dir=own)
         # The autoscaler creates several at once, in threads.

@@ -1,4 +1,4 @@
-"""What is rehearsed, in order: each stage a job that reads what an earlier one has written."""
+"""The jobs of a rehearsal, in order: each reads the results of an earlier one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from tools.rehearsal import pictures
-from tools.rehearsal.machine import Place
+from tools.rehearsal.machine import Target
 
 # The tiny recipe, cut down to minutes: a smaller network, which comes to its knee soon, and metrics
 # without downloads.
@@ -36,8 +36,8 @@ EXPERTS = (
 )
 
 
-class Stage(NamedTuple):
-    """A job: its name, script and flags, where its results lie, and how to draw them."""
+class Step(NamedTuple):
+    """A job: its name, script and flags, the place of its results, and how to draw them."""
 
     name: str
     command: str
@@ -45,57 +45,57 @@ class Stage(NamedTuple):
     draw: Callable[[], Image.Image]
 
 
-def story(place: Place, *, gpu: bool = False) -> list[Stage]:
-    """All stages. The storage holds photographs in train/, validation/ and small/."""
-    at = place.storage
+def scenario(target: Target, *, gpu: bool = False) -> list[Step]:
+    """Return all steps. The storage has photographs in train/, validation/ and small/."""
+    at = target.storage
     shards, run, experts = f"{at}/shards", f"{at}/runs/pretrain", f"{at}/runs/experts"
     weights, on_gpu = f"{experts}/weights", " --gpu" if gpu else ""
     recipe = (
         f"--recipe tiny_cpu --data {shards} --validation {at}/validation --storage {at}/runs"
         f"{on_gpu} {_settings(TINY)}"
     )
-    port = urlsplit(place.endpoint).port
+    port = urlsplit(target.endpoint).port
     size = "expert_gpus=0.25" if gpu else "expert_cpus=0.5 router_cpus=0.5"
     return [
-        Stage(
+        Step(
             "build shards",
             f"build_shards.py --input {at}/train --output {shards} --crop 192",
             shards,
             lambda: pictures.pairs(shards),
         ),
-        Stage(
+        Step(
             "tag",
             f"tag_dataset.py --input {shards} --output {shards}{on_gpu}",
             shards,
             lambda: pictures.tags(shards),
         ),
-        Stage(
+        Step(
             "pretrain to a knee",
             f"pretrain.py {recipe} {_settings(PRETRAINING)} --name pretrain --workers 2 "
             "--patience 0",
             run,
             lambda: pictures.reports(run),
         ),
-        Stage(
+        Step(
             "fine-tune four experts from it",
             f"finetune_experts.py {recipe} {_settings(EXPERTS)} --name experts --from {run}",
             weights,
             lambda: pictures.reports(experts),
         ),
-        Stage(
+        Step(
             "evaluate",
             f"evaluate.py --hr {at}/validation --models linearsr-tiny rehearsed={weights} "
             f"--metrics psnr ssim piqe --output {at}/report{on_gpu}",
             f"{at}/report",
             lambda: pictures.contact(f"{at}/report"),
         ),
-        Stage(
+        Step(
             "deploy to Serve, query over HTTP",
             f"deploy.py --on-head --port {port} --set model={weights} {size}",
-            place.endpoint,
-            lambda: pictures.answers(f"{at}/small", place.endpoint),
+            target.endpoint,
+            lambda: pictures.answers(f"{at}/small", target.endpoint),
         ),
-        Stage(
+        Step(
             "upscale a bucket",
             f"upscale_dataset.py --input {at}/small --output {at}/large --model {weights} "
             f"--actors 2{on_gpu}",

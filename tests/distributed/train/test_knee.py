@@ -183,7 +183,7 @@ def _validated(step: int, seen: int) -> Validated:
     return Validated(step=step, seen=seen, path=f"{step}-{seen}", metrics={"score@1": 1.0})
 
 
-def test_what_a_divergence_threw_away_is_forgotten() -> None:
+def test_merge_drops_steps_that_a_divergence_discarded() -> None:
     first = [_validated(100, 100), _validated(200, 200), _validated(300, 300)]
     again = [_validated(200, 420), _validated(300, 520)]
     assert [(v.step, v.seen) for v in _merge(first, again)] == [(100, 100), (200, 420), (300, 520)]
