@@ -77,7 +77,9 @@ def main() -> int:
 def _endpoint(layout: str) -> Iterator[None]:
     """One replica for each expert, or one with all of them for each core."""
     together = layout == "together"
-    config = ServeConfig.parse(layout=layout, replicas=CORES if together else 4, places=2 * AT_ONCE)
+    config = ServeConfig.parse(
+        layout=layout, replicas=CORES if together else 4, max_ongoing_requests=2 * AT_ONCE
+    )
     serve.run(build_app(config))
     yield
     serve.delete("default")

@@ -116,6 +116,8 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         # A machine with a GPU may have little besides torch.
         ("linearsr.training.accelerated", ["ray", "pyvips", "psutil", "pyiqa", "diffusers"]),
         ("linearsr.pipeline.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+        # A replica only runs a model.
+        ("linearsr.distributed.serve.expert", ["linearsr.training", "deepspeed"]),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_needed(module: str, absent: list[str]) -> None:

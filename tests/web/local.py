@@ -25,9 +25,9 @@ from linearsr.web.service import (
     ModelInfo,
     NotReady,
     Progress,
-    Request,
     Result,
     Service,
+    UpscaleRequest,
     model_info,
 )
 
@@ -58,7 +58,7 @@ class Local:
         if not self.works:
             raise NotReady("not every expert has loaded; try again soon")
 
-    async def upscale(self, request: Request) -> Events:
+    async def upscale(self, request: UpscaleRequest) -> Events:
         if self.free == 0:
             raise Full(2)
         self.asked += 1
@@ -104,7 +104,7 @@ class Local:
             self.free -= places
             self._changed.notify_all()
 
-    def _prepare(self, request: Request) -> UpscaleState:
+    def _prepare(self, request: UpscaleRequest) -> UpscaleState:
         picture = read(request.data, max_pixels=request.files.max_pixels)
         options = self.upscaler.with_tags(picture, request.options)
         return self.upscaler.prepare(

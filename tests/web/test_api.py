@@ -40,11 +40,11 @@ from linearsr.web.service import (
     ModelInfo,
     NotReady,
     Progress,
-    Request,
     Result,
+    UpscaleRequest,
     model_info,
 )
-from linearsr.web.upload import LONGEST_FIELD, ROOM_FOR_FIELDS, Upload
+from linearsr.web.upload import FORM_OVERHEAD, MAX_FIELD_BYTES, Upload
 from tests.conftest import random_experts
 from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
 from tests.web.local import PATIENCE, Local, served
@@ -269,7 +269,7 @@ def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
         ({"format": "gif"}, "format: .*'png'"),
         ({"quality": 101}, "quality"),
         ({"tags": "x" * 1001}, "tags: .*1000"),
-        ({"tags": "cat"}, "tags: small was trained without; leave them out"),
+        ({"tags": "cat"}, "tags: small was trained without tags; leave them out"),
         ({"tags": "auto"}, "tags: small was trained without"),
         ({"unknown": 1}, "unknown: "),
         ({"cls": 1}, "cls: "),
@@ -296,8 +296,8 @@ def test_fields_left_empty_count_as_not_given(client: TestClient, png: bytes) ->
 def test_the_form_has_the_fields_of_the_command() -> None:
     fields = {*Options.model_fields, *FileOptions.model_fields} - {"max_pixels"}
     assert set(Upload.model_fields) == fields | {"image"}
-    work = Upload(image=UploadFile(io.BytesIO())).work(b"", max_pixels=5)
-    assert (work.options, work.files) == (Options(), FileOptions(max_pixels=5))
+    request = Upload(image=UploadFile(io.BytesIO())).request(b"", max_pixels=5)
+    assert (request.options, request.files) == (Options(), FileOptions(max_pixels=5))
 
 
 @pytest.mark.parametrize(
@@ -305,14 +305,14 @@ def test_the_form_has_the_fields_of_the_command() -> None:
     [
         (END, 422, "image: .*required"),
         (part("image", b"", "empty.png") + END, 415, "empty"),
-        (part("image", b"some text") + END, 422, "image: Send the picture as a file"),
+        (part("image", b"some text") + END, 422, "image: send the picture as a file"),
         (part("image", b"some text", "text.png") + END, 415, "give PNG, JPEG"),
         (part("image", b"<svg/>", "x.svg") + END, 415, "give PNG, JPEG"),
         (part("Image", b"", "x.png") + END, 422, "image: .*required; Image: "),
-        (part("steps", b"1") * 2 + END, 422, "steps: given more than once"),
+        (part("steps", b"1") * 2 + END, 422, "steps: sent more than once"),
         (part("image", b"", "a.png") * 2 + END, 400, "Too many files"),
         (b"".join(part(f"f{i}", b"") for i in range(1000)) + END, 400, "Too many fields"),
-        (part("tags", b"x" * (LONGEST_FIELD + 1)) + END, 400, "Part exceeded"),
+        (part("tags", b"x" * (MAX_FIELD_BYTES + 1)) + END, 400, "Part exceeded"),
         (part("steps", b"1", "steps.txt") + END, 422, "steps: "),
         (b"", 422, "image"),
         (b"no form at all", 400, "multipart"),
@@ -382,8 +382,8 @@ def test_limits_are_kept(service: Local, png: bytes) -> None:
     client = limited(service, bytes=len(png), pixels=12 * 9, output_pixels=48 * 36, steps=4)
     assert upload(client, png, steps=4).status_code == 200
     more = png + b"\0"
-    assert f"{len(png)} allowed" in detail(upload(client, more), 413)
-    assert "steps: at most 4" in detail(upload(client, png, steps=5), 422)
+    assert f"limit of {len(png)}" in detail(upload(client, more), 413)
+    assert "steps: 5 is more than the limit of 4" in detail(upload(client, png, steps=5), 422)
     asked = service.asked
     client = limited(service, pixels=12 * 9 - 1)
     assert "the picture has 12x9 pixels" in detail(upload(client, png), 413)
@@ -392,7 +392,7 @@ def test_limits_are_kept(service: Local, png: bytes) -> None:
     assert upload(client, png, scale=3).status_code == 200
     # The model takes four by default.
     client = limited(service, steps=3)
-    assert "steps: at most 3 here, not 4" in detail(upload(client, png, steps=""), 422)
+    assert "steps: 4 is more than the limit of 3" in detail(upload(client, png, steps=""), 422)
     assert service.asked == asked + 1
 
 
@@ -404,7 +404,7 @@ def test_tiles_that_would_take_too_much_memory(
     answer = upload(client, saved(Image.new("RGB", (3, 18)), "png"), tile=tile)
     assert answer.status_code == status
     if status == 422:
-        assert detail(answer, 422) == "tile: at most 17 here, not 18; auto suits any picture"
+        assert detail(answer, 422) == "tile: 18 is more than the limit of 17; use auto"
     # A tile is never larger than the picture.
     small = saved(Image.new("RGB", (17, 17)), "png")
     assert upload(client, small, tile=tile).status_code == 200
@@ -470,7 +470,7 @@ KIND = f"Content-Type: {FORM['Content-Type']}"
 
 def test_a_large_claim_is_refused_before_anything_is_sent(small: Upscaler) -> None:
     with served(Local(small), Limits(bytes=1000)) as url:
-        for claimed in (1001 + ROOM_FOR_FIELDS, 10**18):
+        for claimed in (1001 + FORM_OVERHEAD, 10**18):
             with raw(url, KIND, f"Content-Length: {claimed}") as connection:
                 assert status_of(connection) == 413
 
@@ -688,7 +688,7 @@ class Scripted:
     async def ready(self) -> None:
         raise RuntimeError("/secret/path")
 
-    async def upscale(self, request: Request) -> Events:
+    async def upscale(self, request: UpscaleRequest) -> Events:
         self.begun.set()
         try:
             async with contextlib.aclosing(self.script()) as script:
@@ -757,7 +757,7 @@ def test_nothing_of_the_inside_is_told_but_logged(
     client = TestClient(app, raise_server_exceptions=False)
     for headers in ({}, EVENTS):
         answer = upload(client, png, headers=headers)
-        assert detail(answer, 500) == "the server failed; its log says more"
+        assert detail(answer, 500) == "the server failed; see its log"
         assert "secret" not in answer.text + str(answer.headers)
     app = create_app(Scripted(small, raising(error, PROGRESS)), Limits())
     text = upload(TestClient(app), png, headers=EVENTS).text

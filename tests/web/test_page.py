@@ -18,7 +18,7 @@ from PIL import Image
 from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig, Options
 from linearsr.imaging.files import encode, read, to_pil
-from linearsr.web.service import Events, Limits, NotReady, Progress, Request
+from linearsr.web.service import Events, Limits, NotReady, Progress, UpscaleRequest
 from tests.conftest import random_experts
 from tests.web.local import PATIENCE, Local, served
 
@@ -434,7 +434,7 @@ class Scripted(Local):
 
     events: tuple[Progress, ...] = ()
 
-    async def upscale(self, request: Request) -> Events:
+    async def upscale(self, request: UpscaleRequest) -> Events:
         for event in self.events:
             yield event
         raise NotReady("an expert was lost")
@@ -640,7 +640,7 @@ def test_photo_over_a_limit(
         expect(alert(page)).to_contain_text(words)
         start(page)
         # The server's own words, in the same place.
-        expect(alert(page)).to_contain_text("allowed")
+        expect(alert(page)).to_contain_text("more than the limit of")
 
 
 def test_result_over_a_limit(open_page: Open, service: Local, photo: Path) -> None:

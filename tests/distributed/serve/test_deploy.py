@@ -66,5 +66,5 @@ def test_an_application_without_a_name_has_the_one_that_serve_gives_it(tmp_path:
 
 
 def test_what_serve_does_not_take_is_told_in_one_line(cluster: Cluster) -> None:
-    with pytest.raises(LinearSRError, match=r"Serve does not take it: .*applications"):
+    with pytest.raises(LinearSRError, match=r"Serve rejected the config: .*applications"):
         deploy({"applications": [{"name": "nothing"}]}, f"http://{cluster.webui_url}", 10)

@@ -18,21 +18,30 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from linearsr.config import FileOptions, Options
 from linearsr.distributed.serve import ServeConfig
 from linearsr.distributed.serve.expert import Experts, Handoff
-from linearsr.distributed.serve.ingress import Fleet
+from linearsr.distributed.serve.ingress import Ingress
 from linearsr.distributed.serve.retry import (
     ReplicaDied,
+    RetryableError,
     StaleModel,
     WeightsChanged,
-    cause,
     retry_policy,
+    unwrap,
 )
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.imaging.files import from_pil
-from linearsr.web.service import Full, NotReady, Progress, Request, Result, model_info
+from linearsr.web.service import (
+    Full,
+    Limits,
+    NotReady,
+    Progress,
+    Result,
+    UpscaleRequest,
+    model_info,
+)
 from linearsr.weights import read_config
 
 
-def tries(errors: list[Exception], attempts: int) -> int:
+def tries(errors: list[Exception], max_deaths: int) -> int:
     """How often is tried what fails with these in turn, and then does not."""
     count = 0
 
@@ -41,7 +50,7 @@ def tries(errors: list[Exception], attempts: int) -> int:
 
     async def run() -> None:
         nonlocal count
-        async for attempt in retry_policy(attempts).copy(sleep=at_once):
+        async for attempt in retry_policy((RetryableError,), max_deaths).copy(sleep=at_once):
             with attempt:
                 count += 1
                 if count <= len(errors):
@@ -75,28 +84,28 @@ def test_what_is_wrong_with_a_request_stays_wrong() -> None:
 
 def test_causes_are_found_below_ray() -> None:
     died = ray.exceptions.ActorDiedError()
-    assert isinstance(cause(died), ReplicaDied)
+    assert isinstance(unwrap(died), ReplicaDied)
     upstream = RuntimeError("an argument could not be had")
     upstream.__cause__ = died
-    assert isinstance(cause(upstream), ReplicaDied)
+    assert isinstance(unwrap(upstream), ReplicaDied)
     own = LinearSRError("too large")
     task = ray.exceptions.RayTaskError("upscale", "traceback", own)
-    assert cause(task) is own
-    gone = cause(DeploymentUnavailableError.__new__(DeploymentUnavailableError))
+    assert unwrap(task) is own
+    gone = unwrap(DeploymentUnavailableError.__new__(DeploymentUnavailableError))
     assert isinstance(gone, StaleModel)
     other = ValueError("a bug")
-    assert cause(other) is other
+    assert unwrap(other) is other
 
 
 def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
     experts = Experts(ServeConfig(model=str(small_bundle), device="cpu"), (0,))
     picture = from_pil(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
-    job = experts.upscaler.prepare(picture, Options(steps=4))
-    planned = Handoff(job.work(), experts.upscaler.config)
-    segment = job.segments[0]
+    state = experts.upscaler.prepare(picture, Options(steps=4))
+    planned = Handoff(state.work(), experts.upscaler.config)
+    segment = state.segments[0]
 
     async def at_once(item: Any) -> Any:
-        return experts._together([item])[0]
+        return experts._denoise_batch([item])[0]
 
     experts.queues[0] = at_once  # Serve's own needs a replica around it
 
@@ -126,7 +135,7 @@ class FakeRouter:
     def options(self, **_: object) -> FakeRouter:
         return self
 
-    def remote(self, _: Request) -> FakeCall:
+    def remote(self, _: UpscaleRequest) -> FakeCall:
         return FakeCall(self, self.calls.pop(0))
 
 
@@ -148,15 +157,15 @@ RESULT = Result(b"", "png", 1, 1, "small", 0, 4, 4.0)
 BEGUN = Progress("structure", 0, 4)
 
 
-def fleet(small_bundle: Path, *calls: list[Any]) -> tuple[Fleet, FakeRouter]:
+def ingress_over(small_bundle: Path, *calls: list[Any]) -> tuple[Ingress, FakeRouter]:
     router = FakeRouter(*calls)
-    return Fleet(model_info(read_config(small_bundle)), router, [], 5), router  # type: ignore[arg-type]
+    return Ingress(Limits(), model_info(read_config(small_bundle)), router, []), router
 
 
-async def first_result(fleet: Fleet) -> list[Any]:
+async def first_result(ingress: Ingress) -> list[Any]:
     """As the HTTP interface listens: up to the result, and no further."""
     seen: list[Any] = []
-    async with aclosing(fleet.upscale(Request(b"", Options(), FileOptions()))) as events:
+    async with aclosing(ingress.upscale(UpscaleRequest(b"", Options(), FileOptions()))) as events:
         async for event in events:
             seen.append(event)
             if isinstance(event, Result):
@@ -165,16 +174,16 @@ async def first_result(fleet: Fleet) -> list[Any]:
 
 
 def test_what_requests_took_is_remembered_and_no_ended_one_cancelled(small_bundle: Path) -> None:
-    ingress, router = fleet(small_bundle, [BEGUN, RESULT])
+    ingress, router = ingress_over(small_bundle, [BEGUN, RESULT])
     assert asyncio.run(first_result(ingress)) == [BEGUN, RESULT]
-    assert len(ingress.took) == 1 and router.cancelled == 0
+    assert len(ingress.durations) == 1 and router.cancelled == 0
 
 
 def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
     """A new one is refused instead."""
     full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     died = ray.exceptions.ActorDiedError()
-    ingress, _ = fleet(small_bundle, [BEGUN, died], [full], [BEGUN, RESULT], [full])
+    ingress, _ = ingress_over(small_bundle, [BEGUN, died], [full], [BEGUN, RESULT], [full])
 
     async def run() -> None:
         assert await first_result(ingress) == [BEGUN, BEGUN, RESULT]
@@ -185,10 +194,10 @@ def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
 
 
 def test_draining_waits_and_refuses(small_bundle: Path) -> None:
-    ingress, _ = fleet(small_bundle, [BEGUN, RESULT])
+    ingress, _ = ingress_over(small_bundle, [BEGUN, RESULT])
 
     async def run() -> None:
-        events = ingress.upscale(Request(b"", Options(), FileOptions()))
+        events = ingress.upscale(UpscaleRequest(b"", Options(), FileOptions()))
         assert await anext(events) == BEGUN
         draining = asyncio.create_task(ingress.drain())
         await asyncio.sleep(0)

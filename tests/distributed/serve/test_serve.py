@@ -25,7 +25,7 @@ from ray.util.state import list_actors
 
 from linearsr.config import LINEARSR_1_6B, ModelConfig, Options
 from linearsr.distributed.serve import ServeConfig, build_app
-from linearsr.distributed.serve.config import shared_out, steps_of
+from linearsr.distributed.serve.config import default_steps, divide_replicas
 from linearsr.errors import OptionError
 from linearsr.imaging.files import encode
 from linearsr.imaging.files import read as read_picture
@@ -40,7 +40,7 @@ CANCELLED = int(os.environ.get("LINEARSR_TEST_CANCELLED", "20"))
 KILLED = int(os.environ.get("LINEARSR_TEST_KILLED", "2"))
 AT_ONCE = 16
 SIZES = ((32, 24), (24, 40), (40, 40))
-PLACES, WAITING = 16, 16
+SLOTS, QUEUE = 16, 16
 # A line of events that holds a picture.
 LINE = 2**22
 
@@ -74,9 +74,9 @@ def config_of(model: Path, layout: str) -> ServeConfig:
         replicas=4 if layout == "split" else 2,
         expert_cpus=0.25,
         router_cpus=0.25,
-        places=PLACES,
-        waiting=WAITING,
-        surge=100 if layout == "split" else 0,
+        max_ongoing_requests=SLOTS,
+        max_queued_requests=QUEUE,
+        max_surge_percent=100 if layout == "split" else 0,
     )
 
 
@@ -278,7 +278,7 @@ def test_more_than_there_is_room_for_are_asked_to_come_again(
 
     answers = in_session(at_once)
     refused = [answer for answer in answers if answer.status == 429]
-    assert refused and len(answers) - len(refused) >= PLACES + WAITING
+    assert refused and len(answers) - len(refused) >= SLOTS + QUEUE
     assert {answer.status for answer in answers} == {200, 429}
     for answer in refused:
         assert int(answer.headers["retry-after"]) > 0
@@ -369,20 +369,22 @@ def of_which(answer: Answer, before: Case, after: Case) -> str:
 
 def test_replicas_follow_the_steps() -> None:
     """4/2/13/1 of 20 steps: with 20 replicas each has one step, with four each expert one."""
-    assert steps_of(LINEARSR_1_6B) == [4, 2, 13, 1]
-    assert shared_out(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
-    assert shared_out(4, [4, 2, 13, 1]) == (1, 1, 1, 1)
-    assert shared_out(7, [4, 2, 13, 1]) == (1, 1, 4, 1)
-    assert shared_out(6, [1, 1, 2, 0]) == (2, 1, 2, 1)
+    assert default_steps(LINEARSR_1_6B) == [4, 2, 13, 1]
+    assert divide_replicas(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
+    assert divide_replicas(4, [4, 2, 13, 1]) == (1, 1, 1, 1)
+    assert divide_replicas(7, [4, 2, 13, 1]) == (1, 1, 4, 1)
+    assert divide_replicas(6, [1, 1, 2, 0]) == (2, 1, 2, 1)
 
 
 def test_counts_of_replicas_must_fit(small_config: ModelConfig) -> None:
     with pytest.raises(OptionError, match="4 experts, got 3"):
-        ServeConfig(replicas=(1, 1, 1)).groups(small_config)
+        ServeConfig(replicas=(1, 1, 1)).deployments(small_config)
     with pytest.raises(OptionError, match="replicas"):
         ServeConfig.parse(replicas=0)
     with pytest.raises(OptionError, match="one number"):
         ServeConfig.parse(layout="together", replicas=(1, 1, 1, 1))
     with pytest.raises(OptionError, match="texture starts with 2"):
-        build_app(ServeConfig(replicas=(1, 1, 2, 1), most_replicas=1))
-    assert ServeConfig(layout="together", replicas=3).groups(small_config) == [((0, 1, 2, 3), 3)]
+        build_app(ServeConfig(replicas=(1, 1, 2, 1), max_replicas=1))
+    assert ServeConfig(layout="together", replicas=3).deployments(small_config) == [
+        ((0, 1, 2, 3), 3)
+    ]
