@@ -1,4 +1,4 @@
-"""What is sent again, and how often. No cluster is needed."""
+"""Retries of the ingress and of experts, without a cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from linearsr.weights import read_config
 
 
 def tries(errors: list[Exception], max_deaths: int) -> int:
-    """How often is tried what fails with these in turn, and then does not."""
+    """Return the number of attempts if they raise these errors in turn, and then succeed."""
     count = 0
 
     async def at_once(_: float) -> None:
@@ -60,29 +60,29 @@ def tries(errors: list[Exception], max_deaths: int) -> int:
     return count
 
 
-def test_who_died_with_it_is_counted() -> None:
+def test_retry_stops_after_the_last_allowed_death() -> None:
     assert tries([], 2) == 1
     assert tries([ReplicaDied()], 2) == 2
     with pytest.raises(ReplicaDied):
         tries([ReplicaDied(), ReplicaDied()], 2)
 
 
-def test_who_was_replaced_is_waited_for() -> None:
+def test_retry_goes_on_while_weights_change() -> None:
     assert tries([WeightsChanged()] * 20, 2) == 21
 
 
-def test_deaths_alone_are_counted() -> None:
+def test_retry_counts_only_replica_deaths() -> None:
     assert tries([WeightsChanged()] * 20 + [ReplicaDied()], 2) == 22
     with pytest.raises(ReplicaDied):
         tries([ReplicaDied(), WeightsChanged(), ReplicaDied()], 2)
 
 
-def test_what_is_wrong_with_a_request_stays_wrong() -> None:
+def test_error_of_the_request_is_not_retried() -> None:
     with pytest.raises(WeightsError):
         tries([WeightsError("no")], 5)
 
 
-def test_causes_are_found_below_ray() -> None:
+def test_unwrap_finds_the_cause_below_ray() -> None:
     died = ray.exceptions.ActorDiedError()
     assert isinstance(unwrap(died), ReplicaDied)
     upstream = RuntimeError("an argument could not be had")
@@ -97,7 +97,7 @@ def test_causes_are_found_below_ray() -> None:
     assert unwrap(other) is other
 
 
-def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
+def test_experts_refuse_requests_of_another_model(small_bundle: Path) -> None:
     experts = Experts(ServeConfig(model=str(small_bundle), device="cpu"), (0,))
     picture = from_pil(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
     state = experts.upscaler.prepare(picture, Options(steps=4))
@@ -107,7 +107,7 @@ def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
     async def at_once(item: Any) -> Any:
         return experts._denoise_batch([item])[0]
 
-    experts.queues[0] = at_once  # Serve's own needs a replica around it
+    experts.queues[0] = at_once  # the queue of Serve works in a replica only
 
     async def denoise(passed: Handoff) -> Handoff:
         return await experts.denoise(passed, segment)
@@ -122,7 +122,7 @@ def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
 
 
 class FakeRouter:
-    """A handle whose calls give these events in turn, or raise them."""
+    """A handle whose calls yield these events in turn, or raise them."""
 
     def __init__(self, *calls: list[Any]) -> None:
         self.calls = list(calls)
@@ -163,7 +163,7 @@ def ingress_over(small_bundle: Path, *calls: list[Any]) -> tuple[Ingress, FakeRo
 
 
 async def first_result(ingress: Ingress) -> list[Any]:
-    """As the HTTP interface listens: up to the result, and no further."""
+    """Return the events up to the result, after which the HTTP API stops too."""
     seen: list[Any] = []
     async with aclosing(ingress.upscale(UpscaleRequest(b"", Options(), FileOptions()))) as events:
         async for event in events:
@@ -173,14 +173,13 @@ async def first_result(ingress: Ingress) -> list[Any]:
     return seen
 
 
-def test_what_requests_took_is_remembered_and_no_ended_one_cancelled(small_bundle: Path) -> None:
+def test_finished_request_is_timed_and_not_cancelled(small_bundle: Path) -> None:
     ingress, router = ingress_over(small_bundle, [BEGUN, RESULT])
     assert asyncio.run(first_result(ingress)) == [BEGUN, RESULT]
     assert len(ingress.durations) == 1 and router.cancelled == 0
 
 
-def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
-    """A new one is refused instead."""
+def test_retry_waits_for_a_slot_but_new_request_is_refused(small_bundle: Path) -> None:
     full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     died = ray.exceptions.ActorDiedError()
     ingress, _ = ingress_over(small_bundle, [BEGUN, died], [full], [BEGUN, RESULT], [full])
@@ -193,7 +192,7 @@ def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
     asyncio.run(run())
 
 
-def test_draining_waits_and_refuses(small_bundle: Path) -> None:
+def test_drain_waits_for_requests_and_refuses_new_ones(small_bundle: Path) -> None:
     ingress, _ = ingress_over(small_bundle, [BEGUN, RESULT])
 
     async def run() -> None:
