@@ -35,15 +35,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--model", default="linearsr-tiny", help="name of a bundled model, or a folder of weights"
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 accepts requests from other machines",
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument(
-        "--device", default="auto", help="device of the experts: auto, cpu, cuda or mps"
-    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
         "--layout",
         choices=("together", "split"),
@@ -51,20 +45,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="together: each replica holds all experts; split: each expert has its own replicas",
     )
     parser.add_argument(
-        "--replicas",
-        type=int,
-        help="number of replicas of all experts together; by default 1, or 4 with --layout split",
+        "--replicas", type=int, help="replicas of all experts together; default 1, or 4 if split"
     )
     parser.add_argument(
-        "--expert-cpus",
-        type=float,
-        help="CPUs and threads of each replica; by default all cores, or 1 with --layout split",
+        "--expert-cpus", type=float, help="threads per replica; default all cores, or 1 if split"
     )
     parser.add_argument(
         "--expert-gpus",
         type=float,
         default=0,
-        help="GPUs of each replica; with 0.25, four replicas share one GPU",
+        help="GPUs of each replica; with 0.25, four share one",
     )
 
 

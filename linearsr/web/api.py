@@ -41,7 +41,7 @@ from linearsr.web.upload import Upload, receive
 
 PAGE = Path(__file__).parent / "page"
 EVENTS = "text/event-stream"
-DESCRIPTION = """Super-resolution: send a picture and receive it larger.
+ABOUT = """Super-resolution: send a picture and receive it larger.
 
 Errors are problems (RFC 9457). With `Accept: text/event-stream`, the response is a stream:
 `progress` events (expert, step, steps, percent) when an expert begins or ends, then `result` (image
@@ -71,9 +71,7 @@ NOT_READY = _documented(503, "the server is not ready, or out of memory")
 UNAUTHORISED = _documented(401, "the bearer token is missing or wrong", "WWW-Authenticate")
 PROBLEMS = {
     **_documented(400, "the form or the picture cannot be decoded"),
-    **_documented(
-        413, "the upload has too many bytes, or the picture or its result too many pixels"
-    ),
+    **_documented(413, "too many bytes, or too many pixels in the picture or its result"),
     **_documented(415, "the body is not a form, or its image not a picture"),
     **_documented(422, "a field is unknown or out of its range"),
     **_documented(429, "the server is busy", "Retry-After"),
@@ -137,9 +135,7 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_
 def create_app(service: Service, limits: Limits, token: str | None = None) -> FastAPI:
     """Return the application. With `token`, uploads need it as a bearer token."""
     # FastAPIOffline serves the scripts of /docs itself; FastAPI would load them from a CDN.
-    app = FastAPIOffline(
-        title="LinearSR", version=__version__, description=DESCRIPTION, redoc_url=None
-    )
+    app = FastAPIOffline(title="LinearSR", version=__version__, description=ABOUT, redoc_url=None)
     app.openapi = partial(_document, app.openapi)  # type: ignore[method-assign]
     app.state.linearsr = _State(service, limits, token)
     handle_problems(app)
@@ -169,9 +165,7 @@ async def _check_token(bearer: Bearer, state: State) -> None:
     # Starlette decodes headers as Latin-1.
     if state.token and not secrets.compare_digest(token.encode("latin-1"), state.token.encode()):
         challenge = {"WWW-Authenticate": "Bearer"}
-        raise HTTPException(
-            401, "the bearer token is missing or wrong; send the right one", headers=challenge
-        )
+        raise HTTPException(401, "send the right bearer token", headers=challenge)
 
 
 @uploads.post(
@@ -224,8 +218,7 @@ async def _before(deadline: float, work: Awaitable[Value]) -> Value:
 async def _in_time(events: Events, deadline: float) -> Events:
     """Yield the events up to the result. Raises TookTooLong after the deadline.
 
-    The service's generator is closed before the result is yielded: a client that reads slowly holds
-    no slot.
+    The service is closed before the result is yielded: a client that reads slowly holds no slot.
     """
     async with aclosing(events):
         while not isinstance(event := await _before(deadline, anext(events)), Result):
@@ -260,13 +253,10 @@ async def _result(events: Events) -> Result:
 
 
 class _Stream(EventSourceResponse):
-    """Server-sent events, the last of which is the result or an error.
-
-    Closing the connection closes `rest`, which cancels the request.
-    """
+    """Server-sent events; an error is the last one. A closed connection cancels the request."""
 
     def __init__(self, first: Progress | Result, rest: Events, name: str) -> None:
-        super().__init__(_messages(first, rest, name))
+        super().__init__(_sse(first, rest, name))
         self.rest = rest
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -274,9 +264,7 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _messages(
-    first: Progress | Result, rest: Events, name: str
-) -> AsyncIterator[dict[str, str]]:
+async def _sse(first: Progress | Result, rest: Events, name: str) -> AsyncIterator[dict[str, str]]:
     yield _event(first, name)
     try:
         async for event in rest:

@@ -15,39 +15,37 @@ from linearsr.errors import LinearSRError
 class Limits(Config):
     """The limits of one request; a request beyond them is refused before any work is done."""
 
-    bytes: int = Field(default=20_000_000, ge=1, description="maximum size of an upload in bytes")
-    pixels: int = Field(
-        default=4_000_000, ge=1, description="maximum number of pixels of the uploaded picture"
-    )
-    output_pixels: int = Field(
-        default=64_000_000, ge=1, description="maximum number of pixels of the result"
-    )
-    steps: int = Field(default=50, ge=1, le=50, description="maximum number of steps")
+    bytes: int = Field(default=20_000_000, ge=1)
+    """Maximum size of an upload in bytes."""
+    pixels: int = Field(default=4_000_000, ge=1)
+    """Maximum number of pixels of the uploaded picture."""
+    output_pixels: int = Field(default=64_000_000, ge=1)
+    """Maximum number of pixels of the result."""
+    steps: int = Field(default=50, ge=1, le=50)
+    """Maximum number of steps."""
     # With one tile, linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
-    tile: int = Field(
-        default=512,
-        ge=16,
-        description="maximum side of a tile in input pixels; tile=off counts as the longer side",
-    )
-    seconds: float = Field(
-        default=300.0, gt=0, description="maximum time from the upload to the result"
-    )
+    tile: int = Field(default=512, ge=16)
+    """Maximum side of a tile in input pixels; tile=off counts as the longer side."""
+    seconds: float = Field(default=300.0, gt=0)
+    """Maximum time from the upload to the result."""
 
 
 class ModelInfo(Config):
     """The properties of a model that a client needs to know."""
 
     name: str
-    scale: int = Field(description="largest scale of the training; for more, results are enlarged")
-    smallest_scale: float = Field(description="for less, results are shrunk, which saves no time")
-    experts: tuple[str, ...] = Field(description="names, from the highest noise to the lowest")
-    steps: int = Field(description="default number of steps")
-    plans: tuple[tuple[float, ...], ...] = Field(
-        default=(),
-        description="timesteps for requests with as many steps; other requests take the shifted "
-        "schedule",
-    )
-    tags: bool = Field(description="whether tags guide the model")
+    scale: int
+    """Largest scale of the training; beyond it, the result is enlarged by resampling."""
+    smallest_scale: float
+    """Smallest scale of the network; below it, the result is shrunk, which saves no time."""
+    experts: tuple[str, ...]
+    """Names of the experts, from the highest noise to the lowest."""
+    steps: int
+    """Default number of steps."""
+    plans: tuple[tuple[float, ...], ...] = ()
+    """Timesteps for requests with as many steps; other requests take the shifted schedule."""
+    tags: bool
+    """Whether the model can be guided by tags."""
 
 
 @dataclass(frozen=True)

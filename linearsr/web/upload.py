@@ -38,62 +38,36 @@ def _check_is_file(value: object) -> object:
 class Upload(BaseModel):
     """The form: a picture, and the same options as on the command line."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     image: Annotated[UploadFile, BeforeValidator(_check_is_file)] = Field(
-        description="the picture: PNG, JPEG, WebP, TIFF, AVIF or GIF",
-        json_schema_extra={"minLength": 1},
+        json_schema_extra={"minLength": 1}
     )
-    scale: float = Field(
-        default=4,
-        ge=1,
-        le=4,
-        description="how many times larger the result is; 1 repairs without enlarging",
-    )
-    width: Side | Absent = Field(
-        default=None, description="width of the result in pixels, instead of a scale"
-    )
-    height: Side | Absent = Field(
-        default=None, description="height of the result in pixels, instead of a scale"
-    )
-    steps: Steps | Absent = Field(
-        default=None,
-        description="number of steps; 1 is closest to the truth, more are sharper",
-    )
-    detail: float = Field(
-        default=1,
-        ge=0,
-        le=1,
-        description="how much of the detail added after the first step is kept; 0 equals steps=1",
-    )
-    solver: Solver | Absent = Field(
-        default=None,
-        description="solver of the steps; dpm and adams get further than euler in as many steps",
-    )
-    seed: int = Field(
-        default=0,
-        ge=0,
-        lt=2**63,
-        description="seed of the noise; the same seed gives the same pixels",
-    )
-    tags: str = Field(
-        default="",
-        max_length=1000,
-        description='objects in the picture, such as "cat, grass"; "auto" detects them',
-    )
-    tile: Literal["auto", "off"] | Annotated[int, Field(ge=16, le=65535)] = Field(
-        default="auto",
-        description="side of a tile in input pixels; auto chooses one, off uses no tiles",
-    )
-    colour_fix: Literal["wavelet", "adain", "none"] = Field(
-        default="wavelet", description="how the result gets the colours of the picture"
-    )
-    format: Literal["png", "jpg", "webp", "tif"] | Absent = Field(
-        default=None,
-        description="file format of the result; by default that of the upload, or PNG if it cannot "
-        "be written",
-    )
-    quality: int = Field(default=95, ge=1, le=100, description="quality of JPEG and WebP")
+    """The picture: PNG, JPEG, WebP, TIFF, AVIF or GIF."""
+    scale: float = Field(default=4, ge=1, le=4)
+    """How many times larger the result is; 1 repairs without enlarging."""
+    width: Side | Absent = None
+    """Width of the result in pixels, instead of a scale."""
+    height: Side | Absent = None
+    """Height of the result in pixels, instead of a scale."""
+    steps: Steps | Absent = None
+    """Number of steps: 1 is closest to the truth, more are sharper but invent texture."""
+    detail: float = Field(default=1, ge=0, le=1)
+    """How much of the detail added after the first step is kept; 0 equals steps=1."""
+    solver: Solver | Absent = None
+    """Solver of the steps; dpm and adams get further than euler in as many steps."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the noise; the same seed gives the same pixels."""
+    tags: str = Field(default="", max_length=1000)
+    """Objects in the picture, such as "cat, grass"; "auto" detects them."""
+    tile: Literal["auto", "off"] | Annotated[int, Field(ge=16, le=65535)] = "auto"
+    """Side of a tile in input pixels; auto chooses one, off uses no tiles."""
+    colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
+    """How the result gets the colours of the picture."""
+    format: Literal["png", "jpg", "webp", "tif"] | Absent = None
+    """File format of the result; by default that of the upload, or PNG if it cannot be written."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Quality of JPEG and WebP."""
 
     @classmethod
     def from_form(cls, form: FormData) -> Upload:

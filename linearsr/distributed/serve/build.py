@@ -37,19 +37,18 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     config = config.model_copy(update={"model": absolute(config.model)})
     model = read_config(config.model)
     names, deployments = expert_names(model), config.deployments(model)
+    size = config.expert_cpus, config.expert_gpus
     workers = []
     for experts, count in deployments:
         name = names[experts[0]] if len(experts) == 1 else "experts"
-        options = {
-            **_options(config, config.expert_cpus, config.expert_gpus),
-            **_scaling(config, name, count),
-        }
-        deployment = serve.deployment(Experts).options(name=name, **options)
+        deployment = serve.deployment(Experts).options(
+            name=name, **_options(config, *size), **_scaling(config, name, count)
+        )
         workers.append(deployment.bind(config, experts))
     finisher = None
     if needs_finisher(model):
-        options = _options(config, config.expert_cpus, config.expert_gpus)
-        finisher = serve.deployment(Finisher).options(**options).bind(config, config.device)
+        deployment = serve.deployment(Finisher).options(**_options(config, *size))
+        finisher = deployment.bind(config, config.device)
     groups = [experts for experts, _ in deployments]
     router = _router(config).bind(config, groups, workers, finisher)
     workers += [finisher] if finisher else []

@@ -6,6 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from ray import serve
@@ -20,6 +21,8 @@ from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.upscaler import DenoiseState, Upscaler
 
+# Upper bounds of the histograms' buckets.
+SIZES = (1, 2, 4, 8, 16, 32, 64)
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
 
 
@@ -63,16 +66,10 @@ class Experts:
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s
         )
         self.queues = {expert: batch(self._denoise) for expert in experts}
-        tags = ("expert",)
-        self.queue_ms = metrics.Histogram(
-            "linearsr_queue_ms", "time from arrival to the batch", MILLISECONDS, tags
-        )
-        self.step_ms = metrics.Histogram(
-            "linearsr_step_ms", "mean time of a forward pass in a batch", MILLISECONDS, tags
-        )
-        self.batch_size = metrics.Histogram(
-            "linearsr_batch_size", "requests in a batch", (1, 2, 4, 8, 16, 32, 64), tags
-        )
+        histogram = partial(metrics.Histogram, boundaries=MILLISECONDS, tag_keys=("expert",))
+        self.queue_ms = histogram("linearsr_queue_ms", "time from arrival to the batch")
+        self.step_ms = histogram("linearsr_step_ms", "mean time of a forward pass in a batch")
+        self.batch_size = histogram("linearsr_batch_size", "requests in a batch", boundaries=SIZES)
 
     async def denoise(self, handoff: Handoff, segment: Segment) -> Handoff:
         """Return the request after the steps of `segment`, taken by one of this replica's experts.
@@ -149,7 +146,4 @@ def self_check(upscaler: Upscaler, expert: int) -> None:
     (latent,) = upscaler.denoise(state, Segment(expert, 0, 1)).latents
     if not torch.isfinite(latent).all():
         name = upscaler.expert_name(expert)
-        raise WeightsError(
-            f"{upscaler.config.name}: the output of expert {name} is not finite; "
-            "replace its weights"
-        )
+        raise WeightsError(f"{upscaler.config.name}: expert {name} gives NaN; replace its weights")

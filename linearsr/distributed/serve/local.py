@@ -37,18 +37,11 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     model = read_config(config.model)
     resources = config.resources(model)
     _check_port(host, port)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    else:
-        # All replicas share this machine's cores, so Ray is told of as many as they reserve. The
-        # address "local" leaves any other Ray on this machine alone.
-        ray.init(
-            "local",
-            num_cpus=math.ceil(resources.cpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+    # All replicas share this machine's cores, so Ray gets as many logical CPUs as they reserve. The
+    # address "local" leaves any other Ray on this machine alone.
+    here = {"address": "local", "num_cpus": math.ceil(resources.cpus), "include_dashboard": False}
+    cluster = {} if os.environ.get("RAY_ADDRESS") else here
+    ray.init(log_to_driver=False, logging_level="ERROR", **cluster)
     advice = "use fewer --replicas, or lower --expert-cpus and --expert-gpus"
     replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
     check_feasible("the endpoint", resources, replica, advice)
