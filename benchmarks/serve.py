@@ -79,7 +79,9 @@ def main() -> int:
 def _endpoint(layout: str) -> Iterator[None]:
     """The layouts to time: one replica per expert, or one with all experts per core."""
     together = layout == "together"
-    config = ServeConfig.parse(layout=layout, replicas=CORES if together else 4, places=2 * AT_ONCE)
+    config = ServeConfig.parse(
+        layout=layout, replicas=CORES if together else 4, max_ongoing_requests=2 * AT_ONCE
+    )
     serve.run(build_app(config))
     yield
     serve.delete("default")

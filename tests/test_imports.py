@@ -118,6 +118,8 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         # `linearsr evaluate` on Parquet needs no Ray.
         ("linearsr.evaluation.sources", ["ray"]),
         ("linearsr.pipeline.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+        # A replica only runs a model.
+        ("linearsr.distributed.serve.expert", ["linearsr.training", "deepspeed"]),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_needed(module: str, absent: list[str]) -> None:

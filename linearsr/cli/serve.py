@@ -1,13 +1,13 @@
-"""`linearsr serve`: run the HTTP endpoint and its web page on this machine or on a cluster.
+"""`linearsr serve`: run the HTTP endpoint and its page on this machine, or on a cluster.
 
     linearsr serve --layout split --replicas 4
 
-For a fleet, describe the deployment in a file, whose `args` are the fields of a ServeConfig:
+On a fleet, use a Serve config file, whose `args` are the fields of a ServeConfig:
 
     serve deploy ray_jobs/serve.yaml
 
-The command runs until Ctrl-C or SIGTERM and writes no files except Ray's logs. Exit codes:
-0 stopped on request, 1 the endpoint did not start, 2 usage error.
+It runs until Ctrl-C or SIGTERM, and writes no files except Ray's logs. Exit codes: 0 it was
+stopped, 1 it did not start, 2 usage.
 
 More: docs/guides/serving.md, docs/guides/sizing.md.
 """
@@ -30,17 +30,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Run an HTTP endpoint, with a web page that upscales the photographs dropped "
         "on it.",
         formatter_class=HelpFormatter,
-        epilog="Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. If "
-        "LINEARSR_TOKEN is set, uploads must send it as a bearer token. Describe a fleet in a "
-        "file instead: see ray_jobs/serve.yaml and docs/guides/serving.md.",
+        epilog="Starts Ray on this machine, or joins the cluster at RAY_ADDRESS. If LINEARSR_TOKEN "
+        "is set, uploads need it as a bearer token. On a fleet, use a config file instead: see "
+        "ray_jobs/serve.yaml and docs/guides/serving.md.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument(
         "--model", default="linearsr-tiny", help="name of a bundled model, or a folder of weights"
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 admits other machines"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     parser.add_argument(
         "--device", default="auto", help="device that models run on: auto, cpu, cuda or mps"
@@ -49,21 +47,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--layout",
         choices=("together", "split"),
         default="together",
-        help="placement of the experts: together in each replica, or split over their own replicas",
+        help="together: each replica holds all experts; split: each expert has its own replicas",
     )
     parser.add_argument(
-        "--replicas", type=int, help="number of replicas in all (default: 1, or 1 for each expert)"
+        "--replicas", type=int, help="replicas of all experts together (default: 1, or 4 if split)"
     )
     parser.add_argument(
-        "--replica-cpus",
+        "--expert-cpus",
         type=float,
-        help="CPU threads of each replica (default: all cores, or 1 with --layout split)",
+        help="CPU threads of each replica (default: all cores, or 1 if split)",
     )
     parser.add_argument(
-        "--replica-gpus",
+        "--expert-gpus",
         type=float,
         default=0,
-        help="GPUs of each replica; with 0.25, four replicas share a GPU",
+        help="GPUs of each replica; with 0.25, four share one",
     )
 
 
@@ -73,14 +71,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from linearsr.distributed.serve.local import run
 
     split = arguments.layout == "split"
-    replicas, cpus = arguments.replicas, arguments.replica_cpus
     config = ServeConfig.parse(
         model=arguments.model,
         device=arguments.device,
         layout=arguments.layout,
-        replicas=(4 if split else 1) if replicas is None else replicas,
-        expert_cpus=(1 if split else os.cpu_count() or 1) if cpus is None else cpus,
-        expert_gpus=arguments.replica_gpus,
+        replicas=_value(arguments.replicas, 4 if split else 1),
+        expert_cpus=_value(arguments.expert_cpus, 1 if split else os.cpu_count() or 1),
+        expert_gpus=arguments.expert_gpus,
     )
     run(config, arguments.host, arguments.port)
     return OK
+
+
+def _value(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -98,7 +98,7 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
     log, deadline = running.with_suffix(".log"), time.monotonic() + WITHIN
     # Its own word: another page's endpoint may answer at this port.
     while time.monotonic() < deadline and server.poll() is None:
-        if "LinearSR serves" in log.read_text():
+        if "press Ctrl-C to stop" in log.read_text():
             return _answers(context["http"])
         time.sleep(0.1)
     print(log.read_text())

@@ -1,4 +1,4 @@
-"""What the tests of the HTTP interface share: one tiny model, one picture, forms, problems."""
+"""Fixtures and helpers for tests of the HTTP API: a tiny model, a picture, forms, problems."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def service(small: Upscaler) -> Local:
 
 @pytest.fixture
 def client(service: Local) -> Iterator[TestClient]:
-    """Without a socket; a 500 is an answer like others."""
+    """Yield a client without a socket; it returns a 500 like any other response."""
     with TestClient(create_app(service, Limits()), raise_server_exceptions=False) as client:
         yield client
 
@@ -51,14 +51,14 @@ def png(image: Image.Image) -> bytes:
 
 
 def saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    """The bytes of a file."""
+    """Return the bytes of a picture file."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
 def png_of(width: int, height: int, rows: bytes = b"") -> bytes:
-    """A PNG of one bit a pixel that claims this size; `rows` are its compressed pixels."""
+    """Return a 1-bit PNG that claims this size; `rows` are its compressed pixels."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
     ends = [(len(data), kind + data, zlib.crc32(kind + data)) for kind, data in chunks]
@@ -68,14 +68,14 @@ def png_of(width: int, height: int, rows: bytes = b"") -> bytes:
 
 
 def part(name: str, value: bytes, file_name: str | None = None) -> bytes:
-    """A part of a form, nothing escaped; a whole form is `part(...) + END`."""
+    """Return a part of a form, with nothing escaped; a whole form is `part(...) + END`."""
     file = "" if file_name is None else f'; filename="{file_name}"'
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
     return head.encode() + value + b"\r\n"
 
 
 def detail(response: Any, status: int) -> str:
-    """What a problem tells, after a look at all the rest of it."""
+    """Return the detail of a problem, after checking the rest of it."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/problem+json"
     told = response.json()

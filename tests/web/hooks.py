@@ -1,4 +1,4 @@
-"""What Schemathesis cannot know: how pictures look, and that forms have no empty lists."""
+"""Hooks for Schemathesis: pictures for its forms, and no forms with empty values."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ for kind in ("png", "jpeg", "webp", "tiff", "avif", "gif"):
 
 @schemathesis.hook
 def filter_body(_: schemathesis.HookContext, body: Any) -> bool:
-    """Whether all of it is sent: of an empty value nothing is, or a field that counts as absent."""
+    """Return whether the body has no empty values: they would not be sent, or count as absent."""
     fields = getattr(body, "body", body)
     return not isinstance(fields, dict) or all(v not in ("", [], {}) for v in fields.values())

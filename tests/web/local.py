@@ -1,6 +1,6 @@
-"""The HTTP interface without a fleet: a service in this process, a real server on a free port.
+"""The HTTP API without a cluster: a service in this process, and a real server on a free port.
 
-Both together: `with served(Local(upscaler)) as url: ...`.
+Use both together: `with served(Local(upscaler)) as url: ...`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from linearsr.web.service import (
     ModelInfo,
     NotReady,
     Progress,
-    Request,
     Result,
     Service,
+    UpscaleRequest,
     model_info,
 )
 
@@ -37,14 +37,15 @@ PATIENCE = 60
 
 
 class Local:
-    """A `linearsr.web.service.Service`: the upscaler's stages in threads, so many at once.
+    """A `linearsr.web.service.Service` that runs the stages of an upscaler in threads.
 
-    places: requests at once; more are Full. `works` False: nothing is ready.
+    slots: the number of concurrent requests; more are refused with Full.
+    works: set to False, the service is not ready.
     """
 
-    def __init__(self, upscaler: Upscaler, places: int = 4) -> None:
+    def __init__(self, upscaler: Upscaler, slots: int = 4) -> None:
         self.upscaler = upscaler
-        self.places = self.free = places
+        self.slots = self.free = slots
         self._gate = threading.Event()
         self._gate.set()
         self.works = True
@@ -59,7 +60,7 @@ class Local:
         if not self.works:
             raise NotReady("not every expert has loaded; try again soon")
 
-    async def upscale(self, request: Request) -> Events:
+    async def upscale(self, request: UpscaleRequest) -> Events:
         if self.free == 0:
             raise Full(2)
         self.asked += 1
@@ -85,7 +86,7 @@ class Local:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Requests wait before their next expert."""
+        """Make requests wait before their next expert."""
         self._gate.clear()
         try:
             yield
@@ -93,16 +94,16 @@ class Local:
             self._gate.set()
 
     def wait_for(self, free: int) -> None:
-        """Return when so many places are free."""
+        """Return when this number of slots is free."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.free == free, PATIENCE), self.free
 
-    def _take(self, places: int) -> None:
+    def _take(self, slots: int) -> None:
         with self._changed:
-            self.free -= places
+            self.free -= slots
             self._changed.notify_all()
 
-    def _prepare(self, request: Request) -> UpscaleState:
+    def _prepare(self, request: UpscaleRequest) -> UpscaleState:
         picture, options = read_tagged(self.upscaler, request.data, request.options, request.files)
         return self.upscaler.prepare(
             picture, options, next(self.upscaler.tile_sizes(picture, options))
@@ -115,14 +116,14 @@ class Local:
 
 
 async def _timed(work: Callable[..., object], *given: object) -> tuple:  # type: ignore[type-arg]
-    """What `work` returns from a thread, and its milliseconds."""
+    """Run `work` in a thread; return its result and its duration in milliseconds."""
     began = time.perf_counter()
     result = await asyncio.to_thread(work, *given)
     return result, 1000 * (time.perf_counter() - began)
 
 
 class _Server(uvicorn.Server):
-    """One that says when it listens."""
+    """A server with an event for when it listens."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -137,7 +138,7 @@ class _Server(uvicorn.Server):
 def served(
     service: Service, limits: Limits | None = None, token: str | None = None
 ) -> Iterator[str]:
-    """The address of a server in a thread, without a slash at its end."""
+    """Run a server in a thread; yield its address, without a slash at the end."""
     app = create_app(service, limits or Limits(), token)
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
     server = _Server(config)

@@ -1,4 +1,4 @@
-"""A Serve config file, with some of its fields set, onto a running cluster."""
+"""Deploy a Serve config file, with some of its fields changed, on a running cluster."""
 
 from __future__ import annotations
 
@@ -23,26 +23,29 @@ from linearsr.distributed.models import check_model
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.errors import LinearSRError, OptionError, one_line
 
-UNDER_WAY = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
+DEPLOYING = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
 
 
 def read_file(
     path: Path, settings: Mapping[str, Any], *, port: int | None = None, on_head: bool = False
 ) -> dict[str, Any]:
-    """The file with fields of its one application's ServeConfig replaced.
+    """Return a Serve config file of one application, with these fields of its ServeConfig set.
 
-    port: of HTTP, instead of the file's. on_head: HTTP proxy and ingress on the head alone.
-    Raises OptionError for a file, field or value that is none, and WeightsError for a model.
+    port: the HTTP port, if not the file's.
+    on_head: whether the HTTP proxy and the ingress run on the head only.
+    Raises OptionError for a wrong file, field or value, and WeightsError for a wrong model.
     """
     try:
         file = yaml.safe_load(path.read_text())
         (application,) = file["applications"]
-        given = {**(application.get("args") or {}), **settings}
-        args = {str(field): value for field, value in given.items()}
+        fields = {**(application.get("args") or {}), **settings}
+        args = {str(field): value for field, value in fields.items()}
         application.setdefault("name", "default")  # as Serve does
         http = {**(file.get("http_options") or {})}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise OptionError(f"{path}: not a Serve config file of one application: {error}") from error
+        raise OptionError(
+            f"{path}: not a Serve config file with one application: {error}"
+        ) from error
     if port is not None:
         http["port"] = port
     if on_head:
@@ -52,41 +55,44 @@ def read_file(
 
 
 def deploy(config: Mapping[str, Any], dashboard: str, seconds: float) -> str:
-    """Deploy, and wait until all replicas run: those of a cluster that grows wait for its nodes.
+    """Deploy, wait until all replicas run, and return HOST:PORT of the endpoint.
 
-    dashboard: http://HOST:PORT. Returns where it listens. Raises LinearSRError when Serve does not
-    take it, or it did not come up, with Serve's reason.
+    On an autoscaling cluster, replicas wait for their nodes. dashboard: http://HOST:PORT.
+    Raises LinearSRError, with Serve's reason, if Serve rejects the config or the application does
+    not run within `seconds`.
     """
     client = serve_client(dashboard)
     try:
         client.deploy_applications(dict(config))
     except RuntimeError as error:
-        raise LinearSRError(f"Serve does not take it: {one_line(error)}") from error
+        raise LinearSRError(f"Serve rejected the config: {one_line(error)}") from error
     (name,) = (application["name"] for application in config["applications"])
-    told = _ended(client, name, seconds)
-    if told["status"] != ApplicationStatus.RUNNING:
-        raise LinearSRError(f"{name} is {told['status']}: {one_line(Exception(told['message']))}")
-    listens = client.get_serve_details()["http_options"]
-    return f"{listens['host']}:{listens['port']}"
+    details = _wait(client, name, seconds)
+    if details["status"] != ApplicationStatus.RUNNING:
+        reason = one_line(Exception(details["message"]))
+        raise LinearSRError(f"{name} is {details['status']}: {reason}")
+    http = client.get_serve_details()["http_options"]
+    return f"{http['host']}:{http['port']}"
 
 
-def _ended(client: Any, name: str, seconds: float) -> dict[str, Any]:
-    """What Serve tells of an application that is no longer being deployed."""
-    asking = Retrying(
+def _wait(client: Any, name: str, seconds: float) -> dict[str, Any]:
+    """Return Serve's details of an application as soon as it is no longer deploying."""
+    retrying = Retrying(
         wait=wait_fixed(1),
         stop=stop_after_delay(seconds),
-        retry=retry_if_result(lambda told: told["status"] in UNDER_WAY)
-        # While the dashboard or Serve's controller is started again.
+        retry=retry_if_result(lambda details: details["status"] in DEPLOYING)
+        # Raised while the dashboard or Serve's controller restarts.
         | retry_if_exception_type((RuntimeError, KeyError, RequestException)),
     )
     try:
-        return asking(lambda: client.get_serve_details()["applications"][name])
+        return retrying(lambda: client.get_serve_details()["applications"][name])
     except RetryError as error:
         if reason := error.last_attempt.exception():
-            raise LinearSRError(f"Serve does not tell of {name}: {reason}") from error
-        told = error.last_attempt.result()
-        waiting = [n for n, d in told["deployments"].items() if d["status"] != "HEALTHY"]
+            raise LinearSRError(f"Serve does not report the status of {name}: {reason}") from error
+        deployments = error.last_attempt.result()["deployments"].items()
+        waiting = [part for part, details in deployments if details["status"] != "HEALTHY"]
         raise LinearSRError(
-            f"{name} is not up after {seconds:g} s, but goes on: {', '.join(waiting)} wait; see "
-            "`serve status`, and `ray status` for room"
+            f"{name} does not run after {seconds:g} s, but Serve is still deploying it "
+            f"(waiting for {', '.join(waiting)}); check `serve status`, and `ray status` for free "
+            "CPUs and GPUs"
         ) from None

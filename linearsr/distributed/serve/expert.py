@@ -1,4 +1,4 @@
-"""Experts as replicas: each takes its steps on what it is sent, in batches."""
+"""The experts of a model as replicas: each takes its steps on batches of requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from ray import serve
@@ -21,15 +22,17 @@ from linearsr.imaging.files import Picture
 from linearsr.pipeline.state import DenoiseState
 from linearsr.pipeline.upscaler import Upscaler
 
+# Upper bounds of the histograms' buckets.
+SIZES = (1, 2, 4, 8, 16, 32, 64)
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
 
 
 @dataclass(frozen=True)
 class Handoff:
-    """A work on its way from expert to expert, and the milliseconds it has spent."""
+    """A request on its way from expert to expert, and the milliseconds it has spent so far."""
 
-    work: DenoiseState
-    # What the router planned for, and the weights that the first expert had.
+    state: DenoiseState
+    # The model that the router planned for, and the weights of the first expert.
     config: ModelConfig
     weights: str | None = None
     queue: float = 0.0
@@ -39,47 +42,46 @@ class Handoff:
 
 @dataclass
 class _Item:
-    passed: Handoff
+    """A request in an expert's queue."""
+
+    handoff: Handoff
     segment: Segment
-    came: float
+    arrival: float
     wanted: bool = True
 
 
 class Experts:
-    """A replica with some experts of a model; it knows the steps it is told, not the plan."""
+    """A replica with some experts of a model. Each call names the steps to take."""
 
-    def __init__(self, config: ServeConfig, which: tuple[int, ...]) -> None:
+    def __init__(self, config: ServeConfig, experts: tuple[int, ...]) -> None:
         self.weights = config.model
-        self.upscaler = load_upscaler(config.model, config.device, only=which)
+        self.upscaler = load_upscaler(config.model, config.device, only=experts)
         self.forwards = 0
-        for expert in which:
+        for expert in experts:
             self_check(self.upscaler, expert)
             self.upscaler.experts[expert].register_forward_hook(self._count)
-        # Always the same one: each thread that computes would start a team of OpenMP's of its own.
+        # Always the same thread: each thread that computes starts an OpenMP team of its own.
         self.thread = ThreadPoolExecutor(1)
-        # One queue for each expert and replica: as a decorator there would be one for the class.
-        queue = serve.batch(max_batch_size=config.batch, batch_wait_timeout_s=config.batch_wait)
-        self.queues = {expert: queue(self._denoise) for expert in which}
-        keys = ("expert",)
-        about = {"boundaries": MILLISECONDS, "tag_keys": keys}
-        self.waited = metrics.Histogram("linearsr_queue_ms", "waited for a batch", **about)
-        self.stepped = metrics.Histogram(
-            "linearsr_step_ms", "a forward of a batch, on average", **about
+        # As a decorator, `serve.batch` would make one queue for the whole class.
+        batch = serve.batch(
+            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s
         )
-        self.sizes = metrics.Histogram(
-            "linearsr_batch_size", "works", boundaries=[1, 2, 4, 8, 16, 32, 64], tag_keys=keys
-        )
+        self.queues = {expert: batch(self._denoise) for expert in experts}
+        histogram = partial(metrics.Histogram, boundaries=MILLISECONDS, tag_keys=("expert",))
+        self.queue_ms = histogram("linearsr_queue_ms", "time from arrival to the batch")
+        self.step_ms = histogram("linearsr_step_ms", "mean time of a forward pass in a batch")
+        self.batch_size = histogram("linearsr_batch_size", "requests in a batch", boundaries=SIZES)
 
-    async def denoise(self, passed: Handoff, segment: Segment) -> Handoff:
-        """The work after the steps of one of this replica's experts.
+    async def denoise(self, handoff: Handoff, segment: Segment) -> Handoff:
+        """Return the request after the steps of `segment`, taken by one of this replica's experts.
 
-        Raises StaleModel for a work planned for another model, and WeightsChanged for one that was begun
-        with other weights.
+        Raises StaleModel if it was planned for another model, and WeightsChanged if an earlier
+        expert had other weights.
         """
-        check_planned_for(self.upscaler, passed)
-        if passed.weights not in (None, self.weights):
-            raise WeightsChanged("experts are being replaced by those of other weights")
-        item = _Item(passed, segment, time.perf_counter())
+        check_same_model(self.upscaler, handoff)
+        if handoff.weights not in (None, self.weights):
+            raise WeightsChanged("the experts are being replaced by ones with other weights")
+        item = _Item(handoff, segment, time.perf_counter())
         try:
             result: Handoff | Exception = await self.queues[segment.expert](item)
         except asyncio.CancelledError:
@@ -90,56 +92,59 @@ class Experts:
         return result
 
     async def ready(self) -> bool:
-        """An answer says that the model is loaded and was checked."""
+        """Answer a health check: a replica starts only if its model passes the self-check."""
         return True
 
     async def _denoise(self, items: list[_Item]) -> list[Handoff | Exception]:
-        """All of one expert. A batch that fails is tried one by one: one's fault is one's own."""
+        """Take a batch's steps with one expert.
+
+        If the batch fails, its requests are tried one by one, so that only the one at fault fails.
+        """
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self.thread, self._together, items)
+            return await loop.run_in_executor(self.thread, self._denoise_batch, items)
         except Exception as error:
-            # With its frames it would keep the tensors of the batch alive.
-            failed = error.with_traceback(None)
+            # The frames of the traceback would keep the tensors of the batch alive.
+            failure = error.with_traceback(None)
         if len(items) == 1:
-            return [failed]
+            return [failure]
         return [(await self._denoise([item]))[0] for item in items]
 
-    def _together(self, items: list[_Item]) -> list[Handoff | Exception]:
-        began, self.forwards = time.perf_counter(), 0
-        batch = [(item.passed.work, item.segment) for item in items]
-        works = self.upscaler.denoise_batch(batch, wanted=lambda i: items[i].wanted)
-        took = 1000 * (time.perf_counter() - began)
+    def _denoise_batch(self, items: list[_Item]) -> list[Handoff | Exception]:
+        start, self.forwards = time.perf_counter(), 0
+        batch = [(item.handoff.state, item.segment) for item in items]
+        states = self.upscaler.denoise_batch(batch, wanted=lambda i: items[i].wanted)
+        duration = 1000 * (time.perf_counter() - start)
         name = self.upscaler.expert_name(items[0].segment.expert)
         tags = {"expert": name}
-        self.sizes.observe(sum(item.wanted for item in items), tags)
+        self.batch_size.observe(sum(item.wanted for item in items), tags)
         if self.forwards:
-            self.stepped.observe(took / self.forwards, tags)
-        told: list[Handoff | Exception] = []
-        for item, work in zip(items, works, strict=True):
-            waited = 1000 * (began - item.came)
-            self.waited.observe(waited, tags)
-            spent = {**item.passed.denoise, name: took}
-            queue = item.passed.queue + waited
-            told.append(Handoff(work, item.passed.config, self.weights, queue, spent))
-        return told
+            self.step_ms.observe(duration / self.forwards, tags)
+        results: list[Handoff | Exception] = []
+        for item, state in zip(items, states, strict=True):
+            wait = 1000 * (start - item.arrival)
+            self.queue_ms.observe(wait, tags)
+            denoise = {**item.handoff.denoise, name: duration}
+            queue = item.handoff.queue + wait
+            results.append(Handoff(state, item.handoff.config, self.weights, queue, denoise))
+        return results
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
 
 
-def check_planned_for(upscaler: Upscaler, passed: Handoff) -> None:
-    """Raise StaleModel for a work of another model's router."""
-    if passed.config != upscaler.config:
-        raise StaleModel("the model it was planned for is being replaced")
+def check_same_model(upscaler: Upscaler, handoff: Handoff) -> None:
+    """Raise StaleModel if the request was planned for another model than this replica has."""
+    if handoff.config != upscaler.config:
+        raise StaleModel("the model that the request was planned for is being replaced")
 
 
 def self_check(upscaler: Upscaler, expert: int) -> None:
-    """One step of its range on a tiny picture. Raises WeightsError for one that is not finite."""
+    """Take one step of an expert on a tiny picture. Raises WeightsError unless it stays finite."""
     picture = Picture(torch.full((3, 8, 8), 0.5), None, 8, False, None, None, "png")
     low, high = ranges(upscaler.config.sampling.boundaries)[expert]
-    job = replace(upscaler.prepare(picture, Options(steps=1)), timesteps=(high, low))
-    (latent,) = upscaler.denoise(job, Segment(expert, 0, 1)).latents
+    state = replace(upscaler.prepare(picture, Options(steps=1)), timesteps=(high, low))
+    (latent,) = upscaler.denoise(state, Segment(expert, 0, 1)).latents
     if not torch.isfinite(latent).all():
         name = upscaler.expert_name(expert)
         raise WeightsError(f"{upscaler.config.name}: expert {name} gives NaN; replace its weights")

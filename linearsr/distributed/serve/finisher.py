@@ -1,4 +1,4 @@
-"""The last stage of a request: from latents to the bytes of a file."""
+"""The finisher: the last stage of a request, from latents to the bytes of a file."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import time
 from linearsr.config import FileOptions
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
-from linearsr.distributed.serve.expert import Handoff, check_planned_for
+from linearsr.distributed.serve.expert import Handoff, check_same_model
 from linearsr.pipeline.codec import encode_result
 from linearsr.pipeline.state import UpscaleState
 from linearsr.web.service import Result
 
 
 class Finisher:
-    """Decodes, joins tiles and encodes. A replica of its own where the latent is learned."""
+    """Decodes latents, joins tiles and encodes; a deployment of its own for a learned latent."""
 
     def __init__(self, config: ServeConfig, device: str) -> None:
         self.upscaler = load_upscaler(config.model, device, only=())
-        _ = self.upscaler.autoencoder  # loaded before this is ready
+        _ = self.upscaler.autoencoder  # loaded now, so that a replica is ready once it exists
 
-    async def finish(self, job: UpscaleState, passed: Handoff, files: FileOptions) -> Result:
-        """The picture of the latents that the last expert passed on.
+    async def finish(self, state: UpscaleState, handoff: Handoff, files: FileOptions) -> Result:
+        """Return the encoded picture of the last expert's latents.
 
-        Raises StaleModel for those of another model.
+        Raises StaleModel if they belong to another model.
         """
-        check_planned_for(self.upscaler, passed)
-        return await asyncio.to_thread(self._finish, job, passed, files)
+        check_same_model(self.upscaler, handoff)
+        return await asyncio.to_thread(self._finish, state, handoff, files)
 
     async def ready(self) -> bool:
-        """An answer says that the decoder is loaded."""
+        """Answer a health check: a replica exists only after its decoder has loaded."""
         return True
 
-    def _finish(self, job: UpscaleState, passed: Handoff, files: FileOptions) -> Result:
-        began = time.perf_counter()
-        picture = self.upscaler.finish(job.after(passed.work))
+    def _finish(self, state: UpscaleState, handoff: Handoff, files: FileOptions) -> Result:
+        start = time.perf_counter()
+        picture = self.upscaler.finish(state.after(handoff.state))
         decoded = time.perf_counter()
-        result = encode_result(self.upscaler, picture, job.options, files)
-        ended = time.perf_counter()
-        timing = {"queue": passed.queue, **passed.denoise}
-        timing |= {"decode": 1000 * (decoded - began), "encode": 1000 * (ended - decoded)}
-        model, seed = self.upscaler.config.name, job.options.seed
-        return Result(*result, model, seed, job.steps, job.scale, timing)
+        result = encode_result(self.upscaler, picture, state.options, files)
+        encoded = time.perf_counter()
+        timing = {"queue": handoff.queue, **handoff.denoise}
+        timing |= {"decode": 1000 * (decoded - start), "encode": 1000 * (encoded - decoded)}
+        model, seed = self.upscaler.config.name, state.options.seed
+        return Result(*result, model, seed, state.steps, state.scale, timing)

@@ -1,4 +1,4 @@
-"""An endpoint from one command: Ray started here, or a cluster joined, until it is told to stop."""
+"""`linearsr serve`: start Ray, or join a cluster, and serve until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,63 +18,65 @@ from ray.serve.exceptions import RayServeException
 from linearsr.distributed.compat import delete_application
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
+from linearsr.distributed.serve.build import build_app
 from linearsr.distributed.serve.config import ServeConfig
-from linearsr.distributed.serve.ingress import build_app
 from linearsr.errors import LinearSRError, OptionError, one_line
 
 APPLICATION = "linearsr"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(config: ServeConfig, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM, then finish the requests in flight.
 
-    Raises OptionError for what the cluster has no room for, a port that is taken, or several
-    ingresses, and LinearSRError when a deployment does not come up.
+    Raises OptionError if the cluster is too small, the port is taken or the config has several
+    ingresses, and LinearSRError if a deployment does not start.
     """
     if config.ingresses != 1:
-        raise OptionError("one command has one ingress; deploy more by ray_jobs/serve.yaml")
+        raise OptionError("this command runs one ingress; deploy more with ray_jobs/serve.yaml")
     app = build_app(config)
     model = read_config(config.model)
-    cpus, gpus = config.reserved(model)
+    resources = config.resources(model)
     _check_port(host, port)
-    # Replicas here are threads of the same cores: what they reserve is what Ray is told there is.
-    # "local": whatever other Ray runs on this machine is left alone.
-    here = {"address": "local", "num_cpus": math.ceil(cpus), "include_dashboard": False}
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    ray.init(log_to_driver=False, logging_level="ERROR", **({} if joined else here))
-    advice = "use fewer --replicas, or lower --replica-cpus and --replica-gpus"
+    # All replicas share this machine's cores, so Ray gets as many logical CPUs as they reserve. The
+    # address "local" leaves any other Ray on this machine alone.
+    here = {"address": "local", "num_cpus": math.ceil(resources.cpus), "include_dashboard": False}
+    cluster = {} if os.environ.get("RAY_ADDRESS") else here
+    ray.init(log_to_driver=False, logging_level="ERROR", **cluster)
+    advice = "use fewer --replicas, or lower --expert-cpus and --expert-gpus"
     replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
-    check_feasible("the endpoint", ResourceRequest(cpus, gpus), replica, advice)
+    check_feasible("the endpoint", resources, replica, advice)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stop.set())
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(app, name=APPLICATION)
     except RuntimeError as error:
-        raise LinearSRError(f"the endpoint did not come up: {one_line(error)}") from error
-    print(f"LinearSR serves {model.name} at http://{host}:{port}/  (Ctrl-C ends it)", flush=True)
+        raise LinearSRError(f"the endpoint did not start: {one_line(error)}") from error
+    print(f"Serving {model.name} at http://{host}:{port}/ (press Ctrl-C to stop)", flush=True)
     stop.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    print("ending when requests under way have; again Ctrl-C ends them", flush=True)
+    print("Finishing in-flight requests. Press Ctrl-C again to stop now.", flush=True)
     _drain(config.limits.seconds)
     ray.shutdown()
 
 
 def _drain(seconds: float) -> None:
-    """Wait for requests under way, then take the endpoint down; other applications stay."""
-    wait = False
+    """Wait for the requests in flight, then delete this application; others on the cluster stay."""
+    drained = False
     with contextlib.suppress(KeyboardInterrupt, TimeoutError, RayServeException, RayError):
         serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=seconds)
-        wait = True  # until the last bytes are with the proxy
+        drained = True
     with contextlib.suppress(KeyboardInterrupt, TimeoutError):
-        delete_application(APPLICATION, wait=wait)
+        # The proxy still sends the last bytes of drained requests: wait for it.
+        delete_application(APPLICATION, wait=drained)
 
 
 def _check_port(host: str, port: int) -> None:
-    """Serve itself would wait for a port that is taken for ever."""
+    """Raise OptionError if the port is taken: Serve would wait for it for ever."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

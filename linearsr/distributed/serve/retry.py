@@ -1,6 +1,12 @@
-"""What may be sent again, and how often: the same seed gives the same pixels."""
+"""Retries: which failures are retried, how often, and the loop that does it.
+
+A retry changes nothing in the result: the same seed gives the same pixels.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import aclosing
 
 import ray
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -12,9 +18,12 @@ from tenacity import (
 )
 
 from linearsr.errors import LinearSRError
+from linearsr.web.service import Events, NotReady, Result
 
-# What a process or a machine that died looks like from here.
-DIED = (
+# Give a request up when this many replicas have died with it: it may be what kills them.
+MAX_DEATHS = 5
+# Ray's errors for a process or a node that died.
+DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.ObjectLostError,
@@ -23,35 +32,36 @@ DIED = (
 
 
 class RetryableError(LinearSRError):
-    """A request that failed by no fault of its own."""
+    """The request failed through no fault of its own; a retry may succeed."""
 
 
 class ReplicaDied(RetryableError):
-    """A process or machine died with it in hand."""
+    """A replica, or its node, died while it worked on the request."""
 
 
 class WeightsChanged(RetryableError):
-    """It met experts with two models' weights, of which the older are on their way out."""
+    """The request met experts with the weights of two models: a roll-out is going on."""
 
 
 class StaleModel(RetryableError):
-    """It was planned for a model that is served no more: a newer router must plan it anew."""
+    """The request was planned for a model that is no longer served: a new router must plan it."""
 
 
 class NoCapacity(RetryableError):
-    """The places were taken while it was sent again: unlike a new one, it waits for one."""
+    """All slots were taken when the request was sent again. Unlike a new one, it waits for one."""
 
 
-def cause(error: BaseException) -> Exception:
-    """What was raised in another process, or ReplicaDied: without Ray's wrappings, some of which cannot
-    be sent on.
+def unwrap(error: BaseException) -> Exception:
+    """Return what was raised in another process, without Ray's wrappers (not all can be pickled).
+
+    The death of a process or node becomes ReplicaDied, a deployment that is gone StaleModel.
     """
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, DIED):
-            return ReplicaDied("a machine died with the request in hand")
+        if isinstance(inner, DEATHS):
+            return ReplicaDied("a replica died while it worked on the request")
         if isinstance(inner, DeploymentUnavailableError):
-            return StaleModel("the deployment it was sent to is gone")
+            return StaleModel("the deployment that the request was sent to is gone")
         wrapped = inner.cause if isinstance(inner, ray.exceptions.RayTaskError) else None
         if wrapped is None and isinstance(inner, LinearSRError):
             return inner
@@ -59,23 +69,42 @@ def cause(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def retry_policy(
-    attempts: int, *, kinds: tuple[type[RetryableError], ...] = (RetryableError,)
-) -> AsyncRetrying:
-    """Attempts at what fails in one of these ways, until it has died `attempts` times.
+def retry_policy(kinds: tuple[type[RetryableError], ...], max_deaths: int) -> AsyncRetrying:
+    """Return a policy that retries errors of these kinds, until replicas died `max_deaths` times.
 
-    It may be what kills; for other reasons it goes on until its time is up.
+    Only deaths are counted: the other kinds are retried until the request's time is up.
     """
     deaths = 0
 
-    def enough(state: RetryCallState) -> bool:
+    def died_too_often(state: RetryCallState) -> bool:
         nonlocal deaths
         deaths += state.outcome is not None and isinstance(state.outcome.exception(), ReplicaDied)
-        return deaths >= attempts
+        return deaths >= max_deaths
 
     return AsyncRetrying(
         retry=retry_if_exception_type(kinds),
-        stop=enough,
+        stop=died_too_often,
         wait=wait_random_exponential(0.1, max=2),
         reraise=True,
     )
+
+
+async def with_retries(attempt: Callable[[int], Events], *kinds: type[RetryableError]) -> Events:
+    """Yield the events of `attempt(number)`, from the start again after an error of these kinds.
+
+    attempt: starts attempt `number`, counted from 1. Its result is yielded when its generator has
+        ended, so that a caller who stops at the result does not cancel an attempt that is over.
+    Raises NotReady when replicas died too often, and any other error of an attempt as it is.
+    """
+    try:
+        async for retry in retry_policy(kinds, MAX_DEATHS):
+            with retry:
+                async with aclosing(attempt(retry.retry_state.attempt_number)) as events:
+                    async for event in events:
+                        if isinstance(event, Result):
+                            result = event
+                        else:
+                            yield event
+    except ReplicaDied as error:
+        raise NotReady(f"{error}, {MAX_DEATHS} times; try again later") from error
+    yield result

@@ -1,4 +1,4 @@
-"""What a deployment is told, before it is; the deployment itself is in tests/drills."""
+"""Config files for a deployment; tests/drills deploys one for real."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray_jobs.deploy import _settings
 FILE = Path(__file__).parents[3] / "ray_jobs" / "serve.yaml"
 
 
-def test_fields_are_set_and_the_rest_is_the_file() -> None:
+def test_read_file_sets_fields_and_keeps_the_rest() -> None:
     before = yaml.safe_load(FILE.read_text())
     assert read_file(FILE, {}) == before
     config = read_file(FILE, {"replicas": [1, 1, 2, 1]}, port=1234, on_head=True)
@@ -37,7 +37,7 @@ def test_fields_are_set_and_the_rest_is_the_file() -> None:
         ({"model": "no-such-model"}, WeightsError, "no-such-model"),
     ],
 )
-def test_what_is_wrong_is_known_before(
+def test_wrong_field_or_model_is_refused_before_deploying(
     settings: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -45,7 +45,7 @@ def test_what_is_wrong_is_known_before(
 
 
 @pytest.mark.parametrize("text", ["", "applications: []", "- 1", "applications: [1]"])
-def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+def test_file_that_is_no_serve_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "serve.yaml").write_text(text)
     with pytest.raises(OptionError, match=r"serve\.yaml: not a Serve config file"):
         read_file(tmp_path / "serve.yaml", {})
@@ -53,18 +53,18 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
         read_file(tmp_path / "gone.yaml", {})
 
 
-def test_a_value_that_is_not_yaml_is_refused() -> None:
+def test_value_that_is_not_yaml_is_refused() -> None:
     with pytest.raises(OptionError, match="not YAML"):
         _settings(["replicas=[4, 2"])
 
 
-def test_an_application_without_a_name_has_the_one_that_serve_gives_it(tmp_path: Path) -> None:
+def test_application_without_a_name_gets_the_default_name(tmp_path: Path) -> None:
     file = yaml.safe_load(FILE.read_text())
     del file["applications"][0]["name"]
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(file))
     assert read_file(tmp_path / "serve.yaml", {})["applications"][0]["name"] == "default"
 
 
-def test_what_serve_does_not_take_is_told_in_one_line(cluster: Cluster) -> None:
-    with pytest.raises(LinearSRError, match=r"Serve does not take it: .*applications"):
+def test_rejection_by_serve_is_reported_on_one_line(cluster: Cluster) -> None:
+    with pytest.raises(LinearSRError, match=r"Serve rejected the config: .*applications"):
         deploy({"applications": [{"name": "nothing"}]}, f"http://{cluster.webui_url}", 10)

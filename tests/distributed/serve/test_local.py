@@ -1,4 +1,4 @@
-"""`linearsr serve` as a user starts and ends it."""
+"""`linearsr serve` as a user starts and stops it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.distributed.serve.test_serve import LINE, answered_by, form_of, image
 
 @pytest.fixture
 def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that serves, and where."""
+    """Yield a process that serves, and its address."""
     port = str(_free_port())
     arguments = ["serve", "--model", str(small_bundle), "--device", "cpu", "--port", port]
     process = subprocess.Popen(
@@ -41,7 +41,7 @@ def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.wait()
 
 
-def test_it_ends_when_requests_under_way_have(
+def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     command: tuple[subprocess.Popen[str], str], small_bundle: Path
 ) -> None:
     process, url = command
@@ -57,9 +57,9 @@ def test_it_ends_when_requests_under_way_have(
             aiohttp.ClientSession(read_bufsize=LINE) as session,
             session.post(f"{url}/v1/upscale", data=form, headers=headers) as response,
         ):
-            first = await response.content.readline()  # it is under way
+            first = await response.content.readline()  # the request is in flight
             process.send_signal(signal.SIGTERM)
-            while await health(session) == 200:  # until the end was heard of
+            while await health(session) == 200:  # until the signal has arrived
                 pass
             refused = await later(session)
             return first + await response.content.read(), refused

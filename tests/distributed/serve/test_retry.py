@@ -1,4 +1,4 @@
-"""What is sent again, and how often. No cluster is needed."""
+"""Retries of the ingress and of experts, without a cluster."""
 
 from __future__ import annotations
 
@@ -18,22 +18,31 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from linearsr.config import FileOptions, Options
 from linearsr.distributed.serve import ServeConfig
 from linearsr.distributed.serve.expert import Experts, Handoff
-from linearsr.distributed.serve.ingress import Fleet
+from linearsr.distributed.serve.ingress import Ingress
 from linearsr.distributed.serve.retry import (
     ReplicaDied,
+    RetryableError,
     StaleModel,
     WeightsChanged,
-    cause,
     retry_policy,
+    unwrap,
 )
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.imaging.files import from_pil
-from linearsr.web.service import Full, NotReady, Progress, Request, Result, model_info
+from linearsr.web.service import (
+    Full,
+    Limits,
+    NotReady,
+    Progress,
+    Result,
+    UpscaleRequest,
+    model_info,
+)
 from linearsr.weights import read_config
 
 
-def tries(errors: list[Exception], attempts: int) -> int:
-    """How often is tried what fails with these in turn, and then does not."""
+def tries(errors: list[Exception], max_deaths: int) -> int:
+    """Return the number of attempts if they raise these errors in turn, and then succeed."""
     count = 0
 
     async def at_once(_: float) -> None:
@@ -41,7 +50,7 @@ def tries(errors: list[Exception], attempts: int) -> int:
 
     async def run() -> None:
         nonlocal count
-        async for attempt in retry_policy(attempts).copy(sleep=at_once):
+        async for attempt in retry_policy((RetryableError,), max_deaths).copy(sleep=at_once):
             with attempt:
                 count += 1
                 if count <= len(errors):
@@ -51,54 +60,54 @@ def tries(errors: list[Exception], attempts: int) -> int:
     return count
 
 
-def test_who_died_with_it_is_counted() -> None:
+def test_retry_stops_after_the_last_allowed_death() -> None:
     assert tries([], 2) == 1
     assert tries([ReplicaDied()], 2) == 2
     with pytest.raises(ReplicaDied):
         tries([ReplicaDied(), ReplicaDied()], 2)
 
 
-def test_who_was_replaced_is_waited_for() -> None:
+def test_retry_goes_on_while_weights_change() -> None:
     assert tries([WeightsChanged()] * 20, 2) == 21
 
 
-def test_deaths_alone_are_counted() -> None:
+def test_retry_counts_only_replica_deaths() -> None:
     assert tries([WeightsChanged()] * 20 + [ReplicaDied()], 2) == 22
     with pytest.raises(ReplicaDied):
         tries([ReplicaDied(), WeightsChanged(), ReplicaDied()], 2)
 
 
-def test_what_is_wrong_with_a_request_stays_wrong() -> None:
+def test_error_of_the_request_is_not_retried() -> None:
     with pytest.raises(WeightsError):
         tries([WeightsError("no")], 5)
 
 
-def test_causes_are_found_below_ray() -> None:
+def test_unwrap_finds_the_cause_below_ray() -> None:
     died = ray.exceptions.ActorDiedError()
-    assert isinstance(cause(died), ReplicaDied)
+    assert isinstance(unwrap(died), ReplicaDied)
     upstream = RuntimeError("an argument could not be had")
     upstream.__cause__ = died
-    assert isinstance(cause(upstream), ReplicaDied)
+    assert isinstance(unwrap(upstream), ReplicaDied)
     own = LinearSRError("too large")
     task = ray.exceptions.RayTaskError("upscale", "traceback", own)
-    assert cause(task) is own
-    gone = cause(DeploymentUnavailableError.__new__(DeploymentUnavailableError))
+    assert unwrap(task) is own
+    gone = unwrap(DeploymentUnavailableError.__new__(DeploymentUnavailableError))
     assert isinstance(gone, StaleModel)
     other = ValueError("a bug")
-    assert cause(other) is other
+    assert unwrap(other) is other
 
 
-def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
+def test_experts_refuse_requests_of_another_model(small_bundle: Path) -> None:
     experts = Experts(ServeConfig(model=str(small_bundle), device="cpu"), (0,))
     picture = from_pil(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
-    job = experts.upscaler.prepare(picture, Options(steps=4))
-    planned = Handoff(job.denoise_state(), experts.upscaler.config)
-    segment = job.segments[0]
+    state = experts.upscaler.prepare(picture, Options(steps=4))
+    planned = Handoff(state.denoise_state(), experts.upscaler.config)
+    segment = state.segments[0]
 
     async def at_once(item: Any) -> Any:
-        return experts._together([item])[0]
+        return experts._denoise_batch([item])[0]
 
-    experts.queues[0] = at_once  # Serve's own needs a replica around it
+    experts.queues[0] = at_once  # the queue of Serve works in a replica only
 
     async def denoise(passed: Handoff) -> Handoff:
         return await experts.denoise(passed, segment)
@@ -113,7 +122,7 @@ def test_experts_take_no_work_of_another_model(small_bundle: Path) -> None:
 
 
 class FakeRouter:
-    """A handle whose calls give these events in turn, or raise them."""
+    """A handle whose calls yield these events in turn, or raise them."""
 
     def __init__(self, *calls: list[Any]) -> None:
         self.calls = list(calls)
@@ -126,7 +135,7 @@ class FakeRouter:
     def options(self, **_: object) -> FakeRouter:
         return self
 
-    def remote(self, _: Request) -> FakeCall:
+    def remote(self, _: UpscaleRequest) -> FakeCall:
         return FakeCall(self, self.calls.pop(0))
 
 
@@ -148,15 +157,15 @@ RESULT = Result(b"", "png", 1, 1, "small", 0, 4, 4.0)
 BEGUN = Progress("structure", 0, 4)
 
 
-def fleet(small_bundle: Path, *calls: list[Any]) -> tuple[Fleet, FakeRouter]:
+def ingress_over(small_bundle: Path, *calls: list[Any]) -> tuple[Ingress, FakeRouter]:
     router = FakeRouter(*calls)
-    return Fleet(model_info(read_config(small_bundle)), router, [], 5), router  # type: ignore[arg-type]
+    return Ingress(Limits(), model_info(read_config(small_bundle)), router, []), router
 
 
-async def first_result(fleet: Fleet) -> list[Any]:
-    """As the HTTP interface listens: up to the result, and no further."""
+async def first_result(ingress: Ingress) -> list[Any]:
+    """Return the events up to the result, after which the HTTP API stops too."""
     seen: list[Any] = []
-    async with aclosing(fleet.upscale(Request(b"", Options(), FileOptions()))) as events:
+    async with aclosing(ingress.upscale(UpscaleRequest(b"", Options(), FileOptions()))) as events:
         async for event in events:
             seen.append(event)
             if isinstance(event, Result):
@@ -164,17 +173,16 @@ async def first_result(fleet: Fleet) -> list[Any]:
     return seen
 
 
-def test_what_requests_took_is_remembered_and_no_ended_one_cancelled(small_bundle: Path) -> None:
-    ingress, router = fleet(small_bundle, [BEGUN, RESULT])
+def test_finished_request_is_timed_and_not_cancelled(small_bundle: Path) -> None:
+    ingress, router = ingress_over(small_bundle, [BEGUN, RESULT])
     assert asyncio.run(first_result(ingress)) == [BEGUN, RESULT]
-    assert len(ingress.took) == 1 and router.cancelled == 0
+    assert len(ingress.durations) == 1 and router.cancelled == 0
 
 
-def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
-    """A new one is refused instead."""
+def test_retry_waits_for_a_slot_but_new_request_is_refused(small_bundle: Path) -> None:
     full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     died = ray.exceptions.ActorDiedError()
-    ingress, _ = fleet(small_bundle, [BEGUN, died], [full], [BEGUN, RESULT], [full])
+    ingress, _ = ingress_over(small_bundle, [BEGUN, died], [full], [BEGUN, RESULT], [full])
 
     async def run() -> None:
         assert await first_result(ingress) == [BEGUN, BEGUN, RESULT]
@@ -184,11 +192,11 @@ def test_who_is_sent_again_waits_for_a_place(small_bundle: Path) -> None:
     asyncio.run(run())
 
 
-def test_draining_waits_and_refuses(small_bundle: Path) -> None:
-    ingress, _ = fleet(small_bundle, [BEGUN, RESULT])
+def test_drain_waits_for_requests_and_refuses_new_ones(small_bundle: Path) -> None:
+    ingress, _ = ingress_over(small_bundle, [BEGUN, RESULT])
 
     async def run() -> None:
-        events = ingress.upscale(Request(b"", Options(), FileOptions()))
+        events = ingress.upscale(UpscaleRequest(b"", Options(), FileOptions()))
         assert await anext(events) == BEGUN
         draining = asyncio.create_task(ingress.drain())
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""The endpoint on a real cluster: the same pixels, whoever else asks and whatever dies."""
+"""The endpoint on a real cluster: the same pixels under load, and whatever dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ray.util.state import list_actors
 
 from linearsr.config import LINEARSR_1_6B, ModelConfig, Options
 from linearsr.distributed.serve import ServeConfig, build_app
-from linearsr.distributed.serve.config import shared_out, steps_of
+from linearsr.distributed.serve.config import default_steps, divide_replicas
 from linearsr.errors import OptionError
 from linearsr.imaging.files import encode
 from linearsr.imaging.files import read as read_picture
@@ -34,19 +34,19 @@ from linearsr.weights import expert_names, read_config, save
 from tests.conftest import random_experts
 from tests.distributed.conftest import _free_port, until
 
-# As it was done by hand: 300, 100 and 4.
+# A longer run by hand used 300, 100 and 4.
 REQUESTS = int(os.environ.get("LINEARSR_TEST_REQUESTS", "60"))
 CANCELLED = int(os.environ.get("LINEARSR_TEST_CANCELLED", "20"))
 KILLED = int(os.environ.get("LINEARSR_TEST_KILLED", "2"))
 AT_ONCE = 16
 SIZES = ((32, 24), (24, 40), (40, 40))
-PLACES, WAITING = 16, 16
-# A line of events that holds a picture.
+SLOTS, QUEUE = 16, 16
+# The longest line of a stream: one with a picture.
 LINE = 2**22
 
 
 class Endpoint(NamedTuple):
-    """Where it answers, and what it runs."""
+    """The address of an endpoint, and its config."""
 
     url: str
     config: ServeConfig
@@ -74,14 +74,14 @@ def config_of(model: Path, layout: str) -> ServeConfig:
         replicas=4 if layout == "split" else 2,
         expert_cpus=0.25,
         router_cpus=0.25,
-        places=PLACES,
-        waiting=WAITING,
-        surge=100 if layout == "split" else 0,
+        max_ongoing_requests=SLOTS,
+        max_queued_requests=QUEUE,
+        max_surge_percent=100 if layout == "split" else 0,
     )
 
 
 class Case(NamedTuple):
-    """A request and the pixels it must get."""
+    """A request, and the pixels of its result."""
 
     picture: bytes
     options: dict[str, float | str]
@@ -94,7 +94,7 @@ def cases(scaling_bundle: Path) -> list[Case]:
 
 
 def answered_by(model: Path) -> list[Case]:
-    """Three sizes, with options of their own, answered in this process."""
+    """Return twelve cases of three sizes and various options, upscaled in this process."""
     upscaler = Upscaler.load(model, "cpu")
     found = []
     for number in range(12):
@@ -108,7 +108,7 @@ def answered_by(model: Path) -> list[Case]:
 
 
 def photograph(number: int, width: int, height: int) -> bytes:
-    """A corner of one, as PNG."""
+    """Return a detail of a photograph, as PNG."""
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     left, top = 200 + 10 * number, 40 + 5 * number
     file = io.BytesIO()
@@ -140,7 +140,7 @@ def form_of(picture: bytes, **options: float | str) -> aiohttp.FormData:
 
 
 def image_of(event: bytes) -> bytes:
-    """Of the line that tells a result."""
+    """Return the picture in the line of a result."""
     return base64.b64decode(json.loads(event.removeprefix(b"data: "))["image"])
 
 
@@ -156,9 +156,7 @@ def in_session(work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]])
     return asyncio.run(run())
 
 
-def test_alone_a_request_gets_the_bits_of_the_command(
-    endpoint: Endpoint, cases: list[Case]
-) -> None:
+def test_single_request_has_the_bits_of_the_command(endpoint: Endpoint, cases: list[Case]) -> None:
     async def in_turn(session: aiohttp.ClientSession) -> list[Answer]:
         return [await ask(session, endpoint, case) for case in cases]
 
@@ -174,7 +172,7 @@ def test_alone_a_request_gets_the_bits_of_the_command(
 async def crowd(
     session: aiohttp.ClientSession, endpoint: Endpoint, cases: list[Case], count: int
 ) -> list[Answer]:
-    """`count` requests, `AT_ONCE` at a time."""
+    """Send `count` requests, `AT_ONCE` at a time."""
     places = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> Answer:
@@ -185,25 +183,25 @@ async def crowd(
 
 
 def check(answers: list[Answer], cases: list[Case]) -> None:
-    """Each has its own picture; in a batch, additions may come in another order."""
+    """Assert that each answer has its own picture. In a batch, the order of additions varies."""
     for number, answer in enumerate(answers):
         assert answer.status == 200, answer.body
         difference = pixels_of(answer.body) - cases[number % len(cases)].pixels
         assert np.abs(difference).max() <= 1
 
 
-def test_in_a_crowd_everyone_gets_their_own_picture(endpoint: Endpoint, cases: list[Case]) -> None:
+def test_concurrent_requests_get_their_own_pictures(endpoint: Endpoint, cases: list[Case]) -> None:
     check(in_session(lambda session: crowd(session, endpoint, cases, REQUESTS)), cases)
 
 
 def replicas(name: str) -> list[int]:
-    """Process ids of a deployment's replicas."""
+    """Return the process ids of the replicas of a deployment."""
     alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
     return [a.pid for a in alive if a.class_name == f"ServeReplica:default:{name}"]
 
 
-def test_nobody_notices_that_replicas_die(endpoint: Endpoint, cases: list[Case]) -> None:
-    """One of each expert, and the router, are killed in turn while others ask."""
+def test_requests_survive_the_death_of_replicas(endpoint: Endpoint, cases: list[Case]) -> None:
+    """A replica of each expert, and the router, are killed in turn under load."""
     split = endpoint.config.layout == "split"
     deployments = [*(expert_names_of(endpoint) if split else ["experts"]), "Router"]
 
@@ -211,7 +209,7 @@ def test_nobody_notices_that_replicas_die(endpoint: Endpoint, cases: list[Case])
         for name in deployments:
             victim = (await asyncio.to_thread(replicas, name))[0]
             os.kill(victim, signal.SIGKILL)
-            # The next one when it is back: all four at once would be another test.
+            # Wait until it is back: to kill all four at once would be another test.
             back = lambda name=name, victim=victim: set(replicas(name)) - {victim}  # noqa: E731
             await asyncio.to_thread(until, lambda back=back: bool(back()), f"{name} again")
         done.set()
@@ -232,10 +230,10 @@ def expert_names_of(endpoint: Endpoint) -> list[str]:
     return expert_names(read_config(endpoint.config.model))
 
 
-def test_whoever_dies_in_the_middle_of_its_steps_is_replaced(
+def test_request_survives_the_death_of_its_expert_in_mid_step(
     endpoint: Endpoint, scaling_bundle: Path
 ) -> None:
-    """Every replica of an expert, as soon as it has begun."""
+    """Every replica of an expert is killed as soon as it has begun."""
     options = Options(steps=50, seed=3)
     upscaler = Upscaler.load(scaling_bundle, "cpu")
     picture = photograph(0, 96, 96)
@@ -260,7 +258,7 @@ def test_whoever_dies_in_the_middle_of_its_steps_is_replaced(
 
     async def in_turn(session: aiohttp.ClientSession) -> list[Answer]:
         names = ("texture", "structure", "refinement", "polish")
-        # "together" all of them live in the same replicas.
+        # In the layout "together", all experts live in the same replicas.
         return [await without(session, expert) for expert in names[: KILLED if split else 1]]
 
     for answer in in_session(in_turn):
@@ -268,7 +266,7 @@ def test_whoever_dies_in_the_middle_of_its_steps_is_replaced(
         assert np.array_equal(pixels_of(answer.body), expected)
 
 
-def test_more_than_there_is_room_for_are_asked_to_come_again(
+def test_requests_beyond_slots_and_queue_are_refused_with_429(
     endpoint: Endpoint, cases: list[Case]
 ) -> None:
     long = [case._replace(options={**case.options, "steps": 40}) for case in cases]
@@ -278,7 +276,7 @@ def test_more_than_there_is_room_for_are_asked_to_come_again(
 
     answers = in_session(at_once)
     refused = [answer for answer in answers if answer.status == 429]
-    assert refused and len(answers) - len(refused) >= PLACES + WAITING
+    assert refused and len(answers) - len(refused) >= SLOTS + QUEUE
     assert {answer.status for answer in answers} == {200, 429}
     for answer in refused:
         assert int(answer.headers["retry-after"]) > 0
@@ -286,8 +284,8 @@ def test_more_than_there_is_room_for_are_asked_to_come_again(
     check(in_session(lambda session: crowd(session, endpoint, cases, 32)), cases)
 
 
-def test_who_leaves_takes_no_place_along(endpoint: Endpoint, cases: list[Case]) -> None:
-    """Clients that hang up in the middle; then as many ask as there are places."""
+def test_disconnect_frees_the_slot(endpoint: Endpoint, cases: list[Case]) -> None:
+    """Clients disconnect in mid-request; then as many others use all slots."""
     long = cases[0]._replace(options={"steps": 50, "seed": 1})
 
     async def leave(session: aiohttp.ClientSession) -> list[Answer]:
@@ -296,7 +294,7 @@ def test_who_leaves_takes_no_place_along(endpoint: Endpoint, cases: list[Case]) 
         url = f"{endpoint.url}/v1/upscale"
         async with session.post(url, data=form, headers=headers) as response:
             assert response.status == 200
-            await response.content.readline()  # it is under way
+            await response.content.readline()  # the request is in flight
             response.close()
         return []
 
@@ -308,7 +306,7 @@ def test_who_leaves_takes_no_place_along(endpoint: Endpoint, cases: list[Case]) 
     check(in_session(work), cases)
 
 
-def test_healthy_once_all_experts_are(endpoint: Endpoint) -> None:
+def test_health_needs_every_expert(endpoint: Endpoint) -> None:
     async def health(session: aiohttp.ClientSession) -> list[Answer]:
         async with session.get(f"{endpoint.url}/healthz") as response:
             return [Answer(response.status, await response.read(), {})]
@@ -329,16 +327,16 @@ def test_healthy_once_all_experts_are(endpoint: Endpoint) -> None:
     until(lambda: in_session(health)[0].status == 200, "healthy again")
 
 
-def test_other_weights_replace_the_old_without_a_failed_request(
+def test_rollout_fails_no_request_and_mixes_no_models(
     endpoint: Endpoint, cases: list[Case], tmp_path: Path
 ) -> None:
-    """In place and under load: each answer is of one model or the other.
+    """New weights are deployed under load: each answer comes from one model only.
 
-    The last of a layout's tests: its endpoint has the other weights from now on.
+    This is the last test of a layout, as its endpoint has the new weights from now on.
     """
     config = read_config(endpoint.config.model)
     experts = [model.state_dict() for model in random_experts(config, 8)[4:]]
-    if endpoint.config.layout == "together":  # another config as well
+    if endpoint.config.layout == "together":  # with another config too
         config = config.model_copy(update={"name": "other"})
     save(tmp_path, config, experts, {}, torch.float32)
     new = answered_by(tmp_path)
@@ -367,22 +365,24 @@ def of_which(answer: Answer, before: Case, after: Case) -> str:
     raise AssertionError("a picture of neither model")
 
 
-def test_replicas_follow_the_steps() -> None:
-    """4/2/13/1 of 20 steps: with 20 replicas each has one step, with four each expert one."""
-    assert steps_of(LINEARSR_1_6B) == [4, 2, 13, 1]
-    assert shared_out(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
-    assert shared_out(4, [4, 2, 13, 1]) == (1, 1, 1, 1)
-    assert shared_out(7, [4, 2, 13, 1]) == (1, 1, 4, 1)
-    assert shared_out(6, [1, 1, 2, 0]) == (2, 1, 2, 1)
+def test_replicas_are_divided_in_proportion_to_steps() -> None:
+    """20 steps are 4/2/13/1: 20 replicas take a step each; of four, each expert has one."""
+    assert default_steps(LINEARSR_1_6B) == [4, 2, 13, 1]
+    assert divide_replicas(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
+    assert divide_replicas(4, [4, 2, 13, 1]) == (1, 1, 1, 1)
+    assert divide_replicas(7, [4, 2, 13, 1]) == (1, 1, 4, 1)
+    assert divide_replicas(6, [1, 1, 2, 0]) == (2, 1, 2, 1)
 
 
-def test_counts_of_replicas_must_fit(small_config: ModelConfig) -> None:
+def test_replica_counts_must_fit_the_experts(small_config: ModelConfig) -> None:
     with pytest.raises(OptionError, match="4 experts, got 3"):
-        ServeConfig(replicas=(1, 1, 1)).groups(small_config)
+        ServeConfig(replicas=(1, 1, 1)).deployments(small_config)
     with pytest.raises(OptionError, match="replicas"):
         ServeConfig.parse(replicas=0)
     with pytest.raises(OptionError, match="one number"):
         ServeConfig.parse(layout="together", replicas=(1, 1, 1, 1))
     with pytest.raises(OptionError, match="texture starts with 2"):
-        build_app(ServeConfig(replicas=(1, 1, 2, 1), most_replicas=1))
-    assert ServeConfig(layout="together", replicas=3).groups(small_config) == [((0, 1, 2, 3), 3)]
+        build_app(ServeConfig(replicas=(1, 1, 2, 1), max_replicas=1))
+    assert ServeConfig(layout="together", replicas=3).deployments(small_config) == [
+        ((0, 1, 2, 3), 3)
+    ]
