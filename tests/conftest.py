@@ -20,6 +20,7 @@ from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
 from linearsr.metrics import lpips
+from tests.storage.fixtures import s3, s3_port  # noqa: F401
 
 
 def real_lpips_trunk() -> Path | None:

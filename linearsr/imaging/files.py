@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -36,6 +35,7 @@ from linearsr.imaging.exif import (
     upright_exif,
     with_provenance,
 )
+from linearsr.storage import atomic
 
 DEFAULT_MAX_PIXELS: Final = 100_000_000
 
@@ -448,9 +448,16 @@ def write(
         raise OutputError(f"{path}: no picture format has this suffix; use one of {known}.")
     try:
         data = encode(picture, format, quality=quality, provenance=provenance)
-        _write_atomically(path, data)
     except OutputError as error:
         raise OutputError(f"{path}: {error}") from error
+    try:
+        atomic.write(path, data)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{path}: cannot be written ({reason}); check the folder, its permissions and free "
+            "space."
+        ) from error
 
 
 def result_name(source: Name, format: str | None) -> Name:
@@ -469,25 +476,6 @@ def result_format(source: str, format: str | None) -> str:
     `format` as of `result_name`.
     """
     return WRITE_SUFFIXES.get(f".{format or source}", "png")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"cannot be written ({reason}); check the folder, its permissions and free space."
-        ) from error
-    finally:
-        # Gone already where all went well; the folder may not even exist where it did not.
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
 
 
 # PIL

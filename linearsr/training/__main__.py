@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from linearsr import weights
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
+from linearsr.storage import atomic
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import export, loop, perceptual
 from linearsr.training.config import PerceptualConfig, TrainConfig
@@ -93,7 +93,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out / _name(options.stage, index)
     stage = _start(recipe, config, options, index)
     # The second one: what is left if the program was ended while it replaced the first.
-    for saved in (folder, folder.with_name(f"{folder.name}.old")):
+    for saved in (folder, atomic.old_folder(folder)):
         if saved.is_dir():
             stage.load(saved)
             break
@@ -159,14 +159,8 @@ def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
 
 def _save(stage: loop.Stage, folder: Path) -> None:
     """A whole checkpoint, complete before it takes the place of the one before."""
-    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    stage.save(temporary)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
+    with atomic.replace_folder(folder) as temporary:
+        stage.save(temporary)
 
 
 def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import EXPERTS
 from linearsr.errors import OutputError, WeightsError, one_line
+from linearsr.storage import atomic
 
 BUNDLED = Path(__file__).parent
 
@@ -77,12 +78,10 @@ def save(
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
+        with atomic.replace_file(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
 
 

@@ -27,8 +27,9 @@ from linearsr.errors import (
     Unreachable,
     WrongRegion,
 )
-from linearsr.storage import location as storage
-from linearsr.storage.location import PART, Location, check_writable, explained, locate, url
+from linearsr.storage import atomic, location
+from linearsr.storage import s3 as s3_module
+from linearsr.storage.location import Location, check_writable, explained, locate, url
 from tests.storage.faults import INTERNAL_ERROR, SLOW_DOWN, Answer, Faults, Proxy
 from tests.storage.fixtures import Server
 from tools import s3_server as swift
@@ -105,8 +106,8 @@ def test_what_a_killed_process_left_unfinished_is_no_file(tmp_path: Path) -> Non
     here = locate(tmp_path)
     (here / "from/.hidden").write(b"")
     (here / "from/a.part").write(b"")
-    with storage._renamed(here / "from/b.parquet") as unfinished:
-        Path(unfinished).write_bytes(b"half")
+    with atomic.replace_file(tmp_path / "from/b.parquet") as temporary:
+        temporary.write_bytes(b"half")
         assert [f.name for f in (here / "from").files()] == [".hidden", "a.part"]
         (here / "from").copy_to(here / "to")
     assert [f.name for f in (here / "from").files()] == [".hidden", "a.part", "b.parquet"]
@@ -190,7 +191,11 @@ def test_s3_does_what_a_folder_does(s3: Server, tmp_path: Path) -> None:
     place = locate(s3.bucket()) / "runs"
     check_writable(place)
     assert not place.exists() and place.files() == []
-    contents = {"a.txt": b"", "deep/er/b.txt": b"b", "deep/er.txt": _bytes(0, PART + 1)}
+    contents = {
+        "a.txt": b"",
+        "deep/er/b.txt": b"b",
+        "deep/er.txt": _bytes(0, s3_module.PART_BYTES + 1),
+    }
     for name, data in contents.items():
         (place / name).write(b"old")
         (place / name).write(data)
@@ -229,7 +234,7 @@ def test_objects_whose_keys_lead_out_of_a_local_folder_are_not_copied(
 ) -> None:
     there, target = locate(s3.bucket()) / "folder", locate(tmp_path) / "target"
     (there / "good.txt").write(b"good")
-    at = storage._on_s3(there / "x")
+    at = location._on_s3(there / "x")
     assert at is not None
     at.client.put_object(Bucket=at.bucket, Key=f"folder/{key}", Body=b"bad")
     with pytest.raises(InputError, match=f"folder: the key '{re.escape(key)}' cannot be"):
@@ -243,7 +248,7 @@ def test_more_files_than_one_answer_lists_are_all_found_and_deleted(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server lists 100 at a time; as many are to be deleted at a time."""
-    monkeypatch.setattr(storage, "BATCH", 100)
+    monkeypatch.setattr(s3_module, "DELETE_BATCH", 100)
     place = locate(s3.bucket()) / "many"
     names = [f"{number:05d}" for number in range(205)]
     with ThreadPoolExecutor(8) as pool:
@@ -292,7 +297,7 @@ def _uses(folder: Location) -> list[Callable[[], object]]:
         folder.exists,
         folder.delete,
         lambda: check_writable(folder),
-        lambda: locate(Path(__file__).parents[1] / "storage").copy_to(folder),
+        lambda: locate(Path(__file__).parent).copy_to(folder),
         lambda: _parquet(folder / "x"),
     ]
 
@@ -395,7 +400,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
         proxy.faults = Faults(cut=1)
         for use in (
             (folder / "x").read,
-            lambda: storage._copy(folder / "x", locate(tmp_path) / "x"),
+            lambda: location._copy(folder / "x", locate(tmp_path) / "x"),
             folder.files,
             lambda: (folder / "x").write(_bytes(1, 100_000)),
             lambda: _parquet(folder / "y"),

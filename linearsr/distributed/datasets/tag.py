@@ -136,9 +136,8 @@ def _shards(folder: Location, column: str) -> list[_Shard]:
 
     def seen(file: Location) -> _Shard:
         shard = open_shard(file, "id", column)
-        name = file.path.removeprefix(folder.path).lstrip("/")
         with explained(file):
-            return _Shard(name, shard.metadata.num_rows, identity(shard))
+            return _Shard(file.relative_to(folder), shard.metadata.num_rows, identity(shard))
 
     return at_once(files, seen)
 

@@ -82,10 +82,9 @@ def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
     sidecar = folder / SIDECAR
     if not sidecar.exists():
         return {}
-    inside = f"{folder.path}/"
-    names = [picture.path.removeprefix(inside) for picture in pictures]
+    names = [picture.relative_to(folder) for picture in pictures]
     listed = read_tags(sidecar.read(), sidecar.path, names)
-    return {f"{inside}{name}": tags for name, tags in listed.items()}
+    return {(folder / name).path: tags for name, tags in listed.items()}
 
 
 def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:

@@ -145,7 +145,7 @@ def list_sources(config: ShardConfig) -> list[str]:
     sources = []
     for name, path in config.roots().items():
         folder = locate(path)
-        found = [file.path.removeprefix(f"{folder.path}/") for file in folder.files()]
+        found = [file.relative_to(folder) for file in folder.files()]
         pictures = [path for path in found if _suffix(path) in READ_SUFFIXES]
         if not pictures:
             raise InputError(f"{path}: no pictures here ({', '.join(READ_SUFFIXES)})")
