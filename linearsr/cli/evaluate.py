@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, get_args
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
 from linearsr.errors import OptionError, OutputError, require
+from linearsr.storage import atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from linearsr.evaluation.config import Score, Source
+    from linearsr.evaluation.config import Score
     from linearsr.evaluation.judge import Judge
     from linearsr.evaluation.report import Report
     from linearsr.evaluation.run import Plan, Request
-
-    List = Callable[..., Mapping[str, Source]]
-    Read = Callable[[Source], bytes]
 
 FIELDS = ("hr", "lr", "steps", "solvers", "metrics", "scale", "seed", "every", "rank", "examples")
 
@@ -141,8 +139,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     request = parse(arguments)
     from linearsr.evaluation.judge import Judge, load_model
     from linearsr.evaluation.run import Seen, finish, plan
+    from linearsr.evaluation.sources import list_pictures, read_source
 
-    list_pictures, read_source = _access(request)
     made = plan(request, list_pictures)
     output = _folder(arguments.output)
     judge = Judge(made.settings, read_source, lambda model: load_model(model, arguments.device))
@@ -153,23 +151,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         lambda name, data: _write(output / name, data),
     )
     return tell(report, arguments.output)
-
-
-def _access(request: Request) -> tuple[List, Read]:
-    """How to list and read pictures; shards and s3:// take what jobs read with."""
-    places = [place for place in (request.hr, request.lr, *request.results.values()) if place]
-    if not any("://" in place or _has_shards(Path(place)) for place in places):
-        from linearsr.evaluation.pairs import list_folder, read_file
-
-        return list_folder, read_file
-    from linearsr.distributed.datasets.evaluate import list_pictures, read_source
-
-    return list_pictures, read_source
-
-
-def _has_shards(folder: Path) -> bool:
-    """Whether there are any; the list of errors of an upscaled folder is none."""
-    return any(file.parent.name != "errors" for file in folder.rglob("*.parquet"))
 
 
 def _scores(made: Plan, judge: Judge) -> list[Score]:
@@ -188,10 +169,7 @@ def _folder(output: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Complete before it gets its name."""
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        atomic.write(path, data)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from PIL import Image
 
-from linearsr.errors import InputError
 from linearsr.evaluation.config import Source
-from linearsr.evaluation.pairs import Listing, list_folder, pair, read_file
+from linearsr.evaluation.pairs import Listing, pair
 
 
 def _listing(*names: str) -> Listing:
@@ -75,19 +71,3 @@ def test_a_missing_result_costs_that_result_only() -> None:
 def test_results_alone_are_items() -> None:
     pairs = pair({}, {}, {"mine": _listing("a.png")})
     assert pairs.items[0].hr is None and pairs.items[0].results["mine"].file == "a.png"
-
-
-def test_folders_are_listed_with_their_folders(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "a.png")
-    (tmp_path / "notes.txt").write_text("")
-    found = list_folder(tmp_path)
-    assert list(found) == ["in/a.png"]
-    assert read_file(found["in/a.png"]).startswith(b"\x89PNG")
-
-
-def test_an_empty_folder_and_a_lost_file_say_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no picture"):
-        list_folder(tmp_path)
-    with pytest.raises(InputError, match=r"gone\.png: cannot be read"):
-        read_file(Source(folder=str(tmp_path), file="gone.png"))

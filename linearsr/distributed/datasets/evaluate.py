@@ -25,11 +25,11 @@ from linearsr.distributed.models import absolute, check_model, load_upscaler
 from linearsr.distributed.queue import LOST, Pool, pooled
 from linearsr.errors import InputError, LinearSRError, one_line
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
-from linearsr.evaluation.config import Item, Score, Settings, Source
+from linearsr.evaluation.config import Item, Score, Settings
 from linearsr.evaluation.judge import Judge
 from linearsr.evaluation.report import Report
 from linearsr.evaluation.run import Plan, Request, Seen, finish, plan
-from linearsr.imaging.sources import choose, list_inputs, open_shard, read_input
+from linearsr.evaluation.sources import list_pictures, read_source
 from linearsr.metrics.measure import conventions
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import (
@@ -87,34 +87,6 @@ def evaluate(config: EvaluationConfig) -> Report:
     if not any(score.failed for score in scores):  # else the next try needs only those
         parts.delete()
     return report
-
-
-def list_pictures(folder: str, *columns: str) -> dict[str, Source]:
-    """Pictures, or rows of Parquet shards, by id; local or s3://. Raises InputError.
-
-    Shards are read at the first of the columns that they have.
-    """
-    place = locate(folder)
-    column = _column(place, columns)
-    found = {}
-    for row in list_inputs(place, column).to_pylist():
-        inside = column if row["group"] >= 0 else ""
-        where = {name: row[name] for name in ("file", "group", "row")}
-        found[row["id"]] = Source(folder=url(place), column=inside, **where)
-    return found
-
-
-def _column(place: Location, columns: Sequence[str]) -> str:
-    """The first that the first shard has, if there is a choice."""
-    shards = choose(place.files(), place, "id")[1] if len(columns) > 1 else []
-    names = open_shard(shards[0]).schema_arrow.names if shards else []
-    return next((column for column in columns if column in names), columns[0])
-
-
-def read_source(source: Source) -> bytes:
-    """An encoded picture of `list_pictures`. Raises InputError."""
-    row = {**source.model_dump(), "id": f"{source.file}:{source.group}:{source.row}"}
-    return read_input(locate(source.folder), row, source.column)
 
 
 def _absolute(request: Request) -> Request:

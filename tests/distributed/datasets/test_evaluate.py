@@ -19,10 +19,11 @@ from spandrel.architectures.Compact import Compact
 
 from linearsr.cli import main
 from linearsr.distributed.datasets import evaluate as evaluation
-from linearsr.distributed.datasets.evaluate import EvaluationConfig, evaluate, list_pictures
+from linearsr.distributed.datasets.evaluate import EvaluationConfig, evaluate
 from linearsr.errors import InputError, WeightsError
 from linearsr.evaluation.config import Score
 from linearsr.evaluation.run import Request, plan
+from linearsr.evaluation.sources import list_pictures
 from linearsr.storage.location import locate
 from ray_jobs import evaluate as job
 
