@@ -65,7 +65,7 @@ def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
 
 
 def _tag(arguments: argparse.Namespace) -> int:
-    from linearsr.tags.base import load_tagger
+    from linearsr.tags import load_tagger
 
     tagger = load_tagger(tagger_config(arguments), arguments.device)
     failed = 0

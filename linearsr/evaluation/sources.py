@@ -12,7 +12,7 @@ from linearsr.storage.location import Location, locate, url
 def list_pictures(folder: str, *columns: str) -> dict[str, Source]:
     """Return all pictures below a folder by id, or all rows of its Parquet shards.
 
-    Of shards, the first of `columns` is read that they have. Raises InputError if there are none.
+    Shards are read at the first of `columns` that they have. Raises InputError if there are none.
     """
     place = locate(folder)
     column = _first_column(place, columns)

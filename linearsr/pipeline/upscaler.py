@@ -30,14 +30,16 @@ from linearsr.config import Options, Solver
 from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.diffusion.experts import Segment, plan
 from linearsr.diffusion.path import clean_guess
-from linearsr.diffusion.solvers import SolverState, looks_back, sample, schedule
+from linearsr.diffusion.schedule import schedule
+from linearsr.diffusion.solvers import SolverState, looks_back, sample
 from linearsr.errors import LinearSRError, OptionError, TooLarge, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import enlarged_part, resize
 from linearsr.imaging.tiles import Canvas, Tile, tile_grid
 from linearsr.latent import Autoencoder, load_autoencoder
-from linearsr.tags.base import Tagger, TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tagger, TaggerConfig
 from linearsr.tags.encoder import tag_encoder
 
 # Latent cells. Tiles bound memory; ones as large as this spend few cells on overlap, which is twice

@@ -1,4 +1,4 @@
-"""What an error of boto3 or pyarrow means, and what the user can do about it."""
+"""Explain errors of boto3 and pyarrow, and say what the user can do about them."""
 
 from __future__ import annotations
 
@@ -72,17 +72,20 @@ def cause(error: Exception) -> Cause | None:
         return Denied, "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if isinstance(error, _NO_ANSWER):
         return Unreachable, "the storage does not answer; check AWS_ENDPOINT_URL and the network"
-    attempts = f"in up to {max_attempts()} attempts"
-    failing = f"the storage fails {attempts}; try later, or raise AWS_MAX_ATTEMPTS"
+    number = max_attempts()
+    failing = f"the storage fails in up to {number} attempts; try later, or raise AWS_MAX_ATTEMPTS"
     # An error of pyarrow for a request that S3 grants by now. A damaged file is an OSError too.
     if isinstance(error, OSError) and "AWS Error" in str(error):
         return Unreachable, failing
-    throttled = f"throttled {attempts}; use fewer workers, or raise AWS_MAX_ATTEMPTS"
-    denied = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, the permissions and the clock"
+    throttled = (
+        f"throttled in up to {number} attempts; use fewer workers, or raise AWS_MAX_ATTEMPTS"
+    )
+    denied = "denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, the permissions and the clock"
+    no_bucket = "there is no such bucket; create it, or check its name"
     causes: list[tuple[set[str], Cause]] = [
         (_THROTTLED, (Throttled, throttled)),
-        (_DENIED, (Denied, f"denied; {denied}")),
-        ({"NoSuchBucket"}, (MissingBucket, "there is no such bucket; create it or check its name")),
+        (_DENIED, (Denied, denied)),
+        ({"NoSuchBucket"}, (MissingBucket, no_bucket)),
         (_REGION, (WrongRegion, f"wrong region; set AWS_REGION to {_right_region(error)}")),
         ({"NoSuchKey", "404"}, (MissingFile, "there is no such file")),
         (_FAILING, (Unreachable, failing)),

@@ -52,7 +52,7 @@ def _attempts(patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setenv("AWS_MAX_ATTEMPTS", str(number))
 
 
-def test_what_is_written_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_written_files_are_read_back_without_leftovers(tmp_path: Path) -> None:
     file = locate(tmp_path) / "new" / "file.bin"
     assert not file.exists()
     file.write(b"first")
@@ -88,7 +88,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(tmp_path:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file.bin", "file.bin", "from", "to"]
 
 
-def test_of_many_writers_of_one_file_each_succeeds_and_one_remains(tmp_path: Path) -> None:
+def test_many_writers_of_one_file_succeed_and_one_content_remains(tmp_path: Path) -> None:
     file = locate(tmp_path) / "file.bin"
     contents = [_bytes(seed, 200_000) for seed in range(32)]
     with ThreadPoolExecutor(8) as pool:
@@ -97,12 +97,12 @@ def test_of_many_writers_of_one_file_each_succeeds_and_one_remains(tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_the_longest_of_names_can_be_written(tmp_path: Path) -> None:
+def test_longest_file_name_can_be_written(tmp_path: Path) -> None:
     (locate(tmp_path) / ("a" * 255)).write(b"x")
     assert [f.name for f in locate(tmp_path).files()] == ["a" * 255]
 
 
-def test_what_a_killed_process_left_unfinished_is_no_file(tmp_path: Path) -> None:
+def test_unfinished_files_are_not_listed_or_copied(tmp_path: Path) -> None:
     here = locate(tmp_path)
     (here / "from/.hidden").write(b"")
     (here / "from/a.part").write(b"")
@@ -140,7 +140,7 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert locate("runs").path == str(tmp_path / "runs")
 
 
-def test_locations_travel_to_other_processes(tmp_path: Path) -> None:
+def test_locations_can_be_pickled(tmp_path: Path) -> None:
     place = locate(tmp_path) / "x"
     again = pickle.loads(pickle.dumps(place))
     assert again == place and hash(again) == hash(place)
@@ -172,7 +172,7 @@ def test_storage_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert locate(tmp_path / "runs").files() == []
 
 
-def test_a_place_that_ray_deletes_is_refused(tmp_path: Path) -> None:
+def test_folder_that_ray_deletes_is_refused(tmp_path: Path) -> None:
     copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0/runs"
     with pytest.raises(OptionError, match="temporary copy of its folder"):
         check_writable(locate(copy))
@@ -258,7 +258,7 @@ def test_more_files_than_one_answer_lists_are_all_found_and_deleted(
     assert place.files() == []
 
 
-def test_what_pyarrow_leaves_in_place_of_folders_is_no_file(s3: Server) -> None:
+def test_folder_markers_of_pyarrow_are_no_files(s3: Server) -> None:
     place = locate(s3.bucket()) / "runs"
     place.filesystem.create_dir(f"{place.path}/empty")
     assert place.files() == [] and place.exists()
@@ -266,7 +266,7 @@ def test_what_pyarrow_leaves_in_place_of_folders_is_no_file(s3: Server) -> None:
     assert not place.exists()
 
 
-def test_s3_locations_travel_with_their_patience(
+def test_pickled_s3_locations_keep_their_retries(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pickled, pyarrow's own filesystem falls back to three attempts."""
@@ -317,7 +317,7 @@ def test_a_missing_bucket_is_named(s3: Server) -> None:
     _refused("s3://no-such-bucket", MissingBucket, "no such bucket")
 
 
-def test_a_missing_object_is_no_fault_of_the_storage(s3: Server) -> None:
+def test_missing_object_is_named(s3: Server) -> None:
     file = locate(s3.bucket()) / "nothing.parquet"
     for use in (file.read, lambda: _parquet(file)):
         with pytest.raises(MissingFile, match=r"nothing\.parquet"):
@@ -414,7 +414,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
     assert locate(url(folder / "x")).read() == _bytes(0, 100_000)
 
 
-def test_a_number_of_attempts_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_number_of_attempts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "many")
     with pytest.raises(OptionError, match="AWS_MAX_ATTEMPTS is 'many'"):
         locate("s3://bucket")

@@ -25,9 +25,10 @@ from tqdm import tqdm
 from linearsr.distributed.queue import LOST, Pool, pooled
 from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
 from linearsr.imaging.files import read
-from linearsr.imaging.sources import at_once, open_shard
+from linearsr.imaging.sources import map_files, open_shard
 from linearsr.storage.location import Location, check_writable, explained, locate, url
-from linearsr.tags.base import Tag, TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tag, TaggerConfig
 
 # In the footer: JSON of `settings`, the `identity` of the shard, how many rows have `tagged`, and
 # `errors` by id.
@@ -139,7 +140,7 @@ def _shards(folder: Location, column: str) -> list[_Shard]:
         with explained(file):
             return _Shard(file.relative_to(folder), shard.metadata.num_rows, identity(shard))
 
-    return at_once(files, seen)
+    return map_files(files, seen)
 
 
 def identity(shard: Any) -> str:
@@ -170,7 +171,7 @@ def _notes(shards: list[_Shard], output: Location, settings: dict[str, Any]) -> 
         told = (note.get("settings"), note.get("identity"))
         return note if told == (settings, known[file.path].identity) else None
 
-    found = dict(zip((file.path for file in there), at_once(there, noted), strict=True))
+    found = dict(zip((file.path for file in there), map_files(there, noted), strict=True))
     return [found.get(path) for path in known]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linearsr.errors import InputError, LinearSRError, StorageError
 from linearsr.imaging.files import read
-from linearsr.imaging.sources import at_once, choose, open_shard
+from linearsr.imaging.sources import choose, map_files, open_shard
 from linearsr.storage.location import Location, explained, locate
 from linearsr.training.data import (
     SIDECAR,
@@ -134,7 +134,7 @@ class Shards:
 
     def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self.groups = [group for found in at_once(files, _groups) for group in found]
+        self.groups = [group for found in map_files(files, _groups) for group in found]
         self.rows = sum(group.rows for group in self.groups)
         if not self.rows:
             raise InputError(f"{files[0].path}: the shards hold no rows")
