@@ -24,7 +24,7 @@ from linearsr import Options, Upscaler
 from linearsr.cli.report import exit_code
 from linearsr.config import Solver
 from linearsr.diffusion.experts import plan
-from linearsr.diffusion.solvers import shifted
+from linearsr.diffusion.schedule import shifted
 from linearsr.errors import InputError
 from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
 from linearsr.imaging.files import Picture, find_images, read

@@ -22,7 +22,7 @@ from benchmarks.tables import markdown
 from linearsr.config import MODELS, LatentConfig, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import plan
-from linearsr.diffusion.solvers import schedule
+from linearsr.diffusion.schedule import schedule
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.recipes import RECIPES, Recipe, split_metric
 

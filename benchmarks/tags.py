@@ -32,7 +32,8 @@ from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 from linearsr.latent import load_autoencoder
 from linearsr.metrics.measure import measure
-from linearsr.tags.base import Tagger, TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tagger, TaggerConfig
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop
 from linearsr.training.data import Batches, Photo, Photos, Tags, as_bytes, same

@@ -39,7 +39,7 @@ def main() -> int:
     fields = {name: getattr(arguments, name) for name in names}
     config = job.validated(EvaluationConfig, {**fields, "request": options.parse(arguments)})
     job.connect(data=False)
-    return options.tell(evaluate(config), arguments.output)
+    return options.print_report(evaluate(config), arguments.output)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
 from linearsr.metrics import lpips
+from tests.storage.fixtures import s3, s3_port  # noqa: F401
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
 SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")

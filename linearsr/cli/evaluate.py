@@ -14,17 +14,15 @@ from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
 from linearsr.errors import OptionError, OutputError, require
+from linearsr.storage import atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from linearsr.evaluation.config import Score, Source
+    from linearsr.evaluation.config import Score
     from linearsr.evaluation.judge import Judge
     from linearsr.evaluation.report import Report
     from linearsr.evaluation.run import Evaluation, Request
-
-    List = Callable[..., Mapping[str, Source]]
-    Read = Callable[[Source], bytes]
 
 FIELDS = ("hr", "lr", "steps", "solvers", "metrics", "scale", "seed", "every", "rank", "examples")
 
@@ -169,8 +167,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     request = parse(arguments)
     from linearsr.evaluation.judge import Judge, load_model
     from linearsr.evaluation.run import ModelViews, finish, plan
+    from linearsr.evaluation.sources import list_pictures, read_source
 
-    list_pictures, read_source = _access(request)
     evaluation = plan(request, list_pictures)
     output = _folder(arguments.output)
     judge = Judge(
@@ -183,24 +181,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         lambda name, data: _write(output / name, data),
     )
     return print_report(report, arguments.output)
-
-
-def _access(request: Request) -> tuple[List, Read]:
-    """How to list and read pictures: shards and s3:// are read as jobs read them."""
-    folders = [name for name in (request.hr, request.lr, *request.results.values()) if name]
-    if not any("://" in folder or _has_shards(Path(folder)) for folder in folders):
-        from linearsr.evaluation.pairs import list_folder, read_file
-
-        return list_folder, read_file
-    require("data", "boto3")
-    from linearsr.evaluation.sources import list_pictures, read_source
-
-    return list_pictures, read_source
-
-
-def _has_shards(folder: Path) -> bool:
-    """Whether the folder holds shards; the list of errors of a dataset job is not one."""
-    return any(file.parent.name != "errors" for file in folder.rglob("*.parquet"))
 
 
 def _scores(evaluation: Evaluation, judge: Judge) -> list[Score]:
@@ -221,9 +201,7 @@ def _folder(output: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    from linearsr.imaging.files import write_bytes
-
     try:
-        write_bytes(path, data)
-    except OutputError as error:
-        raise OutputError(f"{path}: {error}") from error
+        atomic.write(path, data)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -87,7 +87,7 @@ def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from linearsr.tags.base import load_tagger
+    from linearsr.tags import load_tagger
 
     tagger = load_tagger(tagger_config(arguments), arguments.device)
     failed = 0

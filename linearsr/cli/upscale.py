@@ -110,7 +110,7 @@ def _upscale_file(
     line: _Line,
 ) -> None:
     """Upscale one file, and print a line with its size, time and any resampling."""
-    from linearsr.imaging.files import WRITE_SUFFIXES, write_bytes
+    from linearsr.imaging.files import WRITE_SUFFIXES, write_encoded
     from linearsr.pipeline.codec import upscale_encoded
 
     began = time.perf_counter()
@@ -131,7 +131,7 @@ def _upscale_file(
         progress=line.show,
         on_stage=on_stage,
     )
-    write_bytes(target, result.data)
+    write_encoded(target, result.data)
     seconds = time.perf_counter() - began
     line.end(f"{target}  {result.width}x{result.height}  {seconds:.1f} s{note}")
 

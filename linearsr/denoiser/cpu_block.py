@@ -1,9 +1,9 @@
-"""A block, strip by strip: what lies between its layers stays in a CPU core's cache.
+"""Run a block on a CPU strip by strip, so that activations stay in a core's cache.
 
-Elementwise passes cost a CPU more than matrix products, and far more where each of them goes
-through main memory. So a strip of rows goes through all it can before the next one does, the two
-halves of a gated layer are tensors of their own, and what can be folded into a matrix is. It is the
-function of `Block.forward`, which has the plain order; no gradients here.
+Elementwise passes cost a CPU more than matrix products, and far more if each of them goes through
+main memory. So a strip of rows passes through as many layers as possible before the next strip,
+the two halves of a gated layer are separate tensors, and scales and gates are folded into matrices.
+The result is that of `Block.forward`, which has the plain order. There are no gradients here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from linearsr.denoiser.blocks import Block, LinearAttention, MixFFN, TagAttention
 from linearsr.kernels import modulate, scaled_state
 
-# Tokens whose activations, five times as wide in the Mix-FFN, fit the caches of two cores. Not a
-# matter of how many threads there are: a picture's bits depend on it.
+# The number of tokens whose activations, five times as wide in the Mix-FFN, fit the caches of two
+# cores. It does not depend on the number of threads, because a picture's bits depend on it.
 CACHED_TOKENS = 8192
 
 
 def suit(x: Tensor) -> bool:
-    """Whether tokens (B, H, W, C) are better taken in strips: on a CPU, without gradients or
-    autocast, which would give the parts of a sum different types.
+    """Return whether strips suit tokens (B, H, W, C): on a CPU without gradients or autocast.
+
+    Autocast would give the parts of a sum different types.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
@@ -40,7 +41,7 @@ def forward_(
     tags: tuple[Tensor, Tensor] | None = None,
     tag_mask: Tensor | None = None,
 ) -> Tensor:
-    """`block(x, modulation, tags, tag_mask)`, in place."""
+    """Compute `block(x, modulation, tags, tag_mask)` in place and return x."""
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = block.modulations(modulation)
     strips = x.split(max(1, CACHED_TOKENS // (x.shape[0] * x.shape[2])), dim=1)
     modulated = (modulate(strip, shift, scale) for strip in strips)
@@ -61,14 +62,16 @@ def forward_(
 def _attention(
     attention: LinearAttention, strips: Iterable[Tensor], gate: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Callable[[Tensor, Tensor], None]]:
-    """The queries of each strip (B, rows, W, C), its values where a local convolution needs them,
-    and a function that adds `gate` times the attention."""
+    """Return each strip's queries, its values, and a function that adds the attention to a strip.
+
+    The values are empty without a local convolution. The attention is multiplied by `gate`.
+    """
     query, key, value = attention.qkv.weight.chunk(3)
     norm_q, norm_k = attention.norm_q, attention.norm_k
     if isinstance(norm_q, nn.RMSNorm):
         query = norm_q.weight[:, None] * query
     if isinstance(norm_k, nn.RMSNorm):
-        # relu(w k) = |w| relu(sign(w) k): the sizes of the weights wait for the sums.
+        # relu(w k) = |w| relu(sign(w) k), so |w| can be applied to the sums below.
         key = torch.where(norm_k.weight[:, None] < 0, -key, key)
     queries, values, states = [], [], []
     wide = torch.promote_types(key.dtype, torch.float32)
@@ -93,16 +96,15 @@ def _attention(
 def _local_attention(
     attention: LinearAttention, values: Sequence[Tensor], gate: Tensor, tokens: Tensor
 ) -> Callable[[Tensor], None] | None:
-    """A function that adds to the next strip (B, rows, W, C) `gate` times `out` of the convolved
-    values; None without a local convolution.
+    """Return a function that adds the projected local convolution to the next strip, or None.
 
-    values: (B, N, C) of each strip. The convolution looks at rows of the strips beside its own.
+    values: (B, N, C) of each strip. The convolution also reads rows of the neighbouring strips.
     """
     if attention.local is None:
         return None
     whole = torch.cat(list(values), dim=1).view(tokens.shape)
     kernel, reach = attention.local.weight, attention.local.weight.shape[-1] // 2
-    # (B, C, C): the gate rides on the output projection.
+    # (B, C, C): the output projection times the gate.
     project = attention.out.weight.t() * gate.squeeze(1)
     done = 0
 
@@ -111,7 +113,7 @@ def _local_attention(
         top, bottom = done, done + strip.shape[1]
         above, below = min(reach, top), min(reach, whole.shape[1] - bottom)
         rows = whole[:, top - above : bottom + below].permute(0, 3, 1, 2)
-        # Zeros lie beside the edges of the picture only: rows that are there are taken as they are.
+        # Zero padding is for the edges of the picture only; between strips there are real rows.
         rows = F.pad(rows, (0, 0, reach - above, reach - below))
         local = F.conv2d(rows, kernel, padding=(0, reach), groups=len(kernel))
         _add_product(strip, local.permute(0, 2, 3, 1).flatten(1, 2), project)
@@ -121,11 +123,11 @@ def _local_attention(
 
 
 def _reader(state: Tensor, out: nn.Linear, gate: Tensor) -> Callable[[Tensor, Tensor], None]:
-    """What adds to tokens (B, rows, W, C) `gate` times `out` of their attention, of their queries
-    (B, N, C) that have been through ReLU.
+    """Return a function that adds the projected attention to tokens (B, rows, W, C).
 
-    state: (B, H, D, D + 1), of all tokens. Its sums, the output projection and the gate make one
-    matrix (B, C, C); a query meets that once each of its heads is divided by what it has with z.
+    The function takes the tokens and their queries (B, N, C) after ReLU. state: (B, H, D, D + 1) of
+    all tokens. Its sums, the output projection and the gate become one matrix (B, C, C), which is
+    applied to a query after each of its heads is divided by its product with z.
     """
     sums, z = scaled_state(state).split([state.shape[-2], 1], dim=-1)
     heads, dim = sums.shape[1:3]
@@ -148,16 +150,16 @@ def _reader(state: Tensor, out: nn.Linear, gate: Tensor) -> Callable[[Tensor, Te
 def _tag_attention(
     attention: TagAttention | None, tags: tuple[Tensor, Tensor], mask: Tensor | None
 ) -> Callable[[Tensor], object] | None:
-    """What adds to tokens (B, rows, W, C) their attention to tags, given as keys and values.
+    """Return a function that adds the attention to tags to tokens (B, rows, W, C), or None.
 
-    Few tags are two narrow matrices: the keys of all heads, each in its own rows and columns, and
-    the values with the output projection folded in.
+    tags: keys and values. For a few tags these are two narrow matrices: the keys of all heads, each
+    in its own rows and columns, and the values times the output projection.
     """
     if attention is None:
         return None
     keys, values = tags
     heads, count, dim = keys.shape[1:]
-    if mask is not None or count > dim:  # then these matrices would be the wider way
+    if mask is not None or count > dim:  # The narrow matrices would not be narrow.
         return lambda tokens: tokens.add_(attention(tokens, tags, mask))
     norm = attention.norm_q
     if isinstance(norm, nn.RMSNorm):
@@ -166,7 +168,7 @@ def _tag_attention(
     keys = torch.diag_embed(keys.permute(0, 3, 2, 1)).permute(0, 3, 1, 4, 2) * dim**-0.5
     keys = keys.flatten(3, 4).flatten(1, 2)
     project = attention.out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
-    # The weights of a head add up to one, so of the bias as well.
+    # The weights of a head add up to one, so the heads' shares of the bias add up to the bias.
     values = (values @ project + attention.out.bias / heads).flatten(1, 2)
 
     def attend_(tokens: Tensor) -> None:
@@ -182,37 +184,37 @@ def _tag_attention(
 
 
 def _inverse_rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """(B, N, C) -> (B, N, 1)."""
+    """Return the inverse root mean square (B, N, 1) of x (B, N, C)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (length.square() / x.shape[-1]).add_(norm.eps or 0).rsqrt_()
 
 
 def _add_product(tokens: Tensor, x: Tensor, matrix: Tensor) -> None:
-    """To tokens (B, rows, W, C), x (B, N, K) @ matrix (B, K, C)."""
+    """Add x (B, N, K) @ matrix (B, K, C) to tokens (B, rows, W, C)."""
     tokens.view(len(tokens), -1, tokens.shape[-1]).baddbmm_(x, matrix)
 
 
 class _MixFFN:
-    """Adds `gate` times a `MixFFN` to all tokens (B, H, W, C), its input coming strip by strip.
+    """A function that adds `gate` times a `MixFFN` to all tokens (B, H, W, C), strip by strip.
 
-    The convolution looks one row beyond those it gives, so the last rows of the input are kept;
-    to expand those two again costs less than to copy what a strip was expanded to below them.
+    The convolution needs one more row than it returns, so the last two rows of the input are kept.
+    Expanding them again costs less than copying their expanded activations.
     """
 
     def __init__(self, ffn: MixFFN, gate: Tensor, tokens: Tensor) -> None:
         self.halves = [_Half.of(ffn, number) for number in (0, 1)]
-        # (B, hidden, C): the gate rides on the projection, and the sum on its product.
+        # (B, hidden, C): the projection times the gate; the sum is added by its product.
         self.project = ffn.project.weight.t() * gate.squeeze(1)
         self.tokens, self.known, self.done = tokens, tokens[:, :0], 0
 
     def __call__(self, strip: Tensor) -> None:
-        """The next rows (B, n, W, C): those whose neighbours are known by now get their sum."""
+        """Take the next rows (B, n, W, C) and update all tokens whose neighbours are known."""
         known = torch.cat([self.known, strip], dim=1)
         start = max(0, self.done - 1)
         top, bottom = start == self.done, start + known.shape[1] == self.tokens.shape[1]
         count = start + known.shape[1] - self.done - (not bottom)
         if count:
-            # Zeros lie beside the edges of the picture only; they spoil the row at the other end.
+            # Zero padding is for the edges of the picture; it spoils the row at the other end.
             edge, first = int(top or bottom), int(bottom and not top)
             value, gated = (half(known, edge).narrow(1, first, count) for half in self.halves)
             done = self.tokens.narrow(1, self.done, count)
@@ -222,7 +224,7 @@ class _MixFFN:
 
 
 class _Half(NamedTuple):
-    """One half of a `MixFFN` before the halves meet: values, or what gates them."""
+    """The layers of one half of a `MixFFN`: the values, or the gates for them."""
 
     expand: tuple[Tensor, Tensor]
     depthwise: tuple[Tensor, Tensor]
@@ -230,7 +232,7 @@ class _Half(NamedTuple):
 
     @classmethod
     def of(cls, ffn: MixFFN, number: int) -> _Half:
-        """The first half, or the second, which is the gate."""
+        """Return the first half (0), or the second (1), which is the gate."""
         expand, depthwise = (
             (layer.weight.chunk(2)[number], layer.get_parameter("bias").chunk(2)[number])
             for layer in (ffn.expand, ffn.depthwise)
@@ -238,7 +240,7 @@ class _Half(NamedTuple):
         return cls(expand, depthwise, number == 1)
 
     def __call__(self, x: Tensor, edge: int) -> Tensor:
-        """(B, n, W, C) -> (B, n - 2 + 2 edge, W, hidden), with as many rows of zeros as `edge`."""
+        """(B, n, W, C) -> (B, n - 2 + 2 edge, W, hidden), with `edge` rows of zero padding."""
         x = _linear_silu(x, *self.expand)
         # Views: NHWC memory seen as channels_last NCHW.
         x = _depthwise(x.permute(0, 3, 1, 2), *self.depthwise, edge, silu=self.is_gate)
@@ -264,7 +266,7 @@ def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor, edge: int, silu: bool) -
 
 
 def _fuses(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes SiLU along with a product of this type, as it does for torch.compile."""
+    """Return whether oneDNN can fuse SiLU into a product of this type, as for torch.compile."""
     if not torch.backends.mkldnn.enabled or not _onednn_has_it():
         return False
     bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -273,7 +275,10 @@ def _fuses(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _onednn_has_it() -> bool:
-    """What torch.compile is built on has no other name, so it may go: then it is two passes."""
+    """Return whether torch has the private operators of torch.compile's CPU backend.
+
+    There is no public name for them. If they disappear, SiLU takes a second pass.
+    """
     names = ("_linear_pointwise", "_convolution_pointwise", "_is_mkldnn_bf16_supported")
     built = torch.backends.mkldnn.is_available()
     return built and all(hasattr(torch.ops.mkldnn, name) for name in names)

@@ -1,1 +1,1 @@
-"""Noise: the path between picture and noise, who denoises which part of it, and the sampler."""
+"""The path between picture and noise, its timesteps and solvers, and the experts along it."""

@@ -1,4 +1,4 @@
-"""Who denoises what: the one place where timesteps become experts.
+"""Which expert denoises which timesteps.
 
 Imports neither torch nor ray, so training, the sampler, the Serve router and batch jobs share it.
 """
@@ -16,12 +16,12 @@ from linearsr.errors import OptionError
 EXPERTS = ("structure", "refinement", "texture", "polish")
 ANCHOR = 0.875
 RANGE = (0.0116, 0.9713)
-# float32 timesteps that mean a boundary must tie with it: half an ulp near 1 is 3e-8.
+# A boundary rounded to float32 still counts as that boundary: half an ulp near 1 is 3e-8.
 TIE = 1e-6
 
 
 class Segment(NamedTuple):
-    """Steps `start` to `stop` (exclusive) of a plan belong to `expert` (0 is highest noise)."""
+    """Steps `start` to `stop` (exclusive), which belong to `expert` (0 is highest noise)."""
 
     expert: int
     start: int
@@ -29,22 +29,22 @@ class Segment(NamedTuple):
 
 
 def log_snr(t: float) -> float:
-    """2 ln((1 - t) / t) for t in (0, 1)."""
+    """Return 2 ln((1 - t) / t) for t in (0, 1)."""
     return 2 * math.log((1 - t) / t)
 
 
 def timestep(log_snr: float) -> float:
-    """The t in (0, 1) of a log-SNR."""
+    """Return the t in (0, 1) of a log-SNR."""
     return 1 / (1 + math.exp(log_snr / 2))
 
 
 def boundaries(
     anchor: float = ANCHOR, low: float = RANGE[0], high: float = RANGE[1]
 ) -> tuple[float, float, float]:
-    """Three boundaries by hierarchical bisection in log-SNR, ascending in t.
+    """Return three boundaries by hierarchical bisection in log-SNR, ascending in t.
 
     `anchor` splits [low, high]; the log-SNR midpoint of each half maps back to t. The defaults give
-    the paper's [0.223, 0.875, 0.939].
+    the paper's [0.223, 0.875, 0.939]. Raises OptionError unless 0 < low < anchor < high < 1.
     """
     if not 0 < low < anchor < high < 1:
         raise OptionError(f"need 0 < low < anchor < high < 1: {low}, {anchor}, {high}")
@@ -54,7 +54,7 @@ def boundaries(
 
 
 def expert_at(t: float, bounds: Sequence[float]) -> int:
-    """The expert of timestep `t` in [0, 1]: 0 above all boundaries, len(bounds) below all.
+    """Return the expert of timestep `t` in [0, 1]: 0 above all bounds, len(bounds) below all.
 
     A tie belongs to the lower-noise expert, in float32 as in float64.
     """
@@ -62,9 +62,10 @@ def expert_at(t: float, bounds: Sequence[float]) -> int:
 
 
 def plan(timesteps: Sequence[float], bounds: Sequence[float]) -> list[Segment]:
-    """Runs of consecutive steps by one expert, covering every step exactly once.
+    """Split the steps into runs of one expert each; every step is in exactly one of them.
 
-    `timesteps`: the (shifted) t at which each step *starts*, strictly falling, in (0, 1].
+    timesteps: the (shifted) t at which each step *starts*, strictly falling, in (0, 1]. Raises
+    OptionError for others.
     """
     if not timesteps or not 0 < timesteps[0] <= 1:
         raise OptionError("timesteps must start in (0, 1] and there must be at least one")
@@ -81,7 +82,7 @@ def plan(timesteps: Sequence[float], bounds: Sequence[float]) -> list[Segment]:
 
 
 def shares(segments: Sequence[Segment], experts: int) -> list[int]:
-    """How many steps each of the experts takes: the load that a plan puts on them."""
+    """Return the number of steps that each expert takes, which is its load."""
     steps = [0] * experts
     for segment in segments:
         steps[segment.expert] += segment.stop - segment.start
@@ -89,6 +90,6 @@ def shares(segments: Sequence[Segment], experts: int) -> list[int]:
 
 
 def ranges(bounds: Sequence[float]) -> list[tuple[float, float]]:
-    """The (low, high] timesteps of each expert, highest noise first: what each is trained on."""
+    """Return the (low, high] timesteps that each expert is trained on, highest noise first."""
     edges = [0.0, *bounds, 1.0]
     return list(pairwise(edges))[::-1]

@@ -1,4 +1,4 @@
-"""The straight path between a clean latent (t = 0) and noise (t = 1), and what follows from it.
+"""The straight path between a clean latent (t = 0) and noise (t = 1), and formulas on it.
 
     z_t = (1 - t) z_0 + t eps,  v = eps - z_0,  SNR(t) = ((1 - t) / t)^2  (LinearSR section 3.1)
 
@@ -14,28 +14,28 @@ from torch import Tensor
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """Timesteps (B,) shaped to broadcast over x (B, ...)."""
+    """Return timesteps (B,) in a shape that broadcasts over x (B, ...)."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t for `clean` and `noise` (B, ...) at timesteps `t` (B,) in [0, 1]."""
+    """Return z_t for `clean` and `noise` (B, ...) at timesteps `t` (B,) in [0, 1]."""
     t = _like(t, clean)
     return torch.lerp(clean, noise, t)
 
 
 def velocity(clean: Tensor, noise: Tensor) -> Tensor:
-    """The regression target dz/dt = eps - z_0, constant along the path."""
+    """Return the regression target dz/dt = eps - z_0, constant along the path."""
     return noise - clean
 
 
 def euler_step(latent: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """z at `t_next` from z at `t`, both (B,): exact when v is the path's own velocity."""
+    """Return z at `t_next` from z at `t`, both (B,): exact if v is the path's own velocity."""
     return torch.addcmul(latent, _like(t_next - t, latent), v)
 
 
 def clean_guess(latent: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """z_0 from z at `t` (B,) and its velocity: exact when v is the path's own."""
+    """Return z_0 from z at `t` (B,) and its velocity: exact if v is the path's own."""
     return latent - _like(t, latent) * v
 
 
@@ -58,7 +58,7 @@ class Preconditioning(NamedTuple):
 
     @classmethod
     def at(cls, t: Tensor) -> Preconditioning:
-        """Coefficients at timesteps `t` (B,) in [0, 1]."""
+        """Return the coefficients at timesteps `t` (B,) in [0, 1]."""
         t = t.view(-1, 1, 1, 1)
         power = (1 - t) ** 2 + t**2
         return cls((1 - t) / power, (2 * t - 1) / power, -power.rsqrt())

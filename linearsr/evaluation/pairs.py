@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from linearsr.errors import InputError
 from linearsr.evaluation.config import Item, Source
-from linearsr.imaging.files import READ_SUFFIXES, find_images
+from linearsr.imaging.files import READ_SUFFIXES
 
 # Pictures by id: the path relative to their folder, or the id in a shard.
 Listing = Mapping[str, Source]
@@ -23,23 +22,6 @@ class Pairs(NamedTuple):
 
     items: list[Item]
     alone: dict[str, str]
-
-
-def list_folder(folder: str | Path, *_columns: str) -> dict[str, Source]:
-    """The pictures below a local folder by id. Raises InputError when there are none."""
-    inside = [path.relative_to(folder).as_posix() for path in find_images(folder)]
-    if not inside:
-        raise InputError(f"{folder}: no picture in this folder")
-    return {name: Source(folder=str(folder), file=name) for name in inside}
-
-
-def read_file(source: Source) -> bytes:
-    """An encoded picture of `list_folder`. Raises InputError."""
-    path = Path(source.folder, source.file)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
 def pair(hr: Listing, lr: Listing, results: Mapping[str, Listing]) -> Pairs:

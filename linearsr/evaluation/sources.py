@@ -1,4 +1,4 @@
-"""List and read the pictures of an evaluation in Parquet shards and on S3; needs no Ray."""
+"""Find and read the pictures of an evaluation: picture files or Parquet shards, local or on S3."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from linearsr.storage.location import Location, locate, url
 
 
 def list_pictures(folder: str, *columns: str) -> dict[str, Source]:
-    """Return pictures, or rows of Parquet shards, by id; local or s3://. Raises InputError.
+    """Return all pictures below a folder by id, or all rows of its Parquet shards.
 
-    Shards are read at the first of the columns that they have.
+    Shards are read at the first of `columns` that they have. Raises InputError if there are none.
     """
-    location = locate(folder)
-    column = _column(location, columns)
+    place = locate(folder)
+    column = _first_column(place, columns)
     sources = {}
-    for row in list_inputs(location, column).to_pylist():
-        fields = {name: row[name] for name in ("file", "group", "row")}
+    for row in list_inputs(place, column).to_pylist():
+        place_in_shard = {name: row[name] for name in ("file", "group", "row")}
         in_shard = column if row["group"] >= 0 else ""
-        sources[row["id"]] = Source(folder=url(location), column=in_shard, **fields)
+        sources[row["id"]] = Source(folder=url(place), column=in_shard, **place_in_shard)
     return sources
 
 
-def _column(folder: Location, columns: Sequence[str]) -> str:
-    """Return the first column that the first shard has, if there is a choice."""
+def _first_column(folder: Location, columns: Sequence[str]) -> str:
+    """Return the first of the columns that the first shard has."""
     shards = choose(folder.files(), folder, "id")[1] if len(columns) > 1 else []
     names = open_shard(shards[0]).schema_arrow.names if shards else []
     return next((column for column in columns if column in names), columns[0])

@@ -1,4 +1,4 @@
-"""High resolution -> low resolution, the way cameras, resizers and JPEG do it.
+"""Make low resolution from high resolution, the way cameras, resizers and JPEG do.
 
 Real-ESRGAN's second-order model (Wang et al. 2021) and milder relatives of it, driven by one
 `numpy.random.Generator`, so that the same seed gives the same pixels. Knows nothing of datasets.
@@ -23,10 +23,10 @@ Range = tuple[float, float]
 
 
 class Stage(Config):
-    """One round of blur, resize, noise and JPEG. Probabilities in [0, 1]; noise in 1/255.
+    """One round of blur, resize, noise and JPEG. Probabilities are in [0, 1], noise in 1/255.
 
-    Resize factors count from the size before, or from that of LR with `resize_from_lr`. A share
-    `webp_probability` of what would be a JPEG is a WebP instead.
+    Resize factors refer to the size before, or with `resize_from_lr` to the size of LR. A share
+    `webp_probability` of the JPEGs are WebPs instead.
     """
 
     blur_probability: float = 1.0
@@ -47,7 +47,7 @@ class Stage(Config):
 
 
 class Degradation(Config):
-    """Stages in order, then the final resize to 1/scale (with a sinc filter at times)."""
+    """Stages in order, then the final resize to 1/scale, sometimes with a sinc filter."""
 
     stages: tuple[Stage, ...] = ()
     final_sinc_probability: float = 0.0
@@ -84,7 +84,8 @@ SEESR = Degradation(
     ),
     final_sinc_probability=0.8,
 )
-# A single camera-to-web round: blur before the resize to LR, noise and JPEG after it, each on half.
+# One round from camera to web: blur before the resize to LR, noise and JPEG after it, each with
+# probability one half.
 MILD = Degradation(
     stages=(
         Stage(
@@ -151,7 +152,7 @@ PRESETS: dict[Preset, Degradation] = {
 
 
 def _gaussian_kernel(size: int, rng: np.random.Generator, sigma: Range) -> Tensor:
-    """An anisotropic Gaussian at a random angle, (size, size), sum 1."""
+    """Return an anisotropic Gaussian (size, size) at a random angle, with sum 1."""
     sx, sy, angle = rng.uniform(*sigma), rng.uniform(*sigma), rng.uniform(0, np.pi)
     axis = torch.arange(size, dtype=torch.float32) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -162,7 +163,7 @@ def _gaussian_kernel(size: int, rng: np.random.Generator, sigma: Range) -> Tenso
 
 
 def _sinc_kernel(size: int, cutoff: float) -> Tensor:
-    """A circular low-pass filter, whose ringing imitates over-sharpened pictures; sum 1."""
+    """Return a circular low-pass filter with sum 1; its ringing imitates over-sharpening."""
     axis = torch.arange(size, dtype=torch.float32) - size // 2
     radius = torch.hypot(*torch.meshgrid(axis, axis, indexing="ij"))
     safe = radius.clamp(min=1e-6)
@@ -194,14 +195,14 @@ def _add_noise(picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tenso
 
 
 def _compress(picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tensor:
-    # Without WebP nothing more is drawn: the other presets keep their pixels.
+    # Without WebP no random number is drawn, so that the other presets keep their pixels.
     if stage.webp_probability and rng.random() < stage.webp_probability:
         return _through(picture, "WEBP", int(rng.uniform(*stage.webp_quality)))
     return _through(picture, "JPEG", int(rng.uniform(*stage.jpeg_quality)))
 
 
 def _through(picture: Tensor, kind: str, quality: int) -> Tensor:
-    """The picture as a file of that kind shows it; JPEGs have Pillow's 4:2:0, as on the web."""
+    """Return the picture after encoding; JPEGs have Pillow's 4:2:0, as on the web."""
     pixels = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, quality=quality)
@@ -234,10 +235,10 @@ def _apply(
 
 
 def degrade(hr: Tensor, scale: float, config: Degradation, rng: np.random.Generator) -> Tensor:
-    """HR (3, H, W) in [0, 1] -> LR (3, H / scale, W / scale) in [0, 1], rounded to 8 bits.
+    """Return LR (3, H / scale, W / scale) of HR (3, H, W), both in [0, 1]; LR is rounded to 8 bits.
 
-    scale: from 1. The same `rng` state gives the same pixels. Raises ValueError unless H and W are
-    whole multiples of `scale`.
+    scale: at least 1. The same `rng` state gives the same pixels. Raises ValueError unless H and W
+    are whole multiples of `scale`.
     """
     sides = [round(n / scale) for n in hr.shape[1:]]
     exact = all(abs(n - m * scale) < 1e-6 for n, m in zip(hr.shape[1:], sides, strict=True))

@@ -1,6 +1,6 @@
-"""What a job reads: a folder of pictures, or of Parquet shards, as one table of names.
+"""List and read the pictures of a dataset: a folder of picture files, or of Parquet shards.
 
-Only names go through Ray; whoever works on a picture fetches its bytes.
+The list holds names only; a worker reads the bytes of a picture when it needs them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from linearsr.errors import InputError, one_line
 from linearsr.imaging.files import READ_SUFFIXES
 from linearsr.storage.location import Location, explained
 
-# Row groups of encoded pictures that one process keeps.
+# The most row groups of encoded pictures that a process keeps in memory.
 GROUPS_KEPT = 8
-# Shards that are opened side by side.
+# Shards that are opened at the same time.
 OPENED = 16
-# Where a job lists what failed: of its results, but neither a picture nor a shard.
+# The list of failures among a job's results, which is neither a picture nor a shard.
 FAILURES = "errors/errors.parquet"
-# file: path below the folder; group and row: the place inside a shard, -1 for a picture file.
+# file: the path below the folder. group, row: the position in a shard, or -1 for a picture file.
 INPUTS = pa.schema({"id": pa.string(), "file": pa.string(), "group": pa.int32(), "row": pa.int32()})
 
 _PICTURES = (
@@ -37,22 +37,28 @@ _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
 def list_inputs(folder: Location, column: str, without: Location | None = None) -> pa.Table:
-    """Every picture below `folder`, sorted by file: `INPUTS`, each id once.
+    """Return a table `INPUTS` of every picture below `folder`, sorted by file.
 
-    Picture files, or the rows of shards, see `choose`: `column` holds their encoded pictures. An
-    id is a shard's `id`, or a file's path below the folder. What lies below `without` (results of
-    an earlier job) is left out where that is a folder inside `folder`. Raises InputError when there
-    is nothing, or for a shard that lacks a column, has one of another type, or repeats an id.
+    They are picture files, or rows of shards with encoded pictures in `column` (see `choose`). An
+    id is a shard's `id`, or a file's path below the folder.
+
+    without: a folder inside `folder` to leave out, such as the results of an earlier job.
+
+    Raises InputError if there are no pictures, an id occurs twice, or a shard lacks a column or has
+    one of another type.
     """
     files = folder.files()
-    if without is not None and without.path.startswith(f"{folder.path.rstrip('/')}/"):
-        files = [f for f in files if not f.path.startswith(f"{without.path}/")]
+    if without is not None and without.is_below(folder):
+        files = [file for file in files if not file.is_below(without)]
     pictures, shards = choose(files, folder, "id", column)
     if shards:
-        return _unique(pa.concat_tables(_rows(folder, shards, column)), folder)
+        tables = map_files(
+            shards, lambda shard: _shard_rows(shard, shard.relative_to(folder), column)
+        )
+        return _unique(pa.concat_tables(tables), folder)
     if not pictures:
         raise InputError(f"{folder.path}: no pictures and no .parquet shards here")
-    names = [_below(folder, picture) for picture in pictures]
+    names = [picture.relative_to(folder) for picture in pictures]
     none = pa.array([-1] * len(names), pa.int32())
     return pa.table([names, names, none, none], schema=INPUTS)
 
@@ -60,30 +66,35 @@ def list_inputs(folder: Location, column: str, without: Location | None = None) 
 def choose(
     files: list[Location], folder: Location, *columns: str
 ) -> tuple[list[Location], list[Location]]:
-    """The pictures of a folder, or its shards: one of the two is empty.
+    """Return the pictures and the shards of a folder; one of the two lists is empty.
 
-    Every .parquet file is a shard, where there are no pictures. Beside pictures one without the
-    `columns` is not: results of an earlier job. Raises InputError for pictures beside shards.
+    Without pictures, every .parquet file is a shard. Beside pictures, a .parquet file without the
+    `columns` is not a shard but a result of an earlier job. Raises InputError for pictures beside
+    shards.
     """
-    tables = [f for f in files if f.name.endswith(".parquet") and _below(folder, f) != FAILURES]
+    tables = [
+        file
+        for file in files
+        if file.name.endswith(".parquet") and file.relative_to(folder) != FAILURES
+    ]
     pictures = [f for f in files if _suffix(f.name) in READ_SUFFIXES]
     if not pictures:
         return [], tables
     shards = [
         table
-        for table, names in zip(tables, at_once(tables, _column_names), strict=True)
+        for table, names in zip(tables, map_files(tables, _column_names), strict=True)
         if names.issuperset(columns)
     ]
     if shards:
         raise InputError(
-            f"{folder.path}: both pictures ({_below(folder, pictures[0])}) and shards "
-            f"({_below(folder, shards[0])}); give each a folder of their own"
+            f"{folder.path}: both pictures ({pictures[0].relative_to(folder)}) and shards "
+            f"({shards[0].relative_to(folder)}); put them into separate folders"
         )
     return pictures, []
 
 
 def read_input(folder: Location, row: dict[str, Any], column: str) -> bytes:
-    """The encoded picture of one row of `list_inputs`. Raises InputError."""
+    """Return the encoded picture of one row of `list_inputs`. Raises InputError."""
     file = folder / row["file"]
     if row["group"] < 0:
         return file.read()
@@ -94,10 +105,10 @@ def read_input(folder: Location, row: dict[str, Any], column: str) -> bytes:
 
 
 def open_shard(file: Location, *columns: str) -> Any:
-    """A `pyarrow.parquet.ParquetFile` that has the columns, of the types that they must have.
+    """Open a shard as a `pyarrow.parquet.ParquetFile` and check its columns.
 
-    That is text for `id`, anything for `tags`, and bytes, of encoded pictures, for all others.
-    Raises InputError or StorageError.
+    `id` must be text and `tags` may be anything; all other columns must be bytes, which are encoded
+    pictures. Raises InputError or StorageError.
     """
     try:
         with explained(file):
@@ -116,7 +127,7 @@ def _check_column(file: Location, schema: pa.Schema, column: str) -> None:
         )
     kind = schema.field(column).type
     types, needed = (_TEXTS, "text") if column == "id" else (_PICTURES, "bytes, encoded pictures")
-    # Text in place of bytes would be the path of a file that is not the dataset's to read.
+    # Text instead of bytes would be the path of a file outside the dataset.
     if column != "tags" and not any(is_of(kind) for is_of in types):
         raise InputError(
             f"{file.path}: column {column!r} is of type {kind}; it must hold {needed} "
@@ -128,25 +139,17 @@ def _column_names(file: Location) -> set[str]:
     return set(open_shard(file).schema_arrow.names)
 
 
-def _below(folder: Location, file: Location) -> str:
-    return file.path.removeprefix(folder.path).lstrip("/")
-
-
 def _suffix(name: str) -> str:
     return f".{name.rsplit('.', 1)[-1].lower()}"
 
 
-def at_once(files: list[Location], look: Callable[[Location], Any]) -> list[Any]:
-    """What `look` says of each file, in order; it is asked about many at a time."""
+def map_files(files: list[Location], function: Callable[[Location], Any]) -> list[Any]:
+    """Return the results of a function for each file, in order, from several threads."""
     with ThreadPoolExecutor(OPENED) as pool:
-        return list(pool.map(look, files))
+        return list(pool.map(function, files))
 
 
-def _rows(folder: Location, shards: list[Location], column: str) -> list[pa.Table]:
-    return at_once(shards, lambda shard: _rows_of(shard, _below(folder, shard), column))
-
-
-def _rows_of(file: Location, name: str, column: str) -> pa.Table:
+def _shard_rows(file: Location, name: str, column: str) -> pa.Table:
     shard = open_shard(file, "id", column)
     with explained(file):
         ids = shard.read(columns=["id"]).column("id")
@@ -161,40 +164,40 @@ def _rows_of(file: Location, name: str, column: str) -> pa.Table:
 
 def _unique(table: pa.Table, folder: Location) -> pa.Table:
     counts = table.column("id").value_counts()
-    twice = [c["values"] for c in counts.to_pylist() if c["counts"] > 1]
-    if twice:
-        raise InputError(f"{folder.path}: id {twice[0]!r} occurs more than once")
+    repeated = [c["values"] for c in counts.to_pylist() if c["counts"] > 1]
+    if repeated:
+        raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
     return table
 
 
-class _Group:
-    """One column of a row group: fetched by the first thread that asks, the others wait for it."""
+class _RowGroup:
+    """One column of a row group; the first thread that needs it reads it, the others wait."""
 
     def __init__(self, file: Location, number: int, column: str) -> None:
         self.file, self.number, self.column = file, number, column
         self.lock = Lock()
-        self.fetched: Any = None
+        self.column_data: Any = None
 
     def pictures(self) -> Any:
-        """A chunked array. Raises InputError or StorageError; the next one to ask tries again."""
+        """Return a chunked array. Raises InputError or StorageError; the next call tries again."""
         with self.lock:
-            if self.fetched is None:
+            if self.column_data is None:
                 shard = open_shard(self.file, self.column)
                 with explained(self.file):
                     group = shard.read_row_group(self.number, columns=[self.column])
-                self.fetched = group.column(self.column)
-            return self.fetched
+                self.column_data = group.column(self.column)
+            return self.column_data
 
 
 @lru_cache(maxsize=GROUPS_KEPT)
-def _kept(file: Location, number: int, column: str) -> _Group:
-    return _Group(file, number, column)
+def _cached_group(file: Location, number: int, column: str) -> _RowGroup:
+    return _RowGroup(file, number, column)
 
 
-_keeping = Lock()
+_cache_lock = Lock()
 
 
-def _group(file: Location, number: int, column: str) -> _Group:
-    """Of each one only: by itself a cache makes two for threads that miss at the same time."""
-    with _keeping:
-        return _kept(file, number, column)
+def _group(file: Location, number: int, column: str) -> _RowGroup:
+    """Return the cached row group. Without the lock, threads that miss together would make two."""
+    with _cache_lock:
+        return _cached_group(file, number, column)

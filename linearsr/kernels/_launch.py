@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the inputs they take, and how these become arguments."""
+"""Checks and arguments that all Triton kernels share."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from linearsr.errors import OptionError
 
 @triton.jit
 def load(pointers, mask):
-    """In fp32, with 0 where the mask is False."""
+    """Load in fp32, with 0 where the mask is False."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 def check_input(x: Tensor, kernel: Any) -> None:
-    """OptionError where a `kernel` made by @triton.jit cannot take tensors like x."""
+    """Raise OptionError if a `kernel` made by @triton.jit cannot take tensors like x."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise OptionError(f'backend "triton" takes float32 or bfloat16, not {x.dtype}')
     # Under TRITON_INTERPRET=1 the kernels are not JITFunctions, and run on CPU tensors.
@@ -26,10 +26,10 @@ def check_input(x: Tensor, kernel: Any) -> None:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x with unit stride over its last dim, as the kernels assume; copied only if it is not so."""
+    """Return x with unit stride over its last dim, as the kernels need; copied only if needed."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def view(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A kernel's four arguments for one tensor of four dims, the last with unit stride."""
+    """Return a kernel's arguments for a tensor of four dims: itself and its first three strides."""
     return x, x.stride(0), x.stride(1), x.stride(2)

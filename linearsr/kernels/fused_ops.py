@@ -1,7 +1,7 @@
-"""What lies between a block's matrix products as Triton kernels: one pass over memory each.
+"""Triton kernels for the gated convolution and AdaLN, with one pass over memory each.
 
-Forward only. The formulas are reference.py's, in fp32 until the result is stored. This file does
-not check shapes (the package's __init__ does), and knows no models.
+Forward only. The formulas are reference.py's, in fp32 until the result is stored. The package's
+__init__ checks shapes.
 """
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from linearsr.kernels._launch import check_input, load, rows_contiguous, view
 
-# Pixels and channels a program of the convolution writes: of a pixel, 128 bytes in bfloat16.
+# The pixels and channels that a program of the convolution writes; 128 bytes per pixel in bfloat16.
 _TILE_H, _TILE_W, _CHANNELS = 4, 8, 64
-_ELEMENTS = 2048  # a program of the norm holds, unless one row is more
+# The elements that a program of the norm holds, unless one row is more.
+_ELEMENTS = 2048
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def _depthwise_gate_kernel(
     hidden, h_b, h_h, h_w, weight, bias, out, o_b, o_h, o_w, height, width, channels,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of pixels and a block of channels. weight: (9, 2C). Grid: (tiles * blocks, batch)."""
+    """Write a tile of pixels, some channels. weight: (9, 2C). Grid: (tiles * blocks, batch)."""
     blocks, across = tl.cdiv(channels, BLOCK), tl.cdiv(width, TILE_W)
     tile = tl.program_id(0) // blocks
     pixel = tl.arange(0, TILE_H * TILE_W)[:, None]
@@ -51,7 +52,7 @@ def _modulate_kernel(
     x, x_b, x_h, x_w, shift, shift_b, scale, scale_b, out, tokens, width, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens, each with all its channels, of one sample. Grid: (blocks of tokens, batch)."""
+    """Write ROWS tokens with all channels of one sample. Grid: (blocks of tokens, batch)."""
     sample = tl.program_id(1).to(tl.int64)
     # int64: rows times strides pass 2**31 on large pictures.
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
@@ -70,7 +71,7 @@ def _modulate_kernel(
 
 
 def triton_depthwise_gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`depthwise_gate` for checked arguments; OptionError where Triton cannot."""
+    """Compute `depthwise_gate` of checked arguments. Raises OptionError if Triton cannot."""
     check_input(hidden, _depthwise_gate_kernel)
     hidden = rows_contiguous(hidden)
     batch, height, width, channels = (*hidden.shape[:3], len(weight) // 2)
@@ -90,7 +91,7 @@ def triton_depthwise_gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 def triton_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`modulate` for checked arguments; OptionError where Triton cannot."""
+    """Compute `modulate` of checked arguments. Raises OptionError if Triton cannot."""
     check_input(x, _modulate_kernel)
     x, shift, scale = (rows_contiguous(part) for part in (x, shift, scale))
     batch, height, width, channels = x.shape

@@ -1,8 +1,8 @@
 """Picture quality through pyiqa and lpips, with the conventions pinned in one place.
 
-PSNR and SSIM: on Y of YCbCr (BT.601, 16 to 235; for SSIM pyiqa rounds it, as MATLAB does), `crop`
-pixels cut off each side. `lpips` is `linearsr.metrics.lpips`; the rest is as pyiqa defines it.
-Always on the CPU: a GPU's numbers differ. Knows nothing of models.
+PSNR and SSIM are measured on Y of YCbCr (BT.601, 16 to 235; for SSIM pyiqa rounds it, as MATLAB
+does), with `crop` pixels cut off each side. `lpips` is `linearsr.metrics.lpips`; all others are as
+pyiqa defines them. Everything runs on the CPU, because a GPU's numbers differ.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from linearsr.metrics import lpips
 # Measured on luma, as the super-resolution literature does.
 ON_LUMA = ("psnr", "ssim")
 LPIPS = "lpips"
-# Need no download, but for niqe's parameters and lpips's trunk. Nor does mad, which takes a hundred
-# times as long. lpips is the first because it agrees with people best; examples are chosen by it.
+# Metrics that need no download, except niqe's parameters and lpips's trunk. mad needs none either
+# but takes a hundred times as long. lpips comes first because it agrees best with people; examples
+# are ranked by it.
 DEFAULT = (
     LPIPS,
     *ON_LUMA,
     *("ms_ssim", "vif", "fsim", "gmsd", "nlpd", "vsi", "cw_ssim"),
     *("niqe", "piqe"),
 )
-# Compare sets of pictures: no value for one.
+# Metrics that compare sets of pictures and have no value for one picture.
 _OF_SETS = ("fid", "sfid", "fid_dinov2", "inception_score")
 
 
 def conventions() -> str:
-    """What the numbers mean, for a table's caption."""
+    """Return how the numbers are measured, for a table's caption."""
     return (
         f"pyiqa {version('pyiqa')}; psnr on Y of YCbCr (BT.601, 16 to 235), ssim on that rounded "
         f"to 8 bits, both with scale pixels cropped; lpips of the lpips package {version(LPIPS)}, "
@@ -45,7 +46,7 @@ def conventions() -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise OptionError for the first that pyiqa does not have, or that is not of one picture."""
+    """Raise OptionError for a metric that pyiqa does not have, or that compares sets."""
     for name in names:
         if name not in _configs():
             raise OptionError(
@@ -56,17 +57,17 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def has_reference(name: str) -> bool:
-    """Whether the metric compares with the true picture."""
+    """Return whether the metric compares with the true picture."""
     return bool(_configs()[name]["metric_mode"] == "FR")
 
 
 def higher_is_better(name: str) -> bool:
-    """Which way the metric points."""
+    """Return whether a higher value of the metric is better."""
     return not _configs()[name].get("lower_better", False)
 
 
 def without_download(names: Sequence[str]) -> dict[str, str]:
-    """Those of `names` left out unless they are asked for, as they need a download; and why."""
+    """Return the metrics that need a download and so are no default, each with the reason."""
     if LPIPS not in names:
         return {}
     try:
@@ -76,9 +77,9 @@ def without_download(names: Sequence[str]) -> dict[str, str]:
 
 
 def unavailable(names: Sequence[str]) -> dict[str, str]:
-    """Those of `names` that cannot be had here, with the reason. May download weights."""
-    made = {name: _metric(name, 0) for name in names}
-    errors = {name: error for name, error in made.items() if isinstance(error, LinearSRError)}
+    """Return the metrics that cannot be loaded, with the reason. May download weights."""
+    metrics = {name: _metric(name, 0) for name in names}
+    errors = {name: error for name, error in metrics.items() if isinstance(error, LinearSRError)}
     return {name: str(error).removeprefix(f"{name}: ") for name, error in errors.items()}
 
 
@@ -92,20 +93,20 @@ def _configs() -> dict[str, Any]:
 
 @cache
 def _metric(name: str, crop: int) -> Any:
-    """The metric, or what is to be raised for it: a download is tried once in a process."""
+    """Return the metric, or the error to raise: a process tries a download only once."""
     if name not in _configs():
         return LinearSRError(f"{name}: not one of pyiqa's metrics")
     try:
         with lpips.impatient(), contextlib.redirect_stdout(sys.stderr):
-            return _made(name, crop)
+            return _load(name, crop)
     except LinearSRError as error:
         return error
-    except Exception as error:  # some hundred constructors of others, each with its own ways
+    except Exception as error:  # pyiqa's hundred constructors raise anything.
         return WeightsError(f"{name}: its weights cannot be had here ({one_line(error)})")
 
 
-def _made(name: str, crop: int) -> Any:
-    """A function of pictures in [0, 1] that may tell its progress on stdout."""
+def _load(name: str, crop: int) -> Any:
+    """Return a function of pictures in [0, 1]; loading may print progress on stdout."""
     if name == LPIPS:
         return partial(lpips.load(), normalize=True)
     import pyiqa
@@ -117,12 +118,13 @@ def _made(name: str, crop: int) -> Any:
 
 @torch.inference_mode()
 def measure(name: str, picture: Tensor, truth: Tensor | None, crop: int) -> float:
-    """One metric of `picture` (1, 3, H, W) in [0, 1], rounded to 8 bits as a file would be.
+    """Return one metric of `picture` (1, 3, H, W) in [0, 1], rounded to 8 bits like a file.
 
-    `truth`: the true picture of the same size; only full-reference metrics look at it. `lpips` is
-    from 0, for equal pictures, to about 1; other ranges are pyiqa's.
-    Raises WeightsError when the metric's weights are missing, MissingExtra when pyiqa is, and
-    LinearSRError when the metric cannot measure the picture (most need some minimal size).
+    truth: the true picture of the same size, for full-reference metrics. `lpips` is 0 for equal
+        pictures and at most about 1; other ranges are pyiqa's.
+
+    Raises WeightsError if the metric's weights are missing, MissingExtra if pyiqa is, and
+    LinearSRError if the metric cannot measure the picture (most need a minimum size).
     """
     metric = _metric(name, crop if name in ON_LUMA else 0)
     if isinstance(metric, LinearSRError):

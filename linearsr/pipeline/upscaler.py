@@ -25,7 +25,7 @@ from linearsr import __version__, weights
 from linearsr.config import Options
 from linearsr.denoiser.model import LinearSR
 from linearsr.diffusion.experts import Segment, plan
-from linearsr.diffusion.solvers import schedule
+from linearsr.diffusion.schedule import schedule
 from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
@@ -37,7 +37,8 @@ from linearsr.pipeline.device import best_dtype, pick_device
 from linearsr.pipeline.memory import OutOfMemory, check_memory, keep_freed_memory, memory_errors
 from linearsr.pipeline.sizes import output_size, requested_scale, scaled_size
 from linearsr.pipeline.state import AnyState, UpscaleState
-from linearsr.tags.base import Tagger, TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tagger, TaggerConfig
 from linearsr.tags.encoder import tag_encoder
 
 # Latent cells. Tiles bound memory; large ones spend few cells on the overlap, which is twice what

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from linearsr import weights
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
+from linearsr.storage import atomic
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import export, loop, perceptual
 from linearsr.training.config import PerceptualConfig, TrainConfig
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     folder = options.out / _name(options.stage, index)
     state = _start(recipe, config, options, index)
     # The second one is left if the program ended while it replaced the first.
-    for saved in (folder, folder.with_name(f"{folder.name}.old")):
+    for saved in (folder, atomic.old_folder(folder)):
         if saved.is_dir():
             state.load(saved)
             break
@@ -169,14 +169,8 @@ def _reporter(folder: Path) -> Callable[[loop.TrainState, loop.Report], None]:
 
 def _save(state: loop.TrainState, folder: Path) -> None:
     """Write a checkpoint; it replaces the one before only when it is complete."""
-    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state.save(temporary)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
+    with atomic.replace_folder(folder) as temporary:
+        state.save(temporary)
 
 
 def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:

@@ -35,6 +35,7 @@ from linearsr.imaging.degradation import Preset
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
 from linearsr.metrics import lpips
+from linearsr.storage import atomic
 from linearsr.training.device_pairs import Atlas, pairs, uniform
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.ema import EMA
@@ -544,10 +545,9 @@ class Trainer:
 
     def _save(self, name: str, state: Mapping[str, Tensor]) -> None:
         path = self._path(name)
-        temporary = path.with_suffix(".tmp")
-        torch.save({key: tensor.cpu() for key, tensor in state.items()}, temporary)
-        temporary.replace(path)
-        (self.out / "history.json").write_text(json.dumps(self.history))
+        with atomic.replace_file(path) as temporary:
+            torch.save({key: tensor.cpu() for key, tensor in state.items()}, temporary)
+        atomic.write(self.out / "history.json", json.dumps(self.history).encode())
 
 
 def _stage(text: str) -> tuple[str, float]:

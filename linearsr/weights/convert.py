@@ -1,4 +1,4 @@
-"""Sana weights -> LinearSR weights: diffusers' layout and Sana's own, one table of renames each.
+"""Convert Sana's weights to LinearSR's, from diffusers' layout or from Sana's own.
 
     python -m linearsr.weights.convert SOURCE --out FOLDER [--name NAME]
 
@@ -31,7 +31,7 @@ from linearsr.denoiser.conditioning import LRStem
 from linearsr.errors import LinearSRError, OutputError, WeightsError, one_line
 from linearsr.weights.bundle import expert_names, save
 
-# Our key -> the keys it is made of, concatenated on the first axis; {} is the block's number.
+# Each of our keys, and the keys whose tensors are concatenated for it; {} is a block's number.
 _DIFFUSERS: dict[str, tuple[str, ...]] = {
     "embed.weight": ("patch_embed.proj.weight",),
     "embed.bias": ("patch_embed.proj.bias",),
@@ -127,11 +127,12 @@ _SANA_DROPPED = (
     "logvar_linear.bias",
 )
 
-# Shapes do not tell the heads of cross-attention: width -> heads of every model NVlabs released.
+# Shapes do not show the heads of cross-attention, so this has them by width for every model that
+# NVlabs released.
 _SANA_TAG_HEADS = {1152: 16, 2240: 20}
 _SANA_HEAD_DIM = 32
 
-# What diffusers assumes where config.json is silent, and what alone can be represented.
+# For each option diffusers' default, and the values that LinearSR can represent.
 _DIFFUSERS_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "patch_size": (1, (1,)),
     "guidance_embeds": (False, (False, None)),
@@ -167,8 +168,10 @@ _SHOWN = 8
 class Conversion(NamedTuple):
     """Converted weights.
 
-    config: the denoiser's shape. tensors: a full float32 state dict of `LinearSR(config)`.
-    dropped: what of the source was left behind. fresh: our keys that the source has no part in.
+    config: the denoiser's shape.
+    tensors: a full float32 state dict of `LinearSR(config)`.
+    dropped: the source's keys that LinearSR does not use.
+    fresh: our keys that the source has no tensors for, with new values.
     """
 
     config: DenoiserConfig
@@ -182,8 +185,9 @@ def from_diffusers(folder: str | Path) -> Conversion:
 
     Weights may be one safetensors file or shards with an index. LinearSR's t in [0, 1] stands for
     diffusers' timesteps 0 to 1000.
-    Raises WeightsError: files missing or damaged; a config LinearSR cannot represent; keys missing,
-    unexpected, of another shape or not finite, each by name.
+
+    Raises WeightsError for missing or damaged files, for a config that LinearSR cannot represent,
+    and, by name, for keys that are missing, unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     if (folder / "transformer").is_dir():
@@ -251,7 +255,7 @@ def _sources(key: str, table: Mapping[str, tuple[str, ...]]) -> list[str]:
 def _source_shape(
     key: str, shape: tuple[int, ...], parts: int, config: DenoiserConfig
 ) -> tuple[int, ...]:
-    """What each of `parts` tensors must have, 1x1 kernels aside, to make our `key` of `shape`."""
+    """Return the shape, without 1x1 kernels, of each of the `parts` tensors for our `key`."""
     if key == "embed.weight":
         return (shape[0], config.latent_channels)
     return (shape[0] // parts, *shape[1:])
@@ -262,12 +266,12 @@ def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _widen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zero columns for the stem and the encoded LR picture: `embed` is silent to both at first."""
+    """Add zero columns, so that `embed` at first ignores the stem and the encoded LR picture."""
     return F.pad(tensor, (0, shape[-1] - tensor.shape[-1]))
 
 
 def _fresh_stem(config: DenoiserConfig) -> dict[str, Tensor]:
-    # Seeded apart from the caller's generator: one source makes one bundle, every time.
+    # With its own seed, so that a source always gives the same bundle.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = LRStem(config.stem_channels, config.stem_strides)
@@ -276,16 +280,16 @@ def _fresh_stem(config: DenoiserConfig) -> dict[str, Tensor]:
 
 def _check_keys(where: Path, source: Mapping[str, Tensor], needed: set[str]) -> None:
     missing, unexpected = sorted(needed - set(source)), sorted(set(source) - needed)
-    found = [("missing", missing), ("unexpected", unexpected)]
-    complaints = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in found if keys]
+    kinds = [("missing", missing), ("unexpected", unexpected)]
+    complaints = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
     if complaints:
         raise WeightsError(f"{where}: not the keys of such a Sana model; {'; '.join(complaints)}")
 
 
 def _check_values(where: Path, source: Mapping[str, Tensor]) -> None:
-    whole = [key for key, tensor in source.items() if not tensor.is_floating_point()]
-    if whole:
-        raise WeightsError(f"{where}: {_some(whole)}: integers; quantised weights are refused")
+    integers = [key for key, tensor in source.items() if not tensor.is_floating_point()]
+    if integers:
+        raise WeightsError(f"{where}: {_some(integers)}: integers; quantised weights are refused")
     bad = [key for key, tensor in source.items() if not torch.isfinite(tensor.float()).all()]
     if bad:
         raise WeightsError(f"{where}: NaN or infinity in {_some(bad)}; not usable")
@@ -313,11 +317,11 @@ def _denoiser_config(where: Path, **fields: Any) -> DenoiserConfig:
 
 
 def _diffusers_config(path: Path) -> DenoiserConfig:
-    given = _read_json(path)
-    if given.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
-        raise WeightsError(f"{path}: a {given['_class_name']}, not a SanaTransformer2DModel")
-    _refuse_unlike_diffusers(path, given)
-    c = {**_DIFFUSERS_SIZES, **{k: v for k, v in given.items() if k in _DIFFUSERS_SIZES}}
+    options = _read_json(path)
+    if options.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
+        raise WeightsError(f"{path}: a {options['_class_name']}, not a SanaTransformer2DModel")
+    _refuse_unlike_diffusers(path, options)
+    c = {**_DIFFUSERS_SIZES, **{k: v for k, v in options.items() if k in _DIFFUSERS_SIZES}}
     try:
         width = c["num_attention_heads"] * c["attention_head_dim"]
         cross = c["num_cross_attention_heads"] * c["cross_attention_head_dim"]
@@ -338,23 +342,23 @@ def _diffusers_config(path: Path) -> DenoiserConfig:
         width=width,
         head_dim=c["attention_head_dim"],
         ffn_ratio=c["mlp_ratio"],
-        qk_norm=given.get("qk_norm") is not None,
+        qk_norm=options.get("qk_norm") is not None,
         tag_dim=c["caption_channels"],
         tag_heads=c["num_cross_attention_heads"],
         timestep_scale=scale,
     )
 
 
-def _refuse_unlike_diffusers(path: Path, given: Mapping[str, Any]) -> None:
+def _refuse_unlike_diffusers(path: Path, options: Mapping[str, Any]) -> None:
     for key, (default, allowed) in _DIFFUSERS_FIXED.items():
-        value = given.get(key, default)
+        value = options.get(key, default)
         if value not in allowed:
             why = _WHY.get(key, f"LinearSR has {' or '.join(map(str, allowed))} only")
             raise WeightsError(f"{path}: {key} is {value}: {why}")
     known = {*_DIFFUSERS_FIXED, *_DIFFUSERS_SIZES, *_DIFFUSERS_IDLE}
-    unknown = sorted(key for key in given if key not in known and not key.startswith("_"))
+    unknown = sorted(key for key in options if key not in known and not key.startswith("_"))
     if unknown:
-        # A newer diffusers may compute something else under an option we have never heard of.
+        # With an option unknown to us, a newer diffusers may compute something else.
         raise WeightsError(f"{path}: unknown options {_some(unknown)}; update linearsr")
 
 
@@ -375,14 +379,14 @@ def _read_diffusers(folder: Path) -> dict[str, Tensor]:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The index or the single file; a variant (fp16, bf16) only where it is the one choice."""
+    """Return the index or the single file; a variant (fp16, bf16) only if there is just one."""
     stem = "diffusion_pytorch_model"
     for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
         if (folder / name).is_file():
             return folder / name
     patterns = (f"{stem}.safetensors.index.*.json", f"{stem}.*.safetensors")
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
-    variants = [path for path in found if "-of-" not in path.name]
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    variants = [path for path in paths if "-of-" not in path.name]
     if len(variants) == 1:
         return variants[0]
     names = _some(sorted(path.name for path in variants)) or "none"
@@ -393,7 +397,7 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _read_sana(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict, and the names of what lies beside it (training's leftovers)."""
+    """Return the state dict, and the names of all else in the file (left over from training)."""
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     beside: list[str] = []
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
@@ -426,7 +430,7 @@ def _refuse_unlike_sana(path: Path, source: Mapping[str, Tensor]) -> None:
         raise WeightsError(f"{path}: not Sana's layout: no convolution x_embedder.proj.weight")
     if tuple(patch.shape[2:]) != (1, 1):
         raise WeightsError(f"{path}: x_embedder.proj.weight has {_WHY['patch_size']}")
-    # Sana fills this buffer only where it uses it.
+    # Sana fills this buffer only in models that use it.
     if "pos_embed" in source and source["pos_embed"].any():
         raise WeightsError(f"{path}: pos_embed is {_WHY['interpolation_scale']}")
 
@@ -458,7 +462,7 @@ def _sana_config(path: Path, source: Mapping[str, Tensor]) -> DenoiserConfig:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """A ratio for which int(width * ratio) is `hidden`, rounding notwithstanding."""
+    """Return a ratio for which int(width * ratio) is exactly `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
@@ -489,11 +493,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert one model into a bundle of a single expert; returns the exit code."""
-    parser = argparse.ArgumentParser("linearsr.weights.convert", description="Sana -> LinearSR")
-    parser.add_argument("source", type=Path, help="diffusers folder or Sana's .pth, .safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-    parser.add_argument("--name", help="the model's name; otherwise the source's")
+    """Convert one model into a bundle of a single expert and return the exit code."""
+    parser = argparse.ArgumentParser(
+        "linearsr.weights.convert", description="Convert Sana's weights to LinearSR's."
+    )
+    parser.add_argument(
+        "source", type=Path, help="diffusers folder, or a .pth or .safetensors file of Sana's own"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
+    parser.add_argument("--name", help="name of the model (default: the source's name)")
     options = parser.parse_args(arguments)
     try:
         _bundle(options.source, options.out, options.name)

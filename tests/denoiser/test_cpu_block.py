@@ -44,7 +44,7 @@ def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("local", [0, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_strips_of_rows_are_the_whole(
+def test_strips_equal_the_plain_block(
     monkeypatch: pytest.MonkeyPatch,
     cached: int,
     batch: int,
@@ -62,7 +62,7 @@ def test_strips_of_rows_are_the_whole(
 @pytest.mark.parametrize("cached", [1, 10**9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_tiny_pictures(
+def test_strips_equal_the_plain_block_on_tiny_pictures(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, cached: int, dtype: torch.dtype
 ) -> None:
     block, (x, *rest) = block_of(1, dtype, local=5)
@@ -72,7 +72,7 @@ def test_tiny_pictures(
 
 
 @torch.inference_mode()
-def test_without_onednn_the_function_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_is_the_same_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     block, given = block_of(1, torch.float32)
     monkeypatch.setattr(strips, "_fuses", lambda dtype: False)
     whole, result = both(block, given)
@@ -87,7 +87,7 @@ def test_activations_are_fused_where_onednn_is() -> None:
 @pytest.mark.parametrize("tags", [1, 8, 9])  # up to as many as a head is wide, and more
 @pytest.mark.parametrize("qk_norm", [True, False])
 @torch.inference_mode()
-def test_any_number_of_tags(tags: int, qk_norm: bool) -> None:
+def test_strips_equal_the_plain_block_for_any_number_of_tags(tags: int, qk_norm: bool) -> None:
     block, (x, modulation, _) = block_of(2, torch.float64, qk_norm)
     given = [x, modulation, torch.randn(2, tags, 16, dtype=torch.float64)]
     whole, result = both(block, given)
@@ -95,7 +95,7 @@ def test_any_number_of_tags(tags: int, qk_norm: bool) -> None:
 
 
 @torch.inference_mode()
-def test_tags_that_are_padding() -> None:
+def test_padding_tags_change_nothing() -> None:
     block, (x, modulation, tags) = block_of(2, torch.float64)
     assert block.tag_attention is not None
     keys, mask = (
@@ -134,14 +134,14 @@ def test_strips_round_no_worse_in_bfloat16(
     assert ours < 2 * plain
 
 
-def test_who_asks_for_gradients_gets_the_plain_block() -> None:
+def test_gradients_use_the_plain_block() -> None:
     x = torch.zeros(1, 2, 2, 4)
     assert not strips.suit(x)
     with torch.no_grad():
         assert strips.suit(x)
 
 
-def test_autocast_gets_the_plain_block_and_the_same_result() -> None:
+def test_autocast_uses_the_plain_block_with_the_same_result() -> None:
     block, (x, modulation, _) = block_of(1, torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert not strips.suit(x)

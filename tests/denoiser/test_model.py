@@ -141,7 +141,7 @@ def test_converted_stem_is_silent(pair: Pair) -> None:
     assert pair.ours.stem(pictures[0]).abs().max() > 0
 
 
-def test_picture_tags_and_timestep_all_steer() -> None:
+def test_picture_tags_and_timestep_change_the_output() -> None:
     model = small()
     latent, picture, tags, t = normal(1, 6, 4, 5), normal(1, 3, 16, 20), normal(1, 3, 10), 0.4
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_clean_estimate_at_t_one_does_not_see_the_noise() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "preconditioned"])
-def test_samples_of_a_batch_do_not_meet(prediction: str) -> None:
+def test_samples_of_a_batch_do_not_affect_each_other(prediction: str) -> None:
     model = small(prediction=prediction, condition_latent=True).double()
     shapes = (3, 6, 4, 5), (3, 3, 16, 20), (3, 2, 10)
     latent, picture, tags = (normal(*shape).double() for shape in shapes)
@@ -243,7 +243,7 @@ def test_gradients_reach_every_parameter(prediction: str) -> None:
     assert not dead
 
 
-def test_an_untrained_model_says_nothing() -> None:
+def test_untrained_model_predicts_zero() -> None:
     """Zero at the output, so that the first step starts from the path's own guess."""
     model = LinearSR(SMALL)
     out = model(normal(1, 6, 4, 5), torch.tensor([0.3]), model.condition(normal(1, 3, 16, 20)))
@@ -251,7 +251,7 @@ def test_an_untrained_model_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 6), (5, 1), (3, 8)])
-def test_any_latent_size(h: int, w: int) -> None:
+def test_latents_of_any_size_are_denoised(h: int, w: int) -> None:
     model = small(prediction="preconditioned", condition_latent=True)
     latent = normal(2, 6, h, w)
     condition = model.condition(normal(2, 3, 4 * h, 4 * w), latent, normal(2, 1, 10))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from linearsr.config import SamplingConfig
 from linearsr.diffusion.experts import boundaries, expert_at, log_snr, plan, ranges, timestep
-from linearsr.diffusion.solvers import shifted
+from linearsr.diffusion.schedule import shifted
 from linearsr.errors import OptionError
 
 PAPER = (0.223, 0.875, 0.939)
@@ -55,7 +55,7 @@ def test_no_boundaries_is_one_expert() -> None:
 
 
 @given(st.integers(1, 50), st.floats(0.5, 10))
-def test_a_plan_covers_every_step_once_in_order_of_falling_noise(steps: int, shift: float) -> None:
+def test_segments_cover_every_step_once_in_order_of_falling_noise(steps: int, shift: float) -> None:
     timesteps = shifted(steps, shift)[:-1]
     segments = plan(timesteps, PAPER)
     assert [i for s in segments for i in range(s.start, s.stop)] == list(range(steps))

@@ -14,7 +14,8 @@ from diffusers import (
 )
 
 from linearsr.config import SamplingConfig, Solver
-from linearsr.diffusion.solvers import SolverState, euler, looks_back, sample, schedule, shifted
+from linearsr.diffusion.schedule import schedule, shifted
+from linearsr.diffusion.solvers import SolverState, euler, looks_back, sample
 from linearsr.errors import OptionError
 
 SECOND_ORDER: tuple[Solver, ...] = ("dpm", "adams")
@@ -57,7 +58,7 @@ def test_steps_out_of_range_are_refused(steps: int) -> None:
         schedule(SamplingConfig(), steps)
 
 
-def test_a_plan_serves_requests_of_its_length_and_the_shifted_schedule_all_others() -> None:
+def test_plan_is_used_for_its_length_and_the_shifted_schedule_otherwise() -> None:
     sampling = SamplingConfig(steps=4, flow_shift=2.0, plans=((1.0, 0.5), (1.0, 0.9, 0.5, 0.2)))
     assert schedule(sampling) == schedule(sampling, 4) == [1.0, 0.9, 0.5, 0.2, 0.0]
     assert schedule(sampling, 2) == [1.0, 0.5, 0.0]
@@ -182,14 +183,14 @@ def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solve
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-def test_which_steps_look_back() -> None:
+def test_steps_that_need_the_previous_one() -> None:
     timesteps = shifted(5, 3.0)
     for solver, steps in (("euler", []), ("dpm", [2, 3]), ("adams", [1, 2, 3, 4])):
         assert [i for i in range(6) if looks_back(solver, timesteps, i)] == steps
 
 
 @pytest.mark.parametrize(("solver", "most"), [("dpm", 3), ("adams", 1)])
-def test_so_few_steps_are_eulers(solver: Solver, most: int) -> None:
+def test_few_steps_equal_euler(solver: Solver, most: int) -> None:
     z = torch.randn(1, 2, 3, 3)
     for steps in range(1, most + 2):
         timesteps = shifted(steps, 3.0)

@@ -32,7 +32,6 @@ from linearsr.distributed.train.trainer import Outcome, train
 from linearsr.storage.location import locate
 from linearsr.training import loop
 from linearsr.training.recipes import Recipe, override, tiny_cpu
-from tests.storage.fixtures import s3, s3_port  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 # `tiny_cpu` made so small that steps cost nothing beside the processes that run them.
@@ -90,7 +89,7 @@ def _start(cpus: int = 4) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster(s3_port: int) -> Iterator[Cluster]:  # noqa: F811
+def cluster(s3_port: int) -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="lsr-")  # a short path, for it holds sockets
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)

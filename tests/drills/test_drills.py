@@ -26,7 +26,8 @@ from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import Location, locate
-from linearsr.tags.base import TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import TaggerConfig
 from linearsr.training import loop
 from tests.distributed.conftest import SMALL, reported
 from tests.distributed.serve.test_serve import (

@@ -17,8 +17,8 @@ from linearsr.cli import main
 from linearsr.errors import WeightsError
 from linearsr.evaluation.config import Item, Score, Settings
 from linearsr.evaluation.judge import DEGRADATIONS, Judge, seeded_lr
-from linearsr.evaluation.pairs import list_folder, read_file
 from linearsr.evaluation.report import Report, rank, table
+from linearsr.evaluation.sources import list_pictures, read_source
 from linearsr.metrics import measure as metrics
 from linearsr.pipeline.upscaler import Upscaler
 
@@ -246,8 +246,8 @@ def test_failing_model_costs_only_its_row(
             raise error
 
     settings = Settings(degradation="clean", models={"small": ""}, steps=(1,), metrics=("psnr",))
-    judge = Judge(settings, read_file, lambda _: Full.load(small_bundle, "cpu"))
-    item = Item(id="astronaut.png", hr=list_folder(photos)["astronaut.png"])
+    judge = Judge(settings, read_source, lambda _: Full.load(small_bundle, "cpu"))
+    item = Item(id="astronaut.png", hr=list_pictures(str(photos), "hr")["astronaut.png"])
     scores = judge.scores(item)
     assert [(s.method, s.metric) for s in scores] == [("bicubic", "psnr"), ("small, 1 step", "")]
     assert scores[-1].failed and scores[-1].error == told
@@ -264,8 +264,12 @@ def test_metric_missing_on_a_worker_fails_once_per_picture(
 
     known = metrics._metric
     monkeypatch.setattr(metrics, "_metric", lost)
-    judge = Judge(Settings(degradation="clean", metrics=("psnr", "piqe")), read_file, Upscaler.load)
-    scores = judge.scores(Item(id="astronaut.png", hr=list_folder(photos)["astronaut.png"]))
+    judge = Judge(
+        Settings(degradation="clean", metrics=("psnr", "piqe")), read_source, Upscaler.load
+    )
+    scores = judge.scores(
+        Item(id="astronaut.png", hr=list_pictures(str(photos), "hr")["astronaut.png"])
+    )
     assert [(s.method, s.metric) for s in scores] == [("", ""), ("bicubic", "psnr")]
     report = Report("t", judge.settings, scores)
     assert report.failures == ["astronaut.png: piqe: not here"]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from PIL import Image
 
-from linearsr.errors import InputError
 from linearsr.evaluation.config import Source
-from linearsr.evaluation.pairs import Listing, list_folder, pair, read_file
+from linearsr.evaluation.pairs import Listing, pair
 
 
 def _listing(*names: str) -> Listing:
@@ -75,19 +71,3 @@ def test_missing_result_costs_only_that_result() -> None:
 def test_results_without_hr_and_lr_are_items() -> None:
     pairs = pair({}, {}, {"mine": _listing("a.png")})
     assert pairs.items[0].hr is None and pairs.items[0].results["mine"].file == "a.png"
-
-
-def test_list_folder_keeps_subfolders_in_ids(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "a.png")
-    (tmp_path / "notes.txt").write_text("")
-    found = list_folder(tmp_path)
-    assert list(found) == ["in/a.png"]
-    assert read_file(found["in/a.png"]).startswith(b"\x89PNG")
-
-
-def test_empty_folder_and_missing_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no picture"):
-        list_folder(tmp_path)
-    with pytest.raises(InputError, match=r"gone\.png: cannot be read"):
-        read_file(Source(folder=str(tmp_path), file="gone.png"))

@@ -145,7 +145,7 @@ def test_gif_and_avif_give_their_first_frame(photo: Image.Image) -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-def test_modes_of_png_and_tiff(
+def test_modes_of_png_and_tiff_are_read(
     photo: Image.Image, grey_photo: Image.Image, mode: str, format: str
 ) -> None:
     if mode == "I;16":
@@ -774,7 +774,7 @@ def test_bad_options_and_pixels_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
-def test_pil_images_of_every_mode(photo: Image.Image, mode: str) -> None:
+def test_pil_images_of_every_mode_are_read(photo: Image.Image, mode: str) -> None:
     if mode == "I;16":
         image = Image.fromarray(np.arange(65536, dtype=np.uint16).reshape(256, 256))
     else:
@@ -792,7 +792,7 @@ def test_pil_images_of_every_mode(photo: Image.Image, mode: str) -> None:
         )
 
 
-def test_pil_16_bit_grey_of_either_byte_order_and_other_modes() -> None:
+def test_pil_16_bit_grey_is_read_and_other_modes_are_refused() -> None:
     values = np.arange(300, dtype=np.uint16).reshape(10, 30) * 200
     image = Image.frombytes("I;16B", (30, 10), values.astype(">u2").tobytes())
     np.testing.assert_array_equal(as_16_bits(files.from_pil(image).pixels[0]), values)

@@ -55,7 +55,7 @@ def test_only_an_output_inside_the_input_is_left_out(tmp_path: Path) -> None:
         assert _ids(tmp_path / "in", elsewhere) == ["a.png", "out/a.png", "outer/b.png"]
 
 
-def test_of_a_bucket_only_an_output_inside_the_input_is_left_out(s3: Server) -> None:
+def test_only_an_output_inside_the_input_is_left_out_of_a_bucket(s3: Server) -> None:
     place = locate(s3.bucket())
     for name in ("in/a.png", "in/out/a.png"):
         (place / name).write(b"")
@@ -138,7 +138,7 @@ def test_shards_of_other_types_are_refused(
         _ids(tmp_path)
 
 
-def test_what_is_read_has_been_checked_again(tmp_path: Path) -> None:
+def test_columns_are_checked_again_when_a_picture_is_read(tmp_path: Path) -> None:
     """A worker opens what lies there by then, which may be another file than was listed."""
     _shard(tmp_path, "0.parquet", ["x"], [b"x"])
     row = list_inputs(locate(tmp_path), "lr").to_pylist()[0]

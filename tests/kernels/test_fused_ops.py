@@ -88,14 +88,14 @@ def test_bfloat16_triton_rounds_no_worse_than_torch(function, plain, inputs, sha
 
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_wide_rows(function, plain, inputs, backend):
+def test_wide_rows_match_float64(function, plain, inputs, backend):
     tensors = inputs(1, 1, 2, 5600)
     assert error(function(*tensors, backend=backend), plain, tensors) < rounding(5600)
 
 
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_strides(function, plain, inputs, backend):
+def test_any_strides_give_the_same_result(function, plain, inputs, backend):
     x, *others = inputs(2, 5, 3, 16)
     views = [
         x.repeat(1, 2, 1, 1)[:, :5],  # some rows of a picture
@@ -112,7 +112,7 @@ def test_any_strides(function, plain, inputs, backend):
 
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_not_hidden(function, plain, inputs, backend):
+def test_nan_is_kept(function, plain, inputs, backend):
     x, *others = inputs(2, 7, 9, 16)
     x[1, 3, 8, 5] = float("nan")
     out = function(x, *others, backend=backend).isnan()
@@ -203,7 +203,7 @@ def test_auto_is_triton_only_on_a_gpu_without_gradients_or_autocast(
 
 
 @both
-def test_the_switch_speaks_where_a_call_says_auto(function, plain, inputs, chosen, monkeypatch):
+def test_environment_chooses_the_backend_of_auto(function, plain, inputs, chosen, monkeypatch):
     tensors = inputs(1, 2, 3, 16)
     on_gpu = [x.as_subclass(OnGPU) for x in tensors]
     monkeypatch.setenv("LINEARSR_KERNELS", "torch")
@@ -221,7 +221,7 @@ def test_the_switch_speaks_where_a_call_says_auto(function, plain, inputs, chose
 
 
 @both
-def test_the_switch_leaves_training_alone(monkeypatch, function, plain, inputs):
+def test_environment_does_not_change_training(monkeypatch, function, plain, inputs):
     monkeypatch.setenv("LINEARSR_KERNELS", "triton")
     x, one, two = inputs(1, 2, 3, 16)
     result = function(x.requires_grad_(), one, two)
@@ -230,7 +230,7 @@ def test_the_switch_leaves_training_alone(monkeypatch, function, plain, inputs):
     assert x.grad is not None
 
 
-def test_the_switch_speaks_for_attention_too(monkeypatch):
+def test_environment_chooses_the_backend_of_attention(monkeypatch):
     x = torch.ones(1, 4, 2, 24)  # D that Triton refuses
     monkeypatch.setenv("LINEARSR_KERNELS", "triton")
     with pytest.raises(OptionError, match="not 24"):
@@ -239,7 +239,7 @@ def test_the_switch_speaks_for_attention_too(monkeypatch):
 
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inputs_out_of_contract(function, plain, inputs, backend):
+def test_inputs_out_of_contract_are_refused(function, plain, inputs, backend):
     x, one, two = inputs(2, 3, 4, 16)
     for broken, message in [
         ((x[0], one, two), "must be .B, H, W, "),
@@ -256,7 +256,7 @@ def test_inputs_out_of_contract(function, plain, inputs, backend):
 
 
 @both
-def test_options_out_of_range(function, plain, inputs):
+def test_options_out_of_range_are_refused(function, plain, inputs):
     tensors = inputs(1, 2, 3, 16)
     with pytest.raises(OptionError, match="unknown backend 'cuda'"):
         function(*tensors, backend="cuda")

@@ -114,7 +114,7 @@ def test_repeats_bit_for_bit():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_strides(backend):
+def test_any_strides_give_the_same_result(backend):
     packed, grad = projection(20, 16), upstream(20, 16)
     truths = run(plain_formula, packed.double(), grad.double())
 
@@ -140,7 +140,7 @@ def test_expanded_output_gradient(expanded_from, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("q_scale", [1e36, 1e25, 1e-25])
 @pytest.mark.parametrize("k_scale", [1e25, 1e-25])
-def test_extreme_magnitudes(q_scale, k_scale, dtype, backend):
+def test_extreme_magnitudes_match_float64(q_scale, k_scale, dtype, backend):
     scales = torch.tensor([q_scale, k_scale, 1e4]).repeat_interleave(HEADS * 16)
     packed, grad = (projection(70, 16) * scales).to(dtype), upstream(70, 16).to(dtype)
     truths = run(plain_formula, packed.double(), grad.double())
@@ -173,7 +173,7 @@ def test_queries_that_meet_no_key_give_zero_and_finite_gradients(scale, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_not_hidden(backend):
+def test_nan_is_kept(backend):
     q, k, v = projection(20, 16).unflatten(-1, (3, HEADS, 16)).unbind(2)
     q[0, 3, 0, 1] = k[1, 7, 2, 4] = float("nan")
     out = relu_linear_attention(q, k, v, backend=backend)
@@ -235,7 +235,7 @@ def test_auto_is_torch_on_cpu():
         ((1, 4, 2, 16), torch.float64, {"backend": "triton"}, "not torch.float64"),
     ],
 )
-def test_options_out_of_range(shape, dtype, options, message):
+def test_options_out_of_range_are_refused(shape, dtype, options, message):
     x = torch.ones(shape, dtype=dtype)
     with pytest.raises(OptionError, match=message):
         relu_linear_attention(x, x, x, **options)
@@ -251,7 +251,7 @@ def test_options_out_of_range(shape, dtype, options, message):
         (torch.ones(1, 4, 2, 16, device="meta"), "one device"),
     ],
 )
-def test_inputs_that_differ(k, message, backend):
+def test_inputs_that_differ_are_refused(k, message, backend):
     x = torch.ones(1, 4, 2, 16)
     with pytest.raises(ValueError, match=message):
         relu_linear_attention(x, k, x, backend=backend)
@@ -261,7 +261,7 @@ def test_inputs_that_differ(k, message, backend):
     "x",
     [torch.ones(4, 2, 16), torch.ones(1, 0, 2, 16), torch.ones(1, 4, 2, 16, dtype=torch.float16)],
 )
-def test_inputs_out_of_contract(x):
+def test_inputs_out_of_contract_are_refused(x):
     with pytest.raises(ValueError, match="q, k and v must share one"):
         relu_linear_attention(x, x, x)
 

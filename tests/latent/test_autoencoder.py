@@ -169,14 +169,14 @@ def test_dc_ae_is_frozen_and_takes_the_dtype(dc_ae: tuple[Path, Any]) -> None:
 
 
 def test_wrong_factor_is_named(dc_ae: tuple[Path, Any]) -> None:
-    assert "compresses 4x, the config says 32x" in refusal(dc_ae[0], factor=32)
+    assert "compresses 4x, but the config says 32x" in refusal(dc_ae[0], factor=32)
 
 
-def test_no_source() -> None:
+def test_missing_source_is_refused() -> None:
     assert "latent.source" in refusal(None)
 
 
-def test_missing_folder_and_unreachable_hub_id(
+def test_missing_folder_and_unreachable_hub_id_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
@@ -188,7 +188,7 @@ def test_missing_folder_and_unreachable_hub_id(
         assert "missing folder or unreachable hub id" in message
 
 
-def test_empty_folder(tmp_path: Path) -> None:
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     assert f"from folder {str(tmp_path)!r}" in refusal(tmp_path)
 
@@ -209,7 +209,7 @@ def test_wrong_tensors_are_named(
     assert key in refusal(edited(dc_ae, tmp_path, **{key: value}))
 
 
-def test_damaged_files(dc_ae: tuple[Path, Any], tmp_path: Path) -> None:
+def test_damaged_files_are_named(dc_ae: tuple[Path, Any], tmp_path: Path) -> None:
     folder = edited(dc_ae, tmp_path)
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
     assert WEIGHTS in refusal(folder)

@@ -141,7 +141,7 @@ class _Code:
         (_Code(), "cannot be read as SqueezeNet's weights"),
     ],
 )
-def test_other_files_are_named(
+def test_files_that_are_no_trunk_are_named(
     content: object, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -161,7 +161,7 @@ def test_pictures_of_sixteen_pixels_are_too_small(
         metrics.measure("lpips", small, small, 4)
 
 
-def test_a_default_is_never_downloaded_and_is_measured_where_it_is(
+def test_default_metric_is_measured_if_its_trunk_exists_and_never_downloaded(
     trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*_: object, **__: object) -> None:

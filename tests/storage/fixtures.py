@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 
-import boto3
 import pytest
 
 from tests.storage.faults import Proxy, proxy
@@ -22,6 +21,8 @@ class Server:
 
     def bucket(self) -> str:
         """A new bucket, as s3://NAME."""
+        import boto3
+
         name = f"test-{next(self._names)}"
         # Not by the variables: the test may have them lead elsewhere.
         boto3.client(

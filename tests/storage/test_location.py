@@ -27,8 +27,9 @@ from linearsr.errors import (
     Unreachable,
     WrongRegion,
 )
-from linearsr.storage import location as storage
-from linearsr.storage.location import PART, Location, check_writable, explained, locate, url
+from linearsr.storage import atomic, location
+from linearsr.storage import s3 as s3_module
+from linearsr.storage.location import Location, check_writable, explained, locate, url
 from tests.storage.faults import INTERNAL_ERROR, SLOW_DOWN, Answer, Faults, Proxy
 from tests.storage.fixtures import Server
 from tools import s3_server as swift
@@ -51,7 +52,7 @@ def _attempts(patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setenv("AWS_MAX_ATTEMPTS", str(number))
 
 
-def test_what_is_written_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_written_files_are_read_back_without_leftovers(tmp_path: Path) -> None:
     file = locate(tmp_path) / "new" / "file.bin"
     assert not file.exists()
     file.write(b"first")
@@ -87,7 +88,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_else(tmp_path:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file.bin", "file.bin", "from", "to"]
 
 
-def test_of_many_writers_of_one_file_each_succeeds_and_one_remains(tmp_path: Path) -> None:
+def test_many_writers_of_one_file_succeed_and_one_content_remains(tmp_path: Path) -> None:
     file = locate(tmp_path) / "file.bin"
     contents = [_bytes(seed, 200_000) for seed in range(32)]
     with ThreadPoolExecutor(8) as pool:
@@ -96,17 +97,17 @@ def test_of_many_writers_of_one_file_each_succeeds_and_one_remains(tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_the_longest_of_names_can_be_written(tmp_path: Path) -> None:
+def test_longest_file_name_can_be_written(tmp_path: Path) -> None:
     (locate(tmp_path) / ("a" * 255)).write(b"x")
     assert [f.name for f in locate(tmp_path).files()] == ["a" * 255]
 
 
-def test_what_a_killed_process_left_unfinished_is_no_file(tmp_path: Path) -> None:
+def test_unfinished_files_are_not_listed_or_copied(tmp_path: Path) -> None:
     here = locate(tmp_path)
     (here / "from/.hidden").write(b"")
     (here / "from/a.part").write(b"")
-    with storage._renamed(here / "from/b.parquet") as unfinished:
-        Path(unfinished).write_bytes(b"half")
+    with atomic.replace_file(tmp_path / "from/b.parquet") as temporary:
+        temporary.write_bytes(b"half")
         assert [f.name for f in (here / "from").files()] == [".hidden", "a.part"]
         (here / "from").copy_to(here / "to")
     assert [f.name for f in (here / "from").files()] == [".hidden", "a.part", "b.parquet"]
@@ -139,7 +140,7 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert locate("runs").path == str(tmp_path / "runs")
 
 
-def test_locations_travel_to_other_processes(tmp_path: Path) -> None:
+def test_locations_can_be_pickled(tmp_path: Path) -> None:
     place = locate(tmp_path) / "x"
     again = pickle.loads(pickle.dumps(place))
     assert again == place and hash(again) == hash(place)
@@ -171,7 +172,7 @@ def test_storage_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert locate(tmp_path / "runs").files() == []
 
 
-def test_a_place_that_ray_deletes_is_refused(tmp_path: Path) -> None:
+def test_folder_that_ray_deletes_is_refused(tmp_path: Path) -> None:
     copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0/runs"
     with pytest.raises(OptionError, match="temporary copy of its folder"):
         check_writable(locate(copy))
@@ -190,7 +191,11 @@ def test_s3_does_what_a_folder_does(s3: Server, tmp_path: Path) -> None:
     place = locate(s3.bucket()) / "runs"
     check_writable(place)
     assert not place.exists() and place.files() == []
-    contents = {"a.txt": b"", "deep/er/b.txt": b"b", "deep/er.txt": _bytes(0, PART + 1)}
+    contents = {
+        "a.txt": b"",
+        "deep/er/b.txt": b"b",
+        "deep/er.txt": _bytes(0, s3_module.PART_BYTES + 1),
+    }
     for name, data in contents.items():
         (place / name).write(b"old")
         (place / name).write(data)
@@ -229,7 +234,7 @@ def test_objects_whose_keys_lead_out_of_a_local_folder_are_not_copied(
 ) -> None:
     there, target = locate(s3.bucket()) / "folder", locate(tmp_path) / "target"
     (there / "good.txt").write(b"good")
-    at = storage._on_s3(there / "x")
+    at = location._on_s3(there / "x")
     assert at is not None
     at.client.put_object(Bucket=at.bucket, Key=f"folder/{key}", Body=b"bad")
     with pytest.raises(InputError, match=f"folder: the key '{re.escape(key)}' cannot be"):
@@ -243,7 +248,7 @@ def test_more_files_than_one_answer_lists_are_all_found_and_deleted(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server lists 100 at a time; as many are to be deleted at a time."""
-    monkeypatch.setattr(storage, "BATCH", 100)
+    monkeypatch.setattr(s3_module, "DELETE_BATCH", 100)
     place = locate(s3.bucket()) / "many"
     names = [f"{number:05d}" for number in range(205)]
     with ThreadPoolExecutor(8) as pool:
@@ -253,7 +258,7 @@ def test_more_files_than_one_answer_lists_are_all_found_and_deleted(
     assert place.files() == []
 
 
-def test_what_pyarrow_leaves_in_place_of_folders_is_no_file(s3: Server) -> None:
+def test_folder_markers_of_pyarrow_are_no_files(s3: Server) -> None:
     place = locate(s3.bucket()) / "runs"
     place.filesystem.create_dir(f"{place.path}/empty")
     assert place.files() == [] and place.exists()
@@ -261,7 +266,7 @@ def test_what_pyarrow_leaves_in_place_of_folders_is_no_file(s3: Server) -> None:
     assert not place.exists()
 
 
-def test_s3_locations_travel_with_their_patience(
+def test_pickled_s3_locations_keep_their_retries(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pickled, pyarrow's own filesystem falls back to three attempts."""
@@ -292,7 +297,7 @@ def _uses(folder: Location) -> list[Callable[[], object]]:
         folder.exists,
         folder.delete,
         lambda: check_writable(folder),
-        lambda: locate(Path(__file__).parents[1] / "storage").copy_to(folder),
+        lambda: locate(Path(__file__).parent).copy_to(folder),
         lambda: _parquet(folder / "x"),
     ]
 
@@ -312,7 +317,7 @@ def test_a_missing_bucket_is_named(s3: Server) -> None:
     _refused("s3://no-such-bucket", MissingBucket, "no such bucket")
 
 
-def test_a_missing_object_is_no_fault_of_the_storage(s3: Server) -> None:
+def test_missing_object_is_named(s3: Server) -> None:
     file = locate(s3.bucket()) / "nothing.parquet"
     for use in (file.read, lambda: _parquet(file)):
         with pytest.raises(MissingFile, match=r"nothing\.parquet"):
@@ -395,7 +400,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
         proxy.faults = Faults(cut=1)
         for use in (
             (folder / "x").read,
-            lambda: storage._copy(folder / "x", locate(tmp_path) / "x"),
+            lambda: location._copy(folder / "x", locate(tmp_path) / "x"),
             folder.files,
             lambda: (folder / "x").write(_bytes(1, 100_000)),
             lambda: _parquet(folder / "y"),
@@ -409,7 +414,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
     assert locate(url(folder / "x")).read() == _bytes(0, 100_000)
 
 
-def test_a_number_of_attempts_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_number_of_attempts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "many")
     with pytest.raises(OptionError, match="AWS_MAX_ATTEMPTS is 'many'"):
         locate("s3://bucket")

@@ -96,7 +96,7 @@ def test_an_encoder_that_cannot_be_had_says_what_to_do(gemma: Path, tmp_path: Pa
     for source, advice in (("nobody/nothing", "hf download nobody/nothing"), (tmp_path, "folder")):
         with pytest.raises(WeightsError, match=advice):
             GemmaEncoder(str(source), 24)([("cat",)])
-    with pytest.raises(WeightsError, match="24 channels, the model was trained on 2304"):
+    with pytest.raises(WeightsError, match="24 channels, but the model was trained on 2304"):
         GemmaEncoder(str(gemma), 2304)([("cat",)])
 
 

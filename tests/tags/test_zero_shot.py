@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from linearsr.errors import LinearSRError, OptionError, WeightsError
-from linearsr.tags.base import TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import TaggerConfig
 from linearsr.tags.zero_shot import _as_image
 from tests.tags.conftest import WORDS, photo
 
@@ -47,7 +48,9 @@ def test_the_bundled_vocabulary_fits_a_model(contrastive: Path) -> None:
     ("source", "error", "message"),
     [(None, OptionError, "needs a model"), ("/nowhere/clip", WeightsError, "/nowhere/clip")],
 )
-def test_no_model(source: str | None, error: type[LinearSRError], message: str) -> None:
+def test_missing_model_is_refused(
+    source: str | None, error: type[LinearSRError], message: str
+) -> None:
     with pytest.raises(error, match=message):
         load_tagger(TaggerConfig(kind="zero-shot", source=source))
 

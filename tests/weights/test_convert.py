@@ -172,7 +172,7 @@ def test_shards_variants_and_pipelines_are_the_same_model(sana: Path, tmp_path: 
         assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in whole.tensors)
 
 
-def test_a_shard_that_is_missing_or_incomplete(sana: Path, tmp_path: Path) -> None:
+def test_missing_or_incomplete_shard_is_named(sana: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((sana / "config.json").read_bytes())
     source = load_file(sana / WEIGHTS)
     index = {"weight_map": dict.fromkeys(source, "a.safetensors")}
@@ -239,7 +239,7 @@ def test_long_lists_are_cut_but_counted(sana: Path, tmp_path: Path) -> None:
         ("_class_name", "PixArtTransformer2DModel", "PixArtTransformer2DModel"),
     ],
 )
-def test_configs_that_cannot_be_represented(
+def test_configs_that_cannot_be_represented_are_refused(
     sana: Path, tmp_path: Path, key: str, value: Any, words: str
 ) -> None:
     message = refusal(lambda: from_diffusers(edited(sana, tmp_path, {key: value})))
@@ -247,7 +247,7 @@ def test_configs_that_cannot_be_represented(
     assert "config.json" in message
 
 
-def test_missing_and_damaged_files(sana: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_named(sana: Path, tmp_path: Path) -> None:
     assert "config.json" in refusal(lambda: from_diffusers(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     assert "JSON object" in refusal(lambda: from_diffusers(tmp_path))
@@ -363,14 +363,14 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_pickles_that_run_code_do_not(tmp_path: Path, nvlabs: dict[str, Tensor]) -> None:
+def test_pickles_that_run_code_are_refused(tmp_path: Path, nvlabs: dict[str, Tensor]) -> None:
     target = tmp_path / "ran"
     message = refusal(lambda: from_sana(saved({**nvlabs, "bomb": Bomb(target)}, tmp_path)))
     assert not target.exists()
     assert "weights_only" not in message
 
 
-def test_files_that_are_no_sana(sana: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_sana_are_refused(sana: Path, tmp_path: Path) -> None:
     assert "nowhere.pth" in refusal(lambda: from_sana(tmp_path / "nowhere.pth"))
     assert "diffusers' layout" in refusal(lambda: from_sana(sana / WEIGHTS))
     (tmp_path / "noise.pth").write_bytes(b"not a checkpoint")
@@ -406,7 +406,7 @@ def test_command_line_writes_a_bundle(
     assert "already holds weights" in capsys.readouterr().err
 
 
-def test_command_line_of_the_original_layout(
+def test_command_line_converts_the_original_layout(
     tmp_path: Path,
     nvlabs: dict[str, Tensor],
     capsys: pytest.CaptureFixture[str],

@@ -23,9 +23,10 @@ from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progr
 from linearsr.distributed.queue import CRASHED, Pool, map_actors
 from linearsr.errors import InputError, OptionError, WeightsError, one_line
 from linearsr.imaging.files import read
-from linearsr.imaging.sources import FAILURES, at_once, open_shard
+from linearsr.imaging.sources import FAILURES, map_files, open_shard
 from linearsr.storage.location import Location, check_writable, explained, locate, url
-from linearsr.tags.base import Tag, TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tag, TaggerConfig
 
 # The footer's key. Its value is JSON: the `settings`, the shard's `identity`, the number of rows
 # `tagged`, and `errors` by id; the id "" stands for the whole shard.
@@ -123,7 +124,7 @@ def _list_shards(folder: Location, column: str) -> list[_Shard]:
         with explained(files[name]):
             return _Shard(name, shard.metadata.num_rows, identity(shard))
 
-    return at_once(list(files), describe)  # type: ignore[arg-type]
+    return map_files(list(files), describe)  # type: ignore[arg-type]
 
 
 def identity(shard: Any) -> str:
@@ -157,7 +158,7 @@ def _read_notes(
         done = (note.get("settings"), note.get("identity"))
         return note if done == (settings, known[file.path].identity) else None
 
-    notes = dict(zip((file.path for file in existing), at_once(existing, read_note), strict=True))
+    notes = dict(zip((file.path for file in existing), map_files(existing, read_note), strict=True))
     return [notes.get(path) for path in known]
 
 

@@ -139,7 +139,7 @@ def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> list[dic
     else:
         targets = [target_name(id, config.files) for id in ids]
         _check_unique(ids, targets)
-        done = {file.path.removeprefix(f"{output.path}/") for file in output.files()}
+        done = {file.relative_to(output) for file in output.files()}
     inputs = inputs.append_column("target", pa.array(targets, pa.string()))
     left = inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))
     rows: list[dict[str, Any]] = left.to_pylist()

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from linearsr.config import Config, ModelConfig
 from linearsr.diffusion.experts import plan, shares
-from linearsr.diffusion.solvers import schedule
+from linearsr.diffusion.schedule import schedule
 from linearsr.distributed.resources import ResourceRequest
 from linearsr.errors import OptionError
 from linearsr.web.service import Limits

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linearsr.errors import InputError, LinearSRError, StorageError
 from linearsr.imaging.files import read
-from linearsr.imaging.sources import at_once, choose, open_shard
+from linearsr.imaging.sources import choose, map_files, open_shard
 from linearsr.storage.location import Location, explained, locate
 from linearsr.training.data import (
     SIDECAR,
@@ -82,10 +82,9 @@ def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
     sidecar = folder / SIDECAR
     if not sidecar.exists():
         return {}
-    inside = f"{folder.path}/"
-    names = [picture.path.removeprefix(inside) for picture in pictures]
+    names = [picture.relative_to(folder) for picture in pictures]
     listed = read_tags(sidecar.read(), sidecar.path, names)
-    return {f"{inside}{name}": tags for name, tags in listed.items()}
+    return {(folder / name).path: tags for name, tags in listed.items()}
 
 
 def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
@@ -135,7 +134,7 @@ class Shards:
 
     def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self.groups = [group for groups in at_once(files, _groups) for group in groups]
+        self.groups = [group for groups in map_files(files, _groups) for group in groups]
         self.rows = sum(group.rows for group in self.groups)
         if not self.rows:
             raise InputError(f"{files[0].path}: the shards hold no rows")
