@@ -1,6 +1,6 @@
 """What the knee, the experts and their boundaries are worth, at equal training, over some seeds.
 
-    python -m benchmarks.ablation --photos PHOTOS --data BSD100 --out RUNS/ablation --seeds 3
+    python -m benchmarks.ablation --photos PHOTOS --data BSD100 --out RUNS/ablation
 
 Each seed pretrains a small model at a constant rate, as the paper does, validates its checkpoints
 and has the detector find the knee. From there, and from the last checkpoint, it fine-tunes what is
@@ -8,8 +8,9 @@ compared (`ARMS`), all on the very same pairs: each of four experts on a quarter
 model on all. The pictures that judge the result are others than those that told the knee, and all
 results take the plain schedule, since plans of the bundled model suit its own boundaries.
 
-OUT/results.jsonl gets a line for each part as it ends: the same command goes on from there, and
-with more --seeds it only trains what is new. LPIPS needs its trunk (docs/evaluation.md).
+OUT/results.jsonl gets a line for each part as it ends: the same command goes on from there, with
+more --seeds it only trains what is new, and several may share the seeds among them. LPIPS needs
+its trunk (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from linearsr.training import export, loop
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch, Batches, DataConfig, Photos, load_photos
 from linearsr.training.engine import TorchEngine
+from linearsr.training.guard import GuardConfig
 from linearsr.training.recipes import ValidationConfig, tiny_cpu
 from linearsr.training.validation import validate
 
@@ -60,23 +62,25 @@ Checkpoint = dict[str, float]
 class Setting(Config):
     """The size of everything: a results file holds parts of one setting only."""
 
-    width: int = 64
+    width: int = 32
     """Channels of a token."""
-    depth: int = 4
+    depth: int = 2
     """Blocks of the denoiser."""
-    patch: int = 48
+    patch: int = 32
     """Side in pixels of the training crops."""
     batch: int = 8
     """Pairs of a step."""
     pretrain: int = 2400
     """Steps of pretraining."""
+    rate: float = 8e-3
+    """The constant learning rate of pretraining."""
     checkpoints: int = 24
     """Checkpoints of pretraining, each validated."""
     expert: int = 300
     """Steps of fine-tuning for each of four experts."""
-    watched: int = 8
+    watched: int = 12
     """Pictures that tell the knee."""
-    judged: int = 32
+    judged: int = 40
     """Pictures that judge the results."""
     size: int = 128
     """Side in pixels that these pictures are cut to."""
@@ -97,9 +101,9 @@ class Setting(Config):
 
     @property
     def data(self) -> DataConfig:
-        """The recipe's mixture of degradations, at the largest scale only."""
+        """Crops of these sizes at the largest scale only, shrunk by bicubic and not damaged."""
         sizes = {"patch": self.patch, "batch": self.batch, "scales": (4.0, 4.0)}
-        return tiny_cpu().data.model_copy(update=sizes)
+        return tiny_cpu().data.model_copy(update={**sizes, "degradations": {"clean": 1.0}})
 
 
 class Arm(NamedTuple):
@@ -127,9 +131,9 @@ def main() -> None:
     setting = Setting.parse(**{name: getattr(options, name) for name in Setting.model_fields})
     _check_lpips()
     bench = Bench(setting, options.photos, options.data, Results(options.out, setting))
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         bench.run(seed)
-    print("\n" + report(bench.results, range(options.seeds)), flush=True)
+    print("\n" + report(bench.results, options.seeds), flush=True)
 
 
 def _options() -> argparse.Namespace:
@@ -139,9 +143,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, required=True, help="folder to train on")
     parser.add_argument("--data", type=Path, required=True, help="folder of validation pictures")
     parser.add_argument("--out", type=Path, required=True, help="where results and weights go")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1 and so on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     for name, field in Setting.model_fields.items():
-        parser.add_argument(f"--{name}", type=int, default=field.default, help=field.description)
+        parser.add_argument(
+            f"--{name}", type=type(field.default), default=field.default, help=field.description
+        )
     return parser.parse_args()
 
 
@@ -226,8 +232,9 @@ class Bench:
             print(f"seed {seed}  {json.dumps(history[-1])}", flush=True)
 
         _trained(model, start, _pretraining(self.setting, seed), self.batches(seed), validated)
-        state, last = knee(history), int(history[-1]["step"])
-        found = {"knee": state.step or last, "last": last, "status": state.status}
+        state = knee(history)
+        half, last = (int(history[i]["step"]) for i in (len(history) // 2 - 1, -1))
+        found = {"knee": state.step or half, "last": last, "status": state.status}
         told = {"evidence": state.evidence, "history": history, "minutes": _minutes(began)}
         return self.results.add(seed, PRETRAIN, **found, **told)
 
@@ -286,10 +293,17 @@ def knee(history: Sequence[Checkpoint]) -> KneeState:
 
 
 def _pretraining(setting: Setting, seed: int) -> TrainConfig:
-    """The recipe's pretraining at a constant rate, so that no falling rate makes the plateau."""
-    changes = {"steps": setting.pretrain, "decay": 0.0, "seed": seed}
+    """The recipe's pretraining, but for what would never let it come to a plateau.
+
+    A falling rate would move the plateau to where the rate ends, and an average over ever more
+    steps is a falling rate in disguise.
+    """
+    changes = {"steps": setting.pretrain, "learning_rate": setting.rate, "seed": seed}
+    # Activations of a network that starts with layers at zero are no measure of later ones.
+    guard = GuardConfig(activation_factor=1e4)
+    constant = {"decay": 0.0, "ema": 0.99, "guard": guard}
     intervals = {"report_every": setting.every, "checkpoint_every": setting.every}
-    return tiny_cpu().pretrain.model_copy(update={**changes, **intervals})
+    return tiny_cpu().pretrain.model_copy(update={**changes, **constant, **intervals})
 
 
 def _tuning(span: tuple[float, float], steps: int, seed: int) -> TrainConfig:
@@ -348,7 +362,8 @@ def report(results: Results, seeds: Sequence[int]) -> str:
     }
     return "\n\n".join(
         [
-            "Where the detector found the knee; if it says rising, the last checkpoint stands in:",
+            "The knees; where the detector says rising there is none, and the checkpoint at half of "
+            "pretraining stands in:",
             _knees(results, seeds),
             f"Means over {len(seeds)} seeds ± standard error:",
             _table(found, _mean),
