@@ -70,7 +70,7 @@ class Setting(Config):
     """Side in pixels of the training crops."""
     batch: int = 8
     """Pairs of a step."""
-    pretrain: int = 2400
+    pretrain: int = 9600
     """Steps of pretraining."""
     rate: float = 8e-3
     """The constant learning rate of pretraining."""
@@ -362,8 +362,8 @@ def report(results: Results, seeds: Sequence[int]) -> str:
     }
     return "\n\n".join(
         [
-            "The knees; where the detector says rising there is none, and the checkpoint at half of "
-            "pretraining stands in:",
+            "The knees; where the detector says rising there is none, and the checkpoint half-way "
+            "stands in:",
             _knees(results, seeds),
             f"Means over {len(seeds)} seeds ± standard error:",
             _table(found, _mean),
