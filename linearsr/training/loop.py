@@ -194,10 +194,6 @@ class TrainState:
         self.progress.world = self.engine.world
 
 
-# The ablation is being rewritten with the old name.
-Stage = TrainState
-
-
 def read_progress(folder: Path) -> Progress:
     """Read the progress of a checkpoint folder. Raises WeightsError if it is not one."""
     try:
