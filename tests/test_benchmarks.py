@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import attention, gate
+from benchmarks import ablation, attention, gate
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
 from benchmarks.timing import Expected, in_turn
 from linearsr.denoiser import strips
+from linearsr.errors import OptionError
+from linearsr.quality import lpips, metrics
 
 CPU = torch.device("cpu")
 
@@ -137,3 +143,69 @@ def test_slope_of_linear_and_of_quadratic_cost() -> None:
     rows += [Row("b", side, side**4 / 1e6) for side in (1, 2, 4)]
     assert attention.slope(rows, "a") == pytest.approx(1)
     assert attention.slope(rows, "b") == pytest.approx(2)
+
+
+TINY = {
+    **{"width": 32, "depth": 1, "patch": 16, "batch": 2, "pretrain": 20, "checkpoints": 10},
+    **{"expert": 2, "watched": 1, "judged": 1, "size": 32},
+}
+
+
+@pytest.fixture
+def ablate(
+    tmp_path: Path, lpips_trunk: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., None]]:
+    """`python -m benchmarks.ablation`, tiny, in this process, into OUT of its folder."""
+    photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
+    for name, left in (("photos/a.png", 0), ("data/b.png", 200), ("data/c.png", 300)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo.crop((left, 0, left + 96, 96)).save(tmp_path / name)
+    monkeypatch.setenv(lpips.TRUNK_VARIABLE, str(lpips_trunk))
+    metrics._metric.cache_clear()
+
+    def run(**changes: int) -> None:
+        sizes = [f"--{name}={value}" for name, value in {**TINY, **changes}.items()]
+        folders = [f"--{name}={tmp_path / name}" for name in ("photos", "data", "out")]
+        monkeypatch.setattr(sys, "argv", ["ablation", *folders, "--seeds=0", *sizes])
+        ablation.main()
+
+    yield run
+    metrics._metric.cache_clear()
+
+
+def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(
+    ablate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablate()
+    table = capsys.readouterr().out.split("\n\n", 1)[1]
+    for arm in ablation.ARMS:
+        assert f"| {arm.name} |" in table
+    file = tmp_path / "out" / ablation.RESULTS
+    lines = file.read_text().splitlines()
+    judged = {r["part"]: r["values"] for r in map(json.loads, lines[1:])}
+    assert len(lines) == 1 + len(ablation.ARMS) and json.loads(lines[0])["last"] == 20
+    trained = [judged[arm.name]["psnr@4"] for arm in ablation.ARMS if arm.start == "knee"]
+    assert len(set(trained)) == len(trained), "arms that are one and the same"
+    second = ablation.ARMS[1].name
+    kept = [line for line in lines if json.loads(line)["part"] != second]
+    file.write_text("\n".join(kept) + "\n")
+    ablate()
+    again = [json.loads(line) for line in file.read_text().splitlines()[len(kept) :]]
+    assert [r["part"] for r in again] == [second] and again[0]["values"] == judged[second]
+    with pytest.raises(OptionError, match="take another --out"):
+        ablate(depth=2)
+
+
+def test_the_ablation_pairs_its_differences_by_seed(tmp_path: Path) -> None:
+    results = ablation.Results(tmp_path, ablation.Setting())
+    for seed, level in enumerate((20.0, 30.0)):
+        results.add(seed, ablation.PRETRAIN, knee=300, last=900, status="candidate")
+        for i, arm in enumerate(ablation.ARMS):
+            values = dict.fromkeys(ablation.JUDGED, level + 0.5 * i + 0.1 * seed * (i == 2))
+            results.add(seed, arm.name, values=values)
+    text = ablation.report(results, range(2))
+    names = [arm.name for arm in ablation.ARMS]
+    assert "| 1 | 300 | candidate | 900 |" in text
+    assert f"| {names[0]} | 25.0000 ± 5.0000 |" in text
+    assert f"| {names[1]} | **+0.5000 ± 0.0000** |" in text
+    assert f"| {names[2]} | **+1.0500 ± 0.0500** |" in text
