@@ -38,5 +38,10 @@ def bundle(
 
 def single(config: ModelConfig) -> ModelConfig:
     """The same model without experts: one denoiser for all timesteps."""
-    sampling = config.sampling.model_copy(update={"boundaries": ()})
+    return with_boundaries(config, ())
+
+
+def with_boundaries(config: ModelConfig, boundaries: tuple[float, ...]) -> ModelConfig:
+    """The same model with other boundaries between its experts."""
+    sampling = config.sampling.model_copy(update={"boundaries": boundaries})
     return config.model_copy(update={"sampling": sampling})
