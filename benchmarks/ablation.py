@@ -1,16 +1,16 @@
-"""What the knee, the experts and their boundaries are worth, at equal training, over some seeds.
+"""The ablations of the knee, the experts and their boundaries, at equal training, over seeds.
 
     python -m benchmarks.ablation --photos PHOTOS --data BSD100 --out RUNS/ablation
 
 Each seed pretrains a small model at a constant rate, as the paper does, validates its checkpoints
-and has the detector find the knee. From there, and from the last checkpoint, it fine-tunes what is
-compared (`ARMS`), all on the very same pairs: each of four experts on a quarter of them, a single
-model on all. The pictures that judge the result are others than those that told the knee, and all
-results take the plain schedule, since plans of the bundled model suit its own boundaries.
+and has the detector find the knee. It fine-tunes each of `ARMS` from the knee or from the last
+checkpoint. All arms train on the same pairs: each of four experts on a quarter of them, a single
+model on all of them. The knee and the results are judged on different pictures, and all results
+take the plain schedule, since plans of the bundled model suit its own boundaries.
 
 OUT/results.jsonl gets a line for each part as it ends: the same command goes on from there, with
 more --seeds it only trains what is new, and several may share the seeds among them. LPIPS needs
-its trunk (docs/evaluation.md).
+its trunk (docs/guides/evaluation.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -31,7 +30,8 @@ from torch import Tensor
 
 from benchmarks.tables import markdown
 from linearsr import weights
-from linearsr.cli.report import exit_code
+from linearsr.cli import job
+from linearsr.cli.flags import add_fields
 from linearsr.config import Config, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import boundaries, ranges
@@ -137,17 +137,12 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = job.new_parser(__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder to train on")
     parser.add_argument("--data", type=Path, required=True, help="folder of validation pictures")
     parser.add_argument("--out", type=Path, required=True, help="where results and weights go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, field in Setting.model_fields.items():
-        parser.add_argument(
-            f"--{name}", type=type(field.default), default=field.default, help=field.description
-        )
+    add_fields(parser, Setting, Setting.model_fields)
     return parser.parse_args()
 
 
@@ -184,6 +179,13 @@ class Results:
         lines = path.read_text().splitlines() if path.is_file() else []
         records = (json.loads(line) for line in lines)
         return next((r for r in records if (r["seed"], r["part"]) == (seed, part)), None)
+
+    def get(self, seed: int, part: str) -> Record:
+        """The record of a part. Raises InputError if the part is not finished."""
+        record = self.find(seed, part)
+        if record is None:
+            raise InputError(f"{self.folder}: {part} of seed {seed} is not finished")
+        return record
 
     def checkpoint(self, seed: int, step: int) -> Path:
         """The folder of a pretraining's averaged weights at that step."""
@@ -251,7 +253,7 @@ class Bench:
         self, arm: Arm, checkpoint: Path, batches: Sequence[Batch], seed: int
     ) -> weights.Bundle:
         """The model of an arm: one expert for each range, trained on its share of the batches."""
-        config = _with_boundaries(self.setting.model, arm.bounds)
+        config = export.with_boundaries(self.setting.model, arm.bounds)
         start = export.average(checkpoint, config)
         if not arm.tuned:
             return _bundle(config, [start])
@@ -332,11 +334,6 @@ def _trained(
     return loop.run(stage, batches, report).ema.average
 
 
-def _with_boundaries(config: ModelConfig, bounds: tuple[float, ...]) -> ModelConfig:
-    sampling = config.sampling.model_copy(update={"boundaries": bounds})
-    return config.model_copy(update={"sampling": sampling})
-
-
 def _bundle(config: ModelConfig, states: Sequence[State]) -> weights.Bundle:
     return weights.Bundle(config, [_frozen(config, state) for state in states], {})
 
@@ -353,7 +350,7 @@ def _minutes(began: float) -> float:
 
 def report(results: Results, seeds: Sequence[int]) -> str:
     """The tables of finished seeds: knees, means, and paired differences from the first arm."""
-    found = {arm.name: [_judged(results, seed, arm) for seed in seeds] for arm in ARMS}
+    found = {arm.name: [results.get(seed, arm.name)["values"] for seed in seeds] for arm in ARMS}
     base = found[ARMS[0].name]
     differences = {
         name: [{m: v[m] - b[m] for m in JUDGED} for v, b in zip(values, base, strict=True)]
@@ -375,15 +372,8 @@ def report(results: Results, seeds: Sequence[int]) -> str:
     )
 
 
-def _judged(results: Results, seed: int, arm: Arm) -> dict[str, float]:
-    record = results.find(seed, arm.name)
-    if record is None:
-        raise InputError(f"{results.folder}: {arm.name} of seed {seed} is not finished")
-    return dict(record["values"])
-
-
 def _knees(results: Results, seeds: Sequence[int]) -> str:
-    records = [results.find(seed, PRETRAIN) or {} for seed in seeds]
+    records = [results.get(seed, PRETRAIN) for seed in seeds]
     return markdown(
         ["seed", "knee", "its detector says", "last checkpoint"],
         [[str(r["seed"]), str(r["knee"]), r["status"], str(r["last"])] for r in records],
@@ -411,4 +401,4 @@ def _error(values: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "the same command goes on with the parts that are missing"))
+    job.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,7 +20,7 @@ from PIL import Image
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.denoiser import LinearSR
-from linearsr.metrics import lpips
+from linearsr.metrics import lpips, measure
 from tests.storage.fixtures import s3, s3_port  # noqa: F401
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
@@ -57,6 +58,14 @@ def real_lpips_trunk() -> Path | None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_metrics() -> Iterator[None]:
+    """No metric that was made before this test, nor one of its own after it."""
+    measure._metric.cache_clear()
+    yield
+    measure._metric.cache_clear()
 
 
 @pytest.fixture(scope="session")

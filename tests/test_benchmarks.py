@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from benchmarks.timing import Expected, in_turn
 from linearsr.denoiser import cpu_block as strips
 from linearsr.errors import OptionError
 from linearsr.metrics import lpips
-from linearsr.metrics import measure as metrics
 
 CPU = torch.device("cpu")
 
@@ -154,15 +153,14 @@ TINY = {
 
 @pytest.fixture
 def ablate(
-    tmp_path: Path, lpips_trunk: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., None]]:
+    tmp_path: Path, lpips_trunk: Path, monkeypatch: pytest.MonkeyPatch, fresh_metrics: None
+) -> Callable[..., None]:
     """`python -m benchmarks.ablation`, tiny, in this process, into OUT of its folder."""
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     for name, left in (("photos/a.png", 0), ("data/b.png", 200), ("data/c.png", 300)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         photo.crop((left, 0, left + 96, 96)).save(tmp_path / name)
     monkeypatch.setenv(lpips.TRUNK_VARIABLE, str(lpips_trunk))
-    metrics._metric.cache_clear()
 
     def run(**changes: int) -> None:
         sizes = [f"--{name}={value}" for name, value in {**TINY, **changes}.items()]
@@ -170,8 +168,7 @@ def ablate(
         monkeypatch.setattr(sys, "argv", ["ablation", *folders, "--seeds=0", *sizes])
         ablation.main()
 
-    yield run
-    metrics._metric.cache_clear()
+    return run
 
 
 def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(

@@ -70,5 +70,10 @@ class _Averages(Sequence[Mapping[str, Tensor]]):
 
 def single(config: ModelConfig) -> ModelConfig:
     """Return the same model without experts: one denoiser for all timesteps."""
-    sampling = config.sampling.model_copy(update={"boundaries": ()})
+    return with_boundaries(config, ())
+
+
+def with_boundaries(config: ModelConfig, boundaries: tuple[float, ...]) -> ModelConfig:
+    """Return the same model with other boundaries between its experts."""
+    sampling = config.sampling.model_copy(update={"boundaries": boundaries})
     return config.model_copy(update={"sampling": sampling})

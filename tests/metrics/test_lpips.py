@@ -22,7 +22,7 @@ needs_trunk = pytest.mark.skipif(REAL is None, reason=f"no trunk: set {lpips.TRU
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_metrics: None) -> None:
     """No trunk in a variable or in a cache, no network, and no metric made before."""
 
     def unreachable(*_: object, **__: object) -> None:
@@ -31,9 +31,6 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(lpips.TRUNK_VARIABLE, raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    metrics._metric.cache_clear()
-    yield
-    metrics._metric.cache_clear()
 
 
 @pytest.fixture(scope="module")
