@@ -25,6 +25,7 @@ import skimage.data
 from PIL import Image
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_actors
 
 from linearsr.distributed.train.config import ClusterConfig, StageConfig
 from linearsr.distributed.train.knee import last_result
@@ -102,6 +103,16 @@ def cluster(s3_port: int) -> Iterator[Cluster]:
         ray.shutdown()
         started.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def living_actors(class_name: str) -> list[int]:
+    """Return the process ids of the living actors of this class.
+
+    The address is given because Ray would otherwise ask the latest cluster on this machine.
+    """
+    filters = [("state", "=", "ALIVE"), ("class_name", "=", class_name)]
+    alive = list_actors(ray.get_runtime_context().gcs_address, filters=filters, detail=True)
+    return [actor.pid for actor in alive]
 
 
 class Jobs:

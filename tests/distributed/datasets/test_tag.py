@@ -258,5 +258,5 @@ def test_a_missing_checkpoint_ends_the_job(cluster: Cluster, shards: Path, tmp_p
         actor_cpus=0.5,
         tagger=TaggerConfig(kind="ram", source=str(tmp_path / "gone.pth")),
     )
-    with pytest.raises(WeightsError, match="no readable checkpoint"):
+    with pytest.raises(WeightsError, match="not a readable checkpoint"):
         tag_dataset(config)

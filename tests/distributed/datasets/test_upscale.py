@@ -17,7 +17,6 @@ import skimage.data
 from PIL import Image
 from pyarrow import fs
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
 
 from linearsr import cli
 from linearsr.config import FileOptions, Options
@@ -25,7 +24,7 @@ from linearsr.distributed.datasets.upscale import UpscaleConfig, target_name, up
 from linearsr.errors import InputError, OptionError
 from linearsr.imaging.files import read, read_provenance
 from linearsr.storage.location import locate
-from tests.distributed.conftest import until
+from tests.distributed.conftest import living_actors, until
 from tests.storage.faults import Faults
 from tests.storage.fixtures import Server
 
@@ -212,20 +211,14 @@ def _start(config: UpscaleConfig) -> subprocess.Popen[bytes]:
 def _kill(driver: subprocess.Popen[bytes]) -> None:
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    until(lambda: not _workers(), "the end of the dead driver's actors")
-
-
-def _workers() -> list[int]:
-    """Process ids of the actors at work."""
-    alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return [a.pid for a in alive if a.class_name == "DatasetActor"]
+    until(lambda: not living_actors("DatasetActor"), "the end of the dead driver's actors")
 
 
 def test_a_killed_actor_is_replaced(config: UpscaleConfig) -> None:
     driver = _start(config)
     try:
-        until(lambda: bool(_workers()), "a worker")
-        worker = _workers()[0]
+        until(lambda: bool(living_actors("DatasetActor")), "a worker")
+        worker = living_actors("DatasetActor")[0]
         until(lambda: len(written(config.output)) >= 10, "ten results")
         os.kill(worker, signal.SIGKILL)
         before = written(config.output)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
 
 from linearsr.config import LINEARSR_1_6B, ModelConfig, Options
 from linearsr.distributed.serve import ServeConfig, build_app
@@ -32,7 +31,7 @@ from linearsr.imaging.files import read as read_picture
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.weights import expert_names, read_config, save
 from tests.conftest import random_experts
-from tests.distributed.conftest import _free_port, until
+from tests.distributed.conftest import _free_port, living_actors, until
 
 # A longer run by hand used 300, 100 and 4.
 REQUESTS = int(os.environ.get("LINEARSR_TEST_REQUESTS", "60"))
@@ -196,8 +195,7 @@ def test_concurrent_requests_get_their_own_pictures(endpoint: Endpoint, cases: l
 
 def replicas(name: str) -> list[int]:
     """Return the process ids of the replicas of a deployment."""
-    alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return [a.pid for a in alive if a.class_name == f"ServeReplica:default:{name}"]
+    return living_actors(f"ServeReplica:default:{name}")
 
 
 def test_requests_survive_the_death_of_replicas(endpoint: Endpoint, cases: list[Case]) -> None:

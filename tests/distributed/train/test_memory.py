@@ -39,13 +39,19 @@ class Peak:
     """The most that was alive whenever weights had just come into memory or were written."""
 
     def __init__(self) -> None:
+        self.earlier = self._models()
         self.baseline = self._bytes()
         self.experts, self.bytes = 0, 0
 
     def look(self) -> None:
         self.bytes = max(self.bytes, self._bytes() - self.baseline)
-        models = [m for m in gc.get_objects() if type(m) is LinearSR]
-        self.experts = max(self.experts, sum(not m.embed.weight.is_meta for m in models))
+        new = [m for m in self._models() if not any(m is old for old in self.earlier)]
+        self.experts = max(self.experts, sum(not m.embed.weight.is_meta for m in new))
+
+    @staticmethod
+    def _models() -> list[LinearSR]:
+        gc.collect()
+        return [m for m in gc.get_objects() if type(m) is LinearSR]
 
     @staticmethod
     def _bytes() -> int:
