@@ -71,8 +71,8 @@ def _as_shipped(contestants: Contestants, side: int) -> Forward:
     config: ModelConfig = contestants.config
     device, dtype = contestants.device, contestants.dtype
     model = LinearSR(config.denoiser).to(device, dtype).eval()
-    given = contestants.inputs(side)
+    inputs = contestants.inputs(side)
     picture = torch.randn(1, 3, side, side).to(device, dtype)
-    condition = model.condition(picture, torch.randn_like(given.latent))
-    latent = given.latent.contiguous(memory_format=torch.channels_last)
-    return lambda: model(latent, given.t, condition)
+    condition = model.condition(picture, torch.randn_like(inputs.latent))
+    latent = inputs.latent.contiguous(memory_format=torch.channels_last)
+    return lambda: model(latent, inputs.t, condition)

@@ -50,8 +50,8 @@ class Machine(NamedTuple):
         where = f"{self.name}, {self.memory / 2**30:.0f} GiB"
         if self.device.type == "cpu":
             where += f", {self.threads} of {os.cpu_count()} threads"
-        found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-        versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
+        installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+        versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
         return {
             "machine": where,
             "precision": str(self.dtype).removeprefix("torch."),

@@ -110,8 +110,8 @@ def _table(measured: list[Values]) -> str:
     for name in measured[0]:
         means = []
         for column in columns:
-            found = [values[name][column] for values in measured if column in values[name]]
-            means.append(f"{sum(found) / len(found):.3f}" if found else "")
+            known = [values[name][column] for values in measured if column in values[name]]
+            means.append(f"{sum(known) / len(known):.3f}" if known else "")
         lines.append(f"| {name} | {' | '.join(means)} |")
     return "\n".join(lines)
 

@@ -57,12 +57,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=48, help="number of requests")
     parser.add_argument("--layouts", nargs="+", default=["split", "together"])
     options = parser.parse_args()
-    asked = Options(steps=options.steps)
+    sampling = Options(steps=options.steps)
     picture = _photo(options.size)
     torch.set_num_threads(1 if options.what == "overhead" else CORES)
     upscaler = Upscaler.load()
     if options.what == "batching":
-        print(_batching(upscaler, picture, asked))
+        print(_batching(upscaler, picture, sampling))
         return 0
     ray.init(
         "local", num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=False
@@ -71,7 +71,7 @@ def main() -> int:
     work = _overhead if options.what == "overhead" else _throughput
     for layout in options.layouts:
         with _endpoint(layout):
-            print(f"{layout}:", asyncio.run(work(upscaler, picture, asked, options.count)))
+            print(f"{layout}:", asyncio.run(work(upscaler, picture, sampling, options.count)))
     return 0
 
 

@@ -34,7 +34,7 @@ FORWARD_AND_BACKWARD = 3
 SUSTAINED = (50, 100, 200, 400)
 RANKS = (1, 2, 4, 8)
 SIDE = 1024
-# Of DC-AE's latents.
+# Channels of the latents of DC-AE.
 CHANNELS = 32
 
 
@@ -72,9 +72,9 @@ def denoiser(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> tuple[
     """Operations of a step of one result, and of the part that an expert computes once."""
 
     def step() -> Callable[[], object]:
-        given = forward(config, side, tokens)
-        condition = given.condition()
-        return lambda: given.step(condition)
+        inputs = forward(config, side, tokens)
+        condition = inputs.condition()
+        return lambda: inputs.step(condition)
 
     return counted(step), counted(lambda: forward(config, side, tokens).condition)
 
@@ -89,12 +89,12 @@ def saved(config: ModelConfig, side: int) -> int:
 
     torch.set_default_dtype(torch.bfloat16)
     try:
-        given = forward(config, side)
+        inputs = forward(config, side)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            given.step(given.condition())
+            inputs.step(inputs.condition())
     finally:
         torch.set_default_dtype(torch.float32)
-    weights = {p.untyped_storage()._cdata for p in given.model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in inputs.model.parameters()}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
 
 
@@ -204,9 +204,9 @@ def results() -> str:
         total = picture_flops(config, SIDE)
         hourly = [_number(3600 * rate * 1e12 / total) for rate in SUSTAINED]
         shown = (step, once, encode, decode)
-        told = [f"{flops / 1e12:.3g}" for flops in shown]
+        cells = [f"{flops / 1e12:.3g}" for flops in shown]
         steps = str(config.sampling.steps)
-        rows.append([f"`{config.name}`", *told, steps, f"{total / 1e12:.3g}", *hourly])
+        rows.append([f"`{config.name}`", *cells, steps, f"{total / 1e12:.3g}", *hourly])
     head = ["TFLOP", "a step", "once an expert", "encode", "decode", "steps", "in all"]
     return markdown([*head, *(f"pictures/h at {rate} TFLOP/s" for rate in SUSTAINED)], rows)
 
@@ -222,8 +222,8 @@ def training() -> str:
             trained = sum(n * pair_flops(recipe, run) for n, run in zip(pairs, runs, strict=True))
             judged = sum(validation_flops(recipe, run) for run in runs)
             hours = [_number((trained + judged) / rate / 3.6e15) for rate in SUSTAINED]
-            told = f"{sum(pairs):,}", _number(trained / 1e15), _number(judged / 1e15)
-            rows.append([f"`{name}`", stage, *told, *hours])
+            cells = f"{sum(pairs):,}", _number(trained / 1e15), _number(judged / 1e15)
+            rows.append([f"`{name}`", stage, *cells, *hours])
     head = ["recipe", "stage", "pairs", "PFLOP to train", "to validate"]
     return markdown([*head, *(f"GPU-hours at {rate} TFLOP/s" for rate in SUSTAINED)], rows)
 
@@ -238,8 +238,8 @@ def memory() -> str:
         count = size(recipe.model)[0]
         ranks = [f"{count * (4 + 16 / n) / 1e9:.3g}" for n in RANKS]
         activations = f"{kept(recipe.model, recipe.data.patch) / 1e9:.3g}"
-        told = f"{count / 1e9:.3g}", *ranks, activations, f"{count * 18 / 1e9:.3g}"
-        rows.append([f"`{name}`", *told])
+        cells = f"{count / 1e9:.3g}", *ranks, activations, f"{count * 18 / 1e9:.3g}"
+        rows.append([f"`{name}`", *cells])
     head = ["GB", "parameters, billions", *(f"{n} rank{'s' * (n > 1)}" for n in RANKS)]
     return markdown([*head, "and for each pair", "a checkpoint"], rows)
 
@@ -250,8 +250,8 @@ def weights() -> str:
     for config in MODELS.values():
         one, learned = size(config)
         experts = len(config.sampling.boundaries) + 1
-        told = (one, experts * one, learned)
-        rows.append([f"`{config.name}`", *(f"{2 * count / 1e9:.2g}" for count in told)])
+        cells = (one, experts * one, learned)
+        rows.append([f"`{config.name}`", *(f"{2 * count / 1e9:.2g}" for count in cells)])
     return markdown(["GB", "one expert", "all experts", "autoencoder"], rows)
 
 
@@ -259,13 +259,13 @@ def measured() -> str:
     """What machines sustained in a forward of linearsr-tiny as it is shipped."""
     rows = []
     for file in sorted((Path(__file__).parent / "results").glob("*/forward.json")):
-        found = json.loads(file.read_text())
-        for row in found["rows"]:
+        forward = json.loads(file.read_text())
+        for row in forward["rows"]:
             if "as shipped" in row["what"] and row["seconds"]:
                 flops = denoiser(MODELS["linearsr-tiny"], row["side"])[0]
-                told = f"{row['seconds']:.3g} s", f"{flops / row['seconds'] / 1e12:.3g}"
-                machine = found["machine"]
-                rows.append([machine["machine"], machine["precision"], f"{row['side']}²", *told])
+                cells = f"{row['seconds']:.3g} s", f"{flops / row['seconds'] / 1e12:.3g}"
+                machine = forward["machine"]
+                rows.append([machine["machine"], machine["precision"], f"{row['side']}²", *cells])
     return markdown(["machine", "precision", "result", "a step", "TFLOP/s"], rows)
 
 

@@ -31,12 +31,12 @@ def row(what: str, side: int, timed: Mapping[str, Timed], expected: Expected) ->
     """The row of a way that was timed, failed or was not started; `expected` remembers its time."""
     if what not in timed:
         return Row(what, side)
-    taken = timed[what]
-    if taken.failure is not None:
+    timed_way = timed[what]
+    if timed_way.failure is not None:
         expected.record(what, side, math.inf)
-        return Row(what, side, failure=taken.failure)
-    expected.record(what, side, taken.seconds)
-    return Row(what, side, taken.seconds, taken.memory)
+        return Row(what, side, failure=timed_way.failure)
+    expected.record(what, side, timed_way.seconds)
+    return Row(what, side, timed_way.seconds, timed_way.memory)
 
 
 def seconds(value: float | None) -> str:

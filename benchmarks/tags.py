@@ -92,8 +92,8 @@ def _tagged(path: Path, tagger: Tagger) -> Photo:
 def _exchanged(tags: Sequence[Tags]) -> list[Tags]:
     """Give each list to another picture, if possible to one with a different list."""
     order = sorted(range(len(tags)), key=lambda i: tags[i])
-    given = order[len(order) // 2 :] + order[: len(order) // 2]
-    places = dict(zip(order, given, strict=True))
+    shuffled = order[len(order) // 2 :] + order[: len(order) // 2]
+    places = dict(zip(order, shuffled, strict=True))
     return [tags[places[i]] for i in range(len(tags))]
 
 
@@ -165,10 +165,10 @@ def _fine_tuned(
     autoencoder = load_autoencoder(config.latent, "cpu")
     stage = loop.TrainState.start(engine, autoencoder, train, tag_encoder(config))
     batches = iter(Batches(Photos([partial(same, p) for p in photos], recipe.data, index), 0))
-    return loop.run(stage, batches, _told).ema.average
+    return loop.run(stage, batches, _print_report).ema.average
 
 
-def _told(_: loop.TrainState, report: loop.Report) -> None:
+def _print_report(_: loop.TrainState, report: loop.Report) -> None:
     print(f"step {report.step}  loss {report.loss:.4f}", file=sys.stderr, flush=True)
 
 
@@ -177,10 +177,10 @@ def _measured(
     upscaler: Upscaler, cases: list[Case], tags: Sequence[Tags]
 ) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {f"{m}@{count}": [] for count in COUNTS for m in METRICS}
-    for case, given in zip(cases, tags, strict=True):
+    for case, words in zip(cases, tags, strict=True):
         for count in COUNTS:
             lr = Picture(case.lr, None, 8, False, None, None, "png")
-            result = upscaler.upscale(lr, Options(steps=count, tags=given)).pixels
+            result = upscaler.upscale(lr, Options(steps=count, tags=words)).pixels
             for metric in METRICS:
                 value = measure(metric, result[None], case.hr[None], SCALE)
                 values[f"{metric}@{count}"].append(value)
@@ -192,7 +192,7 @@ def _print(values: Values) -> None:
     print(f"| | {name} | " + " | ".join(name for name, _ in variants) + " |")
     print("|---" * (len(values) + 1) + "|")
     for metric, base in reference.items():
-        cells = [_difference(np.subtract(found[metric], base)) for _, found in variants]
+        cells = [_difference(np.subtract(means[metric], base)) for _, means in variants]
         print(f"| {metric} | {np.mean(base):.3f} | {' | '.join(cells)} |")
     print("\n`given its tags` less `given another picture's`, the same weights:\n")
     own, other = (values[key] for key in list(values)[2:4])

@@ -83,8 +83,8 @@ def in_turn(runs: Mapping[str, Run], device: torch.device, rounds: int) -> dict[
         try:
             run()
             with peak_memory(device) as peak:
-                taken = seconds_of(run, device)
-            first[name] = Timed(taken, peak[0])
+                seconds = seconds_of(run, device)
+            first[name] = Timed(seconds, peak[0])
         except (torch.OutOfMemoryError, MemoryError, LinearSRError) as error:
             first[name] = Timed(math.inf, 0, f"failed: {type(error).__name__}")
         print(f"  {name}: {first[name]}", file=sys.stderr, flush=True)

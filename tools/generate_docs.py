@@ -48,8 +48,8 @@ Schema = Mapping[str, Any]
 
 def pages() -> dict[str, str]:
     """Every page of docs/reference, by its name."""
-    made = {name: _job(name, configs) for name, configs in JOBS.items()}
-    return {**made, "serve": _serve(), "recipe": _recipe()}
+    pages = {name: _job(name, configs) for name, configs in JOBS.items()}
+    return {**pages, "serve": _serve(), "recipe": _recipe()}
 
 
 def _job(name: str, configs: Iterable[type[Config]]) -> str:
@@ -71,24 +71,26 @@ def _serve() -> str:
 
 
 def _recipe() -> str:
-    made = {name: make() for name, make in recipes.RECIPES.items()}
-    told = (f"- `{name}`: {_line(make.__doc__)}" for name, make in recipes.RECIPES.items())
+    configs = {name: make() for name, make in recipes.RECIPES.items()}
+    lines = (f"- `{name}`: {_line(make.__doc__)}" for name, make in recipes.RECIPES.items())
     stages = "`pretrain`, `experts.0` to `experts.3`, `finetune.0` to `finetune.3`"
     judged = "`perceptual.0` to `perceptual.2`, of the experts 1 to 3"
-    parts = ["# Recipes", NOTICE, markdown(recipes.__doc__, "text"), "\n".join(told), "## Fields"]
+    parts = ["# Recipes", NOTICE, markdown(recipes.__doc__, "text"), "\n".join(lines), "## Fields"]
     parts += ["`--set PATH=VALUE` sets any of them, as in `--set pretrain.steps=1000`."]
     parts += _sections(recipes.Recipe.model_json_schema(), skip=("pretrain", "perceptual_data"))
     parts += [f"## Fields of a stage: {stages}", *_sections(TrainConfig.model_json_schema())]
     parts += [f"## Further fields of {judged}"]
     parts += ["`perceptual_data` has the fields of `data`, for these stages alone."]
     parts += [*_sections(PerceptualConfig.model_json_schema(), without=TrainConfig)]
-    given = {name: dict(_leaves(recipe.model_dump(mode="json"))) for name, recipe in made.items()}
+    leaves_of = {
+        name: dict(_leaves(recipe.model_dump(mode="json"))) for name, recipe in configs.items()
+    }
     rows = []
-    for path in dict.fromkeys(path for leaves in given.values() for path in leaves):
-        values = [leaves.get(path) for leaves in given.values()]
+    for path in dict.fromkeys(path for leaves in leaves_of.values() for path in leaves):
+        values = [leaves.get(path) for leaves in leaves_of.values()]
         if any(value != values[0] for value in values):
             rows.append([f"`{path}`", *map(_value, values)])
-    parts += ["## Where they differ", _table(["", *(f"`{name}`" for name in given)], rows)]
+    parts += ["## Where they differ", _table(["", *(f"`{name}`" for name in leaves_of)], rows)]
     return _page(parts)
 
 
@@ -103,15 +105,15 @@ def _flags(parser: argparse.ArgumentParser, configs: Iterable[type[Config]]) -> 
                 ", ".join(f"`{flag}`" for flag in action.option_strings)
                 or f"`{action.metavar or action.dest}`"
             )
-            told = help_text(action) % {"default": action.default}
+            text = help_text(action) % {"default": action.default}
             rows.append(
-                [name + (" (required)" if action.required else ""), _taken(action, known), told]
+                [name + (" (required)" if action.required else ""), _accepted(action, known), text]
             )
     return _table(["flag", "value", ""], rows)
 
 
-def _taken(action: argparse.Action, known: Mapping[str, Schema]) -> str:
-    """What a flag may be given."""
+def _accepted(action: argparse.Action, known: Mapping[str, Schema]) -> str:
+    """Return the values that a flag accepts, as its table cell shows them."""
     if action.nargs == 0:
         return ""
     if action.choices:
@@ -158,8 +160,8 @@ def _config(field: Schema, defs: Schema) -> Schema | None:
     """The schema of a field that is a config of its own, or may be one."""
     for one in (field, *field.get("anyOf", ())):
         if "$ref" in one:
-            found: Schema = defs[one["$ref"].rpartition("/")[2]]
-            return found
+            definition: Schema = defs[one["$ref"].rpartition("/")[2]]
+            return definition
     return None
 
 
@@ -183,7 +185,7 @@ def _range(schema: Schema) -> str:
 
 
 def _bounds(schema: Schema) -> str:
-    told = [
+    notes = [
         f"{words} {schema[key]:g}"
         for key, words in (
             ("exclusiveMinimum", "above"),
@@ -193,7 +195,7 @@ def _bounds(schema: Schema) -> str:
         )
         if key in schema and schema[key] < 2**63
     ]
-    return f" {' '.join(told)}" if told else ""
+    return f" {' '.join(notes)}" if notes else ""
 
 
 def _leaves(fields: object, at: str = "") -> Iterator[tuple[str, object]]:
