@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,22 @@ def test_imports_run_one_way(module: str) -> None:
         ours = name.removeprefix("linearsr.")
         if name.startswith("linearsr.") and (ours in known or f"{ours}.__init__" in known):
             assert _layer(ours) <= _layer(module), f"{module} must not import {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports within functions count too. The package itself only hands on names when asked."""
+    modules = {f"linearsr.{name}".removesuffix(".__init__"): p for name, p in _modules().items()}
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & modules.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                targets = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= targets & modules.keys()
+                if not targets <= modules.keys():
+                    graph[name] |= {node.module} & modules.keys()
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", sorted(_modules()))
