@@ -211,13 +211,13 @@ class Options(Config):
     height: int | None = Field(default=None, ge=1, le=65535)
     """Height of the result in pixels, instead of a scale; alone, it keeps the aspect ratio."""
     steps: int | None = Field(default=None, ge=1, le=50)
-    """Number of steps, 1 to 50; by default the model's own. 1 is closest to the truth (the
-    conditional mean); more give one plausible, sharper picture."""
+    """Number of steps, 1 to 50; by default the model's own. 1 gives the average of
+    all plausible pictures, which is closest to the truth but soft; more give one sharp picture."""
     detail: float = Field(default=1.0, ge=0, le=1)
     """Share of the added detail: 0 is the picture of one step, 1 keeps all that later steps add."""
     solver: Solver | None = None
-    """Solver that takes the steps, by default the model's own; dpm and adams get further with the
-    same number of steps (docs/design/sampling.md)."""
+    """Solver that takes the steps, by default the model's own; dpm and adams are more accurate
+    than euler with the same number of steps (docs/design/sampling.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed for the noise; the same seed gives the same pixels."""
     tags: Literal["auto"] | tuple[str, ...] = ()

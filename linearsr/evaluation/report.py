@@ -175,7 +175,7 @@ def parquet(report: Report) -> bytes:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Pictures from best to worst, by one metric of one method."""
+    """One method's results, sorted from best to worst by one metric."""
 
     method: str
     metric: str

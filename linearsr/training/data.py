@@ -134,8 +134,10 @@ class DataConfig(Config):
             raise ValueError(f"scales {self.scales} must lie from 1 to the scale, {self.scale}")
         if self.patch % self.scale or self.margin % self.scale:
             raise ValueError(f"patch and margin must be multiples of the scale {self.scale}")
-        if abs(sum(self.degradations.values()) - 1) > 1e-6 or set(self.degradations) - set(PRESETS):
-            raise ValueError(f"degradations must be among {list(PRESETS)} and sum to one")
+        if unknown := set(self.degradations) - set(PRESETS):
+            raise ValueError(f"no degradation {min(unknown)!r}; choose from {', '.join(PRESETS)}")
+        if abs((total := sum(self.degradations.values())) - 1) > 1e-6:
+            raise ValueError(f"the shares of the degradations sum to {total:g}; they must sum to 1")
         return self
 
 

@@ -1,4 +1,4 @@
-"""The HTTP API: it turns uploads into requests, results into responses, and errors into problems.
+"""The HTTP API: its routes and responses. The form's fields are in upload.py.
 
     POST /v1/upscale   returns a picture, or server-sent events: progress, then the picture
     GET  /v1/models    returns the model and the limits

@@ -520,7 +520,8 @@ def _bundle(source: Path, out: Path, name: str | None) -> None:
     channels = LINEARSR_1_6B.denoiser.latent_channels
     if config.latent_channels != channels:
         raise WeightsError(
-            f"{source}: latents of {config.latent_channels} channels; DC-AE f32c32 makes {channels}"
+            f"{source}: these weights take latents of {config.latent_channels} channels, and DC-AE "
+            f"f32c32 makes {channels}; convert a Sana model that was trained for it"
         )
     sampling = SamplingConfig(steps=LINEARSR_1_6B.sampling.steps, boundaries=())
     # A folder's name may hold dots ("SANA1.5"), a file's ends in one.

@@ -56,7 +56,7 @@ class TagConfig(Pool):
     output: str
     """Folder for the tagged shards, local or s3://; may be the input."""
     column: Literal["lr", "hr"] = "lr"
-    """Picture to tag; the upscaler sees LR only, so it can only have tags that LR shows."""
+    """Picture to tag. Upscaling has LR alone, so the tags of lr are those that it can find."""
     tagger: TaggerConfig = TaggerConfig()
 
     @property

@@ -43,7 +43,7 @@ class UpscaleConfig(Pool):
     input: str
     """Folder of pictures, or of Parquet shards."""
     output: str
-    """Folder of its own for the results."""
+    """Folder for the results, which must not hold those of another job."""
     kind: Literal["images", "parquet"] = "images"
     """Kind of results: files named after their inputs, or shards with columns id, image, width and
     height."""
