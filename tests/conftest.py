@@ -10,6 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Kernels run on the CPU. Read where @triton.jit decorates, so it is set before anything imports
 # Triton: torch itself does, for some of its modules.
 os.environ["TRITON_INTERPRET"] = "1"
+# Ray and its processes read these when Ray is imported, so they are set before anything imports it:
+# clients need no token, Train reports quickly, and a slow machine has time to start workers.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 
 import numpy as np
 import pytest
@@ -19,9 +24,10 @@ from PIL import Image
 
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
-from linearsr.denoiser import LinearSR
-from linearsr.metrics import lpips, measure
-from tests.storage.fixtures import s3, s3_port  # noqa: F401
+from linearsr.metrics import measure
+from tests.helpers.experts import random_experts
+from tests.helpers.s3 import Server
+from tools import s3_server
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
 SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")
@@ -43,16 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if path == "web/test_page.py":
             item.add_marker(pytest.mark.browser)
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-def real_lpips_trunk() -> Path | None:
-    """SqueezeNet's own weights: the file that the environment names, or the one beside the project.
-
-    None where there is neither; tests that need them are skipped then.
-    """
-    beside = Path(__file__).parents[2] / "shared" / "data" / "iqa" / "squeezenet1_1-features.pth"
-    found = [Path(os.environ.get(lpips.TRUNK_VARIABLE) or beside), beside]
-    return next((path for path in found if path.is_file()), None)
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +80,6 @@ def small_config() -> ModelConfig:
         ),
         latent=LatentConfig(kind="space-to-depth", factor=4, scale=0.12),
     )
-
-
-def random_experts(config: ModelConfig, count: int) -> list[LinearSR]:
-    """Denoisers that start with no layer at zero, so that every weight matters; all different."""
-    torch.manual_seed(1)
-    models = [LinearSR(config.denoiser) for _ in range(count)]
-    for model in models:
-        torch.nn.init.normal_(model.out.weight, std=0.05)
-        torch.nn.init.normal_(model.out.bias, std=0.05)
-        for attention in model._tag_attentions():
-            torch.nn.init.normal_(attention.out.weight, std=0.5)
-    return models
 
 
 @pytest.fixture(scope="session")
@@ -140,3 +124,26 @@ def lpips_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lpips") / "squeezenet.pth"
     torch.save(squeezenet1_1().features.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Where `s3` will be, known to this process and all it starts; nothing listens there yet.
+
+    Ray's workers have the variables that their cluster was started with. So the cluster needs
+    the address, and only the tests that use S3 pay for the server.
+    """
+    port = s3_server.free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment(port).items():
+            patch.setenv(name, value)
+        for name in ("ENDPOINT_URL_S3", "SESSION_TOKEN", "PROFILE", "MAX_ATTEMPTS", "RETRY_MODE"):
+            patch.delenv(f"AWS_{name}", raising=False)
+        yield port
+
+
+@pytest.fixture(scope="session")
+def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server; see `Server`. Its pages are small: a long listing need not be so long."""
+    with s3_server.running(tmp_path_factory.mktemp("swift"), s3_port, page=100):
+        yield Server(s3_port)

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from linearsr import Upscaler
 from linearsr.evaluation.drawing import GAP, LABEL
-from tests.web.local import Local, served
+from tests.helpers.local_service import Local, served
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

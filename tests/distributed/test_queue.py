@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from linearsr.distributed import queue
 from linearsr.distributed.queue import ATTEMPTS, Pool, map_actors, map_tasks
 from linearsr.errors import InputError, LinearSRError, OptionError, OutputError
-from tests.distributed.conftest import until
+from tests.helpers.processes import until
 
 
 class Squares:

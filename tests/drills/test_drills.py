@@ -29,8 +29,7 @@ from linearsr.storage.location import Location, locate
 from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.training import loop
-from tests.distributed.conftest import SMALL, reported
-from tests.distributed.serve.test_serve import (
+from tests.helpers.endpoint import (
     Answer,
     Case,
     Endpoint,
@@ -40,8 +39,10 @@ from tests.distributed.serve.test_serve import (
     in_session,
     pixels_of,
 )
-from tests.drills.conftest import Fleet, until
-from tests.storage.faults import Faults, proxy
+from tests.helpers.processes import until
+from tests.helpers.rehearsal_fleet import Fleet
+from tests.helpers.runs import SMALL, reported
+from tests.helpers.s3_faults import Faults, proxy
 
 # So many steps that there is work left when something has gone wrong.
 PICTURES, SAMPLING = 24, 20

@@ -9,7 +9,7 @@ import pytest
 from cfnlint.api import ManualArgs, lint
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
-from tests.fleet.files import TOP, read
+from tests.helpers.fleet_files import TOP, read
 
 TEXT = (TOP / "deploy" / "aws" / "account.yaml").read_text()
 TEMPLATE = cfnlint.decode.cfn_yaml.loads(TEXT)

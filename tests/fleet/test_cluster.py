@@ -14,7 +14,7 @@ from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from tests.fleet.files import TOP, read
+from tests.helpers.fleet_files import TOP, read
 
 TEXT = (TOP / "cluster.yaml").read_text()
 TYPES = ("head", "gpu", "cpu")

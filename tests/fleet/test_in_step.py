@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from linearsr.distributed.datasets.shards.config import ShardConfig
-from tests.fleet.files import MANIFESTS, TOP, manifest, pinned, read, spec
+from tests.helpers.fleet_files import MANIFESTS, TOP, manifest, pinned, read, spec
 
 if sys.version_info >= (3, 11):
     import tomllib

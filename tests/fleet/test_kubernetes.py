@@ -15,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from linearsr.cli import job
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.training.recipes import RECIPES
-from tests.fleet.files import MANIFESTS, TOP, manifest, read, spec
-from tests.fleet.kuberay import validator
+from tests.helpers.fleet_files import MANIFESTS, TOP, manifest, read, spec
+from tests.helpers.kuberay import validator
 
 KINDS = dict(zip(MANIFESTS, ("RayCluster", "RayJob", "RayService"), strict=True))
 # Mappings whose keys are the user's own.

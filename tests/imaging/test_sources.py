@@ -16,7 +16,7 @@ from linearsr.errors import InputError
 from linearsr.imaging import sources as inputs
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
 from linearsr.storage.location import Location, locate
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
 
 
 def _shard(folder: Path | Location, name: str, ids: Any, pictures: Any, group: int = 2) -> None:

@@ -15,7 +15,7 @@ from linearsr.errors import LinearSRError, WeightsError
 from linearsr.evaluation.run import Request, plan
 from linearsr.metrics import lpips
 from linearsr.metrics import measure as metrics
-from tests.conftest import real_lpips_trunk
+from tests.helpers.lpips_trunk import real_lpips_trunk
 
 REAL = real_lpips_trunk()
 needs_trunk = pytest.mark.skipif(REAL is None, reason=f"no trunk: set {lpips.TRUNK_VARIABLE}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.distributed.conftest import SMALL
+from tests.helpers.runs import SMALL
 
 # Another page comes before: what it makes is used.
 BEFORE = {
@@ -67,7 +67,7 @@ REFUSES = {
     "python -m pytest": (5, "no tests"),
 }
 
-# Programs that cannot do their work here, and what is done instead (standins.py).
+# Programs that cannot do their work here, and what is done instead (tests/helpers/pages/fakes.py).
 STAND_INS = {
     "pip": "would change the environment that the tests run in: uv resolves it",
     "make": "makes environments, and runs these tests: --dry-run",

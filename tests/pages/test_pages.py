@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.pages.blocks import TOP, Block, blocks, pages
-from tests.pages.conftest import User
+from tests.helpers.pages.blocks import TOP, Block, blocks, pages
+from tests.helpers.pages.user import User
 from tests.pages.tables import ADDED, BEFORE, REFUSES, STAND_INS
 
 TOLD = {page: list(blocks((TOP / page).read_text())) for page in pages()}

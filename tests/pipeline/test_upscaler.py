@@ -25,7 +25,7 @@ from linearsr.pipeline.device import best_dtype
 from linearsr.pipeline.memory import OutOfMemory, memory_errors
 from linearsr.pipeline.state import UpscaleState
 from linearsr.tags.base import Tag, TaggerConfig
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 SOLVERS: tuple[Solver | None, ...] = (None, "euler", "dpm", "adams")
 

@@ -30,8 +30,8 @@ from linearsr.errors import (
 from linearsr.storage import atomic, location
 from linearsr.storage import s3 as s3_module
 from linearsr.storage.location import Location, check_writable, explained, locate, url
-from tests.storage.faults import INTERNAL_ERROR, SLOW_DOWN, Answer, Faults, Proxy
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import INTERNAL_ERROR, SLOW_DOWN, Answer, Faults, Proxy
 from tools import s3_server as swift
 
 # What AWS answers, where Swift knows one region only.

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from linearsr.storage.location import locate
-from tests.storage.faults import INTERNAL_ERROR, SLOW_DOWN, Faults
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import INTERNAL_ERROR, SLOW_DOWN, Faults
 from tools import s3_server as swift
 
 

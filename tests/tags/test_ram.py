@@ -16,7 +16,7 @@ from linearsr.errors import LinearSRError, MissingExtra, OptionError, WeightsErr
 from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.tags.ram import RamTagger, merge_lora
-from tests.tags.conftest import photo
+from tests.helpers.pictures import photo
 
 NAMES = ["cat", "cup", "grass", "sky", "wall"]
 WIDTH, MEMORY, PATCHES = 16, 12, 16

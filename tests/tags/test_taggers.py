@@ -18,7 +18,7 @@ from linearsr.tags.base import Tag, Tagger, TaggerConfig
 from linearsr.tags.imagenet import CLASSES, groups
 from linearsr.tags.views import MAX_VIEWS, combine_views, square_views
 from linearsr.tags.vocabulary import Vocabulary
-from tests.tags.conftest import photo
+from tests.helpers.pictures import photo
 
 NAMES = ["cat", "cup", "grass"]
 

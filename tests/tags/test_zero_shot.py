@@ -11,7 +11,8 @@ from linearsr.errors import LinearSRError, OptionError, WeightsError
 from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.tags.zero_shot import _as_image
-from tests.tags.conftest import WORDS, photo
+from tests.helpers.pictures import photo
+from tests.helpers.tag_models import WORDS
 
 
 def test_as_the_pipeline(contrastive: Path, words: Path) -> None:

@@ -20,8 +20,8 @@ from linearsr.imaging.resample import resize
 from linearsr.kernels import relu_linear_attention
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training import accelerated
-from tests.conftest import random_experts
-from tests.training.test_device_pairs import picture
+from tests.helpers.experts import random_experts
+from tests.helpers.pictures import picture
 
 STAGES = ("pretrain", "structure", "refinement", "texture", "polish")
 Call = Callable[..., int]

@@ -16,25 +16,10 @@ from linearsr.imaging.degradation import Preset
 from linearsr.imaging.resample import resize
 from linearsr.training import device_pairs
 from linearsr.training.device_pairs import Atlas, degraded, filtered, jpeg, pairs
+from tests.helpers.pictures import picture
 
 CPU = torch.device("cpu")
 MIX: dict[Preset, float] = {"clean": 0.5, "web": 0.5}
-
-
-def picture(height: int = 300, width: int = 340, seed: int = 0) -> Tensor:
-    """Edges, gradients and a little noise, (3, H, W) in [0, 1], at 8 bits."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width] / 100
-    planes = [
-        0.5 + 0.3 * np.sin(y * a + 2 * x) * np.cos(x * b) for a, b in ((1, 3), (2, 1), (3, 2))
-    ]
-    result = np.stack(planes)
-    for _ in range(12):
-        top, left = rng.integers(0, height - 40), rng.integers(0, width - 40)
-        h, w = rng.integers(10, 120, 2)
-        result[:, top : top + h, left : left + w] = rng.random((3, 1, 1))
-    result += rng.normal(0, 0.02, result.shape)
-    return (torch.from_numpy(result).float().clamp(0, 1) * 255).round() / 255
 
 
 def atlas(shrinks: int = 1) -> Atlas:

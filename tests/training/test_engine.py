@@ -31,7 +31,7 @@ from linearsr.training.data import Batch
 from linearsr.training.ema import load_average
 from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, SAVED_AT = 4, 50, 25

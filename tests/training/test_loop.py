@@ -36,7 +36,7 @@ from linearsr.training.data import (
 from linearsr.training.ema import EMA, load_average
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 DATA = DataConfig(patch=32, batch=2, margin=8, degradations={"clean": 0.5, "mild": 0.5})
 

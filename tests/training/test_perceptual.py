@@ -25,7 +25,8 @@ from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts, real_lpips_trunk
+from tests.helpers.experts import random_experts
+from tests.helpers.lpips_trunk import real_lpips_trunk
 
 CPU = torch.device("cpu")
 REAL_TRUNK = real_lpips_trunk()

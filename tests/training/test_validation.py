@@ -15,7 +15,7 @@ from linearsr.config import ModelConfig
 from linearsr.training import export, plot
 from linearsr.training.recipes import ValidationConfig
 from linearsr.training.validation import validate
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 
 @pytest.fixture(scope="module")

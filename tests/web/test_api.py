@@ -45,9 +45,9 @@ from linearsr.web.service import (
     model_info,
 )
 from linearsr.web.upload import FORM_OVERHEAD, MAX_FIELD_BYTES, Upload
-from tests.conftest import random_experts
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.helpers.local_service import PATIENCE, Local, served
 
 EVENTS = {"Accept": "text/event-stream"}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

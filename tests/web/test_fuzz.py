@@ -20,8 +20,8 @@ from PIL import Image
 
 from linearsr import Upscaler
 from linearsr.web.service import Limits
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.helpers.local_service import PATIENCE, Local, served
 
 # pytest shows what the package hides: PIL's complaints about broken tags.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")

@@ -17,8 +17,8 @@ from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig
 from linearsr.web.api import create_app
 from linearsr.web.service import Limits
-from tests.conftest import random_experts
-from tests.web.local import Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.local_service import Local, served
 
 # A result can be too large although each field is in its range; a schema cannot express that.
 CONFIG = """
@@ -47,7 +47,10 @@ def test_server_behaves_as_its_openapi_document_says(
     run = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
     asked = ["--checks=all", "--max-examples=50", "--seed=1", "--generation-database=none"]
     header = ["--header", f"Authorization: Bearer {token}"] if token else []
-    hooks = {"SCHEMATHESIS_HOOKS": "tests.web.hooks", "PYTHONPATH": str(Path(__file__).parents[2])}
+    hooks = {
+        "SCHEMATHESIS_HOOKS": "tests.helpers.schemathesis_hooks",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     with served(Local(tagged), Limits(output_pixels=10_000), token) as url:
         done = subprocess.run(
             [*run, f"{url}/openapi.json", *asked, *header],

@@ -20,8 +20,8 @@ from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig, Options
 from linearsr.imaging.files import encode, read, to_pil
 from linearsr.web.service import Events, Limits, NotReady, Progress, UpscaleRequest
-from tests.conftest import random_experts
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.local_service import PATIENCE, Local, served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

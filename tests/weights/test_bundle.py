@@ -14,7 +14,7 @@ from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 
 @pytest.fixture

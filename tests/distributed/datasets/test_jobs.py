@@ -10,8 +10,8 @@ from ray.job_submission import JobStatus
 
 from linearsr.imaging.files import read
 from linearsr.storage.location import locate
-from tests.distributed.conftest import Jobs
-from tests.storage.fixtures import Server
+from tests.helpers.cluster import Jobs
+from tests.helpers.s3 import Server
 
 
 def test_photos_to_shards_to_tags_to_pictures_to_a_report(

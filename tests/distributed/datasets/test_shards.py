@@ -30,7 +30,7 @@ from linearsr.imaging.degradation import PRESETS, degrade
 from linearsr.imaging.files import read
 from linearsr.storage.location import locate
 from linearsr.training.data import DataConfig, as_bytes
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
 
 ROOT = Path(__file__).parents[3]
 USED = ("bay/astronaut.png", "bay/coffee.png", "camera.png", "chelsea.webp", "rocket.jpg")

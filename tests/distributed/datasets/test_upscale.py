@@ -24,9 +24,10 @@ from linearsr.distributed.datasets.upscale import UpscaleConfig, target_name, up
 from linearsr.errors import InputError, OptionError
 from linearsr.imaging.files import read, read_provenance
 from linearsr.storage.location import locate
-from tests.distributed.conftest import living_actors, until
-from tests.storage.faults import Faults
-from tests.storage.fixtures import Server
+from tests.helpers.cluster import living_actors
+from tests.helpers.processes import until
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import Faults
 
 ROOT = Path(__file__).parents[3]
 # A longer test, as it was done by hand: 2000.

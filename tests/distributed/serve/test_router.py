@@ -22,8 +22,8 @@ from linearsr.distributed.serve.router import Router
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import OutOfMemory
 from linearsr.web.service import NotReady, Progress, Result, UpscaleRequest
-from tests.conftest import random_experts
-from tests.distributed.serve.test_serve import photograph, pixels_of
+from tests.helpers.endpoint import photograph, pixels_of
+from tests.helpers.experts import random_experts
 
 DIED = ray.exceptions.ActorDiedError()
 

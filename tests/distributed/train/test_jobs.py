@@ -29,17 +29,9 @@ from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import locate
 from linearsr.training.perceptual import DISCRIMINATOR
 from linearsr.training.recipes import Recipe, override, tiny_cpu
-from tests.distributed.conftest import (
-    ROOT,
-    SMALL,
-    STEPS,
-    Jobs,
-    checkpoints,
-    losses,
-    reported,
-    stage_of,
-    until,
-)
+from tests.helpers.cluster import ROOT, Jobs
+from tests.helpers.processes import until
+from tests.helpers.runs import SMALL, STEPS, checkpoints, losses, reported, stage_of
 
 # The fields of an expert's short training.
 EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")

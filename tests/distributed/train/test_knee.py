@@ -27,7 +27,7 @@ from linearsr.distributed.train.knee import (
 )
 from linearsr.errors import InputError, WeightsError
 from linearsr.storage.location import locate
-from tests.distributed.conftest import checkpoints
+from tests.helpers.runs import checkpoints
 
 UP = {"score@1": True}
 KNEE, LAST, EVERY, KEEP = 5, 16, 100, 8

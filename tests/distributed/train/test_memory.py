@@ -29,8 +29,8 @@ from linearsr.training.ema import EMA
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
 from linearsr.training.recipes import Recipe, override
-from tests.conftest import random_experts
-from tests.distributed.conftest import stage_of
+from tests.helpers.experts import random_experts
+from tests.helpers.runs import stage_of
 
 CPU = torch.device("cpu")
 

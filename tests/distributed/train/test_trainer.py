@@ -20,7 +20,8 @@ from linearsr.errors import LinearSRError, OptionError, OutputError
 from linearsr.storage.location import locate
 from linearsr.training import loop
 from linearsr.training.recipes import Recipe, override
-from tests.distributed.conftest import checkpoints, losses, reported, stage_of, until
+from tests.helpers.processes import until
+from tests.helpers.runs import checkpoints, losses, reported, stage_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-TOP = Path(__file__).parents[2]
+TOP = Path(__file__).parents[3]
 LANGUAGES = ("sh", "python")
 # What a line of output, or a tree of folders, does not begin with.
 COMMAND = re.compile(

@@ -32,9 +32,9 @@ def main(context: Table, name: str, arguments: list[str]) -> int:
     os.environ["PATH"] = context["path"]
     command = shlex.join([name, *arguments])
     if _first(context["stand_ins"], command) is not None:
-        from tests.pages import fakes as standins
+        from tests.helpers.pages import fakes
 
-        standins.ALL[name](*arguments)
+        fakes.ALL[name](*arguments)
         return 0
     if name in ("curl", "pre-commit", "ray") or arguments[:1] == ["-"]:
         return _real(context, command, name, arguments)
@@ -132,5 +132,5 @@ def end_serving(running: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[2])
+    sys.path[0] = str(Path(__file__).parents[3])
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], sys.argv[3:]))
