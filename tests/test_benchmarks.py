@@ -62,7 +62,7 @@ def test_measuring_one_section_keeps_the_others(
     assert page.index("## The attention operator") < page.index("## What was measured before")
 
 
-def test_numerically_wrong_way_is_not_timed(
+def test_a_numerically_wrong_implementation_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = strips.forward_
@@ -89,7 +89,7 @@ def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gate_allows_any_order_of_sums_but_no_shorter_numbers(dtype: torch.dtype) -> None:
+def test_accuracy_gate_allows_any_order_of_sums_but_no_lower_precision(dtype: torch.dtype) -> None:
     machine = Machine("any", CPU, dtype, threads=1, memory=0, peak=0.0)
     gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.float32), machine)
     with pytest.raises(GateError, match="linear attention"):
@@ -104,7 +104,7 @@ def test_run_beyond_the_limit_is_not_started() -> None:
     assert not expected.within("a", 2048)
 
 
-def test_runs_take_turns_after_a_warm_up() -> None:
+def test_timed_runs_take_turns_after_a_warm_up() -> None:
     order: list[str] = []
     timed = in_turn({name: lambda n=name: order.append(n) for name in "ab"}, CPU, rounds=2)
     assert "".join(order) == "aabb" + "abab"
@@ -171,7 +171,7 @@ def ablate(
     return run
 
 
-def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(
+def test_an_interrupted_ablation_continues_and_gives_the_same_results(
     ablate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ablate()

@@ -101,7 +101,7 @@ def _tracked() -> set[str]:
     return {line.partition("/")[0] for line in listed.stdout.splitlines()}
 
 
-def test_the_source_distribution_holds_all_that_is_for_users(built: Path) -> None:
+def test_the_source_distribution_holds_every_file_for_users(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
@@ -122,7 +122,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in about)
 
 
-def test_the_metadata(about: Metadata) -> None:
+def test_wheel_metadata_has_licence_python_version_extras_and_readme(about: Metadata) -> None:
     assert about.license_expression == "Apache-2.0"
     assert about.requires_python is not None and "3.10.0" in about.requires_python
     assert set(about.provides_extra or []) == EXTRAS
@@ -174,7 +174,7 @@ def test_advice_names_an_extra_that_brings_the_package(about: Metadata) -> None:
             assert names & brought, f"linearsr[{extra}] does not bring {package}"
 
 
-def test_a_package_that_is_there_but_broken_speaks_for_itself(
+def test_require_passes_on_the_error_of_a_broken_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_here.py").write_text("import nowhere_at_all\n")
@@ -196,7 +196,7 @@ def test_importing_is_quick_and_loads_neither_torch_nor_ray(run: Run) -> None:
     assert min(float(seconds) for seconds, *_ in said) < 0.3
 
 
-def test_the_base_install_upscales_as_this_one_does(
+def test_the_base_install_upscales_to_the_same_bytes(
     run: Run, photograph: Image.Image, tmp_path: Path
 ) -> None:
     photograph.save(tmp_path / "photo.png")

@@ -44,7 +44,7 @@ def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("local", [0, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_strips_equal_the_plain_block(
+def test_cpu_block_equals_the_plain_block(
     monkeypatch: pytest.MonkeyPatch,
     cached: int,
     batch: int,
@@ -62,7 +62,7 @@ def test_strips_equal_the_plain_block(
 @pytest.mark.parametrize("cached", [1, 10**9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_strips_equal_the_plain_block_on_tiny_pictures(
+def test_cpu_block_equals_the_plain_block_on_tiny_pictures(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, cached: int, dtype: torch.dtype
 ) -> None:
     block, (x, *rest) = block_of(1, dtype, local=5)
@@ -72,14 +72,14 @@ def test_strips_equal_the_plain_block_on_tiny_pictures(
 
 
 @torch.inference_mode()
-def test_result_is_the_same_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_block_gives_the_same_result_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     block, given = block_of(1, torch.float32)
     monkeypatch.setattr(strips, "_fuses", lambda dtype: False)
     whole, result = both(block, given)
     torch.testing.assert_close(result, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_activations_are_fused_where_onednn_is() -> None:
+def test_cpu_block_fuses_activations_if_onednn_is_available() -> None:
     fused = torch.backends.mkldnn.is_available()
     assert strips._fuses(torch.float32) == fused and not strips._fuses(torch.float64)
 
@@ -87,7 +87,7 @@ def test_activations_are_fused_where_onednn_is() -> None:
 @pytest.mark.parametrize("tags", [1, 8, 9])  # up to as many as a head is wide, and more
 @pytest.mark.parametrize("qk_norm", [True, False])
 @torch.inference_mode()
-def test_strips_equal_the_plain_block_for_any_number_of_tags(tags: int, qk_norm: bool) -> None:
+def test_cpu_block_equals_the_plain_block_for_any_number_of_tags(tags: int, qk_norm: bool) -> None:
     block, (x, modulation, _) = block_of(2, torch.float64, qk_norm)
     given = [x, modulation, torch.randn(2, tags, 16, dtype=torch.float64)]
     whole, result = both(block, given)
@@ -95,7 +95,7 @@ def test_strips_equal_the_plain_block_for_any_number_of_tags(tags: int, qk_norm:
 
 
 @torch.inference_mode()
-def test_padding_tags_change_nothing() -> None:
+def test_cpu_block_ignores_padding_tags() -> None:
     block, (x, modulation, tags) = block_of(2, torch.float64)
     assert block.tag_attention is not None
     keys, mask = (
@@ -108,7 +108,7 @@ def test_padding_tags_change_nothing() -> None:
 
 
 @torch.inference_mode()
-def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
+def test_cpu_block_gives_the_bias_for_a_query_without_positive_values() -> None:
     block, (x, modulation, _) = block_of(1, torch.float64)
     block.attention.qkv.weight[:16] = 0
     result = strips.forward_(block, x.clone(), modulation)
@@ -120,7 +120,7 @@ def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cached", [1, 18, 10**9])
 @torch.inference_mode()
-def test_strips_round_no_worse_in_bfloat16(
+def test_cpu_block_rounds_no_worse_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, cached: int
 ) -> None:
     """Against float64, on weights and inputs that bfloat16 holds exactly."""

@@ -128,7 +128,7 @@ def test_adams_equals_diffusers(steps: int, shift: float) -> None:
         ("dpm", 2, 0.9, 0.1),  # its clock is infinite at both ends, where it takes Euler's steps
     ],
 )
-def test_order_of_convergence_where_the_flow_is_known(
+def test_solvers_converge_at_their_order_on_a_known_flow(
     solver: Solver, order: int, first: float, last: float
 ) -> None:
     """Clean latents that are normal: then so is every z_t, and only its mean and spread move."""
@@ -183,14 +183,14 @@ def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solve
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-def test_steps_that_need_the_previous_one() -> None:
+def test_looks_back_names_the_steps_that_need_the_previous_one() -> None:
     timesteps = shifted(5, 3.0)
     for solver, steps in (("euler", []), ("dpm", [2, 3]), ("adams", [1, 2, 3, 4])):
         assert [i for i in range(6) if looks_back(solver, timesteps, i)] == steps
 
 
 @pytest.mark.parametrize(("solver", "most"), [("dpm", 3), ("adams", 1)])
-def test_few_steps_equal_euler(solver: Solver, most: int) -> None:
+def test_multistep_solvers_equal_euler_for_few_steps(solver: Solver, most: int) -> None:
     z = torch.randn(1, 2, 3, 3)
     for steps in range(1, most + 2):
         timesteps = shifted(steps, 3.0)

@@ -158,7 +158,7 @@ def _together(item: int, folder: Path) -> int:
     return item
 
 
-def test_a_cluster_that_autoscales_is_asked_for_no_more_than_allowed(
+def test_map_tasks_on_an_autoscaling_cluster_uses_no_more_than_allowed(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = map_tasks([0, 1], partial(_together, folder=tmp_path), 0.5, 0.5)

@@ -9,7 +9,7 @@ import pytest
 from tools.generate_docs import FOLDER, JOBS, NOTICE, pages
 
 
-def test_pages_are_what_the_code_gives() -> None:
+def test_reference_pages_equal_the_output_of_the_generator() -> None:
     given = pages()
     assert {path.stem for path in FOLDER.glob("*.md")} == set(given)
     for name, text in given.items():

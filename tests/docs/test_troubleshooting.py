@@ -41,16 +41,16 @@ def said(quoted: str) -> bool:
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_messages_are_those_of_the_code(quoted: str) -> None:
+def test_quoted_messages_exist_in_the_code(quoted: str) -> None:
     assert said(quoted)
 
 
-def test_messages_that_nobody_says_are_found_out() -> None:
+def test_quoted_messages_that_do_not_exist_are_detected() -> None:
     assert len(QUOTED) > 40 and RAYS
     assert not said("…: not a picture this program likes; give PNG")
     assert not said("allowed than the … more bytes, has the upload")
 
 
-def test_every_row_of_ours_quotes_a_message() -> None:
+def test_every_row_about_this_project_quotes_a_message() -> None:
     rows = [r for r in OURS.splitlines() if r.startswith("| ") and " message |" not in r]
     assert len(rows) == len(QUOTED)

@@ -87,7 +87,9 @@ def written(folder: str, suffix: str) -> dict[str, int]:
     return {n: f.filesystem.get_file_info(f.path).mtime_ns for n, f in found.items()}
 
 
-def test_a_node_is_lost_while_training(fleet: Fleet, photos: str) -> None:
+def test_training_continues_from_a_checkpoint_when_a_node_is_lost(
+    fleet: Fleet, photos: str
+) -> None:
     """It goes on from the last checkpoint: all steps, and none of them twice."""
     runs = f"{fleet.place.storage}/runs"
     settings = shlex.join([part for field in TRAINING for part in ("--set", field)])
@@ -114,7 +116,7 @@ def steps(run: str) -> list[int]:
     return [found["step"] for found in checkpoints(run)]
 
 
-def test_a_node_is_lost_while_tagging(fleet: Fleet, photos: str) -> None:
+def test_tagging_finishes_when_a_node_is_lost(fleet: Fleet, photos: str) -> None:
     shards, tagged = f"{fleet.place.storage}/shards", f"{fleet.place.storage}/tagged"
     filters = "--min-sharpness 0 --duplicate-distance -1 --min-size 64"
     fleet.end(
@@ -174,7 +176,7 @@ def assert_complete(output: str, results: dict[str, np.ndarray], before: dict[st
         assert np.abs(pixels_of(file.read()) - results[name]).max() <= 1
 
 
-def test_a_node_is_lost_while_upscaling(
+def test_upscaling_finishes_when_a_node_is_lost(
     fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
 ) -> None:
     output = f"{fleet.place.storage}/lost-node"
@@ -187,7 +189,7 @@ def test_a_node_is_lost_while_upscaling(
     assert_complete(output, results, before)
 
 
-def test_the_driver_is_killed_while_upscaling(
+def test_upscaling_finishes_when_the_driver_is_killed(
     fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
 ) -> None:
     output = f"{fleet.place.storage}/lost-driver"
@@ -203,7 +205,7 @@ def test_the_driver_is_killed_while_upscaling(
     assert_complete(output, results, before)
 
 
-def test_storage_is_slow(
+def test_upscaling_finishes_when_storage_is_slow(
     fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
 ) -> None:
     """Every request takes 0.2 s longer, and one in ten is told to come again."""
@@ -234,7 +236,9 @@ def cases(small_bundle: Path) -> list[Case]:
     return answered_by(small_bundle)
 
 
-def test_a_node_is_lost_while_serving(fleet: Fleet, endpoint: Endpoint, cases: list[Case]) -> None:
+def test_serving_fails_no_request_when_a_node_is_lost(
+    fleet: Fleet, endpoint: Endpoint, cases: list[Case]
+) -> None:
     """Nobody's request fails, and everybody gets their own picture."""
 
     async def work(session: aiohttp.ClientSession) -> list[Answer]:
@@ -248,7 +252,9 @@ def test_a_node_is_lost_while_serving(fleet: Fleet, endpoint: Endpoint, cases: l
     check(in_session(work), cases)
 
 
-def test_the_object_store_is_full(fleet: Fleet, endpoint: Endpoint, cases: list[Case]) -> None:
+def test_serving_fails_no_request_when_the_object_store_is_full(
+    fleet: Fleet, endpoint: Endpoint, cases: list[Case]
+) -> None:
     """On every node something else holds on to all of it: latents go by the disk."""
     fleet.settle()
     job = fleet.start("-m tests.drills.fill")

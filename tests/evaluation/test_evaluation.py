@@ -72,7 +72,7 @@ def test_bicubic_psnr_equals_pillow_in_float64(whole: tuple[int, Path], photos: 
         assert found == pytest.approx(_bicubic_psnr(photos / f"{name}.png"), abs=0.03)
 
 
-def test_methods_have_all_metrics_and_hr_those_without_reference(
+def test_methods_have_all_metrics_and_hr_only_those_without_a_reference(
     whole: tuple[int, Path],
 ) -> None:
     _, output = whole

@@ -41,17 +41,17 @@ def actions(statement: dict[str, Any]) -> set[str]:
     return {told} if isinstance(told, str) else set(told)
 
 
-def test_cloudformation_accepts_it() -> None:
+def test_cloudformation_accepts_the_account_template() -> None:
     assert faults(TEXT) == []
 
 
 @pytest.mark.parametrize("word", ["BlockPublicAcls", "ec2:RunInstances", "UseBucket", "RoleName"])
-def test_a_misspelt_word_is_refused(word: str) -> None:
+def test_a_misspelt_word_in_the_account_template_is_refused(word: str) -> None:
     (fault, *_) = faults(TEXT.replace(word, f"{word}x", 1))
     assert f"{word.split(':')[-1]}x".lower() in fault.lower()
 
 
-def test_it_makes_the_profiles_that_the_cluster_names() -> None:
+def test_account_template_makes_the_profiles_that_cluster_yaml_names() -> None:
     asked = read("cluster.yaml")["metadata"]
     made = {
         profile["InstanceProfileName"]: profile["Roles"] for profile in of_type("InstanceProfile")
@@ -59,7 +59,7 @@ def test_it_makes_the_profiles_that_the_cluster_names() -> None:
     assert set(made) == {asked["head_profile"]["Name"], asked["worker_profile"]["Name"]}
 
 
-def test_only_the_head_launches_and_what_it_launches_is_a_worker() -> None:
+def test_only_the_head_role_may_launch_nodes_and_only_as_workers() -> None:
     worker, head = ROLES["linearsr-worker"], ROLES["linearsr-head"]
     assert statements(worker) == []
     assert {"ec2:RunInstances", "ec2:TerminateInstances"} < set.union(
@@ -73,7 +73,7 @@ def test_only_the_head_launches_and_what_it_launches_is_a_worker() -> None:
         assert images["Fn::Sub"].endswith(":policy/AmazonEC2ContainerRegistryReadOnly")
 
 
-def test_the_head_ends_and_tags_no_machine_but_its_own() -> None:
+def test_the_head_role_may_end_and_tag_only_machines_of_its_cluster() -> None:
     for statement in statements(ROLES["linearsr-head"]):
         if actions(statement) & {"ec2:TerminateInstances", "ec2:CreateTags"}:
             assert statement["Condition"] in (

@@ -32,7 +32,7 @@ def config() -> dict[str, Any]:
     return copy.deepcopy(read("cluster.yaml"))
 
 
-def test_ray_accepts_it(config: dict[str, Any]) -> None:
+def test_ray_accepts_cluster_yaml(config: dict[str, Any]) -> None:
     made = prepared(config)
     assert made["head_node_type"] == "head"
     assert set(made["available_node_types"]) == set(TYPES)
@@ -45,7 +45,9 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
     [(), ("docker",), ("auth",), ("available_node_types", "gpu")],
     ids=lambda place: ".".join(place) or "top",
 )
-def test_ray_refuses_a_misspelt_field(config: dict[str, Any], place: tuple[str, ...]) -> None:
+def test_ray_refuses_a_misspelt_field_of_cluster_yaml(
+    config: dict[str, Any], place: tuple[str, ...]
+) -> None:
     found = config
     for key in place:
         found = found[key]
@@ -63,7 +65,7 @@ def launch(config: dict[str, Any], kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_ec2_knows_every_field(config: dict[str, Any], kind: str) -> None:
+def test_ec2_knows_every_field_of_cluster_yaml(config: dict[str, Any], kind: str) -> None:
     assert launch(config, kind) == ""
     config["available_node_types"][kind]["node_config"]["MetadataOptions"]["HttpToken"] = "required"
     assert "HttpToken" in launch(config, kind)
@@ -79,7 +81,9 @@ def test_the_head_takes_no_work_and_workers_start_from_none(config: dict[str, An
     assert config["provider"]["cache_stopped_nodes"] is False
 
 
-def test_what_a_user_sets_is_at_the_top_and_nowhere_else(config: dict[str, Any]) -> None:
+def test_settings_of_the_user_are_at_the_top_of_cluster_yaml_and_nowhere_else(
+    config: dict[str, Any],
+) -> None:
     assert next(iter(config)) == "metadata"
     top, rest = re.split(r"^(?=cluster_name:)", TEXT, maxsplit=1, flags=re.M)
     for anchor in re.findall(r"&(\w+)", top):
@@ -97,7 +101,7 @@ def _after_a_comment(text: str, line: str) -> bool:
     return text.split(line)[0].rstrip("\n").splitlines()[-1].lstrip().startswith("#")
 
 
-def test_no_key_is_in_it_and_roles_are() -> None:
+def test_cluster_yaml_has_roles_and_no_keys() -> None:
     assert not re.search(r"AKIA|aws_secret|ssh_private_key|AWS_ACCESS_KEY|AWS_SECRET", TEXT, re.I)
     types = read("cluster.yaml")["available_node_types"]
     profiles = [types[kind]["node_config"]["IamInstanceProfile"] for kind in TYPES]
@@ -112,7 +116,7 @@ def test_every_start_flag_is_one_of_ray_start(config: dict[str, Any], node: str)
     assert used and set(used) <= known
 
 
-def test_the_dashboard_answers_on_the_head_alone(config: dict[str, Any]) -> None:
+def test_the_dashboard_listens_on_the_head_only(config: dict[str, Any]) -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
     assert "security_group" not in config["provider"]  # Ray's lets in SSH and the cluster's nodes
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]

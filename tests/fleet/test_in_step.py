@@ -143,7 +143,7 @@ def test_heads_start_with_the_same_flags() -> None:
     assert theirs.items() <= ours.items()
 
 
-def test_all_run_the_one_image_with_its_versions() -> None:
+def test_all_nodes_run_one_image_with_the_pinned_versions() -> None:
     image = aws()["docker"]["image"]
     pods = [pod for name in MANIFESTS for pod in groups(name).values()]
     assert {c["image"] for pod in pods for c in containers(pod)} == {image}
@@ -154,7 +154,7 @@ def test_all_run_the_one_image_with_its_versions() -> None:
     assert f"FROM rayproject/ray:{pinned('ray')}-py311-gpu\n" in DOCKERFILE
 
 
-def test_the_image_has_the_pinned_versions_of_what_the_project_asks_for() -> None:
+def test_the_image_installs_the_pinned_versions_of_the_requirements() -> None:
     extras = PROJECT["optional-dependencies"]
     (install,) = re.findall(r"pip install .*", DOCKERFILE)
     assert "--constraint constraints.txt" in install
@@ -167,7 +167,7 @@ def test_the_image_has_the_pinned_versions_of_what_the_project_asks_for() -> Non
             assert pinned(requirement.name) in requirement.specifier
 
 
-def test_the_image_is_not_roots_and_has_what_its_build_reads() -> None:
+def test_the_image_runs_without_root_and_its_build_context_is_complete() -> None:
     assert re.findall(r"^USER (.*)", DOCKERFILE, re.M)[-1] == "1000"
     kept = re.findall(r"^!(.*)", (TOP / "deploy/Dockerfile.dockerignore").read_text(), re.M)
     needed = {"linearsr", "ray_jobs", "pyproject.toml", "constraints.txt"}
@@ -175,7 +175,7 @@ def test_the_image_is_not_roots_and_has_what_its_build_reads() -> None:
     assert all((TOP / name).exists() for name in kept)
 
 
-def test_a_linter_reads_the_dockerfile(tmp_path: Path) -> None:
+def test_hadolint_accepts_the_dockerfile(tmp_path: Path) -> None:
     hadolint = shutil.which("hadolint") or shutil.which(
         "hadolint", path=Path(sys.executable).parent
     )

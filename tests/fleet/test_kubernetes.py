@@ -46,7 +46,7 @@ def faults(name: str, document: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_every_field_is_in_the_api(name: str) -> None:
+def test_every_field_of_a_manifest_is_in_the_api(name: str) -> None:
     assert faults(name, manifest(name)) == []
 
 
@@ -76,7 +76,7 @@ def test_a_misspelt_field_is_refused(name: str, path: tuple[str | int, ...]) -> 
         (("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0), "name"),
     ],
 )
-def test_a_field_that_must_be_there_is_missed(path: tuple[str | int, ...], required: str) -> None:
+def test_a_missing_required_field_is_refused(path: tuple[str | int, ...], required: str) -> None:
     document = manifest("raycluster")
     del at(document, path)[required]
     assert faults("raycluster", document) != []
@@ -92,7 +92,7 @@ def test_a_value_of_another_type_is_refused(field: str, wrong: object) -> None:
     assert faults("raycluster", document) != []
 
 
-def test_the_account_is_one_of_kubernetes_and_that_of_all_pods() -> None:
+def test_the_service_account_is_valid_and_used_by_all_pods() -> None:
     account = read("deploy/kubernetes/account.yaml")
     assert list(validator("V1ServiceAccount").iter_errors(account)) == []
     cluster = spec("raycluster")
@@ -107,7 +107,7 @@ def test_every_start_flag_is_one_of_ray_start() -> None:
         assert set(group["rayStartParams"]) <= known
 
 
-def test_the_job_is_one_of_ours_and_fits_a_gpu_worker() -> None:
+def test_the_rayjob_runs_an_existing_job_and_fits_a_gpu_worker() -> None:
     program, script, *arguments = manifest("rayjob")["spec"]["entrypoint"].split()
     assert program == "python"
     # The image's folder: see the deploy/Dockerfile.
@@ -120,7 +120,7 @@ def test_the_job_is_one_of_ours_and_fits_a_gpu_worker() -> None:
     assert workers * (float(options.worker_cpus) + float(options.data_cpus)) < int(gpu["num-cpus"])
 
 
-def test_the_service_serves_what_serve_yaml_says() -> None:
+def test_the_rayservice_has_the_config_of_serve_yaml() -> None:
     served = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
     ours = read("ray_jobs/serve.yaml")
     ServeDeploySchema.model_validate(served)
@@ -140,7 +140,7 @@ def test_no_two_resources_have_the_same_services() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_endpoint_of_pods_wants_a_token() -> None:
+def test_the_endpoint_of_the_rayservice_requires_a_token() -> None:
     head = spec("rayservice")["headGroupSpec"]["template"]["spec"]["containers"][0]
     token = next(v for v in head["env"] if v["name"] == "LINEARSR_TOKEN")
     assert "optional" not in token["valueFrom"]["secretKeyRef"]

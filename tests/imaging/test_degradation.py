@@ -14,7 +14,7 @@ HR = PHOTO[:, 100:228, 150:310]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_same_seed_same_pixels_in_range_and_size(name: str) -> None:
+def test_degrade_gives_the_same_pixels_for_a_seed_in_range_and_size(name: str) -> None:
     runs = [degrade(HR, 4, PRESETS[name], np.random.default_rng(7)) for _ in range(2)]
     assert torch.equal(*runs)
     assert runs[0].shape == (3, 32, 40)
@@ -36,7 +36,7 @@ def test_the_picture_stays_recognisable_and_in_place(name: str) -> None:
     assert errors[(0, 0)] < 0.01
 
 
-def test_clean_is_bicubic_in_eight_bits() -> None:
+def test_clean_preset_is_bicubic_in_eight_bits() -> None:
     expected = (resize(HR[None], 32, 40)[0].clamp(0, 1) * 255).round() / 255
     assert torch.equal(degrade(HR, 4, CLEAN, np.random.default_rng(0)), expected)
 
@@ -64,7 +64,9 @@ def test_sides_must_be_multiples_of_the_scale() -> None:
 
 
 @pytest.mark.parametrize(("scale", "sides"), [(1, (128, 160)), (128 / 60, (60, 75)), (2, (64, 80))])
-def test_any_scale_that_leaves_whole_pixels_will_do(scale: float, sides: tuple[int, int]) -> None:
+def test_degrade_accepts_any_scale_that_leaves_whole_pixels(
+    scale: float, sides: tuple[int, int]
+) -> None:
     for name, preset in PRESETS.items():
         lr = degrade(HR, scale, preset, np.random.default_rng(3))
         assert lr.shape[1:] == sides, name

@@ -288,7 +288,7 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     assert time.monotonic() - start < 1
 
 
-def test_the_pixel_limit_is_the_callers(photo: Image.Image, tmp_path: Path) -> None:
+def test_the_pixel_limit_is_set_by_the_caller(photo: Image.Image, tmp_path: Path) -> None:
     data = saved(photo, "WEBP")
     with pytest.raises(InputError, match="--max-pixels"):
         files.read(data, max_pixels=123 * 81 - 1)
@@ -317,7 +317,7 @@ def test_a_truncated_file_fails_wherever_it_was_cut(photo: Image.Image, format: 
             files.read(data[:length])
 
 
-def test_an_error_message_with_bytes_of_the_file_in_it_is_survived(photo: Image.Image) -> None:
+def test_an_error_message_with_bytes_of_the_file_becomes_an_input_error(photo: Image.Image) -> None:
     # Rename a property and call all of them essential: the decoder says which one it misses.
     data = bytearray(saved(photo, "AVIF").replace(b"pixi", b"pi\x90i"))
     associations = data.index(b"ipma") + 15
@@ -344,7 +344,7 @@ def test_an_error_message_with_bytes_of_the_file_in_it_is_survived(photo: Image.
         (b"II*\0\x08\0\0\0\0\0", "damaged or truncated"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> None:
+def test_a_file_that_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as error:
         files.read(data, name="thing.png")
     assert str(error.value).startswith("thing.png: ")
@@ -606,7 +606,7 @@ def test_provenance_is_in_png_text_too() -> None:
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
-def test_provenance_leaves_the_words_of_the_user(
+def test_provenance_keeps_the_text_of_the_user(
     photo: Image.Image, format: str, code: bytes, body: bytes, text: str
 ) -> None:
     exif = Image.Exif()
@@ -624,7 +624,7 @@ def test_provenance_leaves_the_words_of_the_user(
     assert comment.splitlines()[:-1] == ([text] if text else [])
 
 
-def test_provenance_of_anything_else_is_none(photo: Image.Image, tmp_path: Path) -> None:
+def test_provenance_of_a_foreign_file_is_none(photo: Image.Image, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[IFD.Exif] = {Base.UserComment: b'ASCII\0\0\0{"linearsr": 5}'}
     for data in (b"", b"junk", saved(photo, "PNG"), saved(photo, "JPEG", exif=exif.tobytes())):

@@ -112,7 +112,7 @@ def test_any_strides_give_the_same_result(function, plain, inputs, backend):
 
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_kept(function, plain, inputs, backend):
+def test_nan_is_propagated(function, plain, inputs, backend):
     x, *others = inputs(2, 7, 9, 16)
     x[1, 3, 8, 5] = float("nan")
     out = function(x, *others, backend=backend).isnan()
@@ -128,14 +128,14 @@ def test_gates_far_from_zero_stay_finite(function, plain, inputs):
 
 
 @both
-def test_repeats_bit_for_bit(function, plain, inputs):
+def test_results_repeat_bit_for_bit(function, plain, inputs):
     tensors = inputs(2, 5, 3, 33)
     first, second = (function(*tensors, backend="triton") for _ in range(2))
     assert torch.equal(first, second)
 
 
 @both
-def test_gradients_by_finite_differences(function, plain, inputs):
+def test_gradients_match_finite_differences(function, plain, inputs):
     for batch in (1, 2):
         tensors = [x.double().requires_grad_() for x in inputs(batch, 2, 3, 2)]
         assert torch.autograd.gradcheck(function, tensors)

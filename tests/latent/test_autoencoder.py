@@ -30,7 +30,7 @@ def picture(seed: int, height: int = 16, width: int = 24) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_fold_returns_the_picture(factor: int) -> None:
+def test_space_to_depth_decodes_to_the_same_picture(factor: int) -> None:
     # A scale that is a power of two and pictures of 8 bits leave nothing to rounding.
     ae = load_autoencoder(LatentConfig(kind="space-to-depth", factor=factor, scale=0.125))
     hr, lr = ((p * 128).round() / 128 for p in (picture(0), picture(1)))
@@ -115,7 +115,7 @@ def edited(dc_ae: tuple[Path, Any], folder: Path, **tensors: Tensor | None) -> P
     return folder
 
 
-def test_tiles_of_a_decode_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_decode_equals_the_whole_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder that sees a few cells around gives what it gives of the whole at once."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_dc_ae_in_bfloat16_keeps_the_precision_of_pictures(dc_ae: tuple[Path, An
     assert 0 < (latent - truth).norm() < 0.05 * truth.norm()
 
 
-def test_dc_ae_is_diffusers_own_times_the_scale(dc_ae: tuple[Path, Any]) -> None:
+def test_dc_ae_latent_is_that_of_diffusers_times_the_scale(dc_ae: tuple[Path, Any]) -> None:
     folder, model = dc_ae
     ae = load_autoencoder(config(folder))
     hr, lr = picture(0), picture(1)

@@ -51,7 +51,7 @@ def _pictures() -> tuple[Tensor, Tensor]:
 
 
 @needs_trunk
-def test_the_published_example_has_its_published_value() -> None:
+def test_lpips_of_the_published_example_has_the_published_value() -> None:
     model = lpips.load(REAL)
     torch.manual_seed(123)
     a, b = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
@@ -59,7 +59,7 @@ def test_the_published_example_has_its_published_value() -> None:
 
 
 @needs_trunk
-def test_the_metric_is_the_module_on_pictures_in_eight_bits(
+def test_lpips_metric_equals_the_module_on_pictures_in_eight_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(lpips.TRUNK_VARIABLE, str(REAL))
@@ -69,7 +69,7 @@ def test_the_metric_is_the_module_on_pictures_in_eight_bits(
     assert metrics.measure("lpips", picture, truth, 4) == pytest.approx(expected, abs=1e-6)
 
 
-def test_equal_pictures_are_at_no_distance_and_the_order_does_not_matter(trunk: Path) -> None:
+def test_lpips_is_zero_for_equal_pictures_and_symmetric(trunk: Path) -> None:
     model = lpips.load(trunk)
     a, b = _pictures()
     assert model(a, b).shape == (2, 1, 1, 1)
@@ -102,7 +102,7 @@ def test_whole_weights_and_features_alone_are_the_same_trunk(
     assert torch.equal(lpips.load(trunk)(a, b), lpips.load(tmp_path / "bare.pth")(a, b))
 
 
-def test_the_variable_comes_before_the_cache(
+def test_the_trunk_variable_comes_before_the_cache(
     trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert lpips.find_trunk() is None
@@ -117,7 +117,7 @@ def test_the_variable_comes_before_the_cache(
         lpips.load()
 
 
-def test_without_trunk_and_network_the_error_says_where_it_goes(tmp_path: Path) -> None:
+def test_a_missing_trunk_without_network_says_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         lpips.load()
     told = str(caught.value)

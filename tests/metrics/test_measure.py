@@ -90,6 +90,6 @@ def test_a_picture_too_small_for_a_metric_is_an_error_that_names_both() -> None:
         measure("ms_ssim", picture, truth, 4)
 
 
-def test_higher_is_better_as_pyiqa_says() -> None:
+def test_higher_is_better_agrees_with_pyiqa() -> None:
     assert metrics.higher_is_better("psnr") and not metrics.higher_is_better("niqe")
     assert metrics.has_reference("gmsd") and not metrics.has_reference("piqe")

@@ -32,7 +32,7 @@ def _fault(user: User, page: str) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page, found in TOLD.items() if found])
-def test_a_user_can_follow_the_page(user: User, page: str) -> None:
+def test_every_command_of_the_page_runs(user: User, page: str) -> None:
     if fault := follow(user, page):
         pytest.fail(fault, pytrace=False)
 
@@ -76,25 +76,25 @@ def test_a_user_can_follow_the_page(user: User, page: str) -> None:
         "cowsay hello",
     ],
 )
-def test_a_wrong_command_is_found_out(user: User, command: str) -> None:
+def test_a_wrong_command_fails(user: User, command: str) -> None:
     (block,) = blocks(f"# A page\n\n```sh\n{command}  # says who?\necho and on it goes\n```\n")
     ran = user.follow(block)
     assert ran.returncode != 0, ran.stdout
 
 
-def test_wrong_python_is_found_out(user: User) -> None:
+def test_wrong_python_fails(user: User) -> None:
     assert user.follow(Block("python", "from linearsr import Upscalers\n", 1)).returncode != 0
 
 
 @pytest.mark.parametrize(
     "hidden", ["```bash\nlinearsr models\n```", "    linearsr models\n", "```\nray up it\n```"]
 )
-def test_commands_where_no_test_sees_them_are_refused(hidden: str) -> None:
+def test_blocks_refuses_commands_outside_sh_and_python_fences(hidden: str) -> None:
     with pytest.raises(ValueError, match="line 1: commands are in"):
         list(blocks(hidden))
 
 
-def test_every_row_of_the_tables_is_of_a_command_of_a_page() -> None:
+def test_every_row_of_the_tables_names_a_command_of_a_page() -> None:
     told = "\n".join(block.text for found in TOLD.values() for block in found)
     for command in (*ADDED, *REFUSES, *STAND_INS):
         assert f"{command} " in told, command

@@ -108,7 +108,7 @@ def test_tile_sees_its_part_of_the_bicubic_picture_at_any_scale(
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2.37])
-def test_silent_model_gives_bicubic_at_any_scale_and_tile(
+def test_zero_model_gives_bicubic_at_any_scale_and_tile(
     scaling: Upscaler, picture: Picture, scale: float
 ) -> None:
     bundle = scaling.config, [silent(m) for m in scaling.experts]
@@ -160,7 +160,9 @@ def test_detail_zero_takes_one_forward(small: Upscaler, picture: Picture) -> Non
     assert len(calls) == 1
 
 
-def test_guess_travels_only_with_requests_that_blend(small: Upscaler, picture: Picture) -> None:
+def test_state_holds_the_first_guess_only_for_requests_that_blend(
+    small: Upscaler, picture: Picture
+) -> None:
     """Side by side with others, some at their first step and some not."""
     details = (0.5, 1.0, 0.5)
     jobs = [
@@ -288,7 +290,9 @@ def test_segments_give_the_bits_of_one_run_with_any_solver(
     assert all(map(torch.equal, job.latents, whole.latents))
 
 
-def test_previous_travels_only_if_the_next_step_needs_it(small: Upscaler, picture: Picture) -> None:
+def test_state_holds_the_previous_step_only_if_the_next_one_needs_it(
+    small: Upscaler, picture: Picture
+) -> None:
     kept = {}
     for solver in ("euler", "dpm", "adams"):
         job = small.prepare(picture, Options(steps=5, solver=solver), tile=20)
@@ -439,7 +443,7 @@ def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture)
         assert torch.equal(latent, tile.crop(whole))
 
 
-def test_silent_model_gives_bicubic_for_any_tile(small: Upscaler, picture: Picture) -> None:
+def test_zero_model_gives_bicubic_for_any_tile(small: Upscaler, picture: Picture) -> None:
     """With no residual predicted, tiling, blending and colour fix must add nothing."""
     bundle = small.config, [silent(m) for m in small.experts]
     quiet = Upscaler(weights.Bundle(*bundle, {}))

@@ -187,7 +187,7 @@ def test_a_file_is_deleted_if_it_exists(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_s3_does_what_a_folder_does(s3: Server, tmp_path: Path) -> None:
+def test_s3_location_behaves_like_a_folder(s3: Server, tmp_path: Path) -> None:
     place = locate(s3.bucket()) / "runs"
     check_writable(place)
     assert not place.exists() and place.files() == []
@@ -387,7 +387,7 @@ def test_a_storage_that_does_not_recover_is_given_up(
         _refused(bucket, error, words)
 
 
-def test_bodies_that_always_break_off_are_never_taken_for_whole(
+def test_s3_bodies_that_always_break_off_are_never_taken_for_whole(
     s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = locate(s3.bucket())
@@ -432,7 +432,7 @@ def bad_day(s3: Server) -> Iterator[tuple[Location, Proxy]]:
         yield locate(bucket) / "data", proxy
 
 
-def test_on_a_bad_day_no_object_is_lost_or_damaged(bad_day: tuple[Location, Proxy]) -> None:
+def test_faulty_s3_loses_and_damages_no_object(bad_day: tuple[Location, Proxy]) -> None:
     place, proxy = bad_day
     rng = np.random.default_rng(0)
     large = [int(size) for size in rng.integers(1 << 20, 8 << 20, 8)]
@@ -457,7 +457,7 @@ def test_on_a_bad_day_no_object_is_lost_or_damaged(bad_day: tuple[Location, Prox
     _assert_bad(proxy)
 
 
-def test_on_a_bad_day_parquet_is_written_and_read_whole(bad_day: tuple[Location, Proxy]) -> None:
+def test_faulty_s3_writes_and_reads_parquet_whole(bad_day: tuple[Location, Proxy]) -> None:
     place, proxy = bad_day
     tables = [
         pa.table({"id": range(60), "hr": [_bytes(60 * n + i, 40_000) for i in range(60)]})

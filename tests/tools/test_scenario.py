@@ -48,7 +48,7 @@ def test_each_step_reads_results_of_an_earlier_one() -> None:
         there.add(step.results)
 
 
-def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
+def test_the_rehearsal_machine_has_the_node_types_of_cluster_yaml(tmp_path: Path) -> None:
     cluster = yaml.safe_load(CLUSTER.read_text())
     config = prepare_config(scaled_down(cluster, "127.0.0.2:6379", tmp_path))
     validate_config(config)

@@ -58,7 +58,7 @@ def call(
     return run
 
 
-def test_all_stages_leave_their_files_and_a_bundle_and_go_on(
+def test_all_stages_leave_their_files_and_a_bundle_and_can_be_continued(
     call: Call,
     small_config: ModelConfig,
     photograph: Image.Image,
@@ -102,7 +102,7 @@ def test_all_stages_leave_their_files_and_a_bundle_and_go_on(
     assert json.loads((out / "history.json").read_text()) == history
 
 
-def test_pretraining_learns(
+def test_pretraining_lowers_the_loss(
     call: Call,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -120,7 +120,7 @@ def test_pretraining_learns(
     assert len(losses) > 5 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
-def test_the_attention_is_that_of_the_blocks_and_only_while_training() -> None:
+def test_accelerated_attention_equals_that_of_the_blocks_and_is_used_only_in_training() -> None:
     q, k, v = torch.randn(3, 2, 50, 4, 16)
     torch.testing.assert_close(
         accelerated.attention(q, k, v), relu_linear_attention(q, k, v), rtol=1e-4, atol=1e-5
@@ -132,7 +132,7 @@ def test_the_attention_is_that_of_the_blocks_and_only_while_training() -> None:
     assert vars(blocks)["relu_linear_attention"] is relu_linear_attention
 
 
-def test_sampling_is_that_of_the_upscaler(small_config: ModelConfig) -> None:
+def test_sampling_equals_that_of_the_upscaler(small_config: ModelConfig) -> None:
     """One step ends at the network's guess; two at the second one's, from where the first led."""
     first, second = random_experts(small_config, 2)
     bicubic = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -175,6 +175,6 @@ def test_weights_of_another_network_are_refused(
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "pretrain=0", "pretrain=x", "pretraining=3"])
-def test_a_stage_that_is_none_is_refused(call: Call, stage: str) -> None:
+def test_an_unknown_stage_is_refused(call: Call, stage: str) -> None:
     with pytest.raises(SystemExit):
         call("--stages", stage)

@@ -44,7 +44,7 @@ def test_each_picture_is_filtered_by_its_own_kernel(sides: tuple[int, int]) -> N
     torch.testing.assert_close(filtered(x, kernels), expected, rtol=0, atol=1e-5)
 
 
-def test_the_kernels_are_those_of_the_plain_degradations() -> None:
+def test_blur_kernels_equal_those_of_the_plain_degradations() -> None:
     """Round Gaussians of a known width, and the sinc filter of a known cutoff."""
     found = device_pairs.gaussian_kernels(1, (1.5, 1.5), CPU)[0]
     expected = degrade._gaussian_kernel(21, np.random.default_rng(0), (1.5, 1.5))
@@ -57,7 +57,7 @@ def test_the_kernels_are_those_of_the_plain_degradations() -> None:
 
 
 @pytest.mark.parametrize("quality", [40, 60, 90])
-def test_jpeg_is_pillows_but_for_its_rounding(quality: int) -> None:
+def test_jpeg_equals_that_of_pillow_up_to_rounding(quality: int) -> None:
     """Its mean error, of 255, is far below what JPEG itself changes."""
     x = picture(200, 250)
     expected = pillow(x, quality)
@@ -90,7 +90,7 @@ def test_every_preset_gives_lr_of_its_size_at_8_bits(preset: Preset, small: int)
     assert (lr - plain).abs().mean() < near
 
 
-def test_a_share_of_the_pictures_is_left_as_it_is() -> None:
+def test_mild_preset_leaves_a_share_of_the_pictures_unchanged() -> None:
     hr = picture(64, 64).expand(64, -1, -1, -1)
     lr = degraded(hr, "mild", 16, np.random.default_rng(0))
     clean = degraded(hr, "clean", 16, np.random.default_rng(0))

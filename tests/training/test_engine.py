@@ -334,7 +334,7 @@ def test_two_ranks_hold_half_of_the_optimizer_each(curves: Curves) -> None:
     assert halves == pytest.approx([whole / 2] * 2, rel=0.1)
 
 
-def test_the_curve_is_the_same_of_one_rank_two_ranks_and_plain_torch(curves: Curves) -> None:
+def test_the_loss_curve_is_the_same_on_one_rank_two_ranks_and_plain_torch(curves: Curves) -> None:
     plain = _stage(curves.model, _train(), TorchEngine)
     loop.run(plain, _batches(plain.engine), _quiet)
     one, two = curves.losses(1), curves.losses(2)
@@ -354,7 +354,7 @@ def test_a_run_resumes_on_any_number_of_ranks(
         assert difference == 0 if saved == resumed else difference < 1e-3
 
 
-def test_two_ranks_average_as_one_does(curves: Curves) -> None:
+def test_two_ranks_keep_the_same_average_of_weights_as_one(curves: Curves) -> None:
     one, two = (load_average(curves.checkpoints[world]) for world in (1, 2))
     assert one.keys() == dict(LinearSR(curves.model.denoiser).named_parameters()).keys()
     assert one.keys() == two.keys()
@@ -373,7 +373,7 @@ def _broken(curves: Curves, folder: Path) -> list[Path]:
     return copies
 
 
-def test_all_ranks_refuse_alike(curves: Curves, tmp_path: Path) -> None:
+def test_all_ranks_stop_for_a_fault_of_one_rank(curves: Curves, tmp_path: Path) -> None:
     """NaNs and damage that one rank alone meets; a rate that is a thousand times too high."""
     broken = _broken(curves, tmp_path)
     first, second = _launch(tmp_path / "run", _refusals, 2, curves.model, broken)
@@ -400,14 +400,14 @@ def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) 
     assert all(t.dtype == torch.float32 for t in load_average(folder).values())
 
 
-def test_one_slow_processor_decides_for_all_ranks(
+def test_bfloat16_is_off_on_all_ranks_if_one_processor_is_slow_at_it(
     small_config: ModelConfig, tmp_path: Path
 ) -> None:
     assert _launch(tmp_path / "run", _own_choice, 2, small_config) == [["torch.float32"]] * 2
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_what_the_processor_is_fast_at(
+def test_bfloat16_auto_chooses_the_dtype_that_the_processor_is_fast_at(
     small_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

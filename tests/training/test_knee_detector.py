@@ -159,14 +159,16 @@ def test_does_not_confirm_while_curves_rise() -> None:
     assert wrong / SEEDS <= 0.01
 
 
-def test_noise_alone_has_no_knee() -> None:
+def test_does_not_confirm_a_knee_in_noise() -> None:
     rng = np.random.default_rng(0)
     noise = [Curves(STEPS, rng.standard_normal((1, len(STEPS))), math.inf) for _ in range(25)]
     assert sum(confirmed(curves) is not None for curves in noise) <= 2
 
 
 @pytest.mark.parametrize(("n", "span"), [(12, (80, 110)), (18, (56, 90)), (30, (40, 64))])
-def test_other_scales_of_steps_and_irregular_spacing(n: int, span: tuple[int, int]) -> None:
+def test_confirms_the_knee_at_other_scales_of_steps_and_irregular_spacing(
+    n: int, span: tuple[int, int]
+) -> None:
     rng = np.random.default_rng(n)
     hits = 0
     for seed in range(25):
@@ -199,7 +201,7 @@ def test_replay_gives_the_same_states() -> None:
     assert list(states(paper(3, 3))) == list(states(paper(3, 3)))
 
 
-def test_units_and_directions_do_not_matter() -> None:
+def test_the_knee_does_not_depend_on_units_and_directions() -> None:
     curves = paper(5, 1)
     up = confirmed(curves)
     detector = KneeDetector({"loss": False})
@@ -226,7 +228,7 @@ def test_missing_values_are_skipped() -> None:
     assert hits >= 18
 
 
-def test_a_constant_metric_does_no_harm() -> None:
+def test_a_constant_metric_does_not_move_the_knee() -> None:
     curves = paper(2, 1)
     detector = KneeDetector({"m0": True, "flat": True})
     for step, value in zip(curves.steps, curves.values[0], strict=True):
@@ -255,7 +257,7 @@ def test_evidence_is_json_and_the_curve_rises() -> None:
     assert curve[0][1] < 0.7 < dict(curve)[state.step]
 
 
-def test_starts_rising_then_candidate() -> None:
+def test_status_goes_from_rising_over_candidate_to_confirmed() -> None:
     seen = [state.status for state in states(paper(0, 3))]
     assert seen[0] == "rising" and "candidate" in seen and seen[-1] == "confirmed"
     assert KneeDetector({"m": True}).update(0, {"m": 1.0}).step is None
@@ -276,7 +278,7 @@ def test_unknown_metrics_are_refused() -> None:
 
 
 @pytest.mark.parametrize("others", [{"m": 1.0}, {}])
-def test_a_metric_that_never_comes_is_reported(others: dict[str, float]) -> None:
+def test_a_metric_that_never_has_a_value_is_reported(others: dict[str, float]) -> None:
     detector = KneeDetector({"m": True, "lost": False}, patience=3)
     for step in range(3):
         detector.update(step, others)
@@ -288,7 +290,7 @@ def test_a_metric_that_never_comes_is_reported(others: dict[str, float]) -> None
     "options",
     [{"noise": 0}, {"noise": 0.5}, {"patience": 2}, {"confidence": 0.5}, {"confidence": 1}],
 )
-def test_options_out_of_range(options: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="need 0 < noise"):
         KneeDetector({"m": True}, **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="at least one metric"):

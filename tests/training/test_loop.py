@@ -140,13 +140,13 @@ def test_tags_are_dropped_as_often_as_asked_and_by_number(named: Path) -> None:
         ('{"file": "p/tronaut.png", "tags": ["cat"]}', "names none of the pictures"),
     ],
 )
-def test_a_sidecar_that_cannot_be_meant_is_refused(named: Path, sidecar: str, message: str) -> None:
+def test_an_invalid_tag_sidecar_is_refused(named: Path, sidecar: str, message: str) -> None:
     (named / "tags.jsonl").write_text(sidecar)
     with pytest.raises(InputError, match=rf"tags\.jsonl: {message}"):
         load_photos(named, DATA, 0)
 
 
-def test_tags_steer_training_and_their_absence_does_not(
+def test_tags_change_training_and_their_absence_does_not(
     tagged_config: ModelConfig, photos: Path
 ) -> None:
     """A pair without tags costs what it would cost a model that is given none."""
@@ -225,7 +225,7 @@ def test_lr_lies_under_its_hr_at_every_scale(photos: Path) -> None:
         assert errors[0] == min(errors)
 
 
-def test_only_the_largest_scale_gives_the_pairs_of_before(photos: Path) -> None:
+def test_at_largest_one_gives_the_pairs_of_a_single_scale(photos: Path) -> None:
     """The draws of a scale are no part of a pair's: crops and pixels stay what they were."""
     alone, often = (
         load_photos(photos, config, 0)

@@ -39,7 +39,7 @@ SMALL = (
 )
 
 
-def test_all_stages_and_the_bundle(
+def test_all_stages_run_in_turn_and_make_the_bundle(
     photograph: Image.Image,
     lpips_trunk: Path,
     tmp_path: Path,
@@ -100,7 +100,7 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     assert steps == [6, 6, 9]
 
 
-def test_an_unknown_setting_is_one_line(
+def test_an_unknown_setting_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

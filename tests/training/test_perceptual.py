@@ -94,7 +94,7 @@ def weights_of(stage: loop.TrainState) -> Tensor:
 # Losses
 
 
-def test_the_hinge_loss_is_its_formula() -> None:
+def test_hinge_loss_equals_its_formula() -> None:
     real, fake = (
         [torch.randn(3, 1, n, n, generator=torch.Generator().manual_seed(s)) for n in (4, 2)]
         for s in (0, 1)
@@ -112,7 +112,7 @@ def test_the_hinge_loss_is_its_formula() -> None:
     assert discriminator.hinge([torch.tensor([2.0])], [torch.tensor([-2.0])]) == 0
 
 
-def test_the_discriminator_is_spectrally_normalised_and_looks_at_two_scales() -> None:
+def test_discriminator_is_spectrally_normalised_and_judges_two_scales() -> None:
     torch.manual_seed(0)
     model = discriminator.Discriminator((48, 48, 96, 192, 192))
     pictures = torch.randn(2, 3, 96, 96), torch.randn(2, 3, 96, 96)
@@ -153,7 +153,7 @@ def test_the_distance_is_weighted_l1_and_lpips(
     torch.testing.assert_close(found.double(), 3.0 * l1 + 0.5 * lpips, rtol=1e-4, atol=1e-6)
 
 
-def test_the_discriminator_counts_more_and_more_until_its_warmup_ends(
+def test_gan_weight_grows_until_its_warmup_ends(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
     stage = stage_of(small_config, config_of(small_config, 2, lpips_trunk))
@@ -174,7 +174,7 @@ def test_the_discriminator_counts_more_and_more_until_its_warmup_ends(
     assert not extra[0].any() and extra[4].abs().min() > extra[1].abs().min() > 0
 
 
-def test_the_discriminator_learns_to_tell_them_apart(
+def test_discriminator_learns_to_tell_real_from_generated(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
     critic = perceptual.Critic(
@@ -332,7 +332,7 @@ def test_only_the_trained_expert_and_the_discriminator_change(
     assert all(0.5 < h["discriminator"] < 3 and h["loss"] > 0 for h in history)
 
 
-def test_the_loss_falls(small_config: ModelConfig, lpips_trunk: Path) -> None:
+def test_training_lowers_the_perceptual_loss(small_config: ModelConfig, lpips_trunk: Path) -> None:
     config = config_of(small_config, 2, lpips_trunk, steps=40, gan=0.03, learning_rate=3e-3)
     one = itertools.repeat(next(batches()))
     stage = loop.run(stage_of(small_config, config), one, quiet)
@@ -402,7 +402,7 @@ def test_a_discriminator_that_is_not_finite_ends_the_stage(
     assert torch.equal(weights_of(stage), before)
 
 
-def test_weights_of_zero_do_without_lpips_and_discriminator(
+def test_zero_weights_load_neither_lpips_nor_discriminator(
     small_config: ModelConfig, tmp_path: Path
 ) -> None:
     config = config_of(small_config, 1, tmp_path / "none", lpips=0, gan=0)
@@ -435,7 +435,7 @@ def test_tags_guide_frozen_experts_as_well(tagged_config: ModelConfig, lpips_tru
 
 
 @pytest.mark.skipif(REAL_TRUNK is None, reason="needs the real trunk")
-def test_lpips_with_its_real_trunk_is_the_published_one(small_config: ModelConfig) -> None:
+def test_lpips_with_its_real_trunk_has_the_published_value(small_config: ModelConfig) -> None:
     objective = objective_of(stage_of(small_config, config_of(small_config, 2, REAL_TRUNK, l1=0)))
     torch.manual_seed(123)
     a, b = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))

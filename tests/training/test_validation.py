@@ -40,7 +40,7 @@ def test_the_default_metrics_are_measured_the_same_each_time(
     assert strip.shape == (3, 2 * 64, 4 * 64)  # LR, one step, two steps, HR
 
 
-def test_a_metric_that_cannot_be_had_is_named_once_and_left_out(
+def test_an_unavailable_metric_is_named_once_and_left_out(
     small_bundle: Path, pictures: list[tuple[str, torch.Tensor]]
 ) -> None:
     config = ValidationConfig(
@@ -76,13 +76,13 @@ def test_a_model_that_takes_tags_is_judged_with_the_taggers(
         {"degradation": "fog"},
     ],
 )
-def test_names_that_mean_nothing_are_refused(changes: dict[str, object]) -> None:
+def test_unknown_metric_names_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ValidationConfig.model_validate(changes)
 
 
 @pytest.mark.parametrize("knee", [None, 20])
-def test_a_report_is_a_picture_even_of_a_run_without_validations(knee: int | None) -> None:
+def test_a_report_is_drawn_even_for_a_run_without_validations(knee: int | None) -> None:
     history = [{"step": s, "loss": 1 / s, "gradient_norm": 1.0} for s in (10, 20, 30)]
     for validated in ([], [{"step": 20.0, "psnr@1": 25.0}]):
         assert plot.report("run", history, validated, knee, "candidate").startswith(b"\x89PNG")

@@ -530,7 +530,7 @@ def test_disconnect_frees_the_slot(small: Upscaler, png: bytes, accept: str) -> 
     assert service.segments <= 5
 
 
-def test_disconnect_during_an_upload_leaves_nothing(small: Upscaler, png: bytes) -> None:
+def test_disconnect_during_an_upload_starts_no_request(small: Upscaler, png: bytes) -> None:
     service = Local(small)
     with served(service) as url:
         for _ in range(3):

@@ -121,7 +121,7 @@ def test_saving_refuses_weights_that_are_not_finite(
     assert not (tmp_path / "bad" / "texture.safetensors").exists()
 
 
-def test_the_bundled_model_is_complete_and_small() -> None:
+def test_the_bundled_model_has_all_experts_and_is_small() -> None:
     assert "linearsr-tiny" in weights.available()
     folder = weights.find("linearsr-tiny")
     assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 24e6

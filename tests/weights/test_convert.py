@@ -121,7 +121,7 @@ def refusal(convert: Callable[[], object]) -> str:
 # Diffusers' layout
 
 
-def test_config_and_tensors_of_a_diffusers_folder(sana: Path) -> None:
+def test_a_diffusers_folder_gives_its_config_and_tensors(sana: Path) -> None:
     config, tensors, dropped, fresh = from_diffusers(sana)
     assert (config.depth, config.width, config.head_dim) == (DEPTH, 128, 32)
     assert (config.tag_dim, config.tag_heads, config.qk_norm) == (24, 2, True)
@@ -206,7 +206,7 @@ def test_wrong_tensors_are_named(
     assert words in message
 
 
-def test_parts_that_only_add_up_are_refused(sana: Path, tmp_path: Path) -> None:
+def test_tensors_of_wrong_shape_but_right_count_are_refused(sana: Path, tmp_path: Path) -> None:
     """Queries of 64 and keys of 192 rows make the right 384 with the values, and a wrong model."""
     names = [f"transformer_blocks.0.attn1.to_{x}.weight" for x in "qk"]
     wrong = dict(zip(names, (torch.zeros(64, 128), torch.zeros(192, 128)), strict=True))
@@ -277,7 +277,7 @@ def saved(tensors: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_both_layouts_make_one_model(
+def test_original_and_diffusers_layouts_give_the_same_model(
     sana: Path, tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig, suffix: str
 ) -> None:
     theirs = from_diffusers(sana)
@@ -293,7 +293,7 @@ def test_both_layouts_make_one_model(
     assert list(ours.dropped) == ["epoch"] * (suffix == "pth") + caption
 
 
-def test_shape_is_read_off_the_tensors(
+def test_config_is_inferred_from_the_shapes_of_the_tensors(
     tmp_path: Path,
     nvlabs: dict[str, Tensor],
     config: DenoiserConfig,
@@ -306,7 +306,7 @@ def test_shape_is_read_off_the_tensors(
 
 
 @pytest.mark.parametrize("width", [1152, 2240, 96, 77])
-def test_ratio_gives_back_the_hidden_size(width: int) -> None:
+def test_mlp_ratio_gives_back_the_hidden_size(width: int) -> None:
     assert all(int(width * _ratio(hidden, width)) == hidden for hidden in range(1, 4 * width))
 
 
@@ -337,14 +337,14 @@ def test_wrong_original_tensors_are_named(
     assert words in message
 
 
-def test_sana_is_no_preconditioned_model(
+def test_conversion_to_a_preconditioned_model_is_refused(
     tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig
 ) -> None:
     other = config.model_copy(update={"prediction": "preconditioned"})
     assert "velocity" in refusal(lambda: from_sana(saved(nvlabs, tmp_path), other))
 
 
-def test_a_condition_latent_is_silent_as_well(
+def test_a_condition_latent_adds_nothing_after_conversion(
     tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig
 ) -> None:
     wider = config.model_copy(update={"condition_latent": True})

@@ -152,7 +152,9 @@ def test_models_run_on_the_chosen_device(words: str, device: str) -> None:
     assert config.model_device == device
 
 
-def test_other_settings_have_other_parts(small_bundle: Path, photos: Path, tmp_path: Path) -> None:
+def test_settings_that_change_scores_have_a_fingerprint_of_their_own(
+    small_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
     prints = set()
     for more in ({}, {"lr": "degraded"}, {"seed": 1}, {"scale": 2}, {"every": 2}):
         request = _request(small_bundle, photos, **more)

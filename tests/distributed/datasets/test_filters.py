@@ -66,7 +66,7 @@ def test_a_whole_picture_is_trimmed_to_the_scale() -> None:
     assert _cells(3, 400, 0) == []
 
 
-def test_a_box_cuts_what_it_says() -> None:
+def test_a_box_cuts_the_pixels_that_it_names() -> None:
     rows = torch.arange(6.0).view(1, 6, 1).expand(1, 6, 8)
     part = Box(left=2, top=1, width=5, height=3).cut(rows)
     assert part.shape == (1, 3, 5) and part[0, :, 0].tolist() == [1, 2, 3]
@@ -86,13 +86,13 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "rocket", "chelsea"])
-def test_blur_is_told_from_sharp_photographs(name: str) -> None:
+def test_sharpness_tells_blurred_from_sharp_photographs(name: str) -> None:
     photo = _photo(name)
     assert _sharpness(photo) > 40
     assert _sharpness(photo.filter(ImageFilter.GaussianBlur(4))) < 20
 
 
-def test_a_sharp_subject_before_a_soft_background_counts() -> None:
+def test_sharpness_of_a_sharp_subject_before_a_soft_background_is_high() -> None:
     photo = _photo("astronaut")
     soft = photo.filter(ImageFilter.GaussianBlur(6))
     blurred = _sharpness(soft)
@@ -100,12 +100,12 @@ def test_a_sharp_subject_before_a_soft_background_counts() -> None:
     assert blurred < 20 < 100 < _sharpness(soft)
 
 
-def test_a_picture_of_no_area_to_speak_of_has_no_sharpness() -> None:
+def test_sharpness_of_a_tiny_or_flat_picture_is_zero() -> None:
     assert sharpness(torch.randint(256, (3, 2, 50)).byte()) == 0
     assert sharpness(torch.full((3, 3, 3), 128).byte()) == pytest.approx(0, abs=1e-3)
 
 
-def test_every_row_of_tiles_counts() -> None:
+def test_sharpness_counts_every_row_of_tiles() -> None:
     """Noise in one tile of the three, two rows of which are whole."""
     for top in (0, 128):
         picture = torch.full((3, 128 * 2 + 2, 130), 90).byte()
@@ -177,11 +177,11 @@ def test_a_chain_of_small_steps_does_not_make_strangers_duplicates() -> None:
     assert near_duplicates([0b0, 0b11, 0b1111, 0b111111], 2) == [None, 0, None, 2]
 
 
-def test_the_first_one_kept_is_named() -> None:
+def test_near_duplicates_name_the_first_picture_that_is_kept() -> None:
     assert near_duplicates([0, 0b1111, 0b0011, 0], 2) == [None, None, 0, 0]
 
 
-def test_nothing_is_a_duplicate_where_that_is_turned_off() -> None:
+def test_near_duplicates_are_none_if_the_search_is_off() -> None:
     assert near_duplicates([5, 5, 5], -1) == [None, None, None]
     assert near_duplicates([], 4) == []
 

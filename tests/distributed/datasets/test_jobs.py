@@ -14,7 +14,7 @@ from tests.helpers.cluster import Jobs
 from tests.helpers.s3 import Server
 
 
-def test_photos_to_shards_to_tags_to_pictures_to_a_report(
+def test_dataset_jobs_lead_from_photos_to_a_report(
     jobs: Jobs, s3: Server, photos: Path, small_bundle: Path
 ) -> None:
     """What one job writes to S3, the next one reads."""

@@ -182,7 +182,7 @@ def test_failing_s3_requests_lose_nothing(on_s3: UpscaleConfig, s3: Server) -> N
     assert_all_there(on_s3)
 
 
-def test_a_killed_driver_goes_on_with_the_rest(on_s3: UpscaleConfig) -> None:
+def test_a_restarted_driver_upscales_only_the_rest(on_s3: UpscaleConfig) -> None:
     """Killed three times, at moments a seed chose; what is finished is never written again."""
     chosen = np.random.default_rng(2).choice(np.arange(5, MANY - 20), 3, replace=False)
     finished: dict[str, int] = {}
@@ -231,7 +231,9 @@ def test_a_killed_actor_is_replaced(config: UpscaleConfig) -> None:
     assert_all_there(config)
 
 
-def test_parquet_in_parquet_out(config: UpscaleConfig, pictures: Path, tmp_path: Path) -> None:
+def test_parquet_inputs_give_parquet_results(
+    config: UpscaleConfig, pictures: Path, tmp_path: Path
+) -> None:
     """Shards of encoded pictures, some in one row group and some in several; one row is empty."""
     files = sorted(pictures.rglob("*.png"))[:20]
     column = [file.read_bytes() for file in files]

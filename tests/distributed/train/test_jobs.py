@@ -199,7 +199,7 @@ def _two_experts(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(fields)
 
 
-def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
+def test_an_impossible_stage_is_refused_before_the_stages_ahead_of_it_run(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     missing = override(recipe, [f"perceptual.{i}.trunk={tmp_path}/gone.pth" for i in range(3)])
@@ -254,6 +254,6 @@ def test_flags_become_the_cluster_config() -> None:
         ("--set=pretrain.steps=-1", r"pretrain\.steps"),
     ],
 )
-def test_wrong_flags_are_named(flag: str, message: str) -> None:
+def test_wrong_flags_are_named_in_the_error(flag: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         _parsed(flag)

@@ -116,7 +116,7 @@ def test_the_knees_checkpoint_outlives_retention(finished: Path) -> None:
     assert {p.parent for p in finished.glob("knee/*/*")} == {kept}
 
 
-def test_the_run_is_drawn(finished: Path) -> None:
+def test_the_report_of_a_finished_run_is_drawn(finished: Path) -> None:
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 

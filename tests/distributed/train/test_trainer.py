@@ -173,7 +173,7 @@ def test_a_batch_that_workers_cannot_share_is_refused(
 @pytest.mark.parametrize(
     ("changes", "kind"), [({"validation_cpus": 0.51}, "CPU"), ({"gpu": True}, "GPU")]
 )
-def test_more_than_the_cluster_has_is_refused(
+def test_a_request_for_more_than_the_cluster_has_is_refused(
     changes: dict[str, object], kind: str, recipe: Recipe, photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=rf"needs [\d.]+ {kind}, the cluster has"):
