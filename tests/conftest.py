@@ -1,4 +1,4 @@
-"""Shared by all tests: no hub, fixed seeds, a tiny real model on disk, a real photograph."""
+"""Fixtures that all tests share: tiny models on disk, a photograph, an S3 server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Kernels run on the CPU. Read where @triton.jit decorates, so it is set before anything imports
+# Kernels run on the CPU. @triton.jit reads this, so it is set before anything imports
 # Triton: torch itself does, for some of its modules.
 os.environ["TRITON_INTERPRET"] = "1"
 # Ray and its processes read these when Ray is imported, so they are set before anything imports it:
@@ -35,7 +35,7 @@ SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a cluster or a browser, and keep together what shares fixtures.
+    """Mark the tests that need a cluster or a browser, and group tests that share fixtures.
 
     With pytest-xdist's `--dist loadgroup` a group runs in one process. The groups are all tests of
     a cluster, and otherwise the tests of one file.
@@ -58,7 +58,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def fresh_metrics() -> Iterator[None]:
-    """No metric that was made before this test, nor one of its own after it."""
+    """Forget the metrics that were loaded before this test, and those of the test after it."""
     measure._metric.cache_clear()
     yield
     measure._metric.cache_clear()
@@ -66,7 +66,7 @@ def fresh_metrics() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_config() -> ModelConfig:
-    """Like linearsr-tiny, but small enough for a test to train and run many times."""
+    """A model like linearsr-tiny, but small enough for a test to train and run many times."""
     return ModelConfig(
         name="small",
         denoiser=DenoiserConfig(
@@ -103,7 +103,7 @@ def scaling_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def tagged_config(small_config: ModelConfig) -> ModelConfig:
-    """The same, guided by tags."""
+    """The small config with cross-attention to tags."""
     denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16, "tag_heads": 2})
     tags = TagEncoderConfig(kind="hashed")
     return small_config.model_copy(update={"name": "tagged", "denoiser": denoiser, "tags": tags})
@@ -117,7 +117,7 @@ def photograph() -> Image.Image:
 
 @pytest.fixture(scope="session")
 def lpips_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of SqueezeNet's shapes with random weights: a distance, if not that of people."""
+    """A file of SqueezeNet's shapes with random weights, enough for a distance between pictures."""
     from torchvision.models import squeezenet1_1
 
     torch.manual_seed(2)
@@ -128,7 +128,7 @@ def lpips_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
-    """Where `s3` will be, known to this process and all it starts; nothing listens there yet.
+    """The port of `s3`, known to this process and all that it starts; nothing listens there yet.
 
     Ray's workers have the variables that their cluster was started with. So the cluster needs
     the address, and only the tests that use S3 pay for the server.
@@ -144,6 +144,6 @@ def s3_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real S3 server; see `Server`. Its pages are small: a long listing need not be so long."""
+    """A real S3 server; see `Server`. Its pages are small, so that tests need fewer files."""
     with s3_server.running(tmp_path_factory.mktemp("swift"), s3_port, page=100):
         yield Server(s3_port)

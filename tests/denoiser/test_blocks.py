@@ -17,7 +17,7 @@ def test_modulate_gives_a_sample_alone_its_part_of_a_batch() -> None:
 
 
 def test_linear_attention_does_not_depend_on_the_length_of_a_query() -> None:
-    """Why the query's RMS is never computed: with it, the result is the same."""
+    """The query's RMS is never computed, because the result is the same without it."""
     attention = blocks.LinearAttention(32, 16, qk_norm=True).double()
     torch.nn.init.uniform_(attention.norm_q.weight, 0.5, 1.5)
     x = torch.randn(1, 3, 4, 32, dtype=torch.float64)

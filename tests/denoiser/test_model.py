@@ -1,4 +1,4 @@
-"""LinearSR as a function: equal to diffusers' Sana, steered by its conditions, trainable whole."""
+"""LinearSR equals diffusers' Sana, depends on its conditions, and can be trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXACT = 1e-10
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Every parameter random, so that no zero bias or unit norm hides a mistake."""
+    """Make every parameter random, so that no zero bias or unit norm hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 class Pair:
-    """A diffusers Sana of random weights and what our converter made of its folder."""
+    """A diffusers Sana of random weights, and the model that our converter made from its folder."""
 
     def __init__(self, folder: Path, qk_norm: str | None, **options: Any) -> None:
         diffusers: Any = pytest.importorskip("diffusers")
@@ -112,7 +112,7 @@ def test_batch_with_a_timestep_per_sample_equals_diffusers_sana(pair: Pair, h: i
 
 
 def test_tag_mask_works_as_diffusers_mask(pair: Pair) -> None:
-    """Real tags of 2 and 5, the padding large enough to show if it were attended to."""
+    """Two samples have 2 and 5 tags; the padding is so large that attention to it would show."""
     mask = torch.tensor([[True] * 2 + [False] * 3, [True] * 5])
     tags = normal(2, 5, 24).masked_fill(~mask[..., None], 50.0)
     latent, t = normal(2, 6, 6, 9), torch.tensor([0.3, 0.7])
@@ -169,7 +169,7 @@ def test_without_tags_no_part_of_tag_attention_runs() -> None:
     assert ran
     ran.clear()
     model(latent, t, condition)
-    # Keys and values were made once, in condition(): a step only asks.
+    # condition() has computed keys and values; a step computes queries only.
     names = {module: name for name, module in model.named_modules()}
     again = {names[module].split("tag_attention")[-1] for module in ran}
     assert again == {"", ".q", ".norm_q", ".out"}
@@ -193,7 +193,7 @@ def test_lr_latent_is_required_and_changes_the_output() -> None:
 
 
 def test_preconditioned_prediction_equals_the_formula() -> None:
-    """The same weights as a bare network give F; skip, scale and input follow EDM by hand."""
+    """The weights give F as a bare network; skip, scale and input follow EDM, written out here."""
     bare, model = small().double(), small(prediction="preconditioned").double()
     latent, picture = normal(3, 6, 4, 5).double(), normal(3, 3, 16, 20).double()
     t = torch.tensor([0.0, 0.35, 1.0], dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_gradients_reach_every_parameter(prediction: str) -> None:
 
 
 def test_untrained_model_predicts_zero() -> None:
-    """Zero at the output, so that the first step starts from the path's own guess."""
+    """The output layer is zero, so that training starts from the path's own guess."""
     model = LinearSR(SMALL)
     out = model(normal(1, 6, 4, 5), torch.tensor([0.3]), model.condition(normal(1, 3, 16, 20)))
     assert not out.any()

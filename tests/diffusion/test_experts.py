@@ -1,4 +1,4 @@
-"""Routing: the paper's row, ties, loads, and that every step has exactly one expert."""
+"""Every step has exactly one expert; boundaries and steps per expert are those of the paper."""
 
 import numpy as np
 import pytest

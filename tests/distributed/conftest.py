@@ -1,4 +1,4 @@
-"""One local Ray cluster for all tests here, photographs, and one whole small training run."""
+"""Fixtures: one local Ray cluster, its job server, photographs, one small training run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cluster(s3_port: int) -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)
         try:
             started = start_cluster()
-        except Exception:  # Ray also gives them only 30 s to come up.
+        except Exception:  # A busy machine may exceed Ray's limit of 30 s once.
             started = start_cluster()
         ray.init(address=started.address, log_to_driver=False, logging_level="WARNING")
         yield started

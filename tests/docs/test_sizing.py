@@ -1,4 +1,4 @@
-"""docs/guides/sizing.md has the numbers that are counted, and they are counted right."""
+"""The numbers of docs/guides/sizing.md are those of `benchmarks.sizing`, which count right."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_sizing_tables_equal_the_counts(make: sizing.Table) -> None:
 
 
 def test_flops_of_a_forward_pass_equal_those_of_diffusers_sana() -> None:
-    """With all 300 tokens, as Sana always has them; ours adds the LR stem."""
+    """Both have all 300 tokens, as Sana always has; our model adds the LR stem."""
 
     def theirs() -> Callable[[], object]:
         sana = _sana(LINEARSR_1_6B.denoiser)
-        given = torch.randn(1, 32, 32, 32), torch.randn(1, 300, 2304), torch.rand(1)
-        return lambda: sana(*given)
+        inputs = torch.randn(1, 32, 32, 32), torch.randn(1, 300, 2304), torch.rand(1)
+        return lambda: sana(*inputs)
 
     ours = sum(sizing.denoiser(LINEARSR_1_6B, 1024, 300))
     assert ours == pytest.approx(counted(theirs), rel=0.01)
@@ -40,15 +40,15 @@ def test_flops_of_a_forward_pass_equal_those_of_diffusers_sana() -> None:
 def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But for the depthwise convolutions, whose way back PyTorch counts as if it had no groups."""
+    """Depthwise convolutions are left out: PyTorch counts their backward as if without groups."""
 
     def gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         passed, by = (hidden + weight[:, 0, 0, 0] + bias).chunk(2, dim=-1)
         return passed * by.sigmoid()
 
     def both() -> Callable[[], object]:
-        given = sizing.forward(TINY, 128)
-        return lambda: given.step(given.condition()).sum().backward()
+        inputs = sizing.forward(TINY, 128)
+        return lambda: inputs.step(inputs.condition()).sum().backward()
 
     monkeypatch.setattr(blocks, "depthwise_gate", gate)
     monkeypatch.setattr(blocks.LinearAttention, "neighbours", lambda _, values: values)

@@ -1,4 +1,4 @@
-"""What docs/guides/troubleshooting.md quotes is what the code says."""
+"""The messages that docs/guides/troubleshooting.md quotes exist in the code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUOTED = re.findall(r"^\| (?:\d{3} )?`([^`]+)` \|", OURS, re.M)
 
 
 def _text(node: ast.AST) -> str:
-    """A string with … for what is put in."""
+    """Return the text of a string, with … for each inserted value."""
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(value) for value in node.values)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -33,7 +33,7 @@ def _messages() -> list[str]:
 
 
 def said(quoted: str) -> bool:
-    """Whether one message of the package has all the pieces between …, in this order."""
+    """Return whether one message of the package has all the pieces between …, in this order."""
     pieces = [re.escape(piece) for piece in quoted.split("…") if piece.strip()]
     assert sum(map(len, pieces)) > 10, f"{quoted}: too little to be found by"
     pattern = re.compile(".*".join(pieces), re.S)

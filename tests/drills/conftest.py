@@ -1,4 +1,4 @@
-"""The rehearsal's own cluster: raylets for machines, an autoscaler that replaces them, S3."""
+"""The rehearsal's cluster: raylets stand for machines, an autoscaler replaces them, S3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.rehearsal.machine import machine
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in swift.environment(0):  # that `machine` sets
+        for name in swift.environment(0):  # `machine` sets these
             patch.setenv(name, "")
         with machine(tmp_path_factory.mktemp("fleet") / "ray.log") as place:
             yield Fleet(place, Jobs(place.dashboard))

@@ -1,4 +1,4 @@
-"""deploy/aws/account.yaml: CloudFormation accepts it, and it makes what cluster.yaml asks for."""
+"""CloudFormation accepts deploy/aws/account.yaml, which makes the roles that cluster.yaml needs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CLUSTER = {"Ref": "ClusterName"}
 
 
 def faults(text: str) -> list[str]:
-    """What the linter, which knows every resource and every right, has against a template."""
+    """Return the messages of the linter, which knows every resource and every permission."""
     return [match.message for match in lint(text, config=ManualArgs(regions=["us-west-2"]))]
 
 
 def of_type(kind: str) -> list[dict[str, Any]]:
-    """The properties of all such resources."""
+    """Return the properties of all resources of this type."""
     resources = TEMPLATE["Resources"].values()
     return [r["Properties"] for r in resources if r["Type"] == f"AWS::IAM::{kind}"]
 
@@ -31,14 +31,14 @@ ROLES = {role["RoleName"]: role for role in of_type("Role")}
 
 
 def statements(role: dict[str, Any]) -> list[dict[str, Any]]:
-    """What only this role may do."""
+    """Return the statements of the role's own policies."""
     documents = [policy["PolicyDocument"] for policy in role.get("Policies", [])]
     return [statement for document in documents for statement in document["Statement"]]
 
 
 def actions(statement: dict[str, Any]) -> set[str]:
-    told = statement["Action"]
-    return {told} if isinstance(told, str) else set(told)
+    names = statement["Action"]
+    return {names} if isinstance(names, str) else set(names)
 
 
 def test_cloudformation_accepts_the_account_template() -> None:
@@ -52,11 +52,11 @@ def test_a_misspelt_word_in_the_account_template_is_refused(word: str) -> None:
 
 
 def test_account_template_makes_the_profiles_that_cluster_yaml_names() -> None:
-    asked = read("cluster.yaml")["metadata"]
-    made = {
+    settings = read("cluster.yaml")["metadata"]
+    profiles = {
         profile["InstanceProfileName"]: profile["Roles"] for profile in of_type("InstanceProfile")
     }
-    assert set(made) == {asked["head_profile"]["Name"], asked["worker_profile"]["Name"]}
+    assert set(profiles) == {settings["head_profile"]["Name"], settings["worker_profile"]["Name"]}
 
 
 def test_only_the_head_role_may_launch_nodes_and_only_as_workers() -> None:
@@ -67,7 +67,7 @@ def test_only_the_head_role_may_launch_nodes_and_only_as_workers() -> None:
     )
     (passes,) = (s for s in statements(head) if "iam:PassRole" in actions(s))
     assert passes["Resource"] == {"Fn::GetAtt": ["WorkerRole", "Arn"]}
-    for role in ROLES.values():  # what both may do besides
+    for role in ROLES.values():  # permissions of both roles
         bucket, images = role["ManagedPolicyArns"]
         assert bucket == {"Ref": "UseBucket"}
         assert images["Fn::Sub"].endswith(":policy/AmazonEC2ContainerRegistryReadOnly")

@@ -1,4 +1,4 @@
-"""cluster.yaml: Ray accepts it, EC2 knows its fields, and what a user sets is at its top."""
+"""Ray accepts cluster.yaml, EC2 knows its fields, and the user's settings are at its top."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TYPES = ("head", "gpu", "cpu")
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` makes of it before it talks to AWS."""
-    made: dict[str, Any] = prepare_config(config)
-    validate_config(made)
-    return made
+    """Return the config as `ray up` completes it before any request to AWS."""
+    complete: dict[str, Any] = prepare_config(config)
+    validate_config(complete)
+    return complete
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def config() -> dict[str, Any]:
 
 
 def test_ray_accepts_cluster_yaml(config: dict[str, Any]) -> None:
-    made = prepared(config)
-    assert made["head_node_type"] == "head"
-    assert set(made["available_node_types"]) == set(TYPES)
-    # Nothing of Ray's defaults that would install something is left in it.
-    assert made["head_setup_commands"] == made["worker_setup_commands"] == []
+    complete = prepared(config)
+    assert complete["head_node_type"] == "head"
+    assert set(complete["available_node_types"]) == set(TYPES)
+    # No default of Ray's that would install something is left.
+    assert complete["head_setup_commands"] == complete["worker_setup_commands"] == []
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,17 @@ def test_ray_accepts_cluster_yaml(config: dict[str, Any]) -> None:
 def test_ray_refuses_a_misspelt_field_of_cluster_yaml(
     config: dict[str, Any], place: tuple[str, ...]
 ) -> None:
-    found = config
+    section = config
     for key in place:
-        found = found[key]
-    *_, key = found
-    found[f"{key}x"] = found.pop(key)
+        section = section[key]
+    *_, key = section
+    section[f"{key}x"] = section.pop(key)
     with pytest.raises(ValidationError, match=f"{key}x"):
         prepared(config)
 
 
 def launch(config: dict[str, Any], kind: str) -> str:
-    """What botocore has against starting such a node."""
+    """Return botocore's complaints about the request that starts such a node."""
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     request = {"MinCount": 1, "MaxCount": 1, **config["available_node_types"][kind]["node_config"]}
     return str(ParamValidator().validate(request, shape).generate_report())
@@ -118,5 +118,6 @@ def test_every_start_flag_is_one_of_ray_start(config: dict[str, Any], node: str)
 
 def test_the_dashboard_listens_on_the_head_only(config: dict[str, Any]) -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
-    assert "security_group" not in config["provider"]  # Ray's lets in SSH and the cluster's nodes
+    # Ray's own security group admits only SSH and the nodes of the cluster.
+    assert "security_group" not in config["provider"]
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]

@@ -1,4 +1,4 @@
-"""The check of a node, as far as it goes without a GPU: gloo stands in for NCCL."""
+"""The check of a node without a GPU: gloo stands in for NCCL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linearsr.errors import LinearSRError
 
 
 def says(*lines: str) -> tuple[str, ...]:
-    """A stand-in for nvidia-smi."""
+    """Return a command that stands in for nvidia-smi and prints these lines."""
     return (sys.executable, "-c", f"print({chr(10).join(lines)!r})")
 
 
@@ -25,7 +25,7 @@ def test_check_all_reduce_passes_over_two_ranks_of_gloo() -> None:
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Ranks that start at once, with what the test has put in place."""
+    """Ranks start by fork, so that they see the patches of the test."""
     monkeypatch.setattr(health, "START", "fork")
     return monkeypatch
 

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def start_cluster(cpus: int = 4) -> Cluster:
-    """Logical CPUs only; nothing is reachable from outside (127.0.0.1 Ray would replace).
+    """Start a cluster that is not reachable from outside. Ray would replace the address 127.0.0.1.
 
-    On ports of its own: others may run Ray on the same machine. Chosen here, since Ray gives its
-    processes only 15 s to choose theirs, and a busy machine needs longer to start them.
+    The ports are chosen here, since others may run Ray on the same machine, and Ray gives its
+    processes only 15 s to choose theirs, which is too short on a busy machine. CPUs are logical.
     """
     ports = (
         "dashboard_port",
@@ -64,7 +64,7 @@ class Jobs:
         return bool(self.client.get_job_status(job).is_terminal())
 
     def end(self, job: str) -> tuple[JobStatus, int | None, str]:
-        """Status, exit code and output of a job, once it has ended."""
+        """Wait until a job has ended; return its status, exit code and output."""
         until(lambda: self.has_ended(job), job, 600)
-        told = self.client.get_job_info(job)
-        return told.status, told.driver_exit_code, self.client.get_job_logs(job)
+        info = self.client.get_job_info(job)
+        return info.status, info.driver_exit_code, self.client.get_job_logs(job)

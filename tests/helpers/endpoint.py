@@ -24,7 +24,7 @@ from linearsr.pipeline.upscaler import Upscaler
 
 AT_ONCE = 16
 SIZES = ((32, 24), (24, 40), (40, 40))
-# The longest line of a stream: one with a picture.
+# The bound on a line of a stream; lines with a picture are the longest.
 LINE = 2**22
 
 
@@ -46,15 +46,15 @@ class Case(NamedTuple):
 def answered_by(model: Path) -> list[Case]:
     """Return twelve cases of three sizes and various options, upscaled in this process."""
     upscaler = Upscaler.load(model, "cpu")
-    found = []
+    cases = []
     for number in range(12):
         picture = photograph(number, *SIZES[number % len(SIZES)])
         solver = ("euler", "dpm", "adams")[number // 4]
         options = {"seed": number, "steps": 4 + number % 2, "solver": solver}
         options |= {"scale": (4, 1.5)[number % 2], "detail": (1, 0.5)[number // 2 % 2]}
         result = upscaler.upscale(read_picture(picture), Options.parse(**options))
-        found.append(Case(picture, options, pixels_of(encode(result, "png"))))
-    return found
+        cases.append(Case(picture, options, pixels_of(encode(result, "png"))))
+    return cases
 
 
 def photograph(number: int, width: int, height: int) -> bytes:

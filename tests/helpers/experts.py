@@ -9,7 +9,7 @@ from linearsr.denoiser import LinearSR
 
 
 def random_experts(config: ModelConfig, count: int) -> list[LinearSR]:
-    """Denoisers that start with no layer at zero, so that every weight matters; all different."""
+    """Return different denoisers in which no layer is zero, so that every weight matters."""
     torch.manual_seed(1)
     models = [LinearSR(config.denoiser) for _ in range(count)]
     for model in models:

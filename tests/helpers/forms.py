@@ -42,8 +42,8 @@ def detail(response: Any, status: int) -> str:
     """Return the detail of a problem, after checking the rest of it."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/problem+json"
-    told = response.json()
-    assert told.keys() == {"type", "title", "status", "detail"}
-    assert told["type"] == "about:blank" and told["status"] == status
-    assert told["title"] and told["detail"]
-    return str(told["detail"])
+    problem = response.json()
+    assert problem.keys() == {"type", "title", "status", "detail"}
+    assert problem["type"] == "about:blank" and problem["status"] == status
+    assert problem["title"] and problem["detail"]
+    return str(problem["detail"])

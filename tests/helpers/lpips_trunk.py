@@ -9,10 +9,9 @@ from linearsr.metrics import lpips
 
 
 def real_lpips_trunk() -> Path | None:
-    """SqueezeNet's own weights: the file that the environment names, or the one beside the project.
-
-    None where there is neither; tests that need them are skipped then.
+    """Return the file of SqueezeNet's weights that the environment names or that lies beside the
+    project. Return None if there is neither; tests that need the weights are skipped then.
     """
     beside = Path(__file__).parents[3] / "shared" / "data" / "iqa" / "squeezenet1_1-features.pth"
-    found = [Path(os.environ.get(lpips.TRUNK_VARIABLE) or beside), beside]
-    return next((path for path in found if path.is_file()), None)
+    candidates = [Path(os.environ.get(lpips.TRUNK_VARIABLE) or beside), beside]
+    return next((path for path in candidates if path.is_file()), None)

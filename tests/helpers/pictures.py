@@ -1,4 +1,4 @@
-"""Pictures as tensors: drawn ones, and photographs of scikit-image."""
+"""Pictures as tensors: synthetic ones, and photographs of scikit-image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def picture(height: int = 300, width: int = 340, seed: int = 0) -> Tensor:
-    """Edges, gradients and a little noise, (3, H, W) in [0, 1], at 8 bits."""
+    """Return edges, gradients and a little noise, (3, H, W) in [0, 1], at 8 bits."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / 100
     planes = [
@@ -26,9 +26,9 @@ def picture(height: int = 300, width: int = 340, seed: int = 0) -> Tensor:
 
 
 def photo(name: str, shrink: int = 1) -> Tensor:
-    """A photograph of scikit-image's, (3, H, W) in [0, 1], that many times smaller."""
-    found = getattr(skimage.data, name)()
-    pixels = found[0] if isinstance(found, tuple) else found  # a stereo pair, and its disparity
+    """Return a photograph of scikit-image, (3, H, W) in [0, 1], `shrink` times smaller."""
+    data = getattr(skimage.data, name)()
+    pixels = data[0] if isinstance(data, tuple) else data  # a stereo pair, and its disparity
     image = Image.fromarray(np.asarray(pixels)).convert("RGB")
     small = image.resize((image.width // shrink, image.height // shrink), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255

@@ -14,7 +14,7 @@ def free_port() -> int:
 
 
 def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
-    """Wait for a condition."""
+    """Wait until a condition holds; fail with the text `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"

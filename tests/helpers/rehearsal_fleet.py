@@ -18,20 +18,20 @@ from tools.rehearsal.machine import Target
 
 
 class Fleet(NamedTuple):
-    """The cluster, as its users and the spot market see it."""
+    """The cluster: its users start jobs, and its machines can be lost."""
 
     place: Target
     jobs: Jobs
 
     def start(self, command: str, environment: Mapping[str, str] | None = None) -> str:
-        """A job of ray_jobs/; its id."""
+        """Start a command as a job; return its id."""
         return self.jobs.submit(["python", *shlex.split(command)], environment)
 
     def end(self, job: str) -> str:
-        """What a job told that succeeded."""
-        status, _, told = self.jobs.end(job)
-        assert status == JobStatus.SUCCEEDED, told
-        return told
+        """Wait until a job has succeeded; return its output."""
+        status, _, output = self.jobs.end(job)
+        assert status == JobStatus.SUCCEEDED, output
+        return output
 
     def settle(self) -> None:
         """Wait until Ray knows which machines are gone, and Serve has put everything on others."""
@@ -40,25 +40,26 @@ class Fleet(NamedTuple):
         until(lambda: all_well(serve.get_serve_details()), "healthy deployments")
 
     def gone(self) -> set[str]:
-        """Nodes that Ray takes for alive, and whose raylet is not there."""
+        """Return the nodes that Ray thinks are alive although their raylet has gone."""
         nodes = list_nodes(address=self.place.dashboard, limit=1000)
         alive = {node.node_id for node in nodes if node.state == "ALIVE"}
         return {node for node in alive if not any(is_raylet(p, {node}) for p in processes())}
 
     def nodes_of(self, actor: str) -> set[str]:
-        """Where actors live whose class has this in its name."""
+        """Return the nodes of the actors whose class name contains this."""
         alive = list_actors(
             address=self.place.dashboard, filters=[("state", "=", "ALIVE")], limit=1000
         )
         return {a.node_id for a in alive if actor in a.class_name}
 
     def lose_node_of(self, actor: str) -> None:
-        """A machine where such actors live is gone, with all that ran on it."""
+        """Kill all processes of a machine that runs such actors."""
         until(lambda: bool(self.nodes_of(actor)), f"an actor of {actor}")
         nodes = self.nodes_of(actor)
         raylet = next(p for p in processes() if is_raylet(p, nodes))
         everything = [raylet, *raylet.children(recursive=True)]
-        for act in (psutil.Process.suspend, psutil.Process.kill):  # none is to see another die
+        # All are suspended first, so that none sees another die.
+        for act in (psutil.Process.suspend, psutil.Process.kill):
             for process in everything:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     act(process)
@@ -66,15 +67,15 @@ class Fleet(NamedTuple):
 
 
 def processes() -> Iterator[psutil.Process]:
-    """All of this machine, with their command lines."""
+    """Yield all processes of this machine, with their command lines."""
     yield from psutil.process_iter(["cmdline"])
 
 
-def all_well(told: dict[str, Any]) -> bool:
-    """Whether each deployment is healthy: its replicas are all there."""
+def all_well(details: dict[str, Any]) -> bool:
+    """Return whether every deployment is healthy."""
     states = [
         deployment["status"]
-        for application in told["applications"].values()
+        for application in details["applications"].values()
         for deployment in application["deployments"].values()
     ]
     return bool(states) and set(states) == {"HEALTHY"}

@@ -11,7 +11,7 @@ from linearsr.storage.location import locate
 from linearsr.training import loop
 from linearsr.training.recipes import Recipe
 
-# `tiny_cpu` made so small that steps cost nothing beside the processes that run them.
+# Changes to `tiny_cpu` after which a step takes far less time than starting a process.
 SMALL = (
     "model.denoiser.depth=2",
     "model.denoiser.width=32",
@@ -30,7 +30,7 @@ STEPS = (
     "pretrain.warmup=2",
     "pretrain.report_every=1",
     "pretrain.checkpoint_every=6",
-    # Losses of interrupted runs are compared to within float32's rounding.
+    # Losses of interrupted runs are compared up to the rounding of float32.
     "pretrain.bfloat16=false",
 )
 
@@ -38,7 +38,7 @@ STEPS = (
 def stage_of(
     recipe: Recipe, photos: Path, storage: Path, name: str, **changes: object
 ) -> StageConfig:
-    """A pretraining stage of two workers that reserves the whole cluster, four CPUs."""
+    """Return a pretraining stage of two workers that reserves all four CPUs of the cluster."""
     places = {"data": str(photos), "validation": str(photos), "storage": str(storage)}
     cpus = {"worker_cpus": 1.25, "data_cpus": 0.5, "validation_cpus": 0.5}
     fields = {**places, **cpus, "name": name, "workers": 2, **changes}
@@ -47,17 +47,17 @@ def stage_of(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
+    """Return the complete checkpoint folders, oldest first."""
     return sorted(p.parent for p in run.glob("checkpoint_*/progress.json"))
 
 
 def reported(run: Path | str) -> list[dict[str, Any]]:
-    """Metrics of every checkpoint that Ray Train knows of, in order of report."""
+    """Return the metrics of every checkpoint that Ray Train knows, in order of report."""
     result = last_result(locate(run))
     return [metrics for _, metrics in (result.best_checkpoints if result else None) or []]
 
 
 def losses(run: Path) -> list[float]:
-    """Every step's loss, as the last checkpoint remembers them."""
+    """Return the loss of every step, from the history in the last checkpoint."""
     history = loop.read_progress(checkpoints(run)[-1]).history
     return [point["loss"] for point in history]

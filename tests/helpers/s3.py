@@ -13,18 +13,18 @@ from tools import s3_server
 
 
 class Server:
-    """A running S3 server that the AWS_* variables lead to."""
+    """A running S3 server; the AWS_* variables of this process point to it."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self._names = itertools.count()
 
     def bucket(self) -> str:
-        """A new bucket, as s3://NAME."""
+        """Create a bucket; return its URL, s3://NAME."""
         import boto3
 
         name = f"test-{next(self._names)}"
-        # Not by the variables: the test may have them lead elsewhere.
+        # The variables are not used here, since the test may have changed them.
         boto3.client(
             "s3",
             endpoint_url=f"http://{s3_server.HOST}:{self.port}",
@@ -36,7 +36,7 @@ class Server:
 
     @contextlib.contextmanager
     def proxy(self, seed: int = 0) -> Iterator[Proxy]:
-        """A fault-injecting proxy that AWS_ENDPOINT_URL of this process leads to meanwhile."""
+        """Yield a fault-injecting proxy; AWS_ENDPOINT_URL points to it meanwhile."""
         with proxy(self.port, seed) as between, pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server.HOST}:{between.port}")
             yield between

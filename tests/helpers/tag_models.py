@@ -11,7 +11,7 @@ WORDS = ["cat", "cup", "grass", "sky", "brick wall"]
 
 
 def _tokenizer(**more: Any) -> Any:
-    """A tokenizer of whole words, made here: no hub has to be asked."""
+    """Return a tokenizer of whole words, which needs no download."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +51,6 @@ def save_siglip(folder: Path) -> None:
     torch.nn.init.constant_(model.logit_bias, -1.0)
     model.save_pretrained(folder)
     image = SiglipImageProcessor(size={"height": 32, "width": 32})
-    names = ["input_ids"]  # as SigLIP's own: no mask
+    names = ["input_ids"]  # no mask, as in SigLIP's own tokenizer
     tokenizer = _tokenizer(model_max_length=64, model_input_names=names)
     SiglipProcessor(image, tokenizer).save_pretrained(folder)

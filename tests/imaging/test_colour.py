@@ -15,7 +15,7 @@ def random_picture(seed: int, *shape: int) -> torch.Tensor:
 
 
 def reference_decomposition(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low frequencies, level by level with the 3x3 kernel, as the paper's code does."""
+    """Return high and low frequencies, level by level with the 3x3 kernel, as the paper's code."""
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(line, line).expand(3, 1, 3, 3)
     high = torch.zeros_like(picture)

@@ -75,13 +75,13 @@ def test_degrade_accepts_any_scale_that_leaves_whole_pixels(
 
 
 def _resized_only(**changes: object) -> Degradation:
-    """A stage that does nothing but resize."""
+    """Return a stage that only resizes."""
     nothing = {"blur_probability": 0.0, "noise_probability": 0.0, "jpeg_probability": 0.0}
     return Degradation(stages=(Stage.model_validate({**nothing, **changes}),))
 
 
 def test_a_stage_may_resize_to_the_size_of_lr_whatever_the_scale() -> None:
-    """A fixed quarter would leave a blurred picture at x2."""
+    """At x2, a resize to a fixed quarter would leave a blurred picture."""
     down = {"resize_up_down_keep": (0, 1, 0)}
     to_lr = _resized_only(resize_range=(1, 1), resize_from_lr=True, **down)
     quarter = _resized_only(resize_range=(0.25, 0.25), **down)
@@ -97,26 +97,26 @@ def test_a_stage_may_resize_to_the_size_of_lr_whatever_the_scale() -> None:
 def test_web_pictures_are_compressed_at_their_own_size_and_most_of_them_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[tuple[int, str, int, tuple[int, ...]]] = []
+    files: list[tuple[int, str, int, tuple[int, ...]]] = []
     through = module._through
 
     def note(picture: torch.Tensor, kind: str, quality: int) -> torch.Tensor:
-        found.append((draw, kind, quality, tuple(picture.shape[2:])))
+        files.append((draw, kind, quality, tuple(picture.shape[2:])))
         return through(picture, kind, quality)
 
     monkeypatch.setattr(module, "_through", note)
     for draw in range(150):
         degrade(HR, 4, WEB, np.random.default_rng(draw))
-    least = {kind: min(q for _, k, q, _ in found if k == kind) for kind in ("JPEG", "WEBP")}
-    assert 40 <= least["JPEG"] < 50 <= least["WEBP"] and max(q for _, _, q, _ in found) <= 95
-    assert 150 + 85 < len(found) < 150 + 125
-    last = {draw: sides for draw, _, _, sides in found}
+    least = {kind: min(q for _, k, q, _ in files if k == kind) for kind in ("JPEG", "WEBP")}
+    assert 40 <= least["JPEG"] < 50 <= least["WEBP"] and max(q for _, _, q, _ in files) <= 95
+    assert 150 + 85 < len(files) < 150 + 125
+    last = {draw: sides for draw, _, _, sides in files}
     assert set(last.values()) == {(32, 40)}
-    assert len({sides for *_, sides in found}) > 20
+    assert len({sides for *_, sides in files}) > 20
 
 
 def test_jpegs_have_half_of_the_colour_resolution() -> None:
-    """Red and blue columns of one pixel become one purple, of four pixels they stay."""
+    """Red and blue columns of one pixel merge into purple; those of four pixels stay."""
     jpeg = Stage(
         blur_probability=0,
         resize_up_down_keep=(0, 0, 1),

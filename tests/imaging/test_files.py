@@ -1,4 +1,4 @@
-"""Picture files of every flavour in and out, and everything that can be wrong with one."""
+"""Picture files of every format and mode are read and written; damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from linearsr.errors import InputError, OptionError, OutputError
 from linearsr.imaging import files
 from linearsr.imaging.files import Picture
 
-# pytest shows what the package hides: PIL's complaints about broken tags.
+# pytest shows PIL's warnings about broken tags, which the package hides.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
@@ -48,7 +48,7 @@ GREY_PROFILE = SRGB[:16] + b"GRAY" + SRGB[20:]
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """A real photograph with a red mug, neither square nor of an even size."""
+    """A photograph with a red mug, neither square nor of an even size."""
     return Image.open(PHOTOGRAPHS / "coffee.png").convert("RGB").crop((60, 40, 183, 121))
 
 
@@ -82,7 +82,7 @@ def as_16_bits(plane: torch.Tensor) -> np.ndarray:
 
 
 def ramp(bits: int = 16, *, grey: bool = False, alpha: bool = False) -> Picture:
-    """Every value a 16 bit sample can take, in each channel in another order."""
+    """Return every value of a 16-bit sample, in another order in each channel."""
     values = torch.arange(65536, dtype=torch.float64).reshape(1, 256, 256) / 65535
     turned = torch.cat([values, values.transpose(1, 2), values.flip(1)]).float()
     pixels = values.float().repeat(3, 1, 1) if grey else turned
@@ -104,7 +104,7 @@ def exif_of(data: bytes) -> Image.Exif:
     return Image.open(io.BytesIO(data)).getexif()
 
 
-# Reading what others write
+# Files of other programs
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -185,11 +185,11 @@ def test_palette_and_grey_with_a_transparent_colour_have_alpha(photo: Image.Imag
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
 def test_cmyk_becomes_srgb_and_loses_its_profile(photo: Image.Image, format: str) -> None:
-    # A profile of the wrong kind must neither be used nor end up beside the sRGB pixels.
+    # A profile of the wrong kind must be neither used nor written beside the sRGB pixels.
     picture = files.read(saved(photo.convert("CMYK"), format, icc_profile=SRGB))
     assert picture.icc is None
     assert not picture.grey
-    # Inks are duller than light, so only roughly alike; inverted inks would be far off.
+    # Inks are duller than light, so the match is rough; inverted inks would be far off.
     assert np.abs(as_8_bits(picture).astype(int) - np.asarray(photo)).mean() < 40
     mug = (slice(30, 40), slice(80, 90))
     assert np.corrcoef(as_8_bits(picture)[mug].ravel(), np.asarray(photo)[mug].ravel())[0, 1] > 0.9
@@ -271,7 +271,7 @@ def test_exif_that_points_everything_at_one_large_block_is_read_in_no_time() -> 
     assert time.monotonic() - start < 5
 
 
-# What must be refused
+# Refusals
 
 
 def bomb() -> bytes:
@@ -838,8 +838,8 @@ def test_find_images_is_recursive_sorted_and_blind_to_other_files(tmp_path: Path
     (tmp_path / "b" / "c").mkdir(parents=True)
     for name in ("z.png", "A.JPG", "b/y.webp", "b/c/x.TIFF", "b/notes.txt", ".1f.part", "b/k.gif"):
         (tmp_path / name).touch()
-    found = [str(path.relative_to(tmp_path)) for path in files.find_images(tmp_path)]
-    assert found == ["A.JPG", "b/c/x.TIFF", "b/k.gif", "b/y.webp", "z.png"]
+    names = [str(path.relative_to(tmp_path)) for path in files.find_images(tmp_path)]
+    assert names == ["A.JPG", "b/c/x.TIFF", "b/k.gif", "b/y.webp", "z.png"]
     (tmp_path / "empty").mkdir()
     assert files.find_images(tmp_path / "empty") == []
 

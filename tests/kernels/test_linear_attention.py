@@ -19,7 +19,7 @@ BACKENDS = ["torch", "triton"]
 
 
 def projection(tokens, dim, seed=0, batch=BATCH, heads=HEADS):
-    """One (B, N, 3 * H * D) projection, float32."""
+    """Return one (B, N, 3 * H * D) projection, float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, tokens, 3 * heads * dim, generator=generator)
 
@@ -30,7 +30,7 @@ def upstream(tokens, dim, seed=1):
 
 
 def plain_formula(q, k, v):
-    """Sana's formula, in float64, eps acting on magnitudes of one."""
+    """Sana's formula in float64, with eps added to sums of magnitude one."""
     q, k = q.relu(), k.relu()
     q = q / q.detach().amax(dim=-1, keepdim=True).clamp_min(1e-300)
     k = k / k.detach().amax(dim=(1, 3), keepdim=True).clamp_min(1e-300)
@@ -40,7 +40,7 @@ def plain_formula(q, k, v):
 
 
 def run(attention, packed, grad):
-    """Output and the gradients of q, k and v, all float64; q, k, v are views of packed."""
+    """Return the output and the gradients of q, k and v in float64; q, k, v are views of packed."""
     packed = packed.clone().requires_grad_()
     q, k, v = packed.unflatten(-1, (3, -1, grad.shape[-1])).unbind(2)
     out = attention(q, k, v)
@@ -55,7 +55,7 @@ def with_backend(backend):
 
 
 def errors(results, truths, least_scale=0.0):
-    """Largest error of each result, relative to the largest true value.
+    """Return the largest error of each result, relative to the largest true value.
 
     least_scale is for one token: its output is v whatever q and k are, so their true gradients are
     zero, as differences of terms of order one.
@@ -68,7 +68,7 @@ def errors(results, truths, least_scale=0.0):
 
 
 def rounding(tokens, dim=16):
-    """The error of float32 after sums over tokens and then channels, in any processor's order.
+    """Return the error of float32 sums over tokens and then channels, in any order.
 
     Rounding errors of n additions grow like sqrt(n) units (Higham and Mary, 2019); the largest of
     some thousand values lies within four deviations. 32 units are for all that is no sum.
@@ -218,7 +218,7 @@ def test_autocast_does_not_narrow_the_sums(backend):
 
 
 def test_auto_backend_is_torch_on_cpu():
-    q, k, v = projection(7, 12).unflatten(-1, (3, HEADS, 12)).unbind(2)  # D that Triton refuses
+    q, k, v = projection(7, 12).unflatten(-1, (3, HEADS, 12)).unbind(2)  # a D that Triton refuses
     auto = relu_linear_attention(q, k, v)
     assert torch.equal(auto, relu_linear_attention(q, k, v, backend="torch"))
 

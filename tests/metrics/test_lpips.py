@@ -1,4 +1,4 @@
-"""LPIPS: the published value with the real trunk; with a random one how it is found and behaves."""
+"""LPIPS: the published value with the real trunk; search and properties with a random one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_trunk = pytest.mark.skipif(REAL is None, reason=f"no trunk: set {lpips.TRU
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_metrics: None) -> None:
-    """No trunk in a variable or in a cache, no network, and no metric made before."""
+    """There is no trunk in a variable or a cache, no network, and no loaded metric."""
 
     def unreachable(*_: object, **__: object) -> None:
         raise socket.gaierror("no network in this test")
@@ -120,9 +120,9 @@ def test_the_trunk_variable_comes_before_the_cache(
 def test_a_missing_trunk_without_network_says_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         lpips.load()
-    told = str(caught.value)
-    assert f"squeezenet1_1-b8a52dc0.pth into {tmp_path / 'hub' / 'checkpoints'}" in told
-    assert "LINEARSR_LPIPS_TRUNK" in told and "no network in this test" in told
+    message = str(caught.value)
+    assert f"squeezenet1_1-b8a52dc0.pth into {tmp_path / 'hub' / 'checkpoints'}" in message
+    assert "LINEARSR_LPIPS_TRUNK" in message and "no network in this test" in message
 
 
 class _Code:
@@ -131,7 +131,7 @@ class _Code:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         (nn.Linear(2, 2).state_dict(), "is not torchvision's SqueezeNet 1.1"),
         ([1], "holds no state dict"),
@@ -139,11 +139,11 @@ class _Code:
     ],
 )
 def test_files_that_are_no_trunk_are_named(
-    content: object, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content, "other.pth")
-    with pytest.raises(WeightsError, match=rf"other\.pth: {told}"):
+    with pytest.raises(WeightsError, match=rf"other\.pth: {reason}"):
         lpips.load("other.pth")
     assert not Path("was-run").exists()
 
@@ -161,13 +161,13 @@ def test_pictures_of_sixteen_pixels_are_too_small(
 def test_default_metric_is_measured_if_its_trunk_exists_and_never_downloaded(
     trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(*_: object, **__: object) -> None:
+    def download(*_: object, **__: object) -> None:
         raise AssertionError("a download was started")
 
     from linearsr.evaluation.config import Source
 
     monkeypatch.setattr(metrics, "DEFAULT", ("lpips", "psnr"))
-    monkeypatch.setattr(lpips, "_downloaded", asked)
+    monkeypatch.setattr(lpips, "_downloaded", download)
     request = Request(hr="photos")
     pictures = {"a.png": Source(folder="photos", file="a.png")}
     without = plan(request, lambda *_: pictures)

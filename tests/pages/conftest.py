@@ -1,4 +1,4 @@
-"""One user for all pages: a clone with pictures in it, a cluster, S3, and a shell."""
+"""The fixture of the user who follows all pages."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from tools import s3_server as swift
 
 @pytest.fixture(scope="module")
 def user(small_bundle: Path) -> Iterator[User]:
-    """Has all that a page takes for granted."""
+    """A user with everything that the pages presuppose: clone, pictures, cluster, S3, shell."""
     home = Path(tempfile.mkdtemp(prefix="lsr-"))  # a short path, for it holds sockets
-    made = User(home)
-    make_clone(made)
-    install_programs(made)
-    with serve_bucket(made), pytest.MonkeyPatch.context() as patch:
-        there = {**swift.environment(int(made.places["s3"]))}
+    reader = User(home)
+    make_clone(reader)
+    install_programs(reader)
+    with serve_bucket(reader), pytest.MonkeyPatch.context() as patch:
+        there = {**swift.environment(int(reader.places["s3"]))}
         there |= {"RAY_TMPDIR": str(home), "OMP_NUM_THREADS": "1"}
-        there["PATH"] = f"{made.bin}:{os.environ['PATH']}"
-        made.environment |= swift.environment(int(made.places["s3"]))
+        there["PATH"] = f"{reader.bin}:{os.environ['PATH']}"
+        reader.environment |= swift.environment(int(reader.places["s3"]))
         for name, value in there.items():
             patch.setenv(name, value)
         for bucket in BUCKETS:
             boto3.client("s3").create_bucket(Bucket=bucket)
-        place_belongings(made, small_bundle)
+        place_belongings(reader, small_bundle)
         cluster = start_cluster(cpus=16)
-        made.places["dashboard"] = cluster.webui_url
-        made.environment["RAY_ADDRESS"] = cluster.address
-        made.environment["RAY_DASHBOARD_ADDRESS"] = f"http://{cluster.webui_url}"
-        yield made
+        reader.places["dashboard"] = cluster.webui_url
+        reader.environment["RAY_ADDRESS"] = cluster.address
+        reader.environment["RAY_DASHBOARD_ADDRESS"] = f"http://{cluster.webui_url}"
+        yield reader
         end_serving(home / "done" / "serving")
         cluster.shutdown()
     shutil.rmtree(home, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The command, the dataset job and the endpoint turn bytes into bytes in one way."""
+"""The command, the dataset job and the endpoint share one function from bytes to bytes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_objects_outlive_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_servers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
-    """Killed, it cannot stop them."""
+    """A process that is killed cannot stop its servers itself."""
     port = swift.free_port()
     command = [sys.executable, "-m", "tools.s3_server", f"--folder={tmp_path}", f"--port={port}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:

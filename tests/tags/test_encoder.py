@@ -1,4 +1,4 @@
-"""Tag encoders: contracts, what spelling decides, a real tiny Gemma 2, errors that advise."""
+"""Tag encoders: shapes and masks, the hash of spellings, a tiny Gemma 2, errors with advice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = ["<pad>", "<bos>", "<unk>", "cat", "grass", "tower", ","]
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma 2 of 24 channels and a tokenizer of seven words, as they lie on a disk."""
+    """A folder with a random Gemma 2 of 24 channels and a tokenizer of seven words."""
     folder = tmp_path_factory.mktemp("gemma")
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -57,10 +57,10 @@ def test_hashed_tags_have_unit_variance_and_mask_what_is_missing() -> None:
 
 
 def test_hashed_embeddings_never_change() -> None:
-    """Weights on disk were trained on these numbers; no version of anything may move them."""
-    found = HashedEncoder(8)([("cat",)]).embeddings[0, 0]
+    """Stored weights were trained on these numbers, so no version may change them."""
+    embedding = HashedEncoder(8)([("cat",)]).embeddings[0, 0]
     expected = torch.tensor([0, 0, 0, -1, -1, 0, 0, 1]) * (8 / 3) ** 0.5
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(embedding, expected)
 
 
 def test_hashed_tags_are_similar_only_if_spelt_alike() -> None:

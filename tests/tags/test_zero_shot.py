@@ -1,4 +1,4 @@
-"""CLIP and SigLIP say what transformers' own zero-shot pipeline says."""
+"""CLIP and SigLIP give the scores of transformers' own zero-shot pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.tag_models import WORDS
 def test_zero_shot_tagger_equals_the_transformers_pipeline(contrastive: Path, words: Path) -> None:
     from transformers import pipeline
 
-    picture = photo("chelsea")[:, :300, 100:400]  # square: one view, as the pipeline sees it
+    picture = photo("chelsea")[:, :300, 100:400]  # a square has one view, as in the pipeline
     config = TaggerConfig(
         kind="zero-shot", source=str(contrastive), vocabulary=str(words), threshold=0.0
     )

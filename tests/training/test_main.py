@@ -32,7 +32,7 @@ SMALL = (
     "perceptual_data.patch=32",
     "perceptual_data.batch=2",
     "perceptual_data.margin=8",
-    # On CPUs without bfloat16 it is slow, and right.
+    # bfloat16 is correct on any CPU, but slow on some.
     *(f"{stage}.bfloat16=true" for stage in STAGES),
     *(f"{stage}.steps=2" for stage in STAGES),
     *(f"perceptual.{i}.channels=[8, 8, 8, 8, 8]" for i in range(3)),
@@ -84,7 +84,7 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     start = loop.TrainState.start
 
     def timed(*arguments: Any) -> loop.TrainState:
-        """By a clock that is 20 s later at each look."""
+        """Patch the clock so that it advances by 20 s at each call."""
         stage = start(*arguments)
         stage.clock = map((20.0).__mul__, itertools.count()).__next__
         return stage

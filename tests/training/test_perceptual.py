@@ -1,4 +1,4 @@
-"""The perceptual stage: its losses, where it starts from, and that it resumes like the others."""
+"""The perceptual stage: its losses, its starting points, and exact resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers.lpips_trunk import real_lpips_trunk
 
 CPU = torch.device("cpu")
 REAL_TRUNK = real_lpips_trunk()
-# Small, but with a discriminator and several detours in few steps.
+# A small config with a discriminator and several detours in few steps.
 QUICK = {
     "steps": 6,
     "warmup": 2,
@@ -116,7 +116,7 @@ def test_discriminator_is_spectrally_normalised_and_judges_two_scales() -> None:
     torch.manual_seed(0)
     model = discriminator.Discriminator((48, 48, 96, 192, 192))
     pictures = torch.randn(2, 3, 96, 96), torch.randn(2, 3, 96, 96)
-    for _ in range(30):  # each pass in training comes closer to the largest singular value
+    for _ in range(30):  # each pass in training estimates the largest singular value better
         scores = model(*pictures)
     assert [tuple(s.shape) for s in scores] == [(2, 1, 12, 12), (2, 1, 6, 6)]
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -125,13 +125,13 @@ def test_discriminator_is_spectrally_normalised_and_judges_two_scales() -> None:
         matrix = convolution.weight.detach().double().flatten(1).numpy()
         assert np.linalg.svd(matrix, compute_uv=False)[0] == pytest.approx(1, rel=0.05)
     other = model(pictures[0], pictures[1].flip(0))
-    assert not torch.allclose(scores[0], other[0]), "the LR picture is looked at as well"
+    assert not torch.allclose(scores[0], other[0]), "the LR picture is an input too"
 
 
 def test_the_distance_is_weighted_l1_and_lpips(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
-    """Against LPIPS written out in float64 from the paper's formula (1)."""
+    """The truth is LPIPS in float64, written out from the paper's formula (1)."""
     config = config_of(small_config, 2, lpips_trunk, l1=3.0, lpips=0.5)
     objective = objective_of(stage_of(small_config, config))
     assert objective.lpips is not None
@@ -148,9 +148,9 @@ def test_the_distance_is_weighted_l1_and_lpips(
         lpips += (change * weights[None, :, None, None]).sum(1).mean((1, 2))
     l1 = (other - batch.hr).double().abs().flatten(1).mean(1)
     judge.float()
-    found = objective.distance(other, batch.hr)
+    distance = objective.distance(other, batch.hr)
     assert lpips.min() > 0
-    torch.testing.assert_close(found.double(), 3.0 * l1 + 0.5 * lpips, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distance.double(), 3.0 * l1 + 0.5 * lpips, rtol=1e-4, atol=1e-6)
 
 
 def test_gan_weight_grows_until_its_warmup_ends(
@@ -161,12 +161,12 @@ def test_gan_weight_grows_until_its_warmup_ends(
     extra = {}
     for step in (0, 1, 4, 40):
         stage.progress.step = step
-        total, told, _ = objective.losses(stage, batch)
-        assert (told > 0).all()
+        total, parts, _ = objective.losses(stage, batch)
+        assert (parts > 0).all()
         assert objective.shown is not None and objective.critic is not None
         real, fake, lr_picture = objective.shown
         assert torch.equal(real, batch.hr) and not fake.requires_grad
-        extra[step] = (total - told).detach()
+        extra[step] = (total - parts).detach()
         with torch.no_grad():
             fooling = discriminator.fooled(objective.critic.model(fake, lr_picture))
         weight = 0.1 * min(1.0, step / 4)
@@ -190,21 +190,21 @@ def test_discriminator_learns_to_tell_real_from_generated(
     assert all(torch.equal(a, b) for a, b in zip(still, critic.model.parameters(), strict=True))
 
 
-# Where the trained expert starts from
+# The starting points of the trained expert
 
 
 @pytest.mark.parametrize("expert", [1, 2, 3])
 def test_pairs_arrive_as_sampling_brings_them(
     small_config: ModelConfig, lpips_trunk: Path, expert: int
 ) -> None:
-    """Each way, taken again pair by pair: straight, by the expert before, by the trained one."""
+    """Each way is repeated pair by pair: direct, by the previous expert, by the trained one."""
     config = config_of(small_config, expert, lpips_trunk)
     stage, batch = stage_of(small_config, config, expert), next(batches(size=24))
     objective, experts = objective_of(stage), random_experts(small_config, 4)
     bounds = ranges(small_config.sampling.boundaries)
     with torch.no_grad():
-        given = loop.Conditions.of(batch, stage.engine.module, stage.autoencoder, None)
-        latent, t = objective.arrive(stage, batch, given)
+        conditions = loop.Conditions.of(batch, stage.engine.module, stage.autoencoder, None)
+        latent, t = objective.arrive(stage, batch, conditions)
         middle, by_before, by_itself = objective._detours(batch.numbers, t)
         drawn, noise = loop.draw(batch.numbers, latent.shape[1:], config)
         assert torch.equal(drawn, t) and t.unique().numel() == 24
@@ -213,7 +213,7 @@ def test_pairs_arrive_as_sampling_brings_them(
         assert 4 < (by_before | by_itself).sum() < 20 and not (by_before & by_itself).any()
         for i in range(24):
             z, at, end = noise[i : i + 1], torch.ones(1), t[i : i + 1]
-            condition = given.only(torch.arange(24) == i).encode
+            condition = conditions.only(torch.arange(24) == i).encode
             if by_before[i] or by_itself[i]:
                 other = expert if by_itself[i] else expert - 1
                 stop = middle[i : i + 1]
@@ -233,15 +233,15 @@ def test_the_picture_that_is_judged_is_the_decoded_guess(
     objective.losses(stage, batch)
     assert objective.shown is not None
     with torch.no_grad():
-        given = loop.Conditions.of(batch, model, stage.autoencoder, None)
-        latent, t = objective.arrive(stage, batch, given)
-        guess = clean_guess(latent, model(latent, t, given.encode(model)), t)
-        picture = stage.autoencoder.decode(guess, given.lr_picture)
+        conditions = loop.Conditions.of(batch, model, stage.autoencoder, None)
+        latent, t = objective.arrive(stage, batch, conditions)
+        guess = clean_guess(latent, model(latent, t, conditions.encode(model)), t)
+        picture = stage.autoencoder.decode(guess, conditions.lr_picture)
     torch.testing.assert_close(objective.shown[1], picture)
 
 
 def test_a_crop_is_judged_where_it_lies(small_config: ModelConfig, lpips_trunk: Path) -> None:
-    """With a lossless latent, the crop of the whole picture; another one for each pair."""
+    """With a lossless latent, the judged crop is that of the picture; each pair has its own."""
     whole, part = (
         stage_of(small_config, config_of(small_config, 2, lpips_trunk, crop=crop))
         for crop in (None, 5)
@@ -300,7 +300,7 @@ def test_gradients_reach_the_expert_through_a_frozen_dc_ae(lpips_trunk: Path) ->
 def test_bfloat16_leaves_no_weight_without_a_gradient(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
-    """The trained expert's own detour casts its weights without gradients first."""
+    """The expert's own detour casts its weights without gradients before the trained pass."""
     config = config_of(small_config, 1, lpips_trunk, bfloat16=True, detour=1.0)
     stage = stage_of(small_config, config, 1)
     with stage.engine.precision():
@@ -310,7 +310,7 @@ def test_bfloat16_leaves_no_weight_without_a_gradient(
     assert all(p.grad is not None for p in stage.engine.module.parameters())
 
 
-# A stage
+# Whole stages
 
 
 def test_only_the_trained_expert_and_the_discriminator_change(
@@ -357,8 +357,8 @@ def test_resuming_gives_the_same_weights_as_never_stopping(
     loop.run(resumed, batches(resumed.progress.seen), quiet)
     assert torch.equal(weights_of(whole), weights_of(resumed))
     for key in ("loss", "discriminator"):
-        found, expected = ([h[key] for h in s.progress.history] for s in (resumed, whole))
-        assert found == expected
+        values, expected = ([h[key] for h in s.progress.history] for s in (resumed, whole))
+        assert values == expected
     for name, average in whole.ema.average.items():
         assert torch.equal(average, resumed.ema.average[name])
 
@@ -428,8 +428,10 @@ def test_tags_guide_frozen_experts_as_well(tagged_config: ModelConfig, lpips_tru
     for tags in (("cat",), ("dog",)):
         named = batch._replace(tags=(tags, ()))
         with torch.no_grad():
-            given = loop.Conditions.of(named, stage.engine.module, stage.autoencoder, stage.encoder)
-            latents.append(objective_of(stage).arrive(stage, named, given)[0])
+            conditions = loop.Conditions.of(
+                named, stage.engine.module, stage.autoencoder, stage.encoder
+            )
+            latents.append(objective_of(stage).arrive(stage, named, conditions)[0])
     assert not torch.allclose(latents[0][0], latents[1][0])
     torch.testing.assert_close(latents[0][1], latents[1][1])
 

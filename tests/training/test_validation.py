@@ -1,4 +1,4 @@
-"""Validation: the same pictures, LR and noise every time; metrics that cannot be had are named."""
+"""Validation uses the same pictures, LR and noise every time; missing metrics are named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pictures() -> list[tuple[str, torch.Tensor]]:
 def test_the_default_metrics_are_measured_the_same_each_time(
     small_bundle: Path, pictures: list[tuple[str, torch.Tensor]]
 ) -> None:
-    """All kinds: against the true picture (vif among them) and without it."""
+    """The metrics compare with the true picture (vif among them) or do without it."""
     config = ValidationConfig(
         metrics=("psnr@1", "ssim@1", "vif@1", "psnr@2", "piqe@2"), knee={"psnr@1": True}, size=64
     )
@@ -55,7 +55,7 @@ def test_an_unavailable_metric_is_named_once_and_left_out(
 def test_a_model_that_takes_tags_is_judged_with_the_taggers(
     tagged_config: ModelConfig, pictures: list[tuple[str, torch.Tensor]]
 ) -> None:
-    """Not what a tagger sees: whether what it sees reaches the model. A cat's face has names."""
+    """The tags of the tagger must reach the model; the face of a cat has some."""
     cat = torch.from_numpy(np.asarray(skimage.data.chelsea())).permute(2, 0, 1).float() / 255
     config = ValidationConfig(metrics=("psnr@1",), knee={"psnr@1": True}, size=300)
     single = export.single(tagged_config)

@@ -1,4 +1,4 @@
-"""Bundles on disk: round trip, and every way they can be broken."""
+"""Bundles on disk: round trips, and every kind of damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a bucket of photographs to a report, each job as `ray job submit` runs it."""
+"""The dataset jobs lead from a bucket of photographs to a report, by `ray job submit`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.s3 import Server
 def test_dataset_jobs_lead_from_photos_to_a_report(
     jobs: Jobs, s3: Server, photos: Path, small_bundle: Path
 ) -> None:
-    """What one job writes to S3, the next one reads."""
+    """Each job reads from S3 what the previous one wrote."""
 
     def run(job: str, *flags: str) -> str:
         status, code, output = jobs.end(jobs.submit([sys.executable, f"ray_jobs/{job}.py", *flags]))

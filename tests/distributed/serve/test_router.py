@@ -1,4 +1,4 @@
-"""The router over experts of this process: what it repeats in a retry, and what it does not."""
+"""The router over experts in this process: which parts of a request a retry repeats."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FakeExperts:
 
 
 class FakeResponse:
-    """A response as far as the router uses it."""
+    """The part of a response that the router uses."""
 
     def __init__(self, task: asyncio.Future[Handoff]) -> None:
         self.task = task

@@ -1,4 +1,4 @@
-"""The endpoint on a real cluster: the same pixels under load, and whatever dies."""
+"""The endpoint on a real cluster gives the same pixels under load and when processes die."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_rollout_fails_no_request_and_mixes_no_models(
     """
     config = read_config(endpoint.config.model)
     experts = [model.state_dict() for model in random_experts(config, 8)[4:]]
-    if endpoint.config.layout == "together":  # with another config too
+    if endpoint.config.layout == "together":  # this layout gets another config too
         config = config.model_copy(update={"name": "other"})
     save(tmp_path, config, experts, {}, torch.float32)
     new = answered_by(tmp_path)
@@ -254,8 +254,8 @@ def test_rollout_fails_no_request_and_mixes_no_models(
         return answers
 
     answers = in_session(rollout)
-    told = [of_which(answer, cases[n % 12], new[n % 12]) for n, answer in enumerate(answers)]
-    assert told[:12] == ["before"] * 12
+    models = [of_which(answer, cases[n % 12], new[n % 12]) for n, answer in enumerate(answers)]
+    assert models[:12] == ["before"] * 12
     check(in_session(lambda session: crowd(session, endpoint, new, 12)), new)
 
 
@@ -269,7 +269,7 @@ def of_which(answer: Answer, before: Case, after: Case) -> str:
 
 
 def test_replicas_are_divided_in_proportion_to_steps() -> None:
-    """20 steps are 4/2/13/1: 20 replicas take a step each; of four, each expert has one."""
+    """20 steps are 4/2/13/1: of 20 replicas each takes a step; of 4, each expert has one."""
     assert default_steps(LINEARSR_1_6B) == [4, 2, 13, 1]
     assert divide_replicas(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
     assert divide_replicas(4, [4, 2, 13, 1]) == (1, 1, 1, 1)

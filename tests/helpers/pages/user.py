@@ -28,7 +28,7 @@ from tests.pages import tables
 from tools import s3_server as swift
 
 SECONDS = 600
-# What a user has, and how large it is.
+# The folders that a user has, and the side of their pictures in pixels.
 FOLDERS = {
     **dict.fromkeys(("PHOTOS", "s3://bucket/photos", "s3://photos/cities"), 256),
     "s3://photos/nature": 512,
@@ -40,7 +40,7 @@ BUCKETS = {*re.findall(r"s3://(\w+)", " ".join(FOLDERS)), "shards", "reports", "
 
 
 class User:
-    """Somebody who follows the pages, in a folder that is a clone of the project."""
+    """A user who follows the pages, in a folder that is a clone of the project."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -60,13 +60,13 @@ class User:
         }
 
     def here(self, text: str) -> str:
-        """The text with the user's places in it."""
+        """Return the text with this user's paths and ports."""
         for pattern, place in tables.PLACES.items():
             text = re.sub(pattern, place.format(**self.places), text, flags=re.M)
         return text
 
     def follow(self, block: Block) -> subprocess.CompletedProcess[str]:
-        """Run a block as it stands: in a new terminal, until something fails."""
+        """Run a block as it stands, in a new terminal, until a command fails."""
         text = self.here(block.text)
         if block.language == "sh":
             waits = '\nfor job in $(jobs -p); do wait "$job"; done\n'
@@ -98,14 +98,14 @@ def make_clone(user: User) -> None:
 
 
 def install_programs(user: User) -> None:
-    """PATH has nothing but these: a command that is not in the tables is not found."""
+    """Fill PATH with the programs of the tables; no other command is found."""
     done = user.home / "done"
     done.mkdir()
     context = user.home / "context.json"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    told = {"path": path, "done": str(done), "http": user.port}
-    told |= {"added": tables.ADDED, "refuses": tables.REFUSES, "gpu": tables.GPU}
-    context.write_text(json.dumps({**told, "stand_ins": tables.STAND_INS}))
+    settings = {"path": path, "done": str(done), "http": user.port}
+    settings |= {"added": tables.ADDED, "refuses": tables.REFUSES, "gpu": tables.GPU}
+    context.write_text(json.dumps({**settings, "stand_ins": tables.STAND_INS}))
     user.bin.mkdir(parents=True)
     program = f"{sys.executable} {Path(__file__).with_name('program.py')} {context}"
     for name in {*tables.REAL, *(stand_in.split()[0] for stand_in in tables.STAND_INS)}:
@@ -128,14 +128,14 @@ def _pictures(folder: Path, side: int) -> None:
 
 
 def place_belongings(user: User, weights: Path) -> None:
-    """Pictures of a few pixels, wherever a page takes some from."""
+    """Write small pictures and models to all places that a page reads from."""
     for name, side in FOLDERS.items():
-        made = user.data / name.replace("s3://", "s3/")
-        _pictures(made, side)
+        folder = user.data / name.replace("s3://", "s3/")
+        _pictures(folder, side)
         if name.startswith("s3://"):
-            locate(made).copy_to(locate(name))
-        elif name not in ("PHOTOS", "VAL", "OTHER/results"):  # those have places of their own
-            shutil.copytree(made, user.clone / name)
+            locate(folder).copy_to(locate(name))
+        elif name not in ("PHOTOS", "VAL", "OTHER/results"):  # the others are named by path
+            shutil.copytree(folder, user.clone / name)
     for suffix in ("jpg", "png"):
         Image.open(user.data / "holiday/coffee.png").save(user.clone / f"photo.{suffix}")
     locate(weights).copy_to(locate("s3://runs/experts/weights"))
@@ -152,7 +152,7 @@ def place_belongings(user: User, weights: Path) -> None:
 
 @contextlib.contextmanager
 def serve_bucket(user: User) -> Iterator[None]:
-    """`make s3`, as docs/guides/datasets.md has it, but on a port of its own."""
+    """Run `make s3` of docs/guides/datasets.md, but on a free port."""
     port, folder = swift.free_port(), user.clone / ".venv-s3"
     user.places["s3"] = str(port)
     python = swift._commands() / "python"
