@@ -20,6 +20,9 @@ from linearsr.pipeline.upscaler import Upscaler
 from tests.helpers.endpoint import LINE, answered_by, form_of, image_of, pixels_of
 from tests.helpers.processes import free_port
 
+# `linearsr serve` starts a Ray cluster of its own.
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
