@@ -23,6 +23,8 @@ from PIL import Image
 
 from linearsr.errors import LinearSRError, MissingExtra, require
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"sana", "quality", "tags", "data", "train", "serve", "all", "demo", "bench", "dev"}
 # Tracked files at the top level that are not for users; all others are.
