@@ -1,4 +1,4 @@
-"""The command that measures: what it writes, what it leaves out, and what it refuses to time."""
+"""The benchmarks: the tables that they write, their limits, and their accuracy gate."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CPU = torch.device("cpu")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> int:
-    """`python -m benchmarks`, small, in this process."""
+    """Run `python -m benchmarks` with small sizes in this process."""
     small = ["--device", "cpu", "--sides", "32", "64", "--rounds", "1", "--compiled-up-to", "0"]
-    given = ["benchmarks", *small, "--output", str(output), "--name", "here", *arguments]
-    monkeypatch.setattr(sys, "argv", given)
+    argv = ["benchmarks", *small, "--output", str(output), "--name", "here", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
     return command.main()
 
 
@@ -62,7 +62,7 @@ def test_measuring_one_section_keeps_the_others(
     assert page.index("## The attention operator") < page.index("## What was measured before")
 
 
-def test_numerically_wrong_way_is_not_timed(
+def test_a_numerically_wrong_implementation_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = strips.forward_
@@ -77,7 +77,7 @@ def test_numerically_wrong_way_is_not_timed(
 
 
 def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> Tensor:
-    """Linear attention that adds up its tokens in the order in which rounding errs most."""
+    """Linear attention that adds its tokens one by one, the order with the largest error."""
     query, key, value = (x.to(sums) for x in (q.relu(), k.relu(), v))
     state = torch.zeros(*q.shape[:1], *q.shape[2:], q.shape[-1], dtype=sums)
     total = torch.zeros(*q.shape[:1], *q.shape[2:], dtype=sums)
@@ -89,7 +89,7 @@ def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gate_allows_any_order_of_sums_but_no_shorter_numbers(dtype: torch.dtype) -> None:
+def test_accuracy_gate_allows_any_order_of_sums_but_no_lower_precision(dtype: torch.dtype) -> None:
     machine = Machine("any", CPU, dtype, threads=1, memory=0, peak=0.0)
     gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.float32), machine)
     with pytest.raises(GateError, match="linear attention"):
@@ -104,7 +104,7 @@ def test_run_beyond_the_limit_is_not_started() -> None:
     assert not expected.within("a", 2048)
 
 
-def test_runs_take_turns_after_a_warm_up() -> None:
+def test_timed_runs_take_turns_after_a_warm_up() -> None:
     order: list[str] = []
     timed = in_turn({name: lambda n=name: order.append(n) for name in "ab"}, CPU, rounds=2)
     assert "".join(order) == "aabb" + "abab"
@@ -155,7 +155,7 @@ TINY = {
 def ablate(
     tmp_path: Path, lpips_trunk: Path, monkeypatch: pytest.MonkeyPatch, fresh_metrics: None
 ) -> Callable[..., None]:
-    """`python -m benchmarks.ablation`, tiny, in this process, into OUT of its folder."""
+    """Run a tiny `python -m benchmarks.ablation` in this process, into OUT of its folder."""
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     for name, left in (("photos/a.png", 0), ("data/b.png", 200), ("data/c.png", 300)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -171,7 +171,7 @@ def ablate(
     return run
 
 
-def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(
+def test_an_interrupted_ablation_continues_and_gives_the_same_results(
     ablate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ablate()
@@ -183,7 +183,7 @@ def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(
     judged = {r["part"]: r["values"] for r in map(json.loads, lines[1:])}
     assert len(lines) == 1 + len(ablation.ARMS) and json.loads(lines[0])["last"] == 20
     trained = [judged[arm.name]["psnr@4"] for arm in ablation.ARMS if arm.start == "knee"]
-    assert len(set(trained)) == len(trained), "arms that are one and the same"
+    assert len(set(trained)) == len(trained), "two arms are the same"
     second = ablation.ARMS[1].name
     kept = [line for line in lines if json.loads(line)["part"] != second]
     file.write_text("\n".join(kept) + "\n")

@@ -14,7 +14,7 @@ import linearsr
 
 PACKAGE = Path(linearsr.__file__).parent
 
-# Each layer may import itself and those before it (design: layout).
+# Each layer may import itself and those before it.
 LAYERS = [
     ["errors", "threads"],
     ["config", "diffusion.experts"],
@@ -32,9 +32,9 @@ LAYERS = [
     ["distributed.train", "distributed.datasets", "distributed.serve"],
     ["cli"],
 ]
-# Modules of these packages import nothing of each other.
+# These packages must not import each other.
 APART = ["distributed.train", "distributed.datasets", "distributed.serve"]
-# Who may import a heavy package, at any level of a function.
+# The modules that may import a heavy package, at the top or in a function.
 HEAVY = {
     "ray": ["distributed", "cli"],
     "deepspeed": ["training.engine"],
@@ -67,7 +67,7 @@ def _within(module: str, parts: list[str]) -> bool:
 
 
 def _layer(module: str) -> int:
-    """The layer of the longest name that fits, so noise.experts is not noise."""
+    """Return the layer of the longest prefix, so that a module may differ from its package."""
     fits = [
         (len(part), i)
         for i, layer in enumerate(LAYERS)
@@ -79,14 +79,14 @@ def _layer(module: str) -> int:
 
 
 def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("module", sorted(_modules()))

@@ -1,4 +1,4 @@
-"""Tag encoders: contracts, what spelling decides, a real tiny Gemma 2, errors that advise."""
+"""Tag encoders: shapes and masks, the hash of spellings, a tiny Gemma 2, errors with advice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = ["<pad>", "<bos>", "<unk>", "cat", "grass", "tower", ","]
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma 2 of 24 channels and a tokenizer of seven words, as they lie on a disk."""
+    """A folder with a random Gemma 2 of 24 channels and a tokenizer of seven words."""
     folder = tmp_path_factory.mktemp("gemma")
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -57,20 +57,20 @@ def test_hashed_tags_have_unit_variance_and_mask_what_is_missing() -> None:
 
 
 def test_hashed_embeddings_never_change() -> None:
-    """Weights on disk were trained on these numbers; no version of anything may move them."""
-    found = HashedEncoder(8)([("cat",)]).embeddings[0, 0]
+    """Stored weights were trained on these numbers, so no version may change them."""
+    embedding = HashedEncoder(8)([("cat",)]).embeddings[0, 0]
     expected = torch.tensor([0, 0, 0, -1, -1, 0, 0, 1]) * (8 / 3) ** 0.5
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(embedding, expected)
 
 
-def test_spelling_and_nothing_else_makes_hashed_tags_alike() -> None:
+def test_hashed_tags_are_similar_only_if_spelt_alike() -> None:
     encode = HashedEncoder(256)
     cat, cats, dog, again = encode([("cat", "cats", "dog", " Cat ")]).embeddings[0]
     assert torch.equal(cat, again)
     assert _cosine(cat, cats) > 0.3 > abs(_cosine(cat, dog)) + 0.1
 
 
-def test_gemma_is_its_last_hidden_state_over_the_joined_tags(gemma: Path) -> None:
+def test_gemma_gives_its_last_hidden_state_over_the_joined_tags(gemma: Path) -> None:
     embeddings, mask = GemmaEncoder(str(gemma), 24)([("cat", "grass")])
     with torch.no_grad():  # <bos> cat , grass
         hidden = Gemma2Model.from_pretrained(gemma)(torch.tensor([[1, 3, 6, 4]]))
@@ -86,13 +86,13 @@ def test_gemma_pads_to_the_longest_and_padding_changes_nothing(gemma: Path) -> N
     torch.testing.assert_close(together[:1, :2], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_no_tags_need_no_model(tmp_path: Path) -> None:
+def test_encoders_of_no_tags_load_no_model(tmp_path: Path) -> None:
     for encode in (HashedEncoder(8), GemmaEncoder(str(tmp_path / "nowhere"), 8)):
         embeddings, mask = encode([(), ("",)])
         assert embeddings.shape == (2, 1, 8) and not mask.any()
 
 
-def test_an_encoder_that_cannot_be_had_says_what_to_do(gemma: Path, tmp_path: Path) -> None:
+def test_an_unusable_encoder_says_what_to_do(gemma: Path, tmp_path: Path) -> None:
     for source, advice in (("nobody/nothing", "hf download nobody/nothing"), (tmp_path, "folder")):
         with pytest.raises(WeightsError, match=advice):
             GemmaEncoder(str(source), 24)([("cat",)])
@@ -100,7 +100,7 @@ def test_an_encoder_that_cannot_be_had_says_what_to_do(gemma: Path, tmp_path: Pa
         GemmaEncoder(str(gemma), 2304)([("cat",)])
 
 
-def test_the_config_chooses(small_config: ModelConfig) -> None:
+def test_tag_encoder_is_chosen_by_the_config(small_config: ModelConfig) -> None:
     assert tag_encoder(small_config) is None
     denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16})
     tagged = small_config.model_copy(
@@ -113,7 +113,7 @@ def test_the_config_chooses(small_config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     "fields", [{"kind": "gemma"}, {"kind": "hashed", "source": "x"}, {"kind": "clip"}]
 )
-def test_encoders_that_mean_nothing_are_refused(fields: dict[str, str]) -> None:
+def test_impossible_encoder_configs_are_refused(fields: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"source|kind"):
         TagEncoderConfig.model_validate(fields)
 
