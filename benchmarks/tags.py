@@ -86,7 +86,7 @@ def _tagged(path: Path, tagger: Tagger) -> Photo:
     picture = read(path)
     height, width = (max(1, n // SCALE) for n in picture.pixels.shape[1:])
     small = resize(picture.pixels[None, :3], height, width)[0].clamp(0, 1)
-    return Photo(as_bytes(picture)[:3], tuple(tag.name for tag in tagger(small)))
+    return Photo(as_bytes(picture.pixels)[:3], tuple(tag.name for tag in tagger(small)))
 
 
 def _exchanged(tags: Sequence[Tags]) -> list[Tags]:

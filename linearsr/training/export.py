@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,13 +58,7 @@ class _Averages(Sequence[Mapping[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.checkpoints)
 
-    @overload
-    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Averages: ...
-    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | _Averages:
-        if isinstance(index, slice):
-            return _Averages(self.checkpoints[index], self.config)
+    def __getitem__(self, index: Any) -> Any:
         return average(self.checkpoints[index], self.config)
 
 
