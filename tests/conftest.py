@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -117,11 +117,46 @@ def scaling_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+def save_gemma(folder: Path, channels: int, words: Sequence[str]) -> Path:
+    """Save a random Gemma 2 of so many channels, and a tokenizer that knows these words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=channels,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    Gemma2Model(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def tagged_config(small_config: ModelConfig) -> ModelConfig:
+def tagged_config(
+    small_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> ModelConfig:
     """The same, guided by tags."""
     denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16, "tag_heads": 2})
-    tags = TagEncoderConfig(kind="hashed")
+    words = ["cat", "dog", "grass", "woman", "space", "suit", ","]
+    gemma = save_gemma(tmp_path_factory.mktemp("gemma"), 16, words)
+    tags = TagEncoderConfig(kind="gemma", source=str(gemma))
     return small_config.model_copy(update={"name": "tagged", "denoiser": denoiser, "tags": tags})
 
 
