@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -58,7 +58,13 @@ class _Averages(Sequence[Mapping[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.checkpoints)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Averages: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | _Averages:
+        if isinstance(index, slice):
+            return _Averages(self.checkpoints[index], self.config)
         return average(self.checkpoints[index], self.config)
 
 
