@@ -109,20 +109,13 @@ class TagEncoderConfig(Config):
     """How tags become the embeddings that a model's cross-attention was trained on.
 
     "gemma": the last hidden states of Gemma 2 for the tags joined by ", ", as Sana encodes its
-    captions. "hashed": a vector per tag that is computed from its letters alone; it needs no model,
-    and has no meaning except the one that training gives it.
+    captions.
     """
 
-    kind: Literal["gemma", "hashed"]
+    kind: Literal["gemma"]
     """Kind of embedding."""
-    source: str | None = None
+    source: str
     """Folder or hub id of Gemma, for transformers."""
-
-    @model_validator(mode="after")
-    def _source_fits(self) -> TagEncoderConfig:
-        if (self.kind == "gemma") != (self.source is not None):
-            raise ValueError("kind gemma needs a source, and kind hashed takes none")
-        return self
 
 
 class SamplingConfig(Config):
@@ -141,14 +134,10 @@ class SamplingConfig(Config):
     from 1.0 down. Other numbers of steps take the shifted schedule."""
 
     @model_validator(mode="after")
-    def _boundaries_rise(self) -> SamplingConfig:
+    def _in_order(self) -> SamplingConfig:
         edges = (0.0, *self.boundaries, 1.0)
         if any(low >= high for low, high in pairwise(edges)):
             raise ValueError(f"boundaries must rise strictly inside (0, 1), not {self.boundaries}")
-        return self
-
-    @model_validator(mode="after")
-    def _plans_fall(self) -> SamplingConfig:
         for plan in self.plans:
             if not 1 <= len(plan) <= 50 or plan[0] != 1:
                 raise ValueError(f"a plan must have 1 to 50 timesteps and start at 1.0: {plan}")

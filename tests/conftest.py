@@ -27,6 +27,7 @@ from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncode
 from linearsr.metrics import measure
 from tests.helpers.experts import random_experts
 from tests.helpers.s3 import Server
+from tests.helpers.tag_models import save_gemma
 from tools import s3_server
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
@@ -102,10 +103,14 @@ def scaling_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def tagged_config(small_config: ModelConfig) -> ModelConfig:
+def tagged_config(
+    small_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> ModelConfig:
     """The small config with cross-attention to tags."""
     denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16, "tag_heads": 2})
-    tags = TagEncoderConfig(kind="hashed")
+    words = ["cat", "dog", "grass", "woman", "space", "suit", ","]
+    gemma = save_gemma(tmp_path_factory.mktemp("gemma"), 16, words)
+    tags = TagEncoderConfig(kind="gemma", source=str(gemma))
     return small_config.model_copy(update={"name": "tagged", "denoiser": denoiser, "tags": tags})
 
 

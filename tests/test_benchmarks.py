@@ -19,6 +19,7 @@ from benchmarks import ablation, attention, gate
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
+from benchmarks.tags import HashedEncoder
 from benchmarks.timing import Expected, in_turn
 from linearsr.denoiser import cpu_block as strips
 from linearsr.errors import OptionError
@@ -207,3 +208,33 @@ def test_the_ablation_pairs_its_differences_by_seed(tmp_path: Path) -> None:
     assert f"| {names[0]} | 25.0000 ± 5.0000 |" in text
     assert f"| {names[1]} | **+0.5000 ± 0.0000** |" in text
     assert f"| {names[2]} | **+1.0500 ± 0.0500** |" in text
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a, b, dim=0).item()
+
+
+def test_hashed_tags_have_unit_variance_and_mask_what_is_missing() -> None:
+    embeddings, mask = HashedEncoder(64)([("golden retriever", "grass"), (), ("sky",)])
+    assert embeddings.shape == (3, 2, 64) and embeddings.dtype == torch.float32
+    assert mask.tolist() == [[True, True], [False, False], [True, False]]
+    torch.testing.assert_close(embeddings.square().mean(dim=-1), mask.float())
+
+
+def test_hashed_embeddings_never_change() -> None:
+    """Stored weights were trained on these numbers, so no version may change them."""
+    embedding = HashedEncoder(8)([("cat",)]).embeddings[0, 0]
+    expected = torch.tensor([0, 0, 0, -1, -1, 0, 0, 1]) * (8 / 3) ** 0.5
+    torch.testing.assert_close(embedding, expected)
+
+
+def test_hashed_tags_are_similar_only_if_spelt_alike() -> None:
+    encode = HashedEncoder(256)
+    cat, cats, dog, again = encode([("cat", "cats", "dog", " Cat ")]).embeddings[0]
+    assert torch.equal(cat, again)
+    assert _cosine(cat, cats) > 0.3 > abs(_cosine(cat, dog)) + 0.1
+
+
+def test_hashed_encoder_needs_no_tags() -> None:
+    embeddings, mask = HashedEncoder(8)([(), ("",)])
+    assert embeddings.shape == (2, 1, 8) and not mask.any()

@@ -142,10 +142,10 @@ def test_failed_write_names_the_target(run, photos) -> None:  # type: ignore[no-
 
 
 def test_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    def exhausted(self: object, *_: object) -> None:
+    def exhausted(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.pipeline.upscaler.Upscaler._noise", exhausted)
+    monkeypatch.setattr("linearsr.pipeline.upscaler.tile_grid", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err

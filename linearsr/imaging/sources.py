@@ -55,7 +55,11 @@ def list_inputs(folder: Location, column: str, without: Location | None = None) 
         tables = map_files(
             shards, lambda shard: _shard_rows(shard, shard.relative_to(folder), column)
         )
-        return _unique(pa.concat_tables(tables), folder)
+        table = pa.concat_tables(tables)
+        counts = table.column("id").value_counts().to_pylist()
+        if repeated := [c["values"] for c in counts if c["counts"] > 1]:
+            raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
+        return table
     if not pictures:
         raise InputError(f"{folder.path}: no pictures and no .parquet shards here")
     names = [picture.relative_to(folder) for picture in pictures]
@@ -82,8 +86,10 @@ def choose(
         return [], tables
     shards = [
         table
-        for table, names in zip(tables, map_files(tables, _column_names), strict=True)
-        if names.issuperset(columns)
+        for table, names in zip(
+            tables, map_files(tables, lambda file: open_shard(file).schema_arrow.names), strict=True
+        )
+        if {*columns} <= {*names}
     ]
     if shards:
         raise InputError(
@@ -135,10 +141,6 @@ def _check_column(file: Location, schema: pa.Schema, column: str) -> None:
         )
 
 
-def _column_names(file: Location) -> set[str]:
-    return set(open_shard(file).schema_arrow.names)
-
-
 def _suffix(name: str) -> str:
     return f".{name.rsplit('.', 1)[-1].lower()}"
 
@@ -162,14 +164,6 @@ def _shard_rows(file: Location, name: str, column: str) -> pa.Table:
     return pa.table(columns, schema=INPUTS)
 
 
-def _unique(table: pa.Table, folder: Location) -> pa.Table:
-    counts = table.column("id").value_counts()
-    repeated = [c["values"] for c in counts.to_pylist() if c["counts"] > 1]
-    if repeated:
-        raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
-    return table
-
-
 class _RowGroup:
     """One column of a row group; the first thread that needs it reads it, the others wait."""
 
@@ -189,11 +183,7 @@ class _RowGroup:
             return self.column_data
 
 
-@lru_cache(maxsize=GROUPS_KEPT)
-def _cached_group(file: Location, number: int, column: str) -> _RowGroup:
-    return _RowGroup(file, number, column)
-
-
+_cached_group = lru_cache(maxsize=GROUPS_KEPT)(_RowGroup)
 _cache_lock = Lock()
 
 

@@ -104,7 +104,10 @@ class KneeDetector:
         that does not rise, an undeclared metric, and a metric without any value after
         `patience` + 1 updates; the first two leave the detector as it was.
         """
-        self._check(step, metrics)
+        if self._last is not None and step <= self._last:
+            raise OptionError(f"steps must rise: {step} after {self._last}")
+        if unknown := sorted(set(metrics) - set(self._signs)):
+            raise OptionError(f"unknown metrics {unknown}: expected {sorted(self._signs)}")
         self._last, self._updates = step, self._updates + 1
         row = [sign * metrics.get(name, math.nan) for name, sign in self._signs.items()]
         row = [value if math.isfinite(value) else math.nan for value in row]
@@ -129,12 +132,6 @@ class KneeDetector:
         return [
             (int(s), float(v)) for s, v in zip(steps, np.nanmedian(present, axis=0), strict=True)
         ]
-
-    def _check(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._last is not None and step <= self._last:
-            raise OptionError(f"steps must rise: {step} after {self._last}")
-        if unknown := sorted(set(metrics) - set(self._signs)):
-            raise OptionError(f"unknown metrics {unknown}: expected {sorted(self._signs)}")
 
     def _check_presence(self) -> None:
         if self._updates <= self._patience:

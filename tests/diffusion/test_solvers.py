@@ -15,10 +15,17 @@ from diffusers import (
 
 from linearsr.config import SamplingConfig, Solver
 from linearsr.diffusion.schedule import schedule, shifted
-from linearsr.diffusion.solvers import SolverState, euler, looks_back, sample
+from linearsr.diffusion.solvers import Denoise, SolverState, looks_back, sample
 from linearsr.errors import OptionError
 
 SECOND_ORDER: tuple[Solver, ...] = ("dpm", "adams")
+
+
+def euler(
+    denoise: Denoise, z: torch.Tensor, timesteps: list[float], start: int = 0, stop: int = -1
+) -> torch.Tensor:
+    stop = stop if stop >= 0 else len(timesteps) - 1
+    return sample("euler", denoise, SolverState(z), timesteps, start, stop).latent
 
 
 def _field(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

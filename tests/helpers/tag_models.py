@@ -1,7 +1,8 @@
-"""Tiny random models in the layouts of CLIP and SigLIP, and the words they know."""
+"""Tiny random models in the layouts of CLIP, SigLIP and Gemma 2, and the words they know."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,34 @@ def save_siglip(folder: Path) -> None:
     names = ["input_ids"]  # no mask, as in SigLIP's own tokenizer
     tokenizer = _tokenizer(model_max_length=64, model_input_names=names)
     SiglipProcessor(image, tokenizer).save_pretrained(folder)
+
+
+def save_gemma(folder: Path, channels: int, words: Sequence[str]) -> Path:
+    """Save a random Gemma 2 of so many channels, and a tokenizer that knows these words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=channels,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    Gemma2Model(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder

@@ -39,7 +39,7 @@ ADDED = {
         *_TRAINING,
         "--i-know-this-is-not-the-knee",  # such a short run has no knee
     ],
-    "python -m linearsr.training.accelerated": [
+    "python -m tools.train_bundled": [
         *("--patch=32", "--batch=2", "--shrinks=0", "--stages"),
         *(f"{name}=1" for name in ("pretrain", "structure", "texture", "polish", "refinement")),
     ],
@@ -62,7 +62,7 @@ REFUSES = {
     "python -m linearsr.distributed.health": (1, "must not join"),  # no GPU
     "python -m benchmarks --device cuda": (2, "cannot be used"),  # no GPU
     # LPIPS has no trunk here.
-    "python -m linearsr.training.accelerated": (1, "SqueezeNet 1.1, is not on this machine"),
+    "python -m tools.train_bundled": (1, "SqueezeNet 1.1, is not on this machine"),
     "linearsr tag photo.png --tagger ram": (2, "no readable checkpoint"),  # the user has none
     "python -m pytest": (5, "no tests"),
 }

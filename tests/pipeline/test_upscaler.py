@@ -616,7 +616,8 @@ def test_tags_change_every_experts_result(tagged: Upscaler, picture: Picture) ->
     cat, dog, none = (
         tagged.prepare(corner, Options(steps=20, tags=tags)) for tags in (("cat",), ("dog",), ())
     )
-    assert cat.tags is not None and cat.tags.shape == (1, 1, 16) and none.tags is None
+    # The beginning of the text, and a word.
+    assert cat.tags is not None and cat.tags.shape == (1, 2, 16) and none.tags is None
     for segment in cat.segments:
         latents = [tagged.denoise(job, segment).latents[0] for job in (cat, dog, none)]
         assert len({float(latent.double().sum()) for latent in latents}) == 3

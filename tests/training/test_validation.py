@@ -32,9 +32,10 @@ def test_the_default_metrics_are_measured_the_same_each_time(
         metrics=("psnr@1", "ssim@1", "vif@1", "psnr@2", "piqe@2"), knee={"psnr@1": True}, size=64
     )
     skipped: list[str] = []
-    bundle = weights.load(small_bundle)
-    first, strip = validate(bundle, pictures, config, skipped=skipped.append)
-    again, _ = validate(bundle, list(reversed(pictures)), config, skipped=skipped.append)
+    model, experts, _ = weights.load(small_bundle)
+    load = experts.__getitem__
+    first, strip = validate(model, load, pictures, config, skipped=skipped.append)
+    again, _ = validate(model, load, list(reversed(pictures)), config, skipped=skipped.append)
     assert first == pytest.approx(again) and set(first) == set(config.metrics) and not skipped
     assert 5 < first["psnr@1"] < 50 and first["psnr@1"] != first["psnr@2"]
     assert strip.shape == (3, 2 * 64, 4 * 64)  # LR, one step, two steps, HR
@@ -47,7 +48,9 @@ def test_an_unavailable_metric_is_named_once_and_left_out(
         metrics=("psnr@1", "nometric@1"), knee={"psnr@1": True, "nometric@1": True}, size=32
     )
     skipped: list[str] = []
-    metrics, _ = validate(weights.load(small_bundle), pictures, config, skipped=skipped.append)
+    model, experts, _ = weights.load(small_bundle)
+    load = experts.__getitem__
+    metrics, _ = validate(model, load, pictures, config, skipped=skipped.append)
     assert set(metrics) == {"psnr@1"}
     assert len(skipped) == 1 and "nometric@1" in skipped[0]
 
@@ -59,9 +62,11 @@ def test_a_model_that_takes_tags_is_judged_with_the_taggers(
     cat = torch.from_numpy(np.asarray(skimage.data.chelsea())).permute(2, 0, 1).float() / 255
     config = ValidationConfig(metrics=("psnr@1",), knee={"psnr@1": True}, size=300)
     single = export.single(tagged_config)
-    bundle = weights.Bundle(single, random_experts(single, 1), {})
+    load = random_experts(single, 1).__getitem__
     psnr = {
-        tags: validate(bundle, [("cat.png", cat)], config.model_copy(update={"tags": tags}))[0]
+        tags: validate(single, load, [("cat.png", cat)], config.model_copy(update={"tags": tags}))[
+            0
+        ]
         for tags in (True, False)
     }
     assert psnr[True] != psnr[False]

@@ -19,9 +19,9 @@ from typing import Any, Final, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress, reason
+from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress
 from linearsr.distributed.queue import CRASHED, Pool, map_actors
-from linearsr.errors import InputError, OptionError, WeightsError, one_line
+from linearsr.errors import InputError, OptionError, WeightsError, one_line, reason
 from linearsr.imaging.files import read
 from linearsr.imaging.sources import FAILURES, map_files, open_shard
 from linearsr.storage.location import Location, check_writable, explained, locate, url

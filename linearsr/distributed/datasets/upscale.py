@@ -22,11 +22,10 @@ from linearsr.distributed.datasets.resume import (
     Summary,
     claim,
     progress,
-    reason,
 )
 from linearsr.distributed.models import absolute, check_model, load_upscaler
 from linearsr.distributed.queue import Pool, map_actors
-from linearsr.errors import InputError, OptionError, StorageError
+from linearsr.errors import InputError, OptionError, StorageError, reason
 from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, Picture, result_name
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
 from linearsr.pipeline.codec import Encoded, upscale_encoded
@@ -138,7 +137,13 @@ def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> list[dic
         targets, done = ids, _ids_in(output / "data")
     else:
         targets = [target_name(id, config.files) for id in ids]
-        _check_unique(ids, targets)
+        taken: dict[str, str] = {}
+        for id, target in zip(ids, targets, strict=True):
+            if taken.setdefault(target, id) != id:
+                raise OptionError(
+                    f"{taken[target]} and {id} would both become {target}; leave out --format, "
+                    "or write Parquet"
+                )
         done = {file.relative_to(output) for file in output.files()}
     inputs = inputs.append_column("target", pa.array(targets, pa.string()))
     left = inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))
@@ -157,17 +162,6 @@ def target_name(id: str, files: FileOptions) -> str:
     if path.suffix.lower() not in READ_SUFFIXES:
         path = path.with_name(f"{path.name}.png")
     return str(result_name(path, files.format))
-
-
-def _check_unique(ids: list[str], targets: list[str]) -> None:
-    taken: dict[str, str] = {}
-    for id, target in zip(ids, targets, strict=True):
-        if target in taken:
-            raise OptionError(
-                f"{taken[target]} and {id} would both become {target}; leave out --format, "
-                "or write Parquet"
-            )
-        taken[target] = id
 
 
 def _ids_in(folder: Location) -> set[str]:

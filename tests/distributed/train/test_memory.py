@@ -79,7 +79,7 @@ def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
 
     for target in ("training.export.load", "training.export.load_average"):
         after(f"linearsr.{target}")
-    for target in ("_load_expert", "_write"):
+    for target in ("_load_expert", "save_file"):
         after(f"linearsr.weights.bundle.{target}")
     return peak
 
@@ -171,9 +171,7 @@ def test_validation_holds_one_expert_at_a_time(
 def _quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace Ray and DeepSpeed as a worker uses them, for one rank in this process."""
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    reporter = SimpleNamespace(
-        leads=True, stops=lambda: False, say=print, checkpoint=lambda *_, **__: None
-    )
+    reporter = SimpleNamespace(leads=True, stops=lambda: False, checkpoint=lambda *_, **__: None)
     fake: dict[str, Callable[..., Any]] = {
         "ray.train.get_context": lambda: context,
         "ray.train.get_checkpoint": lambda: None,

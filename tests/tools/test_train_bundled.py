@@ -1,4 +1,4 @@
-"""`python -m linearsr.training.accelerated` on a CPU, with a small model: stages, files, errors."""
+"""`python -m tools.train_bundled` on a CPU, with a small model: stages, files, errors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from linearsr.denoiser import LinearSR, blocks
 from linearsr.imaging.resample import resize
 from linearsr.kernels import relu_linear_attention
 from linearsr.pipeline.upscaler import Upscaler
-from linearsr.training import accelerated
 from tests.helpers.experts import random_experts
 from tests.helpers.pictures import picture
+from tools.train_bundled import __main__ as program
 
 STAGES = ("pretrain", "structure", "refinement", "texture", "polish")
 Call = Callable[..., int]
@@ -39,8 +39,8 @@ def call(
     small_config: ModelConfig, lpips_trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Call:
     """Run the program in this process, with a smaller model and few tiny photographs."""
-    monkeypatch.setattr(accelerated, "MODEL", small_config)
-    monkeypatch.setattr(accelerated, "CHANNELS", (8, 8, 8, 8, 8))
+    monkeypatch.setattr(program, "MODEL", small_config)
+    monkeypatch.setattr(program, "CHANNELS", (8, 8, 8, 8, 8))
     for seed in range(2):
         _save(tmp_path / "photos" / f"{seed}.jpg", picture(200, 300, seed))
     for name, width in (("a", 64), ("b", 96)):
@@ -52,8 +52,8 @@ def call(
     fixed += [f"--photos={tmp_path / 'photos'}", "--patch=32", "--batch=2", "--shrinks=1"]
 
     def run(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["accelerated", *fixed, *arguments])
-        return accelerated.main()
+        monkeypatch.setattr("sys.argv", ["train_bundled", *fixed, *arguments])
+        return program.main()
 
     return run
 
@@ -111,7 +111,7 @@ def test_pretraining_lowers_the_loss(
     # Each call of the clock adds 1/250 s, so a busy machine takes as many steps as an idle one.
     looks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(looks) / 250, time=time.time)
-    monkeypatch.setattr(accelerated, "time", clock)
+    monkeypatch.setattr(program, "time", clock)
     # Each line covers few steps, so the first ones show the network before it has learnt.
     flags = ("--rate=3e-3", "--batch=16", "--say-every=0.05", "--seed=2")
     assert call("--stages", "pretrain=6", *flags) == 0
@@ -123,12 +123,12 @@ def test_pretraining_lowers_the_loss(
 def test_accelerated_attention_equals_that_of_the_blocks_and_is_used_only_in_training() -> None:
     q, k, v = torch.randn(3, 2, 50, 4, 16)
     torch.testing.assert_close(
-        accelerated.attention(q, k, v), relu_linear_attention(q, k, v), rtol=1e-4, atol=1e-5
+        program.attention(q, k, v), relu_linear_attention(q, k, v), rtol=1e-4, atol=1e-5
     )
-    none = accelerated.attention(-q.abs(), k, v)
+    none = program.attention(-q.abs(), k, v)
     assert not none.any(), "a query without positive values gives zero"
-    with accelerated.light_attention():
-        assert vars(blocks)["relu_linear_attention"] is accelerated.attention
+    with program.light_attention():
+        assert vars(blocks)["relu_linear_attention"] is program.attention
     assert vars(blocks)["relu_linear_attention"] is relu_linear_attention
 
 
@@ -136,14 +136,14 @@ def test_sampling_equals_that_of_the_upscaler(small_config: ModelConfig) -> None
     """One step ends at the network's guess; two steps end at the second guess."""
     first, second = random_experts(small_config, 2)
     bicubic = torch.rand(2, 3, 32, 32) * 2 - 1
-    noise = accelerated.noise_for(bicubic, torch.Generator().manual_seed(0))
+    noise = program.noise_for(bicubic, torch.Generator().manual_seed(0))
     one, t = torch.ones(2), torch.full((2,), 0.4)
     with torch.no_grad():
-        guess = accelerated.guess(first, noise, one, bicubic)
-        torch.testing.assert_close(accelerated.walk([first], [1.0], bicubic), guess)
+        guess = program.guess(first, noise, one, bicubic)
+        torch.testing.assert_close(program.walk([first], [1.0], bicubic), guess)
         between = torch.lerp(guess, noise, 0.4)
-        expected = accelerated.guess(second, between, t, bicubic)
-        picture = accelerated.walk([first, second], [1.0, 0.4], bicubic)
+        expected = program.guess(second, between, t, bicubic)
+        picture = program.walk([first, second], [1.0, 0.4], bicubic)
     torch.testing.assert_close(picture, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from linearsr.imaging import degradation as degrade
 from linearsr.imaging.degradation import Preset
 from linearsr.imaging.resample import resize
-from linearsr.training import device_pairs
-from linearsr.training.device_pairs import Atlas, degraded, filtered, jpeg, pairs
 from tests.helpers.pictures import picture
+from tools.train_bundled import pairs as device_pairs
+from tools.train_bundled.pairs import Atlas, degraded, filtered, jpeg, pairs
 
 CPU = torch.device("cpu")
 MIX: dict[Preset, float] = {"clean": 0.5, "web": 0.5}
