@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
 import numpy as np
 import pytest

@@ -38,6 +38,8 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     model = read_config(config.model)
     resources = config.resources(model)
     _check_port(host, port)
+    # On a busy machine the proxy needs more than 5 s to start, after which Serve would replace it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # All replicas share this machine's cores, so Ray gets as many logical CPUs as they reserve. The
     # address "local" leaves any other Ray on this machine alone.
     here = {"address": "local", "num_cpus": math.ceil(resources.cpus), "include_dashboard": False}
@@ -53,7 +55,7 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(app, name=APPLICATION)
-    except RuntimeError as error:
+    except (RuntimeError, ray.exceptions.RayError) as error:
         raise LinearSRError(f"the endpoint did not start: {one_line(error)}") from error
     print(f"Serving {model.name} at http://{host}:{port}/ (press Ctrl-C to stop)", flush=True)
     stop.wait()
