@@ -17,8 +17,12 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
-import numpy as np
 import pytest
+
+# Failures of the assertions in helpers show their values, as those in tests do.
+pytest.register_assert_rewrite("tests.helpers")
+
+import numpy as np
 import skimage.data
 import torch
 from PIL import Image
