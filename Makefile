@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 IN ?=
 PIP := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: demo test pages drills rehearse lint types docs s3 s3-server clean
+.PHONY: demo test test-fast pages drills rehearse lint types docs s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -29,22 +29,22 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python -m linearsr.demo --output demo $(if $(IN),--input "$(IN)")
+	$(BIN)/python -m tools.demo --output demo $(if $(IN),--input "$(IN)")
 
-# Ray starts many processes: without compiled modules each of them would compile torch anew. There
-# are two lanes, for two cores: the endpoint's tests wait until those without a cluster are done.
-# Threads would only wait for each other's cores.
+# Ray starts many processes: without compiled modules each of them would compile torch anew. Tests run
+# in two processes, each with one cluster (tests/conftest.py groups them); with more threads the
+# processes would wait for each other's cores.
 QUICK := env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache
 PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-
-CORE := $(foreach folder,cluster drills pages,--ignore=tests/$(folder))
-# Of the tests with a cluster those that wait for CORE to end: half of the time.
-SECOND := $(wildcard tests/cluster/test_serve*.py) tests/cluster/test_upscaling.py
+TWO := --numprocesses 2 --dist loadgroup
 
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	{ $(PYTEST) $(CORE); core=$$?; $(PYTEST) $(SECOND) && exit $$core; } > $(VENV)/core.log 2>&1 & \
-		other=$$!; $(PYTEST) tests/cluster $(SECOND:%=--ignore=%); jobs=$$?; \
-		wait $$other; other=$$?; cat $(VENV)/core.log; exit $$((jobs | other))
+	$(PYTEST) $(TWO) --ignore tests/drills --ignore tests/pages
+
+# Without a cluster and without a browser.
+test-fast: $(VENV)/dev.stamp
+	$(PYTEST) $(TWO) -m "not cluster and not browser and not slow" \
+		--ignore tests/drills --ignore tests/pages
 
 # Clusters of their own, which two cores cannot have beside the others: every command of every page,
 # and what breaks a fleet.
@@ -56,7 +56,7 @@ pages drills: $(VENV)/dev.stamp $(S3)/stamp
 STORAGE ?=
 ARGS ?=
 rehearse: $(VENV)/dev.stamp $(S3)/stamp
-	$(QUICK) $(BIN)/python -m rehearsal $(if $(STORAGE),--storage "$(STORAGE)") \
+	$(QUICK) $(BIN)/python -m tools.rehearsal $(if $(STORAGE),--storage "$(STORAGE)") \
 		$(if $(IN),--photos "$(IN)") $(ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -66,15 +66,15 @@ lint: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
-# The pages of docs/jobs, from docstrings, parsers and configs.
+# The pages of docs/reference, from docstrings, parsers and configs.
 docs: $(VENV)/dev.stamp
-	$(BIN)/python -m docs.generate
+	$(BIN)/python -m tools.generate_docs
 
 s3-server: $(S3)/stamp
 
 # For who has no bucket: S3 on this machine, until Ctrl-C. Objects stay in .s3.
 s3: $(S3)/stamp
-	@exec $(S3)/bin/python -m tests.s3.swift --folder .s3 --port 9000
+	@exec $(S3)/bin/python -m tools.s3_server --folder .s3 --port 9000
 
 clean:
 	rm -rf $(VENV) $(S3) .pytest_cache .mypy_cache .ruff_cache demo

@@ -1,5 +1,5 @@
 """Measurements behind the numbers in the README, the pages and the model card.
 
-`python -m benchmarks` is the speed of it all on this machine, side by side with what people would
-pick instead; the other modules answer one question each (`python -m benchmarks.NAME --help`).
+`python -m benchmarks` measures the speed on this machine, side by side with the models that people
+would use instead; the other modules answer one question each (`python -m benchmarks.NAME --help`).
 """

@@ -1,12 +1,12 @@
-"""How fast LinearSR is on this machine, beside what people would pick instead.
+"""Measure how fast LinearSR is on this machine, beside the models that people would use instead.
 
     python -m benchmarks                            # this machine's best device, a few minutes
     python -m benchmarks --device cuda --models linearsr-1.6b linearsr-0.6b --sides 512 1024 2048
     python -m benchmarks --only gains --sides 1024  # what each optimisation gives
 
 Models have random weights at their real configs; before anything is timed, every way to run them
-must be as close to float64 as the plain one. Writes a page, its plots and the bare numbers into
-benchmarks/results/MACHINE. What would take longer than --limit seconds is left out, and said so.
+must be as close to float64 as the plain one. Writes a page, its plots and the numbers into
+benchmarks/results/MACHINE. Runs that would take longer than --limit seconds are marked as such.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from benchmarks.contestants import Contestants
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
-from benchmarks.timing import Asked
+from benchmarks.timing import Settings
 from linearsr.config import MODELS
 from linearsr.errors import OptionError
-from linearsr.upscaler import best_dtype, pick_device
+from linearsr.pipeline.device import best_dtype, pick_device
 
 SECTIONS = {m.__name__.split(".")[-1]: m for m in (attention, forward, image, gains)}
 RESULTS = Path(__file__).parent / "results"
@@ -43,14 +43,14 @@ def main() -> int:
     except OptionError as error:
         parser.error(str(error))
     if device.type not in ("cpu", "cuda"):
-        parser.error(f"there are no clocks for {device.type} here; choose --device cpu or cuda")
-    # Past its limit it would run uncompiled, and not say so.
+        parser.error(f"{device.type} cannot be timed; choose --device cpu or cuda")
+    # Beyond this limit torch would run uncompiled code without saying so.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="torch")
     machine = Machine.here(device, best_dtype(device))
-    asked = Asked(
+    settings = Settings(
         models=tuple(MODELS[name] for name in options.models or _models(device)),
         sides=tuple(options.sides),
         rounds=options.rounds,
@@ -62,10 +62,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with torch.inference_mode():
-            for config in asked.models:
+            for config in settings.models:
                 gate.check(Contestants(config, device, machine.dtype), compiled=False)
             for name in options.only:
-                text, rows = SECTIONS[name].run(machine, asked, folder)
+                text, rows = SECTIONS[name].run(machine, settings, folder)
                 print(text, flush=True)
                 _write(folder, machine, name, text, rows)
     except GateError as error:
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def _write(folder: Path, machine: Machine, name: str, text: str, rows: Sequence[Row]) -> None:
-    """A section at a time, so that none is lost; those of earlier runs stay until measured anew."""
+    """Write one section; sections of earlier runs stay until they are measured again."""
     described = machine.describe()
     how = [f"- {key}: {value}" for key, value in described.items()]
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
@@ -90,7 +90,7 @@ def _write(folder: Path, machine: Machine, name: str, text: str, rows: Sequence[
 
 
 def _models(device: torch.device) -> Sequence[str]:
-    """The large ones are for GPUs."""
+    """Names of the models to time by default: the large ones only on GPUs."""
     return list(MODELS) if device.type == "cuda" else ["linearsr-tiny"]
 
 
@@ -99,19 +99,28 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="of a CPU; all by default")
+    parser.add_argument("--threads", type=int, help="number of CPU threads; all by default")
     parser.add_argument("--models", nargs="+", choices=MODELS)
     sides = [512, 1024, 2048, 4096, 8192]
-    parser.add_argument("--sides", nargs="+", type=int, default=sides, help="of outputs, pixels")
+    parser.add_argument(
+        "--sides", nargs="+", type=int, default=sides, help="sides of the outputs in pixels"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds that one call may take")
     parser.add_argument(
-        "--compiled-up-to", type=int, default=1024, help="side; each size is compiled anew"
+        "--limit", type=float, default=60.0, help="longest time of a call in seconds"
     )
-    parser.add_argument("--real-esrgan", type=Path, help="its weights; random ones otherwise")
+    parser.add_argument(
+        "--compiled-up-to",
+        type=int,
+        default=1024,
+        help="largest side to time compiled; each size is compiled separately",
+    )
+    parser.add_argument(
+        "--real-esrgan", type=Path, help="weights of Real-ESRGAN; random ones by default"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--name", help="of the folder; the machine's by default")
+    parser.add_argument("--name", help="name of the folder; the machine's name by default")
     return parser
 
 

@@ -10,7 +10,7 @@ take the plain schedule, since plans of the bundled model suit its own boundarie
 
 OUT/results.jsonl gets a line for each part as it ends: the same command goes on from there, with
 more --seeds it only trains what is new, and several may share the seeds among them. LPIPS needs
-its trunk (docs/evaluation.md).
+its trunk (docs/guides/evaluation.md).
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from torch import Tensor
 from benchmarks.tables import markdown
 from linearsr import weights
 from linearsr.cli import job
+from linearsr.cli.flags import add_fields
 from linearsr.config import Config, ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import boundaries, ranges
 from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.imaging.files import find_images, read
 from linearsr.latent import load_autoencoder
-from linearsr.noise.experts import boundaries, ranges
-from linearsr.quality.knee import KneeDetector, KneeState
-from linearsr.quality.metrics import unavailable
+from linearsr.metrics.measure import unavailable
 from linearsr.training import export, loop
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch, Batches, DataConfig, Photos, load_photos
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import GuardConfig
+from linearsr.training.knee import KneeDetector, KneeState
 from linearsr.training.recipes import ValidationConfig, tiny_cpu
 from linearsr.training.validation import validate
 
@@ -136,12 +137,12 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = job.described(__doc__)
+    parser = job.new_parser(__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder to train on")
     parser.add_argument("--data", type=Path, required=True, help="folder of validation pictures")
     parser.add_argument("--out", type=Path, required=True, help="where results and weights go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    job.add_fields(parser, Setting, Setting.model_fields)
+    add_fields(parser, Setting, Setting.model_fields)
     return parser.parse_args()
 
 
@@ -164,7 +165,7 @@ class Results:
         before.write_text(text)
 
     def add(self, seed: int, part: str, **values: object) -> Record:
-        """The record of a part that has just ended, written and told at once."""
+        """The record of a part that has just ended, written and printed at once."""
         record = {"seed": seed, "part": part, **values}
         line = json.dumps(record)
         with (self.folder / RESULTS).open("a") as file:
@@ -228,25 +229,25 @@ class Bench:
         start = LinearSR(model.denoiser).state_dict()
         history: list[Checkpoint] = []
 
-        def validated(stage: loop.Stage, told: loop.Report) -> None:
-            history.append(self.checkpoint(seed, stage, told))
+        def validated(stage: loop.TrainState, report: loop.Report) -> None:
+            history.append(self.checkpoint(seed, stage, report))
             print(f"seed {seed}  {json.dumps(history[-1])}", flush=True)
 
         _trained(model, start, _pretraining(self.setting, seed), self.batches(seed), validated)
         state = knee(history)
         half, last = (int(history[i]["step"]) for i in (len(history) // 2 - 1, -1))
-        found = {"knee": state.step or half, "last": last, "status": state.status}
-        told = {"evidence": state.evidence, "history": history, "minutes": _minutes(began)}
-        return self.results.add(seed, PRETRAIN, **found, **told)
+        steps = {"knee": state.step or half, "last": last, "status": state.status}
+        evidence = {"evidence": state.evidence, "history": history, "minutes": _minutes(began)}
+        return self.results.add(seed, PRETRAIN, **steps, **evidence)
 
-    def checkpoint(self, seed: int, stage: loop.Stage, told: loop.Report) -> Checkpoint:
+    def checkpoint(self, seed: int, stage: loop.TrainState, report: loop.Report) -> Checkpoint:
         """The checkpoint that a stage has come to, saved and validated."""
-        folder = self.results.checkpoint(seed, told.step)
+        folder = self.results.checkpoint(seed, report.step)
         folder.mkdir(parents=True, exist_ok=True)
         stage.ema.save(folder)
         bundle = _bundle(self.setting.model, [stage.ema.average])
         values = _values(bundle, self.watched, tuple(KNEE), self.setting.size)
-        return {"step": told.step, "loss": told.loss, **values}
+        return {"step": report.step, "loss": report.loss, **values}
 
     def bundle(
         self, arm: Arm, checkpoint: Path, batches: Sequence[Batch], seed: int
@@ -270,19 +271,19 @@ def _values(
 ) -> dict[str, float]:
     """The means of these metrics over pictures whose LR is clean."""
     config = ValidationConfig(metrics=metrics, knee={metrics[0]: True}, size=size)
-    return validate(bundle, pictures, config)[0]
+    return validate(bundle.config, bundle.experts.__getitem__, pictures, config)[0]
 
 
 def _pictures(folder: Path, setting: Setting) -> tuple[Pictures, Pictures]:
     """The pictures that tell the knee, and others that judge the results."""
     paths = find_images(folder)
-    told, judging = paths[::2][: setting.watched], paths[1::2][: setting.judged]
-    if len(told) < setting.watched or len(judging) < setting.judged:
+    watching, judging = paths[::2][: setting.watched], paths[1::2][: setting.judged]
+    if len(watching) < setting.watched or len(judging) < setting.judged:
         raise InputError(
             f"{folder}: {len(paths)} pictures are too few for {setting.watched} watched and "
             f"{setting.judged} judged ones"
         )
-    watched, judged = ([(p.name, read(p).pixels[:3]) for p in part] for part in (told, judging))
+    watched, judged = ([(p.name, read(p).pixels[:3]) for p in part] for part in (watching, judging))
     return watched, judged
 
 
@@ -323,13 +324,13 @@ def _trained(
     start: State,
     train: TrainConfig,
     batches: Iterator[Batch],
-    report: Callable[[loop.Stage, loop.Report], None] = lambda *_: None,
+    report: Callable[[loop.TrainState, loop.Report], None] = lambda *_: None,
 ) -> State:
     """The averaged weights after a stage that began with `start`."""
     model = LinearSR(config.denoiser)
     model.load_state_dict(start)
     engine = TorchEngine(model, train, torch.device("cpu"))
-    stage = loop.Stage.start(engine, load_autoencoder(config.latent, "cpu"), train)
+    stage = loop.TrainState.start(engine, load_autoencoder(config.latent, "cpu"), train)
     return loop.run(stage, batches, report).ema.average
 
 
@@ -349,11 +350,11 @@ def _minutes(began: float) -> float:
 
 def report(results: Results, seeds: Sequence[int]) -> str:
     """The tables of finished seeds: knees, means, and paired differences from the first arm."""
-    found = {arm.name: [results.get(seed, arm.name)["values"] for seed in seeds] for arm in ARMS}
-    base = found[ARMS[0].name]
+    per_arm = {arm.name: [results.get(seed, arm.name)["values"] for seed in seeds] for arm in ARMS}
+    base = per_arm[ARMS[0].name]
     differences = {
         name: [{m: v[m] - b[m] for m in JUDGED} for v, b in zip(values, base, strict=True)]
-        for name, values in found.items()
+        for name, values in per_arm.items()
         if name != ARMS[0].name
     }
     return "\n\n".join(
@@ -362,7 +363,7 @@ def report(results: Results, seeds: Sequence[int]) -> str:
             "stands in:",
             _knees(results, seeds),
             f"Means over {len(seeds)} seeds ± standard error:",
-            _table(found, _mean),
+            _table(per_arm, _mean),
             f"Difference from {ARMS[0].name}, paired by seed, ± standard error; bold where it is "
             "over two standard errors (chance does that in 18% of the cells with three seeds, in "
             "12% with five):",

@@ -1,4 +1,4 @@
-"""The operator alone: linear attention against softmax attention over as many tokens."""
+"""Time the operator alone: linear attention against softmax attention over the same tokens."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from benchmarks import gate, tables
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
-from benchmarks.timing import Asked, Expected, in_turn
+from benchmarks.timing import Expected, Settings, in_turn
 from linearsr.kernels import relu_linear_attention
 
 LINEAR, SOFTMAX = "linear attention", "softmax attention"
 
 
-def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
-    """At the heads and tokens of the first model, at each size of output."""
-    config = asked.models[0]
+def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[Row]]:
+    """Time both, with the heads and tokens of the first model, at each output size."""
+    config = settings.models[0]
     dim, width = config.denoiser.head_dim, config.denoiser.width
     gate.check_operator(relu_linear_attention, machine)
-    rows, expected = [], Expected(asked.limit)
-    for side in asked.sides:
+    rows, expected = [], Expected(settings.limit)
+    for side in settings.sides:
         tokens = (side // config.latent.factor) ** 2
         shape = (1, tokens, width // dim, dim)
         q, k, v = (torch.randn(shape, device=machine.device, dtype=machine.dtype) for _ in "qkv")
@@ -34,7 +34,7 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
         }
         power = {LINEAR: 1, SOFTMAX: 2}
         runs = {n: r for n, r in runs.items() if expected.within(n, side, power[n])}
-        timed = in_turn(runs, machine.device, asked.rounds)
+        timed = in_turn(runs, machine.device, settings.rounds)
         for name in (LINEAR, SOFTMAX):
             rows.append(tables.row(name, side, timed, expected))
     tables.plot(rows, f"Attention of {config.name} alone", folder / "attention.png")
@@ -50,7 +50,7 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
 
 
 def slope(rows: list[Row], what: str) -> float:
-    """Least squares through log seconds over log pixels; NaN for less than two sizes."""
+    """Slope of log seconds over log pixels by least squares; NaN for fewer than two sizes."""
     points = [
         (math.log(row.side**2), math.log(row.seconds))
         for row in rows

@@ -36,7 +36,7 @@ class SoftmaxAttention(LinearAttention):
 
 
 class Inputs(NamedTuple):
-    """Of one forward for an output of a given side."""
+    """Inputs of one forward, for an output of a given side."""
 
     latent: Tensor
     t: Tensor
@@ -62,7 +62,7 @@ class Contestants:
         self.compiled_ours: Any = torch.compile(_plain(self.ours), dynamic=False)
 
     def inputs(self, side: int) -> Inputs:
-        """Random ones for a picture of side x side pixels, in the precision of the models."""
+        """Random inputs for a picture of side x side pixels, in the precision of the models."""
         cells, channels = side // self.config.latent.factor, self.config.denoiser.latent_channels
         shapes = (1, channels, cells, cells), (1, TAGS, self.ours.config.tag_dim or 0)
         latent, tags = (
@@ -71,35 +71,35 @@ class Contestants:
         latent, tags = (x.to(self.device, self.dtype) for x in (latent, tags))
         return Inputs(latent, torch.tensor([0.5], device=self.device), tags)
 
-    def condition(self, given: Inputs) -> Condition:
-        """Of a model converted from Sana, whose LR stem says nothing yet."""
-        embedded = self.ours.embed.bias.expand(1, *given.latent.shape[2:], -1)
-        return Condition(embedded, self.ours.tag_keys(given.tags))
+    def condition(self, inputs: Inputs) -> Condition:
+        """Inputs of Sana: those of a converted model whose LR stem contributes nothing yet."""
+        embedded = self.ours.embed.bias.expand(1, *inputs.latent.shape[2:], -1)
+        return Condition(embedded, self.ours.tag_keys(inputs.tags))
 
-    def forwards(self, given: Inputs, compiled: bool) -> dict[str, Forward]:
-        """Every way to compute the same function (but for softmax), by name."""
-        condition = self.condition(given)
-        last = given.latent.contiguous(memory_format=torch.channels_last)
+    def forwards(self, inputs: Inputs, compiled: bool) -> dict[str, Forward]:
+        """Every way to compute the same function, and softmax attention, by name."""
+        condition = self.condition(inputs)
+        last = inputs.latent.contiguous(memory_format=torch.channels_last)
         plain = _plain(self.ours)
         ways: dict[str, Forward] = {
-            "diffusers": lambda: _theirs(self.sana, given),
-            "LinearSR": lambda: self.ours(last, given.t, condition),
-            "LinearSR, plain order": lambda: plain(last, given.t, condition),
+            "diffusers": lambda: _theirs(self.sana, inputs),
+            "LinearSR": lambda: self.ours(last, inputs.t, condition),
+            "LinearSR, plain order": lambda: plain(last, inputs.t, condition),
         }
         if compiled:
-            ways["diffusers, compiled"] = lambda: _theirs(self.compiled_sana, given)
-            ways["LinearSR, compiled"] = lambda: self.compiled_ours(last, given.t, condition)
+            ways["diffusers, compiled"] = lambda: _theirs(self.compiled_sana, inputs)
+            ways["LinearSR, compiled"] = lambda: self.compiled_ours(last, inputs.t, condition)
         softmax = _softmax(self.ours)
-        ways["softmax attention"] = lambda: softmax(last, given.t, condition)
+        ways["softmax attention"] = lambda: softmax(last, inputs.t, condition)
         return ways
 
     def flops(self, side: int) -> int:
-        """Counted, of one forward; linear attention's few are in it."""
+        """Counted operations of one forward, including the few of linear attention."""
 
         def forward() -> Forward:
-            given = self.inputs(side)
-            condition = self.condition(given)
-            return lambda: _plain(self.ours)(given.latent, given.t, condition)
+            inputs = self.inputs(side)
+            condition = self.condition(inputs)
+            return lambda: _plain(self.ours)(inputs.latent, inputs.t, condition)
 
         return counted(forward)
 
@@ -123,9 +123,9 @@ def _sana(config: DenoiserConfig) -> Any:
     )
 
 
-def _theirs(sana: Any, given: Inputs) -> Tensor:
+def _theirs(sana: Any, inputs: Inputs) -> Tensor:
     """diffusers' forward, as a pipeline calls it: t on [0, 1000], channels first."""
-    out: Tensor = sana(given.latent, given.tags, given.t * 1000, return_dict=False)[0]
+    out: Tensor = sana(inputs.latent, inputs.tags, inputs.t * 1000, return_dict=False)[0]
     return out
 
 

@@ -1,10 +1,10 @@
-"""Dataset upscaling against a plain loop over the same files, and its memory against their number.
+"""Time dataset upscaling against a plain loop, and measure its memory for more and more files.
 
     python -m benchmarks.dataset throughput --pictures 400 --size 64
     python -m benchmarks.dataset memory --pictures 200 2000 --size 16
 
-One actor and one thread on both sides, results compared byte for byte before anything is timed. A
-rate is that of the time between the first and the last result, so that starting Ray is told apart.
+Both sides have one actor and one thread, and their results are compared byte for byte before
+anything is timed. Rates are taken between the first and the last result, without the start of Ray.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import skimage.data
 import torch
 from PIL import Image
 
-from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
 from linearsr.config import Options
+from linearsr.distributed.datasets.upscale import UpscaleConfig, upscale_dataset
 from linearsr.imaging.files import read, write
-from linearsr.upscaler import Upscaler
+from linearsr.pipeline.upscaler import Upscaler
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry")
 
@@ -88,7 +88,7 @@ def _throughput(folder: str, steps: int) -> str:
 
 
 def _loop(folder: Path, steps: int) -> tuple[float, float]:
-    """The same work in this process."""
+    """Upscale the same files in this process."""
     began = time.perf_counter()
     (folder / "alone").mkdir()
     upscaler, options = Upscaler.load(device="cpu"), Options(steps=steps)
@@ -104,7 +104,7 @@ def _rate(folder: Path) -> float:
 
 
 def _memory(folder: str, steps: int) -> str:
-    """Peak resident memory of this process and of the actor, sampled while the job runs."""
+    """Sample the peak resident memory of this process and of the actor while the job runs."""
     ended, peak = threading.Event(), {"driver": 0, "actor": 0}
     sampler = threading.Thread(target=_sample, args=(ended, peak))
     sampler.start()
@@ -126,7 +126,7 @@ def _sample(ended: threading.Event, peak: dict[str, int]) -> None:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return "MapWorker" in " ".join(process.cmdline())
+        return "DatasetActor" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

@@ -1,4 +1,4 @@
-"""Operations counted without computing anything: tensors have shapes here, and no data."""
+"""Count operations without computing anything: the tensors have shapes and no data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def torch_only() -> AbstractContextManager[object]:
-    """PyTorch's own operations instead of ours: those are what can be counted."""
+    """Use PyTorch's own operations instead of our kernels, which cannot be counted."""
     return mock.patch.dict(os.environ, {"LINEARSR_KERNELS": "torch"})
 
 
 def counted(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Operations (a multiplication and an addition are two) of what `prepare` returns."""
+    """Operations of the call that `prepare` returns; a multiplication and an addition are two."""
     with torch_only(), FakeTensorMode(allow_non_fake_inputs=True):
         work = prepare()
         with FlopCounterMode(display=False) as counter:

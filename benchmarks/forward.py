@@ -1,4 +1,4 @@
-"""One forward of the denoiser: ours against diffusers' Sana with the same weights, and softmax."""
+"""Time one forward of the denoiser: ours, diffusers' Sana with the same weights, and softmax."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from benchmarks import gate, tables
 from benchmarks.contestants import TAGS, Contestants, Forward
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
-from benchmarks.timing import Asked, Expected, in_turn
+from benchmarks.timing import Expected, Settings, in_turn
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 
 BASE = "diffusers"
 
 
-def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
-    """Each model at each size."""
+def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[Row]]:
+    """Time each model at each size."""
     pages, all_rows = ["## One forward of the denoiser"], []
-    for config in asked.models:
+    for config in settings.models:
         contestants = Contestants(config, machine.device, machine.dtype)
-        compiled = min(asked.sides) <= asked.compiled_up_to
+        compiled = min(settings.sides) <= settings.compiled_up_to
         errors = gate.check(contestants, compiled)
-        rows, expected = [], Expected(asked.limit)
-        for side in asked.sides:
-            rows += _at(contestants, side, asked, expected)
+        rows, expected = [], Expected(settings.limit)
+        for side in settings.sides:
+            rows += _at(contestants, side, settings, expected)
         picture = f"forward-{config.name}.png"
         tables.plot(rows, f"One forward, {config.name}", folder / picture)
         parameters = sum(p.numel() for p in contestants.ours.parameters())
@@ -47,8 +47,8 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
     return "\n\n".join(pages), all_rows
 
 
-def _at(contestants: Contestants, side: int, asked: Asked, expected: Expected) -> list[Row]:
-    ways = contestants.forwards(contestants.inputs(side), side <= asked.compiled_up_to)
+def _at(contestants: Contestants, side: int, settings: Settings, expected: Expected) -> list[Row]:
+    ways = contestants.forwards(contestants.inputs(side), side <= settings.compiled_up_to)
     if contestants.config.denoiser.tag_dim is None:
         ways["LinearSR, as shipped (no tags)"] = _as_shipped(contestants, side)
     power = {gate.NOT_THE_SAME: 2}
@@ -57,11 +57,11 @@ def _at(contestants: Contestants, side: int, asked: Asked, expected: Expected) -
         for n, w in ways.items()
         if expected.within(n, side, power.get(n, 1))
     }
-    timed = in_turn(started, contestants.device, asked.rounds)
+    timed = in_turn(started, contestants.device, settings.rounds)
     flops, rows = contestants.flops(side), []
     for name in ways:
         row = tables.row(name, side, timed, expected)
-        # Another function does another number of operations.
+        # Another function needs another number of operations.
         same = name != gate.NOT_THE_SAME and "shipped" not in name
         rows.append(row._replace(flops=flops if same else None))
     return rows
@@ -71,8 +71,8 @@ def _as_shipped(contestants: Contestants, side: int) -> Forward:
     config: ModelConfig = contestants.config
     device, dtype = contestants.device, contestants.dtype
     model = LinearSR(config.denoiser).to(device, dtype).eval()
-    given = contestants.inputs(side)
+    inputs = contestants.inputs(side)
     picture = torch.randn(1, 3, side, side).to(device, dtype)
-    condition = model.condition(picture, torch.randn_like(given.latent))
-    latent = given.latent.contiguous(memory_format=torch.channels_last)
-    return lambda: model(latent, given.t, condition)
+    condition = model.condition(picture, torch.randn_like(inputs.latent))
+    latent = inputs.latent.contiguous(memory_format=torch.channels_last)
+    return lambda: model(latent, inputs.t, condition)

@@ -1,4 +1,4 @@
-"""What each optimisation gives: the same picture with it and without, in turn."""
+"""Measure the gain of each optimisation: the same picture with it and without, in turn."""
 
 from __future__ import annotations
 
@@ -18,50 +18,51 @@ from torch import Tensor
 from benchmarks.image import photograph
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, seconds
-from benchmarks.timing import Asked, in_turn
-from linearsr import upscaler as stages
+from benchmarks.timing import Settings, in_turn
 from linearsr.config import Options
 from linearsr.denoiser import LinearSR
-from linearsr.denoiser import strips as in_strips
+from linearsr.denoiser import cpu_block as in_strips
 from linearsr.imaging.files import Picture
-from linearsr.upscaler import Job, Upscaler
+from linearsr.pipeline import upscaler as pipeline
+from linearsr.pipeline.state import UpscaleState
+from linearsr.pipeline.upscaler import Upscaler
 
 LARGEST = 2048
 COMPILED = "torch.compile of plain blocks, for strips"
 SMALLER_TILE = 192
 SMALLER_STRIP = 1024
-Ways = Callable[[], AbstractContextManager[object]]
+Switching = Callable[[], AbstractContextManager[object]]
 
 
 class Switch(NamedTuple):
     """An optimisation: `off` and `on` set it while a picture is upscaled."""
 
     name: str
-    off: Ways
-    on: Ways = contextlib.nullcontext
+    off: Switching
+    on: Switching = contextlib.nullcontext
 
 
-def run(machine: Machine, asked: Asked, _: Path) -> tuple[str, list[Row]]:
-    """With the bundled model and its own steps, at the first sizes."""
+def run(machine: Machine, settings: Settings, _: Path) -> tuple[str, list[Row]]:
+    """Time the bundled model with its default steps, at sizes up to LARGEST."""
     upscaler = Upscaler.load("linearsr-tiny", str(machine.device))
     rows: list[Row] = []
     lines = ["| output | | without | with | gain | PSNR between them |", "|---" * 6 + "|"]
     switches = _switches(upscaler)
-    for side in (side for side in asked.sides if side <= LARGEST):
+    for side in (side for side in settings.sides if side <= LARGEST):
         picture = photograph(side // 4)
         for switch in switches:
-            if switch.name == COMPILED and side > asked.compiled_up_to:
+            if switch.name == COMPILED and side > settings.compiled_up_to:
                 continue
             names = f"{switch.name}: without", f"{switch.name}: with"
             ways = zip(names, (switch.off, switch.on), strict=True)
             results: dict[str, Tensor] = {}
 
-            def upscale(name: str, way: Ways) -> None:
+            def upscale(name: str, way: Switching) -> None:
                 with way():
                     results[name] = upscaler.upscale(picture, Options()).pixels  # noqa: B023
 
             runs = {name: (lambda n=name, w=way: upscale(n, w)) for name, way in ways}
-            timed = in_turn(runs, machine.device, asked.rounds)
+            timed = in_turn(runs, machine.device, settings.rounds)
             failed = next((t.failure for t in timed.values() if t.failure), None)
             if failed:
                 lines.append(f"| {side}² | {switch.name} | {failed} | | | |")
@@ -83,7 +84,7 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
         kernels = Switch("Triton kernels", lambda: mock.patch.dict(os.environ, _TORCH_KERNELS))
         joining = Switch(
             "pictures joined on the GPU, not on the CPU",
-            lambda: mock.patch.object(Upscaler, "_finished", _finished_on_the_cpu),
+            lambda: mock.patch.object(Upscaler, "_finish_on", _finished_on_the_cpu),
         )
         return [kernels, joining, compiled]
     switches = [
@@ -92,8 +93,8 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
             lambda: mock.patch.object(LinearSR, "in_strips", False),
         ),
         Switch(
-            f"tiles of {stages.AUTO_TILE} cells, not {SMALLER_TILE}",
-            lambda: mock.patch.object(stages, "AUTO_TILE", SMALLER_TILE),
+            f"tiles of {pipeline.AUTO_TILE} cells, not {SMALLER_TILE}",
+            lambda: mock.patch.object(pipeline, "AUTO_TILE", SMALLER_TILE),
         ),
         Switch(
             f"strips of {in_strips.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",
@@ -117,28 +118,28 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
 _TORCH_KERNELS = {"LINEARSR_KERNELS": "torch"}
 
 
-def _experts(upscaler: Upscaler, convert: Callable[[LinearSR], LinearSR]) -> Ways:
-    """While it lasts, other experts made of the same weights."""
+def _experts(upscaler: Upscaler, convert: Callable[[LinearSR], LinearSR]) -> Switching:
+    """A switch to converted copies of the same experts."""
     others = [convert(copy.deepcopy(expert)) for expert in upscaler.experts]
     return lambda: mock.patch.object(upscaler, "experts", others)
 
 
 def _int8(model: LinearSR) -> LinearSR:
-    """Dynamic int8 products through PyTorch; they only go with the plain order, in float32."""
+    """Use PyTorch's dynamic int8 products, which need the plain order and float32."""
     model.in_strips = False
     blocks = torch.ao.quantization.quantize_dynamic(model.float().blocks, {torch.nn.Linear})
     model.blocks = blocks
     return model
 
 
-_finished = Upscaler._finished
+_finished = Upscaler._finish_on
 
 
-def _finished_on_the_cpu(upscaler: Upscaler, job: Job, _: torch.device) -> Picture:
+def _finished_on_the_cpu(upscaler: Upscaler, job: UpscaleState, _: torch.device) -> Picture:
     return _finished(upscaler, job, torch.device("cpu"))
 
 
-def _compiled(upscaler: Upscaler) -> Ways:
+def _compiled(upscaler: Upscaler) -> Switching:
     def compiled(model: LinearSR) -> LinearSR:
         model.compile_blocks()
         return model

@@ -1,4 +1,4 @@
-"""Numerics first: what does not compute the same function is not timed."""
+"""Check the numerics first: a way that does not compute the same function is not timed."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ SIDE = 256
 TOKENS = 5000  # of the operator alone
 ALLOWED = 2.0
 ALLOWED_OF_OTHERS = 10.0
-NOT_THE_SAME = "softmax attention"  # another function, for its cost alone
+NOT_THE_SAME = "softmax attention"  # another function, timed for its cost alone
 
 
 class GateError(Exception):
-    """A way is further from the truth than rounding explains, or not finite."""
+    """A result is further from float64 than rounding explains, or not finite."""
 
 
 def check(contestants: Contestants, compiled: bool) -> dict[str, float]:
-    """Relative errors to float64 of every way, on the same rounded weights and inputs.
+    """Relative error of every way against float64, with the same rounded weights and inputs.
 
-    Raises GateError where one is above twice that of the plain order in the same precision.
+    Raises GateError if one is above twice that of the plain order in the same precision.
     """
-    given = contestants.inputs(SIDE)
+    inputs = contestants.inputs(SIDE)
     exact = copy.deepcopy(contestants.ours).double()
     exact.in_strips = False
-    embedded = contestants.condition(given).embedded.double()
-    condition = Condition(embedded, exact.tag_keys(given.tags.double()))
-    truth = exact(given.latent.double(), given.t.double(), condition)
+    embedded = contestants.condition(inputs).embedded.double()
+    condition = Condition(embedded, exact.tag_keys(inputs.tags.double()))
+    truth = exact(inputs.latent.double(), inputs.t.double(), condition)
     errors = {
         name: float((run().double() - truth).norm() / truth.norm())
-        for name, run in contestants.forwards(given, compiled).items()
+        for name, run in contestants.forwards(inputs, compiled).items()
         if name != NOT_THE_SAME
     }
     plain = errors["LinearSR, plain order"]
     for name, error in errors.items():
-        # diffusers rounds in places of its own.
+        # diffusers rounds at other places.
         allowed = (ALLOWED if name.startswith("LinearSR") else ALLOWED_OF_OTHERS) * plain
         if not error <= allowed:  # NaN too
             raise GateError(f"{name}: error {error:.2g}, plain order has {plain:.2g}")
@@ -50,12 +50,12 @@ def check(contestants: Contestants, compiled: bool) -> dict[str, float]:
 
 
 def check_operator(attend: Callable[[Tensor, Tensor, Tensor], Tensor], machine: Machine) -> None:
-    """Raises GateError where the attention operator is further from float64 than rounding explains:
-    relu(q) (relu(k)^T v) over relu(q) . sum relu(k).
+    """Raise GateError if the attention operator is further from float64 than rounding explains.
 
-    Explained are one rounding of the result, and sums in float32 in whatever order the processor
-    takes. Rounding errors of n additions grow like sqrt(n) units (Higham and Mary, "A new approach
-    to probabilistic rounding error analysis", 2019).
+    The operator is relu(q) (relu(k)^T v) over relu(q) . sum relu(k). Rounding explains one rounding
+    of the result, and sums in float32 in any order: rounding errors of n additions grow like
+    sqrt(n) units (Higham and Mary, "A new approach to probabilistic rounding error analysis",
+    2019).
     """
     shape = (1, TOKENS, 3, 32)
     q, k, v = (torch.randn(shape, device=machine.device, dtype=machine.dtype) for _ in "qkv")
@@ -73,11 +73,11 @@ def check_operator(attend: Callable[[Tensor, Tensor, Tensor], Tensor], machine: 
 
 
 def finite(name: str, run: Forward, side: int) -> Forward:
-    """`run`, refusing with GateError to give NaN or infinity at this size."""
+    """Wrap `run` so that it raises GateError for NaN or infinity at this size."""
 
     def checked() -> Tensor:
         result = run()
-        # A sum is a pass over a result that is small beside what it took to compute.
+        # The sum costs little beside the computation of the result.
         if not torch.isfinite(result.sum()):
             raise GateError(f"{name}: not finite at {side} px")
         return result

@@ -1,4 +1,4 @@
-"""A whole picture, stage by stage, beside bicubic and Real-ESRGAN."""
+"""Time a whole picture, stage by stage, beside bicubic and Real-ESRGAN."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
-from benchmarks.timing import Asked, Expected, Run, in_turn, seconds_of
-from linearsr import upscaler as stages
+from benchmarks.timing import Expected, Run, Settings, in_turn, seconds_of
 from linearsr import weights
 from linearsr.config import ModelConfig, Options
 from linearsr.denoiser import LinearSR
 from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import resize
 from linearsr.latent import autoencoder
-from linearsr.upscaler import Upscaler
+from linearsr.pipeline import upscaler as pipeline
+from linearsr.pipeline.state import DenoiseState
+from linearsr.pipeline.upscaler import Upscaler
 
 BICUBIC, REAL_ESRGAN = "bicubic", "Real-ESRGAN x4plus"
 PAPER_STEPS = 20
 
 
-def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
-    """From decoded LR to finished HR, each model at each size, in its own steps and in 20."""
-    rows, expected = [], Expected(asked.limit)
+def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[Row]]:
+    """Time each model at each size, from decoded LR to finished HR, with its own steps and 20."""
+    rows, expected = [], Expected(settings.limit)
     with tempfile.TemporaryDirectory() as scratch:
-        upscalers = [model(config, machine, Path(scratch)) for config in asked.models]
-    rival = real_esrgan(asked.real_esrgan, machine)
-    for side in asked.sides:
+        upscalers = [model(config, machine, Path(scratch)) for config in settings.models]
+    rival = real_esrgan(settings.real_esrgan, machine)
+    for side in settings.sides:
         lr = photograph(side // 4)
         runs: dict[str, Run] = {BICUBIC: _there_and_back(_bicubic, lr, machine.device)}
         if rival:
@@ -49,14 +50,14 @@ def run(machine: Machine, asked: Asked, folder: Path) -> tuple[str, list[Row]]:
                 name = f"{upscaler.config.name}, {steps} steps"
                 runs[name] = _picture(upscaler, lr, steps)
         started = {n: r for n, r in runs.items() if expected.within(n, side)}
-        timed = in_turn(started, machine.device, asked.rounds)
+        timed = in_turn(started, machine.device, settings.rounds)
         for name in runs:
             row = tables.row(name, side, timed, expected)
             if row.seconds and name not in (BICUBIC, REAL_ESRGAN):
                 row = row._replace(parts=_parts(started[name], machine, row.seconds))
             rows.append(row)
     tables.plot(rows, "A whole picture, x4", folder / "image.png")
-    whose = "weights given" if asked.real_esrgan else "random weights: for its time alone"
+    whose = "weights given" if settings.real_esrgan else "random weights: for its time alone"
     rivals = f"Real-ESRGAN is spandrel's, {whose}." if rival else "Real-ESRGAN: no spandrel here."
     lines = [
         "## A whole picture",
@@ -78,14 +79,14 @@ def photograph(side: int) -> Picture:
 
 
 def model(config: ModelConfig, machine: Machine, scratch: Path) -> Upscaler:
-    """The bundled weights, or random ones at the real config, with a DC-AE of its real shape."""
+    """Load the bundled weights, or make random ones of the real shape, with a random DC-AE."""
     if config.name in weights.available():
         return Upscaler.load(config.name, str(machine.device))
     folder = scratch / "dc-ae"
     if not folder.exists():
         _dc_ae(config).save_pretrained(folder)
     latent = config.latent.model_copy(update={"source": str(folder)})
-    # Embeddings of tags come from Gemma, which needs its weights: it is not part of this.
+    # Without tags: their embeddings would need the weights of Gemma.
     config = config.model_copy(update={"latent": latent, "tags": None})
     with machine.device:
         expert = LinearSR(config.denoiser).to(machine.dtype).requires_grad_(False).eval()
@@ -96,7 +97,7 @@ def model(config: ModelConfig, machine: Machine, scratch: Path) -> Upscaler:
 
 
 def real_esrgan(file: Path | None, machine: Machine) -> Callable[[Tensor], Tensor] | None:
-    """x4plus: 23 residual blocks, from its own weights or random ones."""
+    """Load x4plus (23 residual blocks) from its own weights, or make random ones."""
     try:
         from spandrel import ModelLoader
         from spandrel.architectures.ESRGAN import ESRGAN
@@ -107,7 +108,7 @@ def real_esrgan(file: Path | None, machine: Machine) -> Callable[[Tensor], Tenso
     else:
         network = ESRGAN(num_filters=64, num_blocks=23, scale=4)
     network = network.to(machine.device, machine.dtype).requires_grad_(False).eval()
-    # As it is fastest.
+    # The fastest memory layout for it.
     network = network.to(memory_format=torch.channels_last)
     layout = torch.channels_last
     return lambda x: network(x.to(machine.dtype).contiguous(memory_format=layout))
@@ -118,7 +119,7 @@ def _bicubic(x: Tensor) -> Tensor:
 
 
 def _there_and_back(upscale: Callable[[Tensor], Tensor], lr: Picture, device: torch.device) -> Run:
-    """As much as an upscaler does: onto the device, and finished pixels back."""
+    """A call that does as much as an upscaler: to the device, and finished pixels back."""
     return lambda: upscale(lr.pixels[None].to(device)).float().clamp(0, 1).cpu()
 
 
@@ -149,7 +150,7 @@ def _picture(upscaler: Upscaler, lr: Picture, steps: int) -> Run:
 
 
 def _parts(run: Run, machine: Machine, seconds: float) -> dict[str, float]:
-    """Seconds of each stage in one more run, scaled to what the runs without clocks took."""
+    """Seconds of each stage in one more run, scaled to the time of the runs without clocks."""
     with _clocks(machine.device) as parts:
         whole = seconds_of(run, machine.device)
     return {name: spent * seconds / whole for name, spent in parts.items()}
@@ -157,7 +158,7 @@ def _parts(run: Run, machine: Machine, seconds: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills the dict with what each stage takes."""
+    """Fill the dict with the seconds of each stage while the block runs."""
     parts: dict[str, float] = defaultdict(float)
 
     def clocked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,10 +170,10 @@ def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
         return call
 
     places: list[tuple[str, Any, str]] = [
-        ("encode", Upscaler, "_upsampled"),
+        ("encode", DenoiseState, "enlarged_lr"),
         ("stem", LinearSR, "condition"),
         ("steps", LinearSR, "forward"),
-        ("colour fix", stages, "fix_colour"),
+        ("colour fix", pipeline, "fix_colour"),
     ]
     for kind in (autoencoder.SpaceToDepth, autoencoder.DCAutoencoder):
         places += [("encode", kind, "condition"), ("decode", kind, "decode")]

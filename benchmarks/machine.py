@@ -1,4 +1,4 @@
-"""What the numbers were taken on, and how fast it can go at all."""
+"""The machine that the numbers were measured on, and its peak speed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Machine(NamedTuple):
 
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        """Measures the peak, which takes a few seconds."""
+        """Describe this machine and measure its peak, which takes a few seconds."""
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             name, memory = properties.name, properties.total_memory
@@ -41,17 +41,17 @@ class Machine(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """For a folder's name."""
+        """The machine's name as the name of a folder."""
         threads = f"-{self.threads}-threads" if self.device.type == "cpu" else ""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") + threads
 
     def describe(self) -> dict[str, str]:
-        """A line each: hardware, versions, date."""
+        """Hardware, versions and date by their names."""
         where = f"{self.name}, {self.memory / 2**30:.0f} GiB"
         if self.device.type == "cpu":
             where += f", {self.threads} of {os.cpu_count()} threads"
-        found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-        versions = [f"{name} {found[name]}" for name in PACKAGES if name in found]
+        installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+        versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
         return {
             "machine": where,
             "precision": str(self.dtype).removeprefix("torch."),
@@ -62,7 +62,7 @@ class Machine(NamedTuple):
 
 
 def _processor() -> str:
-    """Linux tells the name of a CPU in a file; elsewhere Python does."""
+    """Name of the CPU, from a file on Linux and from Python elsewhere."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     features = " with AMX" if torch.cpu._is_amx_tile_supported() else ""

@@ -1,10 +1,10 @@
-"""What each solver gives in how many steps: metrics, and distance from where the way leads.
+"""Measure each solver at each number of steps: metrics, and distance from the exact solution.
 
     python -m benchmarks.sampling --data Set5 BSD100 --every 8
 
-For each picture, all start from the same noise. "error" is the PSNR (whole RGB, not rounded)
-between a result and that of a hundred Euler steps: how well the solver did its own work, whatever
-the model is worth. The other columns are `linearsr evaluate`'s.
+All start from the same noise for a picture. "error" is the PSNR (whole RGB, not rounded) between a
+result and that of a hundred Euler steps: the error of the solver alone, without that of the model.
+The other columns are `linearsr evaluate`'s.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from linearsr import Options, Upscaler
 from linearsr.cli.report import exit_code
 from linearsr.config import Solver
+from linearsr.diffusion.experts import plan
+from linearsr.diffusion.schedule import shifted
 from linearsr.errors import InputError
 from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
 from linearsr.imaging.files import Picture, find_images, read
-from linearsr.noise.experts import plan
-from linearsr.noise.sampler import shifted
-from linearsr.quality.metrics import has_reference, measure
+from linearsr.metrics.measure import has_reference, measure
 
 METRICS = ("psnr", "ssim", "niqe", "piqe")
 REFERENCE = 100
@@ -41,12 +41,14 @@ Values = dict[str, dict[str, float]]
 
 
 def main() -> None:
-    """Measure, tell each picture's values on a line, and print a table for each folder."""
+    """Measure, print a line of values per picture, and a table per folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of HR")
-    parser.add_argument("--every", type=int, default=1, help="n-th picture, of folders over ten")
+    parser.add_argument(
+        "--every", type=int, default=1, help="only every n-th picture, in folders of more than ten"
+    )
     parser.add_argument("--model", default="linearsr-tiny")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -91,7 +93,7 @@ def _results(upscaler: Upscaler, lr: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 @torch.inference_mode()
 def _reference(upscaler: Upscaler, lr: Tensor) -> Tensor:
-    """Of more steps than a request may ask for."""
+    """Latents after more steps than a request may ask for."""
     job = upscaler.prepare(Picture(lr, None, 8, False, None, None, "png"), Options())
     sampling = upscaler.config.sampling
     timesteps = tuple(shifted(REFERENCE, sampling.flow_shift))
@@ -108,8 +110,8 @@ def _table(measured: list[Values]) -> str:
     for name in measured[0]:
         means = []
         for column in columns:
-            found = [values[name][column] for values in measured if column in values[name]]
-            means.append(f"{sum(found) / len(found):.3f}" if found else "")
+            known = [values[name][column] for values in measured if column in values[name]]
+            means.append(f"{sum(known) / len(known):.3f}" if known else "")
         lines.append(f"| {name} | {' | '.join(means)} |")
     return "\n".join(lines)
 

@@ -1,12 +1,12 @@
-"""The endpoint against the same work in one process, on the same cores, in one run.
+"""Time the endpoint against the same work in one process, on the same cores, in one run.
 
-    python -m benchmarks.serve overhead      one request at a time: what router and handles cost
+    python -m benchmarks.serve overhead      one request at a time: the cost of router and handles
     python -m benchmarks.serve throughput    16 at once against one after another in-process
-    python -m benchmarks.serve batching      8 equal works through one expert at once and in turn
+    python -m benchmarks.serve batching      8 equal requests through one expert at once and in turn
 
-One thread for each replica. In-process, `overhead` takes one as well, `throughput` and `batching`
+Each replica has one thread. In-process, `overhead` has one too, `throughput` and `batching` have
 all cores. Pixels are compared before anything is timed. Requests to the endpoint and in-process
-calls take turns, so that what else the machine does is shared by both.
+calls take turns, so that other load on the machine slows both.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ import torch
 from PIL import Image
 from ray import serve
 
-from linearsr.cluster.serve import ServeConfig, build_app
 from linearsr.config import Options
+from linearsr.distributed.serve import ServeConfig, build_app
 from linearsr.imaging.files import encode, read
-from linearsr.upscaler import Upscaler
+from linearsr.pipeline.upscaler import Upscaler
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -50,17 +50,19 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("overhead", "throughput", "batching"))
-    parser.add_argument("--size", type=int, default=64, help="side of the picture sent")
+    parser.add_argument(
+        "--size", type=int, default=64, help="side of the uploaded picture in pixels"
+    )
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--count", type=int, default=48, help="requests")
+    parser.add_argument("--count", type=int, default=48, help="number of requests")
     parser.add_argument("--layouts", nargs="+", default=["split", "together"])
     options = parser.parse_args()
-    asked = Options(steps=options.steps)
+    sampling = Options(steps=options.steps)
     picture = _photo(options.size)
     torch.set_num_threads(1 if options.what == "overhead" else CORES)
     upscaler = Upscaler.load()
     if options.what == "batching":
-        print(_batching(upscaler, picture, asked))
+        print(_batching(upscaler, picture, sampling))
         return 0
     ray.init(
         "local", num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=False
@@ -69,15 +71,17 @@ def main() -> int:
     work = _overhead if options.what == "overhead" else _throughput
     for layout in options.layouts:
         with _endpoint(layout):
-            print(f"{layout}:", asyncio.run(work(upscaler, picture, asked, options.count)))
+            print(f"{layout}:", asyncio.run(work(upscaler, picture, sampling, options.count)))
     return 0
 
 
 @contextmanager
 def _endpoint(layout: str) -> Iterator[None]:
-    """One replica for each expert, or one with all of them for each core."""
+    """The layouts to time: one replica per expert, or one with all experts per core."""
     together = layout == "together"
-    config = ServeConfig.parse(layout=layout, replicas=CORES if together else 4, places=2 * AT_ONCE)
+    config = ServeConfig.parse(
+        layout=layout, replicas=CORES if together else 4, max_ongoing_requests=2 * AT_ONCE
+    )
     serve.run(build_app(config))
     yield
     serve.delete("default")
@@ -105,7 +109,7 @@ async def _ask(session: aiohttp.ClientSession, picture: bytes, options: Options)
 
 
 def _check(one: bytes, other: bytes) -> None:
-    """Threads may add in another order: within one of 255."""
+    """Check that results differ by at most 1 of 255: threads may add in another order."""
     first, second = (np.asarray(Image.open(io.BytesIO(d))).astype(int) for d in (one, other))
     assert np.abs(first - second).max() <= 1, "other pixels: nothing to be timed"
 
@@ -148,7 +152,7 @@ async def _throughput(upscaler: Upscaler, picture: bytes, options: Options, coun
 
 
 def _batching(upscaler: Upscaler, picture: bytes, options: Options) -> str:
-    """The expert with most steps; medians of five, taking turns."""
+    """Time the expert with most steps, batched and in turn; medians of five."""
     job = upscaler.prepare(read(picture), options)
     segment = max(job.segments, key=lambda s: s.stop - s.start)
     batch = [(job, segment)] * 8

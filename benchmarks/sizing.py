@@ -1,8 +1,8 @@
-"""What jobs cost, counted: `python -m benchmarks.sizing` prints the tables of docs/sizing.md.
+"""Count the cost of jobs. `python -m benchmarks.sizing` prints the tables of docs/guides/sizing.md.
 
-Operations are counted on shapes, memory from the layout of ZeRO-1 and from what PyTorch keeps for
-the way back. What a GPU sustains is an assumption, and a column of its own; what was measured comes
-from benchmarks/results.
+Operations are counted from shapes, memory from the layout of ZeRO-1 and from the tensors that
+PyTorch keeps for the backward pass. The rate that a GPU sustains is an assumption, and has its own
+column; measured rates come from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from benchmarks.flops import counted, torch_only
 from benchmarks.tables import markdown
 from linearsr.config import MODELS, LatentConfig, ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.noise.experts import plan
-from linearsr.noise.sampler import schedule
+from linearsr.diffusion.experts import plan
+from linearsr.diffusion.schedule import schedule
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.recipes import RECIPES, Recipe, split_metric
 
-# Of the tag encoder's 300, what a handful of names takes.
+# Tokens of a handful of names; the tag encoder could take 300.
 TAG_TOKENS = 16
-# Forward, and twice that for the gradients of activations and of weights.
+# One forward, and twice that for the gradients of activations and of weights.
 FORWARD_AND_BACKWARD = 3
-# TFLOP/s that a GPU keeps up over a whole run: assumed, not measured.
+# TFLOP/s that a GPU sustains over a whole run: assumed, not measured.
 SUSTAINED = (50, 100, 200, 400)
 RANKS = (1, 2, 4, 8)
 SIDE = 1024
-# Of DC-AE's latents.
+# Channels of the latents of DC-AE.
 CHANNELS = 32
 
 
 class Forward(NamedTuple):
-    """A model on what it takes for one result."""
+    """A model with the inputs of one result."""
 
     model: LinearSR
     picture: Tensor
@@ -48,16 +48,16 @@ class Forward(NamedTuple):
     tags: Tensor | None
 
     def condition(self) -> Any:
-        """What an expert computes once."""
+        """The part that an expert computes once."""
         return self.model.condition(self.picture, self.joined, self.tags)
 
     def step(self, condition: Any) -> Tensor:
-        """What it computes at every step."""
+        """The part that an expert computes at every step."""
         return self.model(self.latent, torch.rand(1), condition)
 
 
 def forward(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> Forward:
-    """For a result of side x side pixels."""
+    """Make the model and inputs for a result of side x side pixels."""
     shape, dim = config.denoiser, config.denoiser.tag_dim
     model, cells = LinearSR(shape), side // config.latent.factor
     model.in_strips = False
@@ -69,18 +69,18 @@ def forward(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> Forward
 
 @cache
 def denoiser(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> tuple[int, int]:
-    """Operations of a step of one result, and of what an expert computes once before its first."""
+    """Operations of a step of one result, and of the part that an expert computes once."""
 
     def step() -> Callable[[], object]:
-        given = forward(config, side, tokens)
-        condition = given.condition()
-        return lambda: given.step(condition)
+        inputs = forward(config, side, tokens)
+        condition = inputs.condition()
+        return lambda: inputs.step(condition)
 
     return counted(step), counted(lambda: forward(config, side, tokens).condition)
 
 
 def saved(config: ModelConfig, side: int) -> int:
-    """Bytes that PyTorch keeps for the way back of one pair, in bfloat16."""
+    """Bytes that PyTorch keeps for the backward pass of one pair, in bfloat16."""
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ def saved(config: ModelConfig, side: int) -> int:
 
     torch.set_default_dtype(torch.bfloat16)
     try:
-        given = forward(config, side)
+        inputs = forward(config, side)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            given.step(given.condition())
+            inputs.step(inputs.condition())
     finally:
         torch.set_default_dtype(torch.float32)
-    weights = {p.untyped_storage()._cdata for p in given.model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in inputs.model.parameters()}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
 
 
@@ -107,7 +107,7 @@ def kept(config: ModelConfig, side: int) -> int:
 
 @cache
 def autoencoder(latent: LatentConfig, side: int) -> tuple[int, int]:
-    """Operations of encoding and of decoding one picture; none where the latent is not learned."""
+    """Operations of encoding and of decoding one picture; 0 for a latent that is not learned."""
     if latent.kind == "space-to-depth":
         return 0, 0
     cells = side // latent.factor
@@ -140,7 +140,7 @@ def dc_ae() -> Any:
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers it has."""
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -153,7 +153,7 @@ def size(config: ModelConfig) -> tuple[int, int]:
 
 
 def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> int:
-    """Of one result: the steps, what each expert that takes some does once, and decoding."""
+    """Operations of one result: the steps, the part that each expert does once, and decoding."""
     sampling = config.sampling
     times = schedule(sampling, steps)[:-1]
     step, once = denoiser(config, side)
@@ -162,10 +162,10 @@ def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> i
 
 
 def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
-    """Of one training pair: denoiser there and back, encoding, and the decoded guess if asked for.
+    """Operations of one training pair: denoiser there and back, encoding, the decoded guess.
 
-    Of the guess the gradient goes back to the latent only: as much as decoding again. A perceptual
-    pair encodes nothing, and comes by one frozen forward or two; its judges are not counted.
+    The guess's gradient goes back to the latent only, which costs as much as decoding again. A
+    perceptual pair encodes nothing and takes one or two frozen forwards; judges are not counted.
     """
     if isinstance(stage, PerceptualConfig):
         side, latent = recipe.data_of("perceptual").patch, recipe.model.latent
@@ -179,15 +179,15 @@ def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
 
 
 def validation_flops(recipe: Recipe, stage: TrainConfig) -> int:
-    """Of all checkpoints of a stage, sampled at each number of steps that a metric asks for."""
-    asked = recipe.validation
-    counts = {split_metric(name)[1] for name in asked.metrics}
-    one = sum(picture_flops(recipe.model, asked.size, count) for count in counts)
-    return stage.steps // stage.checkpoint_every * asked.pictures * one
+    """Operations of validating all checkpoints of a stage at each metric's number of steps."""
+    validation = recipe.validation
+    counts = {split_metric(name)[1] for name in validation.metrics}
+    one = sum(picture_flops(recipe.model, validation.size, count) for count in counts)
+    return stage.steps // stage.checkpoint_every * validation.pictures * one
 
 
 def stages(recipe: Recipe) -> dict[str, tuple[TrainConfig, ...]]:
-    """What is trained, one after the other."""
+    """The stages of training, one after the other."""
     return {
         "pretraining": (recipe.pretrain,),
         "experts": recipe.experts,
@@ -204,9 +204,9 @@ def results() -> str:
         total = picture_flops(config, SIDE)
         hourly = [_number(3600 * rate * 1e12 / total) for rate in SUSTAINED]
         shown = (step, once, encode, decode)
-        told = [f"{flops / 1e12:.3g}" for flops in shown]
+        cells = [f"{flops / 1e12:.3g}" for flops in shown]
         steps = str(config.sampling.steps)
-        rows.append([f"`{config.name}`", *told, steps, f"{total / 1e12:.3g}", *hourly])
+        rows.append([f"`{config.name}`", *cells, steps, f"{total / 1e12:.3g}", *hourly])
     head = ["TFLOP", "a step", "once an expert", "encode", "decode", "steps", "in all"]
     return markdown([*head, *(f"pictures/h at {rate} TFLOP/s" for rate in SUSTAINED)], rows)
 
@@ -222,8 +222,8 @@ def training() -> str:
             trained = sum(n * pair_flops(recipe, run) for n, run in zip(pairs, runs, strict=True))
             judged = sum(validation_flops(recipe, run) for run in runs)
             hours = [_number((trained + judged) / rate / 3.6e15) for rate in SUSTAINED]
-            told = f"{sum(pairs):,}", _number(trained / 1e15), _number(judged / 1e15)
-            rows.append([f"`{name}`", stage, *told, *hours])
+            cells = f"{sum(pairs):,}", _number(trained / 1e15), _number(judged / 1e15)
+            rows.append([f"`{name}`", stage, *cells, *hours])
     head = ["recipe", "stage", "pairs", "PFLOP to train", "to validate"]
     return markdown([*head, *(f"GPU-hours at {rate} TFLOP/s" for rate in SUSTAINED)], rows)
 
@@ -238,8 +238,8 @@ def memory() -> str:
         count = size(recipe.model)[0]
         ranks = [f"{count * (4 + 16 / n) / 1e9:.3g}" for n in RANKS]
         activations = f"{kept(recipe.model, recipe.data.patch) / 1e9:.3g}"
-        told = f"{count / 1e9:.3g}", *ranks, activations, f"{count * 18 / 1e9:.3g}"
-        rows.append([f"`{name}`", *told])
+        cells = f"{count / 1e9:.3g}", *ranks, activations, f"{count * 18 / 1e9:.3g}"
+        rows.append([f"`{name}`", *cells])
     head = ["GB", "parameters, billions", *(f"{n} rank{'s' * (n > 1)}" for n in RANKS)]
     return markdown([*head, "and for each pair", "a checkpoint"], rows)
 
@@ -250,8 +250,8 @@ def weights() -> str:
     for config in MODELS.values():
         one, learned = size(config)
         experts = len(config.sampling.boundaries) + 1
-        told = (one, experts * one, learned)
-        rows.append([f"`{config.name}`", *(f"{2 * count / 1e9:.2g}" for count in told)])
+        cells = (one, experts * one, learned)
+        rows.append([f"`{config.name}`", *(f"{2 * count / 1e9:.2g}" for count in cells)])
     return markdown(["GB", "one expert", "all experts", "autoencoder"], rows)
 
 
@@ -259,13 +259,13 @@ def measured() -> str:
     """What machines sustained in a forward of linearsr-tiny as it is shipped."""
     rows = []
     for file in sorted((Path(__file__).parent / "results").glob("*/forward.json")):
-        found = json.loads(file.read_text())
-        for row in found["rows"]:
+        forward = json.loads(file.read_text())
+        for row in forward["rows"]:
             if "as shipped" in row["what"] and row["seconds"]:
                 flops = denoiser(MODELS["linearsr-tiny"], row["side"])[0]
-                told = f"{row['seconds']:.3g} s", f"{flops / row['seconds'] / 1e12:.3g}"
-                machine = found["machine"]
-                rows.append([machine["machine"], machine["precision"], f"{row['side']}²", *told])
+                cells = f"{row['seconds']:.3g} s", f"{flops / row['seconds'] / 1e12:.3g}"
+                machine = forward["machine"]
+                rows.append([machine["machine"], machine["precision"], f"{row['side']}²", *cells])
     return markdown(["machine", "precision", "result", "a step", "TFLOP/s"], rows)
 
 
@@ -274,7 +274,7 @@ TABLES: tuple[Table, ...] = (results, training, memory, weights, measured)
 
 
 def _number(value: float) -> str:
-    """Two digits: what is counted is not known better than that."""
+    """Two digits: the counts are no more exact than that."""
     if value and value < 0.001:
         return "under 0.001"
     return f"{value:.2g}" if value < 10 else f"{int(float(f'{value:.2g}')):,}"

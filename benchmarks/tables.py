@@ -1,4 +1,4 @@
-"""Rows, and what people read of them: Markdown and plots."""
+"""Rows of results, and their Markdown tables and plots."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Row(NamedTuple):
 
 
 def row(what: str, side: int, timed: Mapping[str, Timed], expected: Expected) -> Row:
-    """Of a way that was timed, failed, or was not started; remembers what it took."""
+    """The row of a way that was timed, failed or was not started; `expected` remembers its time."""
     if what not in timed:
         return Row(what, side)
-    taken = timed[what]
-    if taken.failure is not None:
-        expected.saw(what, side, math.inf)
-        return Row(what, side, failure=taken.failure)
-    expected.saw(what, side, taken.seconds)
-    return Row(what, side, taken.seconds, taken.memory)
+    timed_way = timed[what]
+    if timed_way.failure is not None:
+        expected.record(what, side, math.inf)
+        return Row(what, side, failure=timed_way.failure)
+    expected.record(what, side, timed_way.seconds)
+    return Row(what, side, timed_way.seconds, timed_way.memory)
 
 
 def seconds(value: float | None) -> str:
-    """With a unit that suits it."""
+    """Format a time with a suitable unit."""
     if value is None:
         return "over the limit"
     if value < 1e-3:
@@ -49,7 +49,7 @@ def seconds(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
-    """All rows by size; `base` is what the ratios are against."""
+    """A table of all rows by size, with ratios against the row `base`."""
     head = ["output", "", "time", f"against {base}", "peak memory"]
     head += ["TFLOP/s", "of the peak"] if peak else []
     lines = []
@@ -67,7 +67,7 @@ def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
 
 
 def parts_table(rows: Sequence[Row]) -> str:
-    """Where the time of each row goes."""
+    """A table of the time that each part of a row takes."""
     timed = [row for row in rows if row.parts]
     names = list(dict.fromkeys(name for row in timed for name in row.parts or {}))
     lines = []
@@ -78,7 +78,7 @@ def parts_table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Seconds over pixels, both logarithmic: a line for each way."""
+    """Plot seconds over pixels, both logarithmic, with a line for each way."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for what in dict.fromkeys(row.what for row in rows):
         points = [(row.side, row.seconds) for row in rows if row.what == what and row.seconds]
@@ -98,6 +98,6 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

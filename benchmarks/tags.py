@@ -1,22 +1,23 @@
-"""Whether the default tagger's tags help the bundled model, at equal training.
+"""Measure whether the default tagger's tags help the bundled model, at equal training.
 
     python -m benchmarks.tags --photos PHOTOS --data Set5 BSD100 --steps 120 60 60
 
 Fine-tunes the first experts of linearsr-tiny, as many as there are numbers in --steps, on the same
 pairs with the same seeds: without tags; with tag cross-attention and each photograph's own tags;
-the same with another photograph's, which is what more parameters alone are worth. Judges them at 1
-and 4 steps on the validation pictures that the tagger says something about; tags are always those
-of the LR picture. Prints a Markdown table: means without tags, then mean paired differences to them
+the same with another photograph's tags, which is the gain of more parameters alone. Judges them at
+1 and 4 steps on the validation pictures for which the tagger has tags; tags are always those of the
+LR picture. Prints a Markdown table: means without tags, then mean paired differences to them
 with 95% bootstrap intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,21 +26,24 @@ import torch
 from torch import Tensor
 
 from linearsr import Options, Upscaler, weights
-from linearsr.config import ModelConfig, TagEncoderConfig
+from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.imaging.degrade import CLEAN, degrade
+from linearsr.imaging.degradation import CLEAN, degrade
 from linearsr.imaging.files import Picture, find_images, read
 from linearsr.imaging.resample import resize
 from linearsr.latent import load_autoencoder
-from linearsr.quality.metrics import measure
-from linearsr.tags.encoder import tag_encoder
-from linearsr.tags.tagger import Tagger, TaggerConfig, load_tagger
+from linearsr.metrics.measure import measure
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tagger, TaggerConfig
+from linearsr.tags.encoder import EncodedTags
 from linearsr.training import loop
 from linearsr.training.data import Batches, Photo, Photos, Tags, as_bytes, same
 from linearsr.training.engine import TorchEngine
 from linearsr.training.recipes import tiny_cpu
 
 TAG_DIM, SCALE, SIDE = 64, 4, 256
+# The lengths of fastText's character n-grams.
+NGRAM_LENGTHS = (3, 4, 5)
 METRICS = ("psnr", "ssim", "niqe", "piqe")
 COUNTS = (1, 4)
 
@@ -53,6 +57,56 @@ class Case(NamedTuple):
     others: Tags
 
 
+class HashedEncoder:
+    """An encoder with one vector per tag, made from its letters.
+
+    This is fastText (arXiv 1607.04606) with fixed vectors, so it needs no download. Similar
+    spellings get similar vectors; words of similar meaning do not. Channels have a variance near
+    one, as the layers after them expect.
+    """
+
+    def __init__(self, dim: int, device: str | torch.device = "cpu") -> None:
+        self.dim, self.device = dim, device
+
+    def __call__(self, tags: Sequence[Sequence[str]]) -> EncodedTags:
+        """Return one embedding per tag."""
+        rows = [[tag for tag in map(_plain, row) if tag] for row in tags]
+        embeddings = torch.zeros(len(rows), max([1, *map(len, rows)]), self.dim)
+        mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool)
+        for i, row in enumerate(rows):
+            for j, tag in enumerate(row):
+                embeddings[i, j] = torch.from_numpy(_hashed(tag, self.dim))
+                mask[i, j] = True
+        return EncodedTags(embeddings.to(self.device), mask.to(self.device))
+
+
+def _plain(tag: str) -> str:
+    return " ".join(tag.lower().split())
+
+
+@lru_cache(maxsize=10_000)
+def _hashed(tag: str, dim: int) -> np.ndarray:
+    """Return a vector (dim,) float32 of length sqrt(dim)."""
+    total = np.sum([_signs(ngram, dim) for ngram in _ngrams(tag)], axis=0, dtype=np.float32)
+    # Signs may cancel out, so the length could be zero, though hardly ever.
+    return total * (dim**0.5 / max(float(np.linalg.norm(total)), 1e-6))
+
+
+def _ngrams(tag: str) -> set[str]:
+    """Return the words of a tag, with marked ends, and their character n-grams."""
+    words = {f"<{word}>" for word in tag.split()}
+    return words | {
+        word[i : i + n] for word in words for n in NGRAM_LENGTHS for i in range(len(word) - n + 1)
+    }
+
+
+def _signs(ngram: str, dim: int) -> np.ndarray:
+    """Return (dim,) of -1 and 1 from a hash, which unlike a generator never changes."""
+    digest = hashlib.shake_128(ngram.encode()).digest(-(-dim // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8))[:dim]
+    return bits.astype(np.float32) * 2 - 1
+
+
 def main() -> int:
     """Tag, train, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -60,9 +114,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="HR pictures")
     parser.add_argument("--every", type=int, default=1, help="only every n-th picture of the last")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=(120, 60, 60), help="of each expert"
+        "--steps", type=int, nargs="+", default=(120, 60, 60), help="training steps of each expert"
     )
-    parser.add_argument("--threshold", type=float, help="of the tagger; default: its own")
+    parser.add_argument(
+        "--threshold", type=float, help="threshold of the tagger; by default its own"
+    )
     options = parser.parse_args()
     tagger = load_tagger(TaggerConfig(threshold=options.threshold))
     photos = [_tagged(path, tagger) for path in find_images(options.photos)]
@@ -79,23 +135,23 @@ def main() -> int:
 
 
 def _tagged(path: Path, tagger: Tagger) -> Photo:
-    """Pixels as uint8, and what the tagger sees when they are a quarter of the size."""
+    """Pixels as uint8, and the tags of the picture at a quarter of its size."""
     picture = read(path)
     height, width = (max(1, n // SCALE) for n in picture.pixels.shape[1:])
     small = resize(picture.pixels[None, :3], height, width)[0].clamp(0, 1)
-    return Photo(as_bytes(picture)[:3], tuple(tag.name for tag in tagger(small)))
+    return Photo(as_bytes(picture.pixels)[:3], tuple(tag.name for tag in tagger(small)))
 
 
 def _exchanged(tags: Sequence[Tags]) -> list[Tags]:
-    """Each list goes to another place, to one with another list as long as there is one."""
+    """Give each list to another picture, if possible to one with a different list."""
     order = sorted(range(len(tags)), key=lambda i: tags[i])
-    given = order[len(order) // 2 :] + order[: len(order) // 2]
-    places = dict(zip(order, given, strict=True))
+    shuffled = order[len(order) // 2 :] + order[: len(order) // 2]
+    places = dict(zip(order, shuffled, strict=True))
     return [tags[places[i]] for i in range(len(tags))]
 
 
 def _cases(pictures: list[tuple[Path, Photo]]) -> list[Case]:
-    """Of the pictures with tags."""
+    """Cases of the pictures that have tags."""
     tagged = [(path, photo) for path, photo in pictures if photo.tags]
     others = _exchanged([photo.tags for _, photo in tagged])
     return [Case(*_middle(*p), p[1].tags, other) for p, other in zip(tagged, others, strict=True)]
@@ -116,8 +172,7 @@ def _judged(photos: list[Photo], cases: list[Case], steps: Sequence[int]) -> Val
     """Metric values of each picture, by variant."""
     bundled = weights.load("linearsr-tiny")
     denoiser = bundled.config.denoiser.model_copy(update={"tag_dim": TAG_DIM})
-    tags = {"denoiser": denoiser, "tags": TagEncoderConfig(kind="hashed")}
-    guided = bundled.config.model_copy(update=tags)
+    guided = bundled.config.model_copy(update={"denoiser": denoiser})
     tagged = [photo for photo in photos if photo.tags]
     others = iter(_exchanged([photo.tags for photo in tagged]))
     wrong = [photo._replace(tags=next(others)) if photo.tags else photo for photo in photos]
@@ -136,36 +191,42 @@ def _judged(photos: list[Photo], cases: list[Case], steps: Sequence[int]) -> Val
 
 
 def _trained(config: ModelConfig, photos: list[Photo], steps: Sequence[int]) -> Upscaler:
-    """The bundled model with its first experts fine-tuned, in the precision it is used in."""
+    """The bundled model with its first experts fine-tuned, in the precision for inference."""
     states = [expert.state_dict() for expert in weights.load("linearsr-tiny").experts]
     models = []
     for i, state in enumerate(states):
         torch.manual_seed(i)
         model = LinearSR(config.denoiser)
-        # Cross-attention is new, and silent before it is trained.
+        # The cross-attention is new: it contributes nothing before training.
         model.load_state_dict({**model.state_dict(), **state})
         if i < len(steps):
             model.load_state_dict(_fine_tuned(model, config, photos, i, steps[i]))
         models.append(model.to(torch.bfloat16).requires_grad_(False).eval())
-    return Upscaler(weights.Bundle(config, models, {}))
+    upscaler = Upscaler(weights.Bundle(config, models, {}))
+    upscaler.encoder = _encoder(config)
+    return upscaler
+
+
+def _encoder(config: ModelConfig) -> HashedEncoder | None:
+    return None if config.denoiser.tag_dim is None else HashedEncoder(config.denoiser.tag_dim)
 
 
 def _fine_tuned(
     model: LinearSR, config: ModelConfig, photos: list[Photo], index: int, steps: int
 ) -> dict[str, Tensor]:
-    """The average after `steps` of the recipe's expert `index`."""
+    """Averaged weights after `steps` steps of the recipe's expert `index`."""
     recipe = tiny_cpu()
     train = recipe.experts[index].model_copy(
         update={"steps": steps, "warmup": 10, "ema": 0.95, "report_every": 20}
     )
     engine = TorchEngine(model, train, torch.device("cpu"))
     autoencoder = load_autoencoder(config.latent, "cpu")
-    stage = loop.Stage.start(engine, autoencoder, train, tag_encoder(config))
+    stage = loop.TrainState.start(engine, autoencoder, train, _encoder(config))
     batches = iter(Batches(Photos([partial(same, p) for p in photos], recipe.data, index), 0))
-    return loop.run(stage, batches, _told).ema.average
+    return loop.run(stage, batches, _print_report).ema.average
 
 
-def _told(_: loop.Stage, report: loop.Report) -> None:
+def _print_report(_: loop.TrainState, report: loop.Report) -> None:
     print(f"step {report.step}  loss {report.loss:.4f}", file=sys.stderr, flush=True)
 
 
@@ -174,10 +235,10 @@ def _measured(
     upscaler: Upscaler, cases: list[Case], tags: Sequence[Tags]
 ) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {f"{m}@{count}": [] for count in COUNTS for m in METRICS}
-    for case, given in zip(cases, tags, strict=True):
+    for case, words in zip(cases, tags, strict=True):
         for count in COUNTS:
             lr = Picture(case.lr, None, 8, False, None, None, "png")
-            result = upscaler.upscale(lr, Options(steps=count, tags=given)).pixels
+            result = upscaler.upscale(lr, Options(steps=count, tags=words)).pixels
             for metric in METRICS:
                 value = measure(metric, result[None], case.hr[None], SCALE)
                 values[f"{metric}@{count}"].append(value)
@@ -189,7 +250,7 @@ def _print(values: Values) -> None:
     print(f"| | {name} | " + " | ".join(name for name, _ in variants) + " |")
     print("|---" * (len(values) + 1) + "|")
     for metric, base in reference.items():
-        cells = [_difference(np.subtract(found[metric], base)) for _, found in variants]
+        cells = [_difference(np.subtract(means[metric], base)) for _, means in variants]
         print(f"| {metric} | {np.mean(base):.3f} | {' | '.join(cells)} |")
     print("\n`given its tags` less `given another picture's`, the same weights:\n")
     own, other = (values[key] for key in list(values)[2:4])

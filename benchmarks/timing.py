@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call. What is compared runs in turn: a busy machine slows all alike."""
+"""Measure seconds and bytes of calls. Compared calls take turns: a busy machine slows all alike."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from linearsr.config import ModelConfig
 from linearsr.errors import LinearSRError
 
 Run = Callable[[], object]
-# A call that takes longer than this is not repeated as often.
+# Calls that take longer than this, in seconds, are not repeated.
 LONG = 10.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to measure. `limit`: seconds that one call may take, by what the last size took."""
+class Settings:
+    """The runs to measure. limit: seconds that a call may take, judged by the last size."""
 
     models: tuple[ModelConfig, ...]
     sides: tuple[int, ...]
@@ -38,26 +38,26 @@ class Asked:
 
 
 class Expected:
-    """Whether a way is worth starting at a size, from what it took at the last one."""
+    """Extrapolates the time of a way from the last size, to decide whether it is started."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self.last: dict[str, tuple[int, float]] = {}
 
     def within(self, name: str, side: int, power: int = 1) -> bool:
-        """`power`: of the number of pixels, that the time grows with."""
+        """Whether the time stays within the limit. power: by which time grows with the pixels."""
         if name not in self.last:
             return True
         before, seconds = self.last[name]
         return seconds * (side / before) ** (2 * power) <= self.limit
 
-    def saw(self, name: str, side: int, seconds: float) -> None:
-        """What it took."""
+    def record(self, name: str, side: int, seconds: float) -> None:
+        """Remember the time at a size."""
         self.last[name] = side, seconds
 
 
 class Timed(NamedTuple):
-    """seconds: the median. memory: bytes at the peak, above what there was before the call."""
+    """A measurement. seconds: the median. memory: peak bytes beyond those held before the call."""
 
     seconds: float
     memory: int
@@ -65,7 +65,7 @@ class Timed(NamedTuple):
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """One call, until its work is done."""
+    """Seconds of one call, until the device has finished."""
     _wait(device)
     began = time.perf_counter()
     run()
@@ -74,31 +74,31 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def in_turn(runs: Mapping[str, Run], device: torch.device, rounds: int) -> dict[str, Timed]:
-    """Each once to warm up, once to see its memory, then all in turn `rounds` times.
+    """Time each call once to warm up and once for its memory, then all in turn `rounds` times.
 
-    What takes longer than LONG has only the first two. What runs out of memory is told as such.
+    Calls that take longer than LONG are not repeated. Running out of memory is a `failure`.
     """
-    seen: dict[str, Timed] = {}
+    first: dict[str, Timed] = {}
     for name, run in runs.items():
         try:
             run()
             with peak_memory(device) as peak:
-                taken = seconds_of(run, device)
-            seen[name] = Timed(taken, peak[0])
+                seconds = seconds_of(run, device)
+            first[name] = Timed(seconds, peak[0])
         except (torch.OutOfMemoryError, MemoryError, LinearSRError) as error:
-            seen[name] = Timed(math.inf, 0, f"failed: {type(error).__name__}")
-        print(f"  {name}: {seen[name]}", file=sys.stderr, flush=True)
-    times: dict[str, list[float]] = {name: [] for name, t in seen.items() if t.seconds < LONG}
+            first[name] = Timed(math.inf, 0, f"failed: {type(error).__name__}")
+        print(f"  {name}: {first[name]}", file=sys.stderr, flush=True)
+    times: dict[str, list[float]] = {name: [] for name, t in first.items() if t.seconds < LONG}
     for _ in range(rounds):
         for name in times:
             times[name].append(seconds_of(runs[name], device))
     medians = {name: statistics.median(t) for name, t in times.items()}
-    return {n: t._replace(seconds=medians.get(n, t.seconds)) for n, t in seen.items()}
+    return {n: t._replace(seconds=medians.get(n, t.seconds)) for n, t in first.items()}
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Fills the list with the bytes that the block took at most, beyond what was held before it."""
+    """Fill the list with the peak bytes of the block, beyond those held before it."""
     peak = [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -125,7 +125,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 def _give_back_freed() -> None:
-    """What glibc keeps for later would hide what a call takes."""
+    """Return freed memory that glibc keeps, which would hide the memory of the next call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,10 +1,10 @@
-"""Send a photograph to an endpoint, watch the progress, keep the result.
+"""Send a photograph to an endpoint, print the progress, save the result.
 
     linearsr serve                                        # in another terminal
     python examples/client.py photo.jpg large.png http://127.0.0.1:8000
 
-Needs `pip install requests` and nothing of LinearSR. Where the endpoint wants a token, it is read
-from LINEARSR_TOKEN.
+Needs `pip install requests`, but not LinearSR. If the endpoint asks for a token, set
+LINEARSR_TOKEN.
 """
 
 import base64
@@ -18,9 +18,9 @@ import requests
 
 
 def upscale(photo: str, endpoint: str, **fields: object) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Events of one upload: "progress" as often as the work gets on, then "result" or "error".
+    """Yield the events of one upload: "progress" several times, then "result" or "error".
 
-    fields: as in the form at ENDPOINT/docs, such as steps=1, scale=2, seed=7, format="png".
+    fields: fields of the form at ENDPOINT/docs, such as steps=1, scale=2, seed=7, format="png".
     """
     headers = {"Accept": "text/event-stream"}
     if "LINEARSR_TOKEN" in os.environ:
@@ -34,7 +34,7 @@ def upscale(photo: str, endpoint: str, **fields: object) -> Iterator[tuple[str, 
             stream=True,
             timeout=(5, 300),
         )
-    if not answer.ok:  # refused before it began: 413 too large, 422 a wrong field, 429 all busy
+    if not answer.ok:  # refused: 413 too large, 422 a wrong field, 429 too many requests
         sys.exit(f"{answer.status_code}: {answer.json()['detail']}")
     name = ""
     for line in answer.iter_lines(chunk_size=None, decode_unicode=True):
@@ -46,12 +46,12 @@ def upscale(photo: str, endpoint: str, **fields: object) -> Iterator[tuple[str, 
 
 
 def main() -> None:
-    """Send, tell, write."""
+    """Upload the photograph, print the progress and write the result."""
     photo, output, endpoint = sys.argv[1:]
     for name, event in upscale(photo, endpoint, steps=4, format="png"):
         if name == "progress":
             print(f"{event['percent']:3.0f}%  {event['expert']}: step {event['step']}")
-        elif name == "error":  # a picture that failed half-way
+        elif name == "error":  # the upscaling failed
             sys.exit(event["detail"])
         else:
             with open(output, "wb") as file:

@@ -1,9 +1,9 @@
-"""Upscale a photograph, with one step and with four, and put both beside bicubic.
+"""Upscale a photograph with one step and with four, and compare both with bicubic.
 
     python examples/upscale.py photo.jpg compare.png
 
-Needs no more than `pip install linearsr`. Without arguments it takes scikit-image's photograph of
-a cat (`pip install 'linearsr[demo]'`).
+Needs only `pip install linearsr`. Without arguments it upscales scikit-image's photograph of a cat
+(`pip install 'linearsr[demo]'`).
 """
 
 import sys
@@ -11,14 +11,14 @@ import sys
 from PIL import Image, ImageOps
 
 from linearsr import Upscaler
-from linearsr.imaging.drawing import Row, details, sheet
+from linearsr.evaluation.drawing import Row, details, sheet
 from linearsr.imaging.files import from_pil
 
 LARGEST, DETAIL, PANEL = 256, 160, 400
 
 
 def photograph() -> Image.Image:
-    """The picture that was asked for, turned upright, small enough for seconds on a CPU."""
+    """Open the photograph, turn it upright, and shrink it so that a CPU needs only seconds."""
     if len(sys.argv) > 1:
         picture = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
     else:
@@ -30,15 +30,15 @@ def photograph() -> Image.Image:
 
 
 def main() -> None:
-    """Load, upscale, compare, write."""
+    """Load the model, upscale, and write the comparison."""
     picture = photograph()
 
-    # The weights are in the package. A folder that training wrote, or "cuda", works here too.
+    # The weights are in the package. A folder of trained weights works too, and so does "cuda".
     upscaler = Upscaler.load("linearsr-tiny", device="cpu")
 
-    # One step lands on the mean of what the photograph may have been: true, and soft. More steps
-    # walk to one such photograph: sharp, and made up where the small picture says nothing. The
-    # seed chooses which; the same seed gives the same pixels everywhere.
+    # One step gives the mean of all photographs that fit the small picture: faithful, but soft.
+    # More steps give one of these photographs: sharp, with invented detail where the small picture
+    # has none. The seed chooses which one; the same seed gives the same pixels everywhere.
     versions = {
         "bicubic": picture.resize(
             (picture.width * 4, picture.height * 4), Image.Resampling.BICUBIC
@@ -48,7 +48,7 @@ def main() -> None:
         "4 steps, seed 1": upscaler(picture, scale=4, steps=4, seed=1),
     }
 
-    # The two parts with most contrast, out of each version.
+    # The two details with most contrast, cut from each version.
     rows = [Row(list(versions), [_panel(version) for version in versions.values()])]
     for top, left in details(from_pil(versions["4 steps, seed 0"]).pixels, DETAIL, 2):
         box = (left, top, left + DETAIL, top + DETAIL)

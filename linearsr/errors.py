@@ -1,10 +1,10 @@
-"""Errors a user can act on. Each message names the thing that is wrong and what to do about it."""
+"""Errors that a user can act on. Each message names what is wrong and says what to do about it."""
 
 from importlib.util import find_spec
 
 
 class LinearSRError(Exception):
-    """Base of every error this package raises on purpose; the CLI prints it as one line."""
+    """The base of all errors raised on purpose; the CLI prints one as a single line."""
 
 
 class InputError(LinearSRError):
@@ -12,11 +12,11 @@ class InputError(LinearSRError):
 
 
 class NoPicture(InputError):
-    """Bytes of no format that is read here."""
+    """Bytes that are not in any supported picture format."""
 
 
 class TooLarge(InputError):
-    """More pixels or bytes than are allowed, or than there is memory for."""
+    """A picture with more pixels or bytes than are allowed, or than fit into memory."""
 
 
 class OutputError(LinearSRError):
@@ -24,34 +24,34 @@ class OutputError(LinearSRError):
 
 
 class MissingFile(InputError):
-    """A file, or an object of a bucket, that is not there."""
+    """A file, or an object of a bucket, that does not exist."""
 
 
 class StorageError(InputError, OutputError):
-    """Storage that cannot be used for a reason that is not in the file: the next fails as well.
+    """Storage that cannot be used at all, so that the next file would fail as well.
 
-    Both of what reading raises and of what writing does. A subclass names the reason.
+    It is both an InputError and an OutputError. Subclasses name the reason.
     """
 
 
 class Throttled(StorageError):
-    """The storage asked to slow down, again and again."""
+    """The storage repeatedly asked for fewer requests."""
 
 
 class Denied(StorageError):
-    """No credentials, wrong ones, or no permission."""
+    """Missing or wrong credentials, or missing permissions."""
 
 
 class MissingBucket(StorageError):
-    """There is no such bucket."""
+    """A bucket that does not exist."""
 
 
 class WrongRegion(StorageError):
-    """The bucket is in another region than the one that was asked."""
+    """A bucket in another region than the request was sent to."""
 
 
 class Unreachable(StorageError):
-    """No answer from the storage, or none but errors of its own."""
+    """Storage that does not answer, or only with errors of its own."""
 
 
 class OptionError(LinearSRError, ValueError):
@@ -59,25 +59,34 @@ class OptionError(LinearSRError, ValueError):
 
 
 class MissingExtra(OptionError, ImportError):
-    """What is asked for needs packages that this installation was made without."""
+    """A feature that needs packages which are not installed."""
 
 
 class WeightsError(LinearSRError):
-    """Weights that are missing, of a wrong shape, non-finite, or not ours."""
+    """Weights that are missing, of a wrong shape, not finite, or not LinearSR's."""
 
 
 def require(extra: str, *packages: str) -> None:
-    """Raise MissingExtra, naming the extra that brings them, unless all `packages` are installed.
+    """Raise MissingExtra, naming the extra to install, unless all `packages` are installed.
 
-    To be called before they are imported. One that is installed but broken passes: what its import
-    raises then says more than advice to install it could.
+    Call this before importing them. An installed but broken package passes, because the error of
+    its import says more than advice to install it could.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        told = f"{', '.join(missing)}: not installed here; pip install 'linearsr[{extra}]'"
-        raise MissingExtra(told)
+        raise MissingExtra(
+            f"{', '.join(missing)}: not installed here; pip install 'linearsr[{extra}]'"
+        )
+
+
+def reason(error: Exception) -> str:
+    """Return an error's message on one line, with its class if it is none of ours."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
 
 
 def one_line(error: Exception) -> str:
-    """The message of a library's error on one line, short enough to end one of ours."""
+    """Return the message of a library's error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

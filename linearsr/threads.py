@@ -1,8 +1,8 @@
-"""How OpenMP's threads wait for each other. Knows nothing of torch, which reads it when it loads.
+"""How the threads of OpenMP wait for each other; torch reads this setting when it loads.
 
-A team of threads that waits by spinning keeps a core busy that its own slowest member may need:
-beside other work a picture then takes many times as long as with one thread. Threads that go to
-sleep at once have to be woken for each of many short loops. docs/speed.md has what both cost.
+Threads that spin while they wait keep a core busy that their own slowest thread may need: beside
+other work a picture then takes many times as long as with one thread. Threads that go to sleep at
+once must be woken for each of many short loops. docs/guides/speed.md has the cost of both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 # Rounds of GNU OpenMP's waiting loop before a thread sleeps: some tens of microseconds.
 SPIN_ROUNDS = "10000"
-# Any of these says that the user has chosen.
+# If one of these variables is set, the user has made a choice.
 CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 

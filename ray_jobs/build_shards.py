@@ -3,11 +3,12 @@
     ray job submit --working-dir . -- python ray_jobs/build_shards.py \\
         --input s3://photos/nature s3://photos/cities --output s3://shards/first --crop 512
 
-The same settings and pictures give the same bytes. Started again, it goes on with what is missing.
-OUTPUT/rejects.csv names each picture that was not used and why, OUTPUT/manifest.json the counts.
-Exit codes: 0 all done, 1 some pictures could not be read or shards not be built, 2 usage.
+The same settings and pictures give the same bytes. A job that is started again builds only the
+missing shards. OUTPUT/rejects.csv names each picture that was not used and why, OUTPUT/errors the
+pictures that cannot be read and the shards that failed, OUTPUT/manifest.json all counts.
+Exit codes: 0 all done, 1 some pictures or shards failed, 2 wrong usage.
 
-More: docs/datasets.md, docs/storage.md.
+More: docs/guides/datasets.md, docs/guides/storage.md.
 """
 
 from __future__ import annotations
@@ -17,34 +18,35 @@ import sys
 
 from linearsr.cli import job
 
-FLAGS = ("degradation", "scale", "crop", "crops_per_picture", "min_size", "min_sharpness")
-FLAGS += ("duplicate_distance", "max_pixels", "seed", "rows_per_shard", "cpus", "most_cpus")
+FLAGS = ("output", "degradation", "scale", "crop", "crops_per_picture", "min_size", "min_sharpness")
+FLAGS += ("duplicate_distance", "max_pixels", "seed", "rows_per_shard", "cpus", "max_cpus")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Where pictures come from and go to, and what a ShardConfig has besides."""
-    from linearsr.cluster.plan import ShardConfig
+    """Return a parser with the fields of a ShardConfig."""
+    from linearsr.distributed.datasets.shards.config import ShardConfig
 
-    made = job.described(__doc__)
-    made.add_argument("--input", nargs="+", required=True, help="folders of pictures; s3:// too")
-    made.add_argument("--output", required=True, help="a folder of its own; s3:// too")
-    job.add_fields(made, ShardConfig, FLAGS)
-    return made
+    parser = job.new_parser(__doc__)
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="folders of pictures, local or s3://"
+    )
+    job.add_fields(parser, ShardConfig, FLAGS)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, build, tell how it ended."""
-    from linearsr.cluster.plan import ShardConfig
-    from linearsr.cluster.shards import build_shards
+    """Parse the flags, build the dataset, print how it ended."""
+    from linearsr.distributed.datasets.shards.build import build_shards
+    from linearsr.distributed.datasets.shards.config import ShardConfig
 
     options = vars(parser().parse_args(arguments))
-    config = ShardConfig.parse(inputs=options.pop("input"), **options)
-    job.connect()
-    built = build_shards(config)
-    for fault in (*built.unreadable, *built.failed):
-        print(f"failed: {fault}", file=sys.stderr)
-    print(built)
-    return 1 if built.unreadable or built.failed else 0
+    config = job.validated(ShardConfig, {"inputs": options.pop("input"), **options})
+    job.connect(data=False)
+    result = build_shards(config)
+    for failure in (*result.unreadable, *result.failed):
+        print(f"failed: {failure}", file=sys.stderr)
+    print(result)
+    return 1 if result.unreadable or result.failed else 0
 
 
 if __name__ == "__main__":

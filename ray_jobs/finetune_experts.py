@@ -3,12 +3,13 @@
     ray job submit --working-dir . -- python ray_jobs/finetune_experts.py --from RUNS/pretrain \\
         --recipe tiny_cpu --data PHOTOS --validation VAL --storage RUNS --name experts
 
-Writes RUNS/NAME/experts-*, finetune-* and perceptual-*, a run each, and RUNS/NAME/weights, ready
-for `linearsr upscale --model`. `--stages experts finetune perceptual` trains all of them; the last
-needs LPIPS and leaves the first expert as it is. Started again it goes on where it stopped.
+Writes one run per expert and stage, RUNS/NAME/experts-*, finetune-* and perceptual-*, and
+RUNS/NAME/weights, ready for `linearsr upscale --model`. `--stages experts finetune perceptual`
+trains all stages; the last one needs LPIPS and leaves the first expert as it is. Started again, it
+continues where it stopped.
 Exit codes: 0 all done, 1 failed, 2 usage.
 
-More: docs/training.md, docs/knee.md, docs/sizing.md.
+More: docs/guides/training.md, docs/design/knee.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from linearsr.cli import job
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of a training job, and where it starts."""
-    made = job.parser(__doc__)
-    made.add_argument("--from", dest="before", required=True, help="the pretraining run's folder")
-    made.add_argument(
+    """Return the parser of a training job's flags, with the run and the stages to start from."""
+    parser = job.parser(__doc__)
+    parser.add_argument("--from", dest="before", required=True, help="folder of a pretraining run")
+    parser.add_argument(
         "--stages",
         nargs="+",
         choices=("experts", "finetune", "perceptual"),
         default=["experts"],
-        help="which to train, in this order",
+        help="stages to train, in this order",
     )
-    made.add_argument(
+    parser.add_argument(
         "--i-know-this-is-not-the-knee",
         action="store_true",
         dest="anyway",
-        help="start from the candidate, or the last checkpoint, where no knee is confirmed",
+        help="without a confirmed knee, start from the candidate, or else from the last checkpoint",
     )
-    return made
+    return parser
 
 
 def main() -> None:
-    """Parse, train the stages in order, export the result."""
+    """Parse the flags, train the stages in order, and export the weights."""
     options = parser().parse_args()
 
     recipe, cluster = job.configs(options)
     job.connect()
-    from linearsr.cluster.stages import check_stages, export_outcomes, run_stage
-    from linearsr.cluster.storage import locate, url
+    from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage
+    from linearsr.storage.location import locate, url
 
     check_stages(options.stages, recipe)
     before = [locate(options.before)]

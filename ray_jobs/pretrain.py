@@ -4,10 +4,10 @@
         --recipe tiny_cpu --data PHOTOS --validation VAL --storage RUNS --name pretrain
 
 Writes RUNS/NAME: checkpoints, knee.json, report.png, samples, tensorboard. Started again with the
-same storage and name it goes on from the last checkpoint.
+same storage and name, it continues from the last checkpoint.
 Exit codes: 0 all done, 1 failed, 2 usage.
 
-More: docs/training.md, docs/knee.md, docs/sizing.md.
+More: docs/guides/training.md, docs/design/knee.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from linearsr.cli import job
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of a training job."""
+    """Return the parser of a training job's flags."""
     return job.parser(__doc__)
 
 
 def main() -> None:
-    """Parse, train, tell where the knee lies."""
+    """Parse the flags, train, and print where the knee is."""
     options = parser().parse_args()
 
     recipe, cluster = job.configs(options)
     job.connect()
-    from linearsr.cluster.config import StageConfig
-    from linearsr.cluster.knee import summary
-    from linearsr.cluster.train import train
+    from linearsr.distributed.train.config import StageConfig
+    from linearsr.distributed.train.knee import summary
+    from linearsr.distributed.train.trainer import train
 
     stage = StageConfig(recipe=recipe, cluster=cluster, kind="pretrain", start=recipe.start)
     outcome = train(stage)

@@ -3,11 +3,11 @@
     ray job submit --working-dir . -- python ray_jobs/tag_dataset.py \\
         --input s3://shards/first --output s3://shards/first --actors 4
 
-OUTPUT may be INPUT: each shard is replaced whole. Started again with the same tagger, it goes on
-with the shards that have not been seen. Rows that cannot be read are listed in
-OUTPUT/tag_errors.csv. Exit codes: 0 all done, 1 some failed, 2 usage.
+OUTPUT may be INPUT: each shard is replaced whole. A job that is started again with the same tagger
+goes on with the shards that it has not seen. Rows that cannot be read are listed in OUTPUT/errors.
+Exit codes: 0 all done, 1 some failed, 2 wrong usage.
 
-More: docs/tags.md, docs/datasets.md, docs/storage.md.
+More: docs/guides/tags.md, docs/guides/datasets.md, docs/guides/storage.md.
 """
 
 from __future__ import annotations
@@ -23,34 +23,31 @@ FILES = ("tagger_model", "tagger_adapter", "vocabulary")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of a tagger, and those of a job."""
-    made = job.described(__doc__)
-    made.add_argument("--input", required=True, help="a folder of Parquet shards; s3:// too")
-    made.add_argument("--output", required=True, help="a folder; s3:// too; may be the input")
-    made.add_argument("--column", choices=("lr", "hr"), default="lr", help="the picture looked at")
-    made.add_argument("--actors", type=int, default=1, help="taggers at work; fixed")
-    made.add_argument("--actor-cpus", type=float, default=1, help="logical CPUs of each")
-    made.add_argument("--gpu", action="store_true", help="a GPU for each actor")
-    add_tagger_options(made)
-    return made
+    """Return a parser with the fields of a TagConfig and of its tagger."""
+    from linearsr.distributed.datasets.tag import TagConfig
+
+    parser = job.new_parser(__doc__)
+    job.add_fields(parser, TagConfig, FLAGS)
+    add_tagger_options(parser)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, tag, tell how it ended."""
+    """Parse the flags, tag the dataset, print how it ended."""
     options = parser().parse_args(arguments)
     for name in FILES:  # workers have working folders of their own; a hub id stays as it is
         path = getattr(options, name)
         if path is not None and os.path.exists(path):
             setattr(options, name, os.path.abspath(path))
 
-    from linearsr.cluster.tagging import TagConfig, tag_dataset
+    from linearsr.distributed.datasets.tag import TagConfig, tag_dataset
 
     fields = {name: getattr(options, name) for name in FLAGS}
-    config = TagConfig.parse(**fields, tagger=tagger_config(options))
-    job.connect()
-    tagged = tag_dataset(config)
-    print(tagged)
-    return 1 if tagged.errors else 0
+    config = job.validated(TagConfig, {**fields, "tagger": tagger_config(options)})
+    job.connect(data=False)
+    summary = tag_dataset(config)
+    print(summary)
+    return 1 if summary.failed else 0
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     ray job submit --working-dir . -- python ray_jobs/upscale_dataset.py \\
         --input s3://photos/holiday --output s3://photos/large --steps 4 --actors 4 --gpu
 
-Every option of `linearsr upscale` works here. Started again, it goes on with what has no result;
-pictures that fail are listed in OUTPUT/errors. Exit codes: 0 all done, 1 some failed, 2 usage.
+Every option of `linearsr upscale` works here. A job that is started again goes on with the pictures
+that have no result; those that fail are listed in OUTPUT/errors. Exit codes: 0 all done, 1 some
+failed, 2 wrong usage.
 
-More: docs/datasets.md, docs/storage.md, docs/sizing.md.
+More: docs/guides/datasets.md, docs/guides/storage.md, docs/guides/sizing.md.
 """
 
 from __future__ import annotations
@@ -15,38 +16,30 @@ import argparse
 
 from linearsr.cli import job, upscale
 
-FLAGS = ("input", "output", "kind", "column", "model", "device", "compile")
-FLAGS += ("actors", "actor_cpus", "gpu", "batch", "hands")
+FLAGS = ("input", "output", "kind", "column", "actors", "actor_cpus", "gpu", "batch", "concurrency")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of one picture, and those of a job."""
-    made = job.described(__doc__)
-    made.add_argument("--input", required=True, help="pictures or Parquet shards; s3:// too")
-    made.add_argument("--output", required=True, help="a folder of its own; s3:// too")
-    made.add_argument(
-        "--kind", choices=("images", "parquet"), default="images", help="what is written"
-    )
-    made.add_argument("--column", default="lr", help="the column of shards to upscale")
-    made.add_argument("--actors", type=int, default=1, help="models at work; fixed")
-    made.add_argument("--actor-cpus", type=float, default=1, help="logical CPUs of each")
-    made.add_argument("--gpu", action="store_true", help="a GPU for each actor")
-    made.add_argument("--batch", type=int, default=8, help="pictures a call, rows a Parquet file")
-    made.add_argument("--hands", type=int, default=2, help="calls an actor overlaps; GPUs like 8")
-    upscale.add_options(made)
-    return made
+    """Return a parser with the fields of an UpscaleConfig and the options of one picture."""
+    from linearsr.distributed.datasets.upscale import UpscaleConfig
+
+    parser = job.new_parser(__doc__)
+    job.add_fields(parser, UpscaleConfig, FLAGS)
+    upscale.add_options(parser)
+    return parser
 
 
 def main() -> int:
-    """Parse, upscale, tell how it ended."""
+    """Parse the flags, upscale the dataset, print how it ended."""
     arguments = parser().parse_args()
 
-    from linearsr.cluster.upscaling import UpscaleConfig, upscale_dataset
+    from linearsr.distributed.datasets.upscale import UpscaleConfig, upscale_dataset
 
     options, files = upscale.parse(arguments)
-    fields = {name: getattr(arguments, name) for name in FLAGS}
-    config = UpscaleConfig.parse(**fields, options=options, files=files)
-    job.connect()
+    names = (*FLAGS, "model", "device", "compile")
+    fields = {name: getattr(arguments, name) for name in names}
+    config = job.validated(UpscaleConfig, {**fields, "options": options, "files": files})
+    job.connect(data=False)
     summary = upscale_dataset(config)
     print(summary)
     return 1 if summary.failed else 0

@@ -1,4 +1,4 @@
-"""The command as a user types it: outputs, exit codes, one line per error, nothing half-written."""
+"""The command as a user types it: outputs, exit codes, one line per error, no partial file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def photos(tmp_path: Path, photograph: Image.Image) -> Path:
 
 @pytest.fixture
 def run(small_bundle: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Calls `linearsr upscale` with the small model; returns exit code, stdout, stderr."""
+    """Call `linearsr upscale` with the small model; return exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         common = ["upscale", "--model", small_bundle, "--steps", 1, "--device", "cpu"]
@@ -41,7 +41,7 @@ def run(small_bundle: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore
     return call
 
 
-def test_one_file(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_upscale_writes_one_file_with_provenance(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png")
     assert code == 0 and "256x192" in out
     assert Image.open(tmp_path / "out.png").size == (256, 192)
@@ -51,21 +51,21 @@ def test_one_file(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no
     assert provenance["steps"] == "1" and provenance["scale"] == "4"
 
 
-def test_the_solver_is_used_and_told(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_solver_is_used_and_recorded(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for solver in ("euler", "dpm", "adams"):
-        asked = ("--steps", 4, "--solver", solver)
-        assert run(photos / "a.png", "-o", tmp_path / f"{solver}.png", *asked)[0] == 0
+        flags = ("--steps", 4, "--solver", solver)
+        assert run(photos / "a.png", "-o", tmp_path / f"{solver}.png", *flags)[0] == 0
         provenance = read_provenance(tmp_path / f"{solver}.png")
         assert provenance is not None and provenance["solver"] == solver
-    made = [np.asarray(Image.open(tmp_path / f"{s}.png")) for s in ("euler", "dpm", "adams")]
-    assert not any(np.array_equal(a, b) for a, b in combinations(made, 2))
+    pictures = [np.asarray(Image.open(tmp_path / f"{s}.png")) for s in ("euler", "dpm", "adams")]
+    assert not any(np.array_equal(a, b) for a, b in combinations(pictures, 2))
 
 
-def test_any_scale_and_detail_are_used_and_told(  # type: ignore[no-untyped-def]
+def test_scale_and_detail_are_used_and_recorded(  # type: ignore[no-untyped-def]
     run, photos: Path, tmp_path: Path, scaling_bundle: Path
 ) -> None:
-    asked = ("--model", scaling_bundle, "--steps", 4, "--scale", 1.5, "--detail", 0.5)
-    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *asked)
+    flags = ("--model", scaling_bundle, "--steps", 4, "--scale", 1.5, "--detail", 0.5)
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *flags)
     assert code == 0 and "96x72" in out and "computed" not in out
     provenance = read_provenance(tmp_path / "out.png")
     assert provenance is not None
@@ -73,27 +73,27 @@ def test_any_scale_and_detail_are_used_and_told(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("asked", "note"),
+    ("flags", "note"),
     [
         (("--scale", 2), "x4, then shrunk"),
         (("--width", 300), "x4, then enlarged"),
     ],
 )
-def test_a_scale_that_the_model_was_not_trained_for_is_told(  # type: ignore[no-untyped-def]
-    run, photos: Path, tmp_path: Path, asked: tuple[object, ...], note: str
+def test_untrained_scale_is_noted(  # type: ignore[no-untyped-def]
+    run, photos: Path, tmp_path: Path, flags: tuple[object, ...], note: str
 ) -> None:
-    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *asked)
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *flags)
     assert code == 0 and f"computed at {note}" in out
 
 
-def test_a_folder_keeps_its_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_output_folder_keeps_the_inputs_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run(photos, "-o", tmp_path / "out", "--scale", 2)[0] == 0
-    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
-    assert found == {"a.png", "trip/b.jpg"}
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert names == {"a.png", "trip/b.jpg"}
     assert Image.open(tmp_path / "out/trip/b.jpg").size == (128, 96)
 
 
-def test_a_bad_file_is_named_and_the_rest_are_written(  # type: ignore[no-untyped-def]
+def test_bad_file_is_named_and_the_others_are_written(  # type: ignore[no-untyped-def]
     run, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:200])
@@ -104,7 +104,7 @@ def test_a_bad_file_is_named_and_the_rest_are_written(  # type: ignore[no-untype
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.png", "b.jpg"]
 
 
-def test_a_bad_folder_does_not_stop_the_good_file(run, photos, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_empty_folder_does_not_stop_the_other_inputs(run, photos, tmp_path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "empty").mkdir()
     code, _, err = run(tmp_path / "empty", photos / "a.png", "-o", tmp_path / "out")
     assert code == 1
@@ -112,20 +112,20 @@ def test_a_bad_folder_does_not_stop_the_good_file(run, photos, tmp_path) -> None
     assert (tmp_path / "out/a.png").exists()
 
 
-def test_results_inside_the_input_folder_are_not_inputs_again(run, photos) -> None:  # type: ignore[no-untyped-def]
+def test_results_inside_the_input_folder_are_not_upscaled_again(run, photos) -> None:  # type: ignore[no-untyped-def]
     for _ in range(2):
         assert run(photos, "-o", photos / "out")[0] == 0
     assert not (photos / "out" / "out").exists()
 
 
-def test_a_name_that_is_no_text_is_upscaled(run, photos, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_file_name_with_invalid_text_is_upscaled(run, photos, tmp_path) -> None:  # type: ignore[no-untyped-def]
     odd = photos / "trip" / os.fsdecode(b"caf\xe9.png")
     odd.write_bytes((photos / "a.png").read_bytes())
     assert run(photos / "trip", "-o", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / odd.name).exists()
 
 
-def test_broken_weights_are_named(  # type: ignore[no-untyped-def]
+def test_missing_weights_are_named(  # type: ignore[no-untyped-def]
     run, photos, small_bundle: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(small_bundle, tmp_path / "weights"))
@@ -135,31 +135,31 @@ def test_broken_weights_are_named(  # type: ignore[no-untyped-def]
     assert "polish.safetensors" in err
 
 
-def test_a_full_disk_leaves_no_file(run, photos) -> None:  # type: ignore[no-untyped-def]
+def test_failed_write_names_the_target(run, photos) -> None:  # type: ignore[no-untyped-def]
     code, _, err = run(photos / "a.png", "-o", "/proc/x.png")
     assert code == 1
     assert "/proc/x.png" in err
 
 
-def test_running_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    def exhausted(self: object, *_: object) -> None:
+def test_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def exhausted(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.upscaler.Upscaler._noise", exhausted)
+    monkeypatch.setattr("linearsr.pipeline.upscaler.tile_grid", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err
     assert "b.jpg: out of memory" in err
 
 
-def test_skip_existing(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_skip_existing_skips_finished_outputs(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run(photos, "-o", tmp_path / "out")[0] == 0
     (tmp_path / "out/a.png").unlink()
     _, out, _ = run(photos, "-o", tmp_path / "out", "--skip-existing")
     assert "a.png" in out and "b.jpg" not in out
 
 
-def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_format_sets_the_suffix_of_results(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run(photos, "-o", tmp_path / "out", "--format", "webp")[0] == 0
     assert Image.open(tmp_path / "out/trip/b.webp").format == "WEBP"
 
@@ -168,7 +168,7 @@ def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type:
     ("arguments", "code", "words"),
     [
         (["missing.png", "-o", "x.png"], 1, "missing.png"),
-        (["{photos}/a.png", "-o", "{photos}/a.png/x.png"], 1, "a.png: cannot be made"),
+        (["{photos}/a.png", "-o", "{photos}/a.png/x.png"], 1, "a.png cannot be created"),
         (["{photos}/a.png", "-o", "x.xyz"], 2, "x.xyz"),
         (["{photos}", "-o", "{photos}/a.png"], 2, "a.png"),
         (["{photos}/a.png", "-o", "x.png", "--steps", "99"], 2, "steps"),
@@ -192,7 +192,7 @@ def test_format_for_folders(run, photos: Path, tmp_path: Path) -> None:  # type:
         (["-o", "x.png"], 2, "INPUT"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(  # type: ignore[no-untyped-def]
+def test_usage_error_takes_one_line(  # type: ignore[no-untyped-def]
     run,
     photos: Path,
     arguments: list[str],
@@ -209,6 +209,6 @@ def test_what_is_wrong_is_said_in_one_line(  # type: ignore[no-untyped-def]
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_models_lists_the_bundled_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_lists_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models"]) == 0
     assert "linearsr-tiny" in capsys.readouterr().out

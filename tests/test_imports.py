@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,39 +14,43 @@ import linearsr
 
 PACKAGE = Path(linearsr.__file__).parent
 
-# Each layer may import itself and those before it (design: layout).
+# Each layer may import itself and those before it.
 LAYERS = [
     ["errors", "threads"],
-    ["config", "noise.experts"],
+    ["config", "diffusion.experts"],
+    ["storage"],
     ["kernels"],
-    ["imaging", "noise"],
+    ["imaging", "diffusion"],
     ["latent", "denoiser", "tags"],
     ["weights"],
-    ["quality"],
-    ["upscaler"],
+    ["metrics"],
+    ["pipeline"],
     ["evaluation"],
     ["training"],
     ["web"],
-    ["cluster"],
-    ["cli", "demo"],
+    ["distributed"],
+    ["distributed.train", "distributed.datasets", "distributed.serve"],
+    ["cli"],
 ]
-# Who may import a heavy package, at any level of a function.
+# These packages must not import each other.
+APART = ["distributed.train", "distributed.datasets", "distributed.serve"]
+# The modules that may import a heavy package, at the top or in a function.
 HEAVY = {
-    "ray": ["cluster", "cli"],
+    "ray": ["distributed", "cli"],
     "deepspeed": ["training.engine"],
     "triton": ["kernels"],
-    "boto3": ["cluster.storage"],
-    "pyarrow": ["cluster", "evaluation.report"],
+    "boto3": ["storage"],
+    "pyarrow": ["storage", "imaging.sources", "distributed", "evaluation.report"],
     "matplotlib": ["training.plot"],
     "diffusers": ["latent", "weights.convert"],
-    "pyiqa": ["quality"],
-    "lpips": ["quality"],
+    "pyiqa": ["metrics"],
+    "lpips": ["metrics"],
     "spandrel": ["evaluation.checkpoint"],
     "pyvips": ["imaging"],
-    "imagehash": ["imaging.filters"],
+    "imagehash": ["distributed.datasets"],
     "fastapi": ["web"],
     "starlette": ["web"],
-    "tenacity": ["cluster.serve"],
+    "tenacity": ["distributed.serve"],
 }
 
 
@@ -62,7 +67,7 @@ def _within(module: str, parts: list[str]) -> bool:
 
 
 def _layer(module: str) -> int:
-    """The layer of the longest name that fits, so noise.experts is not noise."""
+    """Return the layer of the longest prefix, so that a module may differ from its package."""
     fits = [
         (len(part), i)
         for i, layer in enumerate(LAYERS)
@@ -74,14 +79,14 @@ def _layer(module: str) -> int:
 
 
 def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("module", sorted(_modules()))
@@ -91,6 +96,22 @@ def test_imports_run_one_way(module: str) -> None:
         ours = name.removeprefix("linearsr.")
         if name.startswith("linearsr.") and (ours in known or f"{ours}.__init__" in known):
             assert _layer(ours) <= _layer(module), f"{module} must not import {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports within functions count too. The package itself only hands on names when asked."""
+    modules = {f"linearsr.{name}".removesuffix(".__init__"): p for name, p in _modules().items()}
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & modules.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                targets = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= targets & modules.keys()
+                if not targets <= modules.keys():
+                    graph[name] |= {node.module} & modules.keys()
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", sorted(_modules()))
@@ -105,16 +126,34 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
     [
         ("linearsr", ["torch", "ray", "numpy"]),
         ("linearsr.config", ["torch", "ray"]),
-        ("linearsr.noise.experts", ["torch", "ray"]),
+        ("linearsr.diffusion.experts", ["torch", "ray"]),
         ("linearsr.cli", ["torch", "ray"]),
-        ("linearsr.quality.knee", ["torch", "ray", "scipy", "kneed"]),
+        ("linearsr.training.knee", ["torch", "ray", "scipy", "kneed"]),
         ("linearsr.training.loop", ["ray", "deepspeed", "pyiqa"]),
         # A machine with a GPU may have little besides torch.
-        ("linearsr.training.accelerated", ["ray", "pyvips", "psutil", "pyiqa", "diffusers"]),
-        ("linearsr.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+        ("tools.train_bundled.__main__", ["ray", "pyvips", "psutil", "pyiqa", "diffusers"]),
+        # `linearsr evaluate` on Parquet needs no Ray.
+        ("linearsr.evaluation.sources", ["ray"]),
+        ("linearsr.pipeline.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+        # A replica only runs a model.
+        ("linearsr.distributed.serve.expert", ["linearsr.training", "deepspeed"]),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_needed(module: str, absent: list[str]) -> None:
     code = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,  # where `tools` is
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in _modules() if _within(m, APART)))
+def test_applications_do_not_import_each_other(module: str) -> None:
+    (own,) = [package for package in APART if _within(module, [package])]
+    others = [package for package in APART if package != own]
+    for name in _imports(_modules()[module]):
+        assert not _within(name.removeprefix("linearsr."), others), f"{module} imports {name}"

@@ -1,4 +1,4 @@
-"""`python -m linearsr.cli`, where the command is not on the path."""
+"""`python -m linearsr.cli`: the command, if `linearsr` is not on the PATH."""
 
 import sys
 

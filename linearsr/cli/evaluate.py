@@ -1,6 +1,6 @@
-"""`linearsr evaluate`: models and results against bicubic and the truth.
+"""`linearsr evaluate`: compare models and results with bicubic and the truth.
 
-Its options serve ray_jobs/evaluate.py as well.
+The evaluation job (ray_jobs/evaluate.py) shares its options.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
-from linearsr.errors import OptionError, OutputError, require
+from linearsr.errors import OptionError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from linearsr.evaluation.config import Score, Source
+    from linearsr.evaluation.config import Score
     from linearsr.evaluation.judge import Judge
     from linearsr.evaluation.report import Report
-    from linearsr.evaluation.run import Plan, Request
-
-    List = Callable[..., Mapping[str, Source]]
-    Read = Callable[[Source], bytes]
+    from linearsr.evaluation.run import Evaluation, Request
 
 FIELDS = ("hr", "lr", "steps", "solvers", "metrics", "scale", "seed", "every", "rank", "examples")
 
@@ -33,61 +31,86 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure models and results",
-        epilog="Metrics go by pyiqa's names, but lpips has SqueezeNet as its trunk. Those whose "
-        "weights cannot be had here are listed as skipped, and the rest go on.",
+        description="Compare models and finished pictures with bicubic and the truth.",
+        formatter_class=HelpFormatter,
+        epilog="Metrics have pyiqa's names, but lpips uses SqueezeNet as its trunk. A metric whose "
+        "weights are not available is listed as skipped.",
     )
     parser.set_defaults(run=_evaluate)
     add_options(parser)
 
 
-def add_options(add: argparse.ArgumentParser) -> None:
-    """What is evaluated, how, and where the report goes."""
-    add.add_argument("folder", nargs="?", help="finished pictures to judge as --results does")
-    add.add_argument("-o", "--output", required=True, help="folder of the report")
-    add.add_argument("--hr", help="true pictures, or Parquet shards with columns id, lr and hr")
-    add.add_argument(
-        "--lr",
-        help="how LR is made from HR (clean, mixed, degraded, mild, camera, seesr, real-esrgan; "
-        "default clean), or a folder of it",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of an evaluation, also for the job."""
+    parser.add_argument(
+        "folder", nargs="?", help="folder of finished pictures; short for --results NAME=FOLDER"
     )
-    add.add_argument(
+    parser.add_argument("-o", "--output", required=True, help="folder to write the report to")
+    parser.add_argument(
+        "--hr", help="folder of true pictures, or of Parquet shards with columns id, lr and hr"
+    )
+    parser.add_argument(
+        "--lr",
+        help="folder of LR pictures, or the degradation that makes them from HR: clean, mixed, "
+        "degraded, mild, camera, seesr or real-esrgan (default: clean)",
+    )
+    parser.add_argument(
         "--models",
         nargs="*",
         metavar="[NAME=]MODEL",
         help="bundled models, folders of weights, or checkpoints of other programs that spandrel "
-        "loads (.safetensors, .pth, .pt, .ckpt); default linearsr-tiny, none with results",
+        "loads: .safetensors, .pth, .pt, .ckpt (default: linearsr-tiny, or none with --results)",
     )
-    add.add_argument("--steps", nargs="+", type=int, default=[1, 2], help="of each model")
-    add.add_argument(
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[1, 2], help="numbers of steps to try on each model"
+    )
+    parser.add_argument(
         "--solvers",
         nargs="+",
         choices=get_args(Solver),
         default=[],
-        help="by which each takes its steps; default: each model's own",
+        help="solvers to try on each model (default: the model's own)",
     )
-    add.add_argument(
+    parser.add_argument(
         "--results",
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="of others: pictures, or shards with columns id and hr or image",
+        help="results of other programs: pictures, or shards with columns id and hr or image",
     )
-    add.add_argument(
-        "--metrics", nargs="+", help="default: all quick ones that need no download here"
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        help="metrics to measure (default: all quick ones without a download)",
     )
-    add.add_argument("--device", default="auto", help="for models: auto, cpu, cuda, mps")
-    add.add_argument("--scale", type=int, choices=(2, 3, 4), default=4, help="of HR to LR")
-    add.add_argument("--seed", type=int, default=0, help="of the models' noise")
-    add.add_argument("--every", type=int, default=1, help="only every n-th picture")
-    add.add_argument("--rank", metavar="METRIC", help="of the contact sheet; default: the first")
-    add.add_argument("--examples", type=int, default=3, help="best and worst pictures shown")
+    parser.add_argument(
+        "--device", default="auto", help="device that models run on: auto, cpu, cuda or mps"
+    )
+    parser.add_argument(
+        "--scale", type=int, choices=(2, 3, 4), default=4, help="scale from LR to HR"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for the models' noise")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="evaluate only every N-th picture"
+    )
+    parser.add_argument(
+        "--rank",
+        metavar="METRIC",
+        help="metric that orders the contact sheet (default: the first one)",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=3,
+        help="number of best, and of worst, pictures on the contact sheet",
+    )
 
 
 def parse(arguments: argparse.Namespace) -> Request:
-    """What `add_options` added, checked. Raises OptionError."""
+    """Check the values of `add_options`. Raises OptionError."""
     from linearsr.evaluation.run import Request
 
-    results = dict(_named(text, "--results") for text in arguments.results)
+    results = dict(_named(text, "--results", "NAME=FOLDER") for text in arguments.results)
     if arguments.folder:
         results = {Path(arguments.folder).name or arguments.folder: arguments.folder, **results}
     models = arguments.models
@@ -98,19 +121,21 @@ def parse(arguments: argparse.Namespace) -> Request:
 
 
 def _models(texts: Sequence[str], results: Mapping[str, str]) -> dict[str, str]:
-    """Models by their names in tables, which differ from each other's and from those of results."""
+    """Models by name. Raises OptionError unless all names of models and results differ."""
     models: dict[str, str] = {}
     for name, model in map(_model, texts):
         if name in models or name in results:
-            raise OptionError(f"--models {name}: two methods of this name; give one as NAME=MODEL")
+            raise OptionError(
+                f"--models {name}: two methods have this name; give one as NAME=MODEL"
+            )
         models[name] = model
     return models
 
 
-def _named(text: str, flag: str) -> tuple[str, str]:
+def _named(text: str, flag: str, expected: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not name or not value:
-        raise OptionError(f"{flag} {text}: should be NAME=FOLDER")
+        raise OptionError(f"{flag} {text}: give {expected}")
     return name, value
 
 
@@ -118,12 +143,12 @@ def _model(text: str) -> tuple[str, str]:
     from linearsr.evaluation.checkpoint import is_checkpoint
 
     if "=" in text:
-        return _named(text, "--models")
+        return _named(text, "--models", "NAME=MODEL")
     return (Path(text).stem if is_checkpoint(text) else text, text)
 
 
-def tell(report: Report, output: str) -> int:
-    """Print the table and what failed; returns the exit code."""
+def print_report(report: Report, output: str) -> int:
+    """Print the table and the failures; returns the exit code."""
     from linearsr.evaluation.report import table
 
     print(table(report))
@@ -136,62 +161,31 @@ def tell(report: Report, output: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    # Better before hours of work than after.
+    # A missing package is reported before hours of work, not after.
     require("quality", "pyiqa", "lpips", "pyarrow", "tqdm")
     request = parse(arguments)
     from linearsr.evaluation.judge import Judge, load_model
-    from linearsr.evaluation.run import Seen, finish, plan
+    from linearsr.evaluation.run import ModelViews, finish, plan
+    from linearsr.evaluation.sources import list_pictures, read_source
+    from linearsr.storage.location import check_writable, locate
 
-    list_pictures, read_source = _access(request)
-    made = plan(request, list_pictures)
-    output = _folder(arguments.output)
-    judge = Judge(made.settings, read_source, lambda model: load_model(model, arguments.device))
-    report = finish(
-        made,
-        _scores(made, judge),
-        lambda items: Seen(judge.describe(), [judge.example(item) for item in items]),
-        lambda name, data: _write(output / name, data),
+    evaluation = plan(request, list_pictures)
+    output = locate(arguments.output)
+    check_writable(output)
+    judge = Judge(
+        evaluation.settings, read_source, lambda model: load_model(model, arguments.device)
     )
-    return tell(report, arguments.output)
+    report = finish(
+        evaluation,
+        _scores(evaluation, judge),
+        lambda items: ModelViews(judge.describe(), [judge.example(item) for item in items]),
+        lambda name, data: (output / name).write(data),
+    )
+    return print_report(report, arguments.output)
 
 
-def _access(request: Request) -> tuple[List, Read]:
-    """How to list and read pictures; shards and s3:// take what jobs read with."""
-    places = [place for place in (request.hr, request.lr, *request.results.values()) if place]
-    if not any("://" in place or _has_shards(Path(place)) for place in places):
-        from linearsr.evaluation.pairs import list_folder, read_file
-
-        return list_folder, read_file
-    from linearsr.cluster.evaluation import list_pictures, read_source
-
-    return list_pictures, read_source
-
-
-def _has_shards(folder: Path) -> bool:
-    """Whether there are any; the list of errors of an upscaled folder is none."""
-    return any(file.parent.name != "errors" for file in folder.rglob("*.parquet"))
-
-
-def _scores(made: Plan, judge: Judge) -> list[Score]:
+def _scores(evaluation: Evaluation, judge: Judge) -> list[Score]:
     from tqdm import tqdm
 
-    bar = tqdm(made.items, unit="picture", desc="evaluate", file=sys.stderr)
+    bar = tqdm(evaluation.items, unit="picture", desc="evaluate", file=sys.stderr)
     return [score for item in bar for score in judge.scores(item)]
-
-
-def _folder(output: str) -> Path:
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another") from error
-    return Path(output)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Complete before it gets its name."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,15 +1,19 @@
-"""`linearsr models`: what is bundled."""
+"""`linearsr models`: list the bundled models."""
 
 from __future__ import annotations
 
 import argparse
 
+from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("models", help="list models: parameters, experts, steps, licence")
+    text = "list the bundled models with their size, experts, steps and licence"
+    parser = commands.add_parser(
+        "models", help=text, description=f"{text.capitalize()}.", formatter_class=HelpFormatter
+    )
     parser.set_defaults(run=_run)
 
 

@@ -17,9 +17,9 @@ def complain(error: Exception, code: int) -> int:
 
 
 def exit_code(run: Callable[[], int | None], interrupted: str) -> int:
-    """What `run` returns (None is 0), or the code of the error it raises, which is told.
+    """Call `run` and return its exit code (None is 0), or print its error and return that code.
 
-    `interrupted`: what to tell whoever pressed Ctrl-C.
+    interrupted: printed after Ctrl-C; says what is kept or how to continue.
     """
     try:
         return run() or OK

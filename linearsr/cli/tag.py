@@ -1,4 +1,4 @@
-"""`linearsr tag`: what pictures show; its options choose the tagger of jobs as well."""
+"""`linearsr tag`: name what pictures show. The tagging job shares the tagger's options."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK, SOME_FAILED, complain
-from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, one_line
-from linearsr.tags.tagger import TAGGERS, TaggerConfig, check_used
+from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, reason
+from linearsr.tags.base import TAGGERS, TaggerConfig, check_used
 
 if TYPE_CHECKING:
-    from linearsr.tags.tagger import Tag, Tagger
+    from linearsr.tags.base import Tagger
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,34 +22,58 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "tag",
         help="name what pictures show",
-        epilog="The default tagger knows ImageNet's objects and needs no download; it says nothing "
-        "rather than something wrong. docs/tags.md tells what each tagger can know.",
+        description="Name what pictures show.",
+        formatter_class=HelpFormatter,
+        epilog="The default tagger knows ImageNet's objects and needs no download; it names "
+        "nothing rather than something wrong. docs/guides/tags.md compares the taggers.",
     )
-    parser.set_defaults(run=_tag)
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="picture files, or folders of them"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object per picture")
+    parser.add_argument(
+        "--device", default="cpu", help="device that the tagger runs on: cpu, cuda or mps"
+    )
     add_tagger_options(parser)
 
 
-def add_tagger_options(add: argparse.ArgumentParser) -> None:
-    """Which tagger, and when it speaks: here and in ray_jobs/tag_dataset.py."""
-    add.add_argument(
-        "--tagger", choices=TAGGERS, default="imagenet", help="docs/tags.md; default imagenet"
+def add_tagger_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a tagger and its threshold, also for ray_jobs/tag_dataset.py."""
+    parser.add_argument(
+        "--tagger",
+        choices=TAGGERS,
+        default="imagenet",
+        help="kind of tagger (docs/guides/tags.md)",
     )
-    add.add_argument(
-        "--tagger-model", metavar="PATH", help="a CLIP or SigLIP folder or id; a RAM checkpoint"
+    parser.add_argument(
+        "--tagger-model",
+        metavar="PATH",
+        help="weights of the tagger: a CLIP or SigLIP folder or hub id, or a RAM checkpoint",
     )
-    add.add_argument("--tagger-adapter", metavar="FILE", help="LoRA weights on RAM's, as DAPE's")
-    add.add_argument(
-        "--vocabulary", metavar="FILE", help="the only names to say, one a line; TAB threshold"
+    parser.add_argument(
+        "--tagger-adapter",
+        metavar="FILE",
+        help="LoRA weights to add to a RAM checkpoint, such as DAPE's",
     )
-    add.add_argument("--threshold", type=float, help="least score, 0 to 1; default: the tagger's")
-    add.add_argument("--max-tags", type=int, default=5, help="of a picture; default 5")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="FILE",
+        help="text file of the only names to use, one per line, each perhaps followed by a tab and "
+        "its threshold",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="least score of a tag, 0 to 1 (default: the tagger's own)",
+    )
+    parser.add_argument(
+        "--max-tags", type=int, default=5, help="largest number of tags per picture"
+    )
 
 
 def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
-    """What `add_tagger_options` added, checked. Raises OptionError."""
+    """Check the values of `add_tagger_options`. Raises OptionError."""
     config = TaggerConfig.parse(
         kind=arguments.tagger,
         source=arguments.tagger_model,
@@ -61,54 +86,48 @@ def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
     return config
 
 
-def _tag(arguments: argparse.Namespace) -> int:
-    from linearsr.tags.tagger import load_tagger
+def _run(arguments: argparse.Namespace) -> int:
+    from linearsr.tags import load_tagger
 
     tagger = load_tagger(tagger_config(arguments), arguments.device)
     failed = 0
-    for given in arguments.inputs:
+    for path in arguments.inputs:
         try:
-            for path in _pictures(given):
-                failed += not _told(tagger, path, arguments.json)
+            for picture in _pictures(path):
+                failed += not _print_tags(tagger, picture, arguments.json)
         except InputError as error:
             failed += 1
             complain(error, SOME_FAILED)
     return SOME_FAILED if failed else OK
 
 
-def _pictures(given: Path) -> Iterator[Path]:
-    """A file, or the pictures in a folder. Raises InputError when there are none."""
+def _pictures(path: Path) -> Iterator[Path]:
+    """The file itself, or the pictures in a folder. Raises InputError for a folder without any."""
     from linearsr.imaging.files import find_images
 
-    found = find_images(given) if given.is_dir() else [given]
-    if not found:
-        raise InputError(f"{given}: no picture in this folder")
-    yield from found
+    pictures = find_images(path) if path.is_dir() else [path]
+    if not pictures:
+        raise InputError(f"{path}: no picture in this folder")
+    yield from pictures
 
 
-def _told(tagger: Tagger, path: Path, as_json: bool) -> bool:
-    """Print one picture's tags; False for one that cannot be read."""
+def _print_tags(tagger: Tagger, path: Path, as_json: bool) -> bool:
+    """Print one picture's tags, or why there are none; False if the picture failed."""
     from linearsr.imaging.files import read
 
     try:
         tags = tagger(read(path).pixels)
     except (OptionError, WeightsError):
-        raise  # the next one would fail as well
-    except LinearSRError as error:
-        complain(error, SOME_FAILED)
+        raise  # the next picture would fail as well
+    except Exception as error:  # torch, codecs and models raise errors of many kinds
+        ours = isinstance(error, LinearSRError)
+        complain(error if ours else LinearSRError(f"{path}: {reason(error)}"), SOME_FAILED)
         return False
-    except Exception as error:  # torch, codecs and models have their own ways
-        told = f"{path}: {type(error).__name__}: {one_line(error)}"
-        complain(LinearSRError(told), SOME_FAILED)
-        return False
-    print(_json(path, tags) if as_json else f"{path}: {_line(tags)}", flush=True)
+    if as_json:
+        named = [{"name": tag.name, "score": round(tag.score, 4)} for tag in tags]
+        line = json.dumps({"file": str(path), "tags": named})
+    else:
+        found = ", ".join(f"{tag.name} {tag.score:.2f}" for tag in tags)
+        line = f"{path}: {found or 'no tags'}"
+    print(line, flush=True)
     return True
-
-
-def _line(tags: list[Tag]) -> str:
-    return ", ".join(f"{tag.name} {tag.score:.2f}" for tag in tags) or "no tags"
-
-
-def _json(path: Path, tags: list[Tag]) -> str:
-    named = [{"name": tag.name, "score": round(tag.score, 4)} for tag in tags]
-    return json.dumps({"file": str(path), "tags": named})

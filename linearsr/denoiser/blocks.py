@@ -1,7 +1,7 @@
 """The parts of one transformer block: linear attention, tag attention, Mix-FFN, modulation.
 
-Tokens are channels-last, (B, H, W, C), from end to end: on a small model memory passes cost more
-than matrix products. Knows nothing of latents, noise levels or pictures.
+Tokens are channels-last, (B, H, W, C), throughout: in a small model memory passes cost more than
+matrix products. Knows nothing of latents, noise levels or pictures.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from linearsr.kernels import depthwise_gate, modulate, relu_linear_attention
 class LinearAttention(nn.Module):
     """Multi-head ReLU linear attention, O(N) in tokens (Sana section 2.2; LinearSR section 3).
 
-    QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows. Of the query's
-    norm only the weight is left to apply: a query's length cancels in the normalised attention.
+    QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows. Queries
+    are only multiplied by their norm's weight, not divided by their length, which cancels in the
+    normalised attention.
 
-    With `local_kernel` a depthwise convolution of the values is added to the attention (as in
-    EfficientViT and FLatten Transformer): the sums over all tokens cannot tell neighbours apart.
+    With `local_kernel` a depthwise convolution of the values is added to the attention, as in
+    EfficientViT and FLatten Transformer, because sums over all tokens cannot tell neighbours apart.
     """
 
     def __init__(self, width: int, head_dim: int, qk_norm: bool, local_kernel: int = 0) -> None:
@@ -52,13 +53,13 @@ class LinearAttention(nn.Module):
         return self.out(o if self.local is None else o + self.neighbours(v.reshape(b, h, w, c)))
 
     def neighbours(self, values: Tensor) -> Tensor:
-        """Values (B, H, W, C), convolved with those around them: (B, H, W, C)."""
+        """Convolve values (B, H, W, C) with their neighbours: (B, H, W, C)."""
         local = cast(nn.Conv2d, self.local)
         # A view: NHWC memory seen as channels_last NCHW.
         return local(values.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, H, D)."""
+        """Split channels into heads: (B, N, C) -> (B, N, H, D)."""
         return x.unflatten(-1, (-1, self.head_dim))
 
 
@@ -78,21 +79,21 @@ class TagAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, tags: Tensor) -> tuple[Tensor, Tensor]:
-        """Tags (B, T, C) -> keys and values (B, heads, T, C/heads); they do not depend on t."""
+        """Return keys and values (B, heads, T, C/heads) of tags (B, T, C), for all timesteps."""
         k, v = self.kv(tags).chunk(2, dim=-1)
         return self._split(self.norm_k(k)), self._split(v)
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C); `mask` (B, T) is True where a tag is real.
 
-        A sample without a real tag gets zeros: the same as a model that is given no tags.
+        A sample without a real tag gets zeros, as from a model without tags.
         """
         q = self._split(self.norm_q(self.q(x.flatten(1, 2))))
         if mask is None:
             o = F.scaled_dot_product_attention(q, *keys_values)
             return self.out(o.transpose(1, 2).reshape(x.shape))
         tagged = mask.any(dim=1)[:, None, None, None]
-        # Where all is padding, attend to it: a softmax over nothing has no finite gradient.
+        # If all is padding, attend to it: a softmax over nothing has no finite gradient.
         attend = mask[:, None, None, :] | ~tagged
         o = F.scaled_dot_product_attention(q, *keys_values, attn_mask=attend)
         return self.out(o.transpose(1, 2).reshape(x.shape)) * tagged
@@ -101,7 +102,7 @@ class TagAttention(nn.Module):
 class MixFFN(nn.Module):
     """Inverted bottleneck with a 3x3 depthwise convolution and a gate (Sana section 2.2).
 
-    The convolution is what tells tokens where they are: there is no position embedding.
+    The convolution tells tokens where they are, since there is no position embedding.
     """
 
     def __init__(self, width: int, ratio: float) -> None:
@@ -118,7 +119,7 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Linear attention, tag attention where built, Mix-FFN; AdaLN-single modulation (PixArt)."""
+    """Linear attention, optional tag attention, Mix-FFN; AdaLN-single modulation (PixArt)."""
 
     def __init__(
         self,
@@ -150,7 +151,8 @@ class Block(nn.Module):
         return torch.addcmul(x, ffn_gate, self.ffn(modulate(x, ffn_shift, ffn_scale)))
 
     def modulations(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """From those shared by all blocks (B, 6, C): shift, scale and gate of the attention, then
-        of the Mix-FFN, each (B, 1, 1, C).
+        """Return shift, scale and gate of the attention, then of the Mix-FFN, each (B, 1, 1, C).
+
+        shared: the modulation (B, 6, C) that all blocks share.
         """
         return (self.modulation + shared)[:, :, None, None].unbind(1)

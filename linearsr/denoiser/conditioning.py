@@ -1,4 +1,4 @@
-"""What steers the denoiser besides the noisy latent: the timestep, the LR picture, the tags."""
+"""Inputs of the denoiser besides the noisy latent: the timestep, the LR picture, the tags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TimestepEmbedding(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t (B,) in [0, 1] -> block modulation (B, 6, C) and the embedding itself (B, C)."""
+        """Return the block modulation (B, 6, C) and the embedding (B, C) of t (B,) in [0, 1]."""
         # Angles in float32: bf16 cannot tell neighbouring timesteps apart on [0, 1000].
         half = self.hidden.in_features // 2
         octaves = torch.arange(half, device=t.device, dtype=torch.float32) / half
@@ -32,7 +32,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class LRStem(nn.Module):
-    """Three strided 3x3 convolutions with SiLU: LR picture -> features on the latent grid."""
+    """Three strided 3x3 convolutions with SiLU from the LR picture to the latent grid."""
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class LRStem(nn.Module):
 
 
 class TagProjection(nn.Module):
-    """Tag embeddings -> block width (Sana's caption projection and norm)."""
+    """Projection of tag embeddings to the blocks' width (Sana's caption projection and norm)."""
 
     def __init__(self, tag_dim: int, width: int) -> None:
         super().__init__()

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import DenoiserConfig
-from linearsr.denoiser import strips
+from linearsr.denoiser import cpu_block
 from linearsr.denoiser.blocks import Block, TagAttention
 from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
+from linearsr.diffusion.path import Preconditioning
 from linearsr.errors import OptionError
 from linearsr.kernels import modulate
-from linearsr.noise.path import Preconditioning
 
 TagKeys = list[tuple[Tensor, Tensor]]
 
 
 class Condition(NamedTuple):
-    """What one expert derives from a request once and uses at every step.
+    """Tensors that an expert derives from a request once and uses at every step.
 
-    embedded: (B, h, w, width), what the LR picture adds to the embedded noisy latent.
+    embedded: (B, h, w, width), the LR picture's share of the embedded input.
     tags: keys and values of the tags, a pair per block; None without tags.
     tag_mask: (B, T), True where a tag is real; None when all are.
     """
@@ -42,7 +42,7 @@ class LinearSR(nn.Module):
     `SanaTransformer2DModel` at t * timestep_scale.
     """
 
-    # Whether a CPU takes blocks strip by strip: off, where one wants to know what that gives.
+    # Whether a CPU runs blocks strip by strip; benchmarks turn it off to measure the gain.
     in_strips = True
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -73,7 +73,7 @@ class LinearSR(nn.Module):
     def _initialise(self) -> None:
         """Start with a zero output (as DiT), so that training begins at the LR picture itself.
 
-        What tags add starts at zero too (as PixArt), and stays there if training never sees any.
+        The tags' share starts at zero too (as PixArt), and stays there if training has no tags.
         """
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -90,10 +90,10 @@ class LinearSR(nn.Module):
         tags: Tensor | None = None,
         tag_mask: Tensor | None = None,
     ) -> Condition:
-        """What stays the same over all steps of a request.
+        """Compute the tensors that stay the same over all steps of a request.
 
         lr_picture: (B, 3, H, W) in [-1, 1], upsampled to the output's size.
-        lr_latent: (B, latent_channels, h, w), the same picture encoded, if the config joins it.
+        lr_latent: (B, latent_channels, h, w), the same picture encoded, if the config needs it.
         tags: (B, T, tag_dim) embeddings; tag_mask: (B, T), True where real.
         Raises OptionError for tags on a model trained without, and for a missing latent.
         """
@@ -104,7 +104,7 @@ class LinearSR(nn.Module):
             if lr_latent is None:
                 raise OptionError("this model needs the encoded LR picture (lr_latent)")
             features = torch.cat([features, lr_latent.to(features.dtype)], dim=1)
-        # One matrix over latent and features is a sum over both: this part does not depend on t.
+        # One matrix over latent and features is a sum over both; this part does not depend on t.
         weight = self.embed.weight[:, self.config.latent_channels :]
         embedded = F.linear(features.permute(0, 2, 3, 1), weight, self.embed.bias)
         if tags is None:
@@ -112,7 +112,7 @@ class LinearSR(nn.Module):
         return Condition(embedded, self.tag_keys(tags), tag_mask)
 
     def tag_keys(self, tags: Tensor) -> TagKeys:
-        """Of embeddings (B, T, tag_dim): a key and a value for each block.
+        """Return keys and values of embeddings (B, T, tag_dim), a pair for each block.
 
         Raises OptionError on a model trained without tags.
         """
@@ -122,10 +122,10 @@ class LinearSR(nn.Module):
         return [attention.keys_values(projected) for attention in self._tag_attentions()]
 
     def compile_blocks(self) -> None:
-        """Let torch.compile fuse each block, for every size anew; all blocks share what it builds.
+        """Let torch.compile fuse the blocks, once for each picture size.
 
-        What it built stays in its cache on disk, so the next process does not pay again. On a CPU
-        it needs a C++ compiler and takes the place of strips, which are faster (docs/speed.md).
+        All blocks share the compiled code, and the next process finds it in a cache on disk. On a
+        CPU this needs a C++ compiler and replaces strips, which are faster (docs/guides/speed.md).
         PyTorch compiles for eight sizes (torch._dynamo.config.recompile_limit), then no more.
         """
         self.in_strips = False
@@ -137,7 +137,7 @@ class LinearSR(nn.Module):
         return [attention for attention in attentions if attention is not None]
 
     def forward(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Velocity (B, C, h, w) at noisy `latent` (B, C, h, w) and timesteps `t` (B,) in [0, 1]."""
+        """Return the velocity (B, C, h, w) at noisy `latent` and timesteps `t` (B,) in [0, 1]."""
         if self.config.prediction == "velocity":
             return self._network(latent, t, condition)
         c = Preconditioning.at(t.to(latent.dtype))
@@ -149,7 +149,7 @@ class LinearSR(nn.Module):
         weight = self.embed.weight[:, : self.config.latent_channels]
         x = F.linear(latent.to(dtype).permute(0, 2, 3, 1), weight).add_(condition.embedded)
         modulation, embedding = self.time(t)
-        run = strips.forward_ if self.in_strips and strips.suit(x) else Block.__call__
+        run = cpu_block.forward_ if self.in_strips and cpu_block.suit(x) else Block.__call__
         for i, block in enumerate(self.blocks):
             tags = None if condition.tags is None else condition.tags[i]
             x = run(cast(Block, block), x, modulation, tags, condition.tag_mask)

@@ -1,1 +1,1 @@
-"""Models against bicubic and the truth: pairs, metrics, a report. Knows nothing of Ray or S3."""
+"""Compare models with bicubic and the truth: pairs, metrics, a report. Knows nothing of Ray."""

@@ -1,8 +1,8 @@
 """Other people's super-resolution models, from the checkpoints that spandrel knows.
 
-The architecture and its size are read from the names and shapes of the tensors. Code inside a file
-is never run: a pickle (.pth, .pt, .ckpt) goes through torch's reader for weights alone, which
-refuses everything but tensors and plain containers. Knows nothing of Ray or S3.
+spandrel reads the architecture and its size from the names and shapes of the tensors. Code inside a
+file is never run: a pickle (.pth, .pt, .ckpt) goes through torch's reader for weights, which
+refuses everything except tensors and plain containers. Knows nothing of Ray or S3.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 from linearsr.errors import WeightsError, one_line, require
 from linearsr.imaging.resample import resize
 from linearsr.imaging.tiles import Canvas, tile_grid
-from linearsr.upscaler import pick_device
+from linearsr.pipeline.device import pick_device
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
-# Pixels of LR. A tile of Real-ESRGAN x4plus takes about 1 GB. Neighbours are faded into each other
-# over the overlap, so that no seam shows.
+# LR pixels. A tile takes about 1 GB with Real-ESRGAN x4plus. Neighbours fade into each other over
+# the overlap, so that no seam shows.
 TILE, OVERLAP = 256, 32
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether the name is that of one file, and not of a bundled model or a folder of weights."""
+    """Whether the name is a checkpoint file, not a bundled model or a folder of weights."""
     return model.lower().endswith(SUFFIXES) and not os.path.isdir(model)
 
 
 class Checkpoint:
-    """A model of another program, in float32: whatever it was published in, none loses by that."""
+    """Another program's model in float32, which is no less exact than the published weights."""
 
     def __init__(self, descriptor: Any, device: torch.device) -> None:
         """descriptor: spandrel's `ImageModelDescriptor` of an RGB model."""
@@ -44,11 +44,11 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> Checkpoint:
-        """The model in a file that ends in one of SUFFIXES.
+        """Load the model in a file that ends in one of SUFFIXES.
 
-        Raises WeightsError for a file that cannot be read, that is of no architecture of
-        spandrel's, or whose model is not from RGB to RGB; OptionError for a device that is not
-        there; MissingExtra without spandrel.
+        Raises WeightsError for a file that cannot be read, an architecture that spandrel does not
+        know, or a model that is not from RGB to RGB; OptionError for a device that cannot be used;
+        MissingExtra without spandrel.
         """
         require("quality", "spandrel")
         from spandrel import (
@@ -60,29 +60,29 @@ class Checkpoint:
 
         tensors = canonicalize_state_dict(_tensors(Path(path)))
         try:
-            found = ModelLoader().load_from_state_dict(tensors)
+            descriptor = ModelLoader().load_from_state_dict(tensors)
         except UnsupportedModelError as error:
             raise WeightsError(
-                f"{path}: of no architecture that spandrel knows; a LinearSR model is given as its "
+                f"{path}: spandrel does not know this architecture; for a LinearSR model, give its "
                 "folder"
             ) from error
-        except Exception as error:  # some forty architectures, each with its own ways
+        except Exception as error:  # some forty architectures, each with its own errors
             raise WeightsError(f"{path}: spandrel cannot load it ({one_line(error)})") from error
-        if not isinstance(found, ImageModelDescriptor):
-            raise WeightsError(f"{path}: fills holes; only models that upscale can be compared")
-        channels = (found.input_channels, found.output_channels)
+        if not isinstance(descriptor, ImageModelDescriptor):
+            raise WeightsError(f"{path}: this model inpaints; only upscalers can be compared")
+        channels = (descriptor.input_channels, descriptor.output_channels)
         if channels != (3, 3):
             raise WeightsError(
-                f"{path}: takes {channels[0]} channels and gives {channels[1]}; only models from "
+                f"{path}: takes {channels[0]} channels and returns {channels[1]}; only models from "
                 "RGB to RGB can be compared"
             )
-        return cls(found, pick_device(device))
+        return cls(descriptor, pick_device(device))
 
     def upscale(self, lr: Tensor, scale: int) -> Tensor:
-        """The picture (3, scale * h, scale * w) in [0, 1] of LR (3, h, w) in [0, 1].
+        """Return the picture (3, scale * h, scale * w) in [0, 1] of LR (3, h, w) in [0, 1].
 
-        A model of another scale gives its own size, which is resized by antialiased bicubic.
-        Large pictures go through the model in tiles, unless it cuts its own.
+        The result of a model of another scale is resized by antialiased bicubic. Large pictures go
+        through the model in tiles, unless it makes its own.
         """
         from spandrel import ModelTiling
 
@@ -109,24 +109,24 @@ class Checkpoint:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    """The tensors of the file by name, perhaps with others around them; nothing is executed."""
+    """Read the file's dictionary of tensors, perhaps nested in others; no code is run."""
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file; correct the path")
+        raise WeightsError(f"{path}: no such file; correct the path")
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings():  # of TorchScript, which is refused
+        with warnings.catch_warnings():  # about TorchScript, which is refused
             warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch's reader fail in many ways
-        # torch's own advice is to run the file's code.
+        # torch's own message advises to run the file's code.
         if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
             raise WeightsError(
-                f"{path}: holds more than tensors, or is damaged; code in a file is not run here: "
-                "get the model as .safetensors, or save its state dict alone"
+                f"{path}: holds more than tensors, or is damaged; code in a file is not run: get "
+                "the model as .safetensors, or save its state dict alone"
             ) from error
         reason = one_line(error) or type(error).__name__
         raise WeightsError(f"{path}: cannot be read ({reason}); copy it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(tensors, dict):
         raise WeightsError(f"{path}: holds no state dict; save the model's state dict alone")
-    return found
+    return tensors

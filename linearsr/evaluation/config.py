@@ -1,4 +1,4 @@
-"""What is evaluated and how, as plain data; imports neither torch nor pyiqa."""
+"""The pictures, settings and scores of an evaluation, as plain data without torch or pyiqa."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TRUTH, BICUBIC = "HR", "bicubic"
 
 
 class Source(Config):
-    """Where an encoded picture lies: a file, or one row of a Parquet shard's `column`.
+    """The place of an encoded picture: a file, or one row of a Parquet shard's `column`.
 
-    file: path below `folder`. group, row: the place inside a shard; -1 for a picture file.
+    file: path relative to `folder`. group, row: row group and row in a shard; -1 for a file.
     """
 
     folder: str
@@ -26,9 +26,9 @@ class Source(Config):
 
 
 class Item(Config):
-    """One picture to evaluate: the truth, its low resolution, results of other programs.
+    """One picture to evaluate: HR (the truth), LR, and results of other programs.
 
-    Each may be missing. Without `lr`, it is made from `hr`, seeded by the id's last part.
+    Each may be missing. A missing LR is made from HR, seeded by the last part of the id.
     """
 
     id: str
@@ -38,12 +38,12 @@ class Item(Config):
 
 
 class Settings(Config):
-    """What decides the numbers, besides the pictures.
+    """Everything that decides the numbers, besides the pictures.
 
-    models: bundled names, folders of weights or checkpoints of other programs, by the names they
-    get in tables. solvers: by which each takes its steps; none is the model's own. degradation: how
-    LR is made, a name of `linearsr.evaluation.judge.DEGRADATIONS`; None where it is given, or
-    needed for nothing.
+    models: bundled names, folders of weights or checkpoints of other programs, by their names in
+    tables. solvers: those to try on each model; none means the model's own. degradation: the name
+    in `linearsr.evaluation.judge.DEGRADATIONS` of how LR is made; None if LR is given or not
+    needed.
     """
 
     scale: Literal[2, 3, 4] = 4
@@ -56,10 +56,10 @@ class Settings(Config):
 
 
 class Score(NamedTuple):
-    """One metric of one picture by one method, or why there is none.
+    """The value of one metric for one picture by one method, or the reason why there is none.
 
-    metric: empty where the method, or with an empty method the picture, failed as a whole, or where
-    a worker could not load a metric that others have.
+    An empty metric means that the whole method failed on the picture. If the method is empty too,
+    the whole picture failed, or a worker could not load a metric that others have.
     """
 
     id: str
@@ -70,10 +70,10 @@ class Score(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether this tells of a failure; a metric that cannot measure a picture is none."""
+        """Whether this is a failure; a metric that cannot measure a picture is not."""
         return not self.metric
 
 
 def result_label(model: str, steps: int, solver: Solver | None = None) -> str:
-    """A model's name in tables; with the solver's where one was asked for."""
+    """The name of a model's results in tables, with the solver if one was chosen."""
     return f"{model}, {steps} {f'{solver} ' if solver else ''}step{'s' if steps > 1 else ''}"

@@ -1,6 +1,6 @@
-"""One picture at a time: every method's result, every metric of it.
+"""Judge one picture at a time: make every method's result and measure every metric of it.
 
-Knows nothing of folders, tables or Ray: it is given an item and a way to read its pictures.
+Knows nothing of folders, tables or Ray: it receives an item and a way to read its pictures.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.config import Options
-from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
+from linearsr.errors import InputError, LinearSRError, WeightsError, reason
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
-from linearsr.imaging.degrade import CAMERA, MILD, PRESETS, Degradation, degrade
-from linearsr.imaging.drawing import details
+from linearsr.evaluation.drawing import details
+from linearsr.imaging.degradation import CAMERA, MILD, PRESETS, Degradation, degrade
 from linearsr.imaging.files import Picture, read, to_pil
 from linearsr.imaging.resample import resize
-from linearsr.quality.metrics import has_reference, measure
-from linearsr.upscaler import Upscaler
+from linearsr.metrics.measure import has_reference, measure
+from linearsr.pipeline.upscaler import Upscaler
 
-# Side in pixels of the part of a picture that is shown, at its own size.
+# Side in pixels of the detail of a picture that the contact sheet shows, pixel by pixel.
 DETAIL = 320
-# Every picture gets some of each: Gaussian blur, noise of 2 to 8 levels, JPEG 60 to 90.
+# Every picture gets all three: Gaussian blur, noise of 2 to 8 levels, JPEG 60 to 90.
 _EVERYTHING = CAMERA.stages[0].model_copy(
     update={
         "blur_sigma": (0.5, 2.0),
@@ -49,32 +49,32 @@ Method = Callable[[], Tensor]
 
 
 class Example(NamedTuple):
-    """The same detail of a picture by every method, for the contact sheet."""
+    """One detail of a picture by every method, for the contact sheet."""
 
     id: str
     details: list[tuple[str, Image.Image]]
 
 
 def seeded_lr(hr: Tensor, name: str, scale: int, config: Degradation) -> Tensor:
-    """LR (3, h, w) of HR (3, H, W): the same for the same name, whatever else is in the set."""
+    """Make LR (3, h, w) from HR (3, H, W), seeded by the picture's name alone."""
     return degrade(hr, scale, config, np.random.default_rng(zlib.crc32(name.encode())))
 
 
 def upscaled(upscaler: Upscaler, lr: Tensor, options: Options) -> Tensor:
-    """The model's picture (3, H, W) in [0, 1] of LR (3, h, w) in [0, 1]."""
-    return upscaler.upscale(Picture(lr, None, 8, False, None, None, "png"), options).pixels
+    """Return the model's picture (3, H, W) in [0, 1] of LR (3, h, w) in [0, 1]."""
+    return upscaler.upscale(Picture(lr), options).pixels
 
 
 def load_model(model: str, device: str = "auto") -> Upscaler | Checkpoint:
-    """A bundled model, a folder of weights, or another program's checkpoint.
+    """Load a bundled model, a folder of weights, or another program's checkpoint.
 
-    Raises what `Upscaler.load` and `Checkpoint.load` do.
+    Raises WeightsError, OptionError or MissingExtra.
     """
     return (Checkpoint if is_checkpoint(model) else Upscaler).load(model, device)
 
 
 class Judge:
-    """Loaded models, and what it takes to compare them on a picture."""
+    """Loads models, and compares them picture by picture."""
 
     def __init__(
         self,
@@ -86,17 +86,17 @@ class Judge:
         self.models = {name: load(model) for name, model in settings.models.items()}
 
     def scores(self, item: Item) -> list[Score]:
-        """Every metric of every method, or a failure in its place; raises nothing."""
+        """Return every metric of every method, or a failure in its place; never raises."""
         scores: list[Score] = []
         try:
             hr, methods = self._methods(item)
-        except Exception as error:  # torch and codecs have their own ways
-            return [Score(item.id, "", "", None, _reason(error))]
+        except Exception as error:  # torch and codecs raise errors of many kinds
+            return [Score(item.id, "", "", None, reason(error))]
         for name, make in methods.items():
             try:
                 scores += list(self._measured(item, name, make(), hr))
             except Exception as error:
-                scores.append(Score(item.id, name, "", None, _reason(error)))
+                scores.append(Score(item.id, name, "", None, reason(error)))
         return list(dict.fromkeys(scores))
 
     def _measured(
@@ -111,23 +111,30 @@ class Judge:
                 finite = bool(np.isfinite(value))
                 error = "" if finite else f"{metric}: {value}"
                 yield Score(item.id, method, metric, value if finite else None, error)
-            except WeightsError as error:  # of this node's metric, whatever the method
+            except WeightsError as error:  # the metric cannot be loaded here, for any method
                 yield Score(item.id, "", "", None, str(error))
             except LinearSRError as error:
                 yield Score(item.id, method, metric, None, str(error))
 
     def example(self, item: Item) -> Example:
-        """The detail of most contrast in the truth, or in the last result where there is none."""
+        """Cut the detail of most contrast in the truth, or in the last result without a truth."""
         hr, methods = self._methods(item)
-        made = dict(_succeeding(methods))
-        shown = hr if hr is not None else list(made.values())[-1]
+        pictures: dict[str, Tensor] = {}
+        for name, make in methods.items():
+            with contextlib.suppress(Exception):  # the scores report it
+                pictures[name] = make().clamp(0, 1)
+        shown = hr if hr is not None else list(pictures.values())[-1]
         top, left = details(shown, DETAIL, 1)[0]
-        if hr is not None:  # at the right, after what should look like it
-            made[TRUTH] = made.pop(TRUTH)
-        return Example(item.id, [(n, _cropped(p, top, left)) for n, p in made.items()])
+        if hr is not None:  # at the right, after the results that should look like it
+            pictures[TRUTH] = pictures.pop(TRUTH)
+        parts = {
+            name: picture[:, top : top + DETAIL, left : left + DETAIL]
+            for name, picture in pictures.items()
+        }
+        return Example(item.id, [(name, to_pil(Picture(part))) for name, part in parts.items()])
 
     def _methods(self, item: Item) -> tuple[Tensor | None, dict[str, Method]]:
-        """The truth, and how to come by each method's picture, all of one size."""
+        """The truth, and a function for each method's picture; all pictures have one size."""
         hr, lr = self._pair(item)
         methods: dict[str, Method] = {}
         if hr is not None:
@@ -142,17 +149,17 @@ class Judge:
 
     def _models(self, lr: Tensor) -> Iterator[tuple[str, Method]]:
         scale, seed = self.settings.scale, self.settings.seed
-        asked = dict.fromkeys(product(self.settings.solvers or (None,), self.settings.steps))
+        variants = dict.fromkeys(product(self.settings.solvers or (None,), self.settings.steps))
         for name, model in self.models.items():
-            if isinstance(model, Checkpoint):  # of one step, without noise
+            if isinstance(model, Checkpoint):  # it has neither steps nor noise
                 yield name, partial(model.upscale, lr, scale)
                 continue
-            for solver, steps in asked:
+            for solver, steps in variants:
                 options = Options(scale=scale, steps=steps, solver=solver, seed=seed)
                 yield result_label(name, steps, solver), partial(upscaled, model, lr, options)
 
     def _pair(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
-        """HR cut to whole LR pixels, and LR. Raises InputError where they do not fit."""
+        """HR cut to whole LR pixels, and LR. Raises InputError if their sizes do not match."""
         scale = self.settings.scale
         hr = self._pixels(item.hr, item.id) if item.hr else None
         lr = self._pixels(item.lr, f"LR of {item.id}") if item.lr else None
@@ -176,34 +183,25 @@ class Judge:
         return read(self.read_source(source), name=name).pixels
 
     def _result(self, source: Source, hr: Tensor | None) -> Tensor:
-        """Another program's picture; of the size that HR had, or of that which LR pixels cover."""
+        """Another program's picture, cut to the size of HR.
+
+        Raises InputError unless it is as large as HR was before or after the cut.
+        """
         pixels = self._pixels(source, source.file)
         if hr is None:
             return pixels
         height, width = hr.shape[1:]
-        spare = (pixels.shape[1] - height, pixels.shape[2] - width)
-        if not all(0 <= more < self.settings.scale for more in spare):
+        surplus = (pixels.shape[1] - height, pixels.shape[2] - width)
+        if not all(0 <= more < self.settings.scale for more in surplus):
             raise InputError(
-                f"{source.file} is {pixels.shape[2]}x{pixels.shape[1]}, the truth {width}x{height}"
+                f"{source.file} is {pixels.shape[2]}x{pixels.shape[1]}, but the truth is "
+                f"{width}x{height}"
             )
         return pixels[:, :height, :width]
 
     def describe(self) -> dict[str, str]:
-        """What each model is, for the report: shape, precision, device, provenance."""
+        """Describe each model for the report: shape, precision, device, provenance."""
         return {name: _described(model) for name, model in self.models.items()}
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
-    return kind + one_line(error)
-
-
-def _succeeding(methods: dict[str, Method]) -> Iterator[tuple[str, Tensor]]:
-    for name, make in methods.items():
-        with contextlib.suppress(Exception):  # told among the scores
-            yield name, make().clamp(0, 1)
 
 
 def _same(picture: Tensor) -> Tensor:
@@ -215,21 +213,14 @@ def _bicubic(lr: Tensor, height: int, width: int) -> Tensor:
     return resize(lr[None], height, width)[0]
 
 
-def _cropped(pixels: Tensor, top: int, left: int) -> Image.Image:
-    part = pixels[:, top : top + DETAIL, left : left + DETAIL]
-    return to_pil(Picture(part, None, 8, False, None, None, "png"))
-
-
 def _described(model: Upscaler | Checkpoint) -> str:
-    return model.describe() if isinstance(model, Checkpoint) else _described_bundle(model)
-
-
-def _described_bundle(upscaler: Upscaler) -> str:
-    config, weight = upscaler.config, upscaler.experts[0].embed.weight
+    if isinstance(model, Checkpoint):
+        return model.describe()
+    config, weight = model.config, model.experts[0].embed.weight
     kind = str(weight.dtype).removeprefix("torch.")
-    count = len(upscaler.experts)
-    size = sum(tensor.numel() for tensor in upscaler.experts[0].parameters()) / 1e6
+    count = len(model.experts)
+    size = sum(tensor.numel() for tensor in model.experts[0].parameters()) / 1e6
     experts = f"{count} expert{'s' if count > 1 else ''} of {size:.2f} M parameters"
     shape = f"{config.name}, x{config.scale}, {experts}"
-    told = "; ".join(f"{key}: {text}" for key, text in upscaler.provenance.items())
-    return f"{shape}, {kind} on {weight.device.type}. {told}".strip()
+    record = "; ".join(f"{key}: {text}" for key, text in model.provenance.items())
+    return f"{shape}, {kind} on {weight.device.type}. {record}".strip()

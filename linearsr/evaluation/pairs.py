@@ -1,53 +1,35 @@
-"""Which LR, which result belongs to which HR: by name. Knows nothing of pixels."""
+"""Match HR, LR and results by their names. Knows nothing of pixels."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from linearsr.errors import InputError
 from linearsr.evaluation.config import Item, Source
-from linearsr.imaging.files import READ_SUFFIXES, find_images
+from linearsr.imaging.files import READ_SUFFIXES
 
-# Pictures by id: a path below their folder, or a shard's own id.
+# Pictures by id: the path relative to their folder, or the id in a shard.
 Listing = Mapping[str, Source]
-# 0001x4, img_LR, img_SRF_4_HR, baby_out: what data sets and programs append to a picture's name.
+# Data sets and programs append these to a picture's name: 0001x4, img_LR, img_SRF_4_HR, baby_out.
 _SUFFIXES = re.compile(r"(?:[_-]?x\d|[_-](?:LR|HR|SR|GT|out)\d?)+$", re.IGNORECASE)
 
 
 class Pairs(NamedTuple):
-    """Items, and the names that found no partner with the reason."""
+    """Items, and the reason why a name has no partner, by name."""
 
     items: list[Item]
     alone: dict[str, str]
 
 
-def list_folder(folder: str | Path, *_columns: str) -> dict[str, Source]:
-    """The pictures below a local folder by id. Raises InputError when there are none."""
-    inside = [path.relative_to(folder).as_posix() for path in find_images(folder)]
-    if not inside:
-        raise InputError(f"{folder}: no picture in this folder")
-    return {name: Source(folder=str(folder), file=name) for name in inside}
-
-
-def read_file(source: Source) -> bytes:
-    """An encoded picture of `list_folder`. Raises InputError."""
-    path = Path(source.folder, source.file)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-
-
 def pair(hr: Listing, lr: Listing, results: Mapping[str, Listing]) -> Pairs:
-    """Items in the order of the first listing that is not empty: `hr`, `lr`, the results.
+    """Pair pictures, in the order of the first listing that is not empty: `hr`, `lr`, the results.
 
-    Two names are a pair when they are equal up to the file suffix, or else up to scale and LR, HR,
-    SR, GT, out behind it. A picture whose partner is missing in a listing that is not empty is left
-    out; one missing among results costs that result only.
+    Two names match if they are equal without the file suffix, or else without a final scale, LR,
+    HR, SR, GT or out. A picture without a partner in `hr` or `lr` is left out, unless that listing
+    is empty; without one among the results, only that result is left out.
     """
     first = next(listing for listing in (hr, lr, *results.values()) if listing)
     partners = {name: _Partners(listing) for name, listing in results.items()}
@@ -58,16 +40,16 @@ def pair(hr: Listing, lr: Listing, results: Mapping[str, Listing]) -> Pairs:
         if lr and low is None:
             alone[id] = lows.why(id, "low-resolution")
             continue
-        found = {name: other.of(id) for name, other in partners.items()}
-        alone |= {f"{id} ({n})": partners[n].why(id, "result") for n, s in found.items() if not s}
-        known = {name: source for name, source in found.items() if source}
+        matches = {name: other.of(id) for name, other in partners.items()}
+        alone |= {f"{id} ({n})": partners[n].why(id, "result") for n, s in matches.items() if not s}
+        known = {name: source for name, source in matches.items() if source}
         items.append(Item(id=id, hr=source if hr else None, lr=low, results=known))
-    alone |= {f"{id} (LR)": "no HR picture fits" for id in lows.left()} if hr else {}
+    alone |= {f"{id} (LR)": "no HR picture matches" for id in lows.left()} if hr else {}
     return Pairs(items, alone)
 
 
 class _Partners:
-    """A listing to look names up in, exactly at first."""
+    """A listing in which names are looked up, at first exactly, then without suffixes."""
 
     def __init__(self, listing: Listing) -> None:
         self.sources = listing
@@ -75,28 +57,28 @@ class _Partners:
         self.used: set[str] = set()
 
     def of(self, id: str) -> Source | None:
-        """The one that fits; None when there is none, or more than one."""
-        found = self._fitting(id)
-        self.used.update(found)
-        return self.sources[found[0]] if len(found) == 1 else None
+        """The picture that matches; None if none does, or several do."""
+        matches = self._matches(id)
+        self.used.update(matches)
+        return self.sources[matches[0]] if len(matches) == 1 else None
 
-    def _fitting(self, id: str) -> list[str]:
+    def _matches(self, id: str) -> list[str]:
         if id in self.sources:
             return [id]
         return self.exact.get(_stem(id)) or self.loose.get(_bare(id)) or []
 
     def why(self, id: str, kind: str) -> str:
-        """Why `of` found nothing."""
-        found = self._fitting(id)
-        return f"{', '.join(found)} all fit; keep one" if found else f"no {kind} picture fits"
+        """The reason why `of` returned None."""
+        names = ", ".join(self._matches(id))
+        return f"{names} all match; keep one" if names else f"no {kind} picture matches"
 
     def left(self) -> Iterator[str]:
-        """Names that nothing was looked up for."""
+        """Names that have not matched anything."""
         return (id for id in self.sources if id not in self.used)
 
 
 def _stem(id: str) -> str:
-    """Without a picture's suffix; what else has a dot, as `cat.jpg#0` of shards, stays."""
+    """The id without a picture's suffix; other dots stay, such as that of a shard's `cat.jpg#0`."""
     path = PurePosixPath(id)
     return str(path.with_suffix("")) if path.suffix.lower() in READ_SUFFIXES else id
 
@@ -106,7 +88,7 @@ def _bare(id: str) -> str:
 
 
 def _by(listing: Listing, key: Callable[[str], str]) -> dict[str, list[str]]:
-    found = defaultdict(list)
+    ids = defaultdict(list)
     for id in listing:
-        found[key(id)].append(id)
-    return dict(found)
+        ids[key(id)].append(id)
+    return dict(ids)

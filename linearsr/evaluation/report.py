@@ -1,4 +1,4 @@
-"""Scores as a table to read, a table to work with, and a sheet to look at."""
+"""Scores as a Markdown report, as a Parquet table, and as a sheet of examples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
+from linearsr.evaluation.drawing import Row, sheet
 from linearsr.evaluation.judge import DETAIL, Example
-from linearsr.imaging.drawing import Row, sheet
-from linearsr.quality.metrics import conventions, has_reference, higher_is_better
+from linearsr.metrics.measure import conventions, has_reference, higher_is_better
 
 # Pictures in a line of the contact sheet: more would be wider than a screen.
 COLUMNS = 6
-_MADE = {
+_DESCRIPTIONS = {
     "clean": "made from HR by antialiased bicubic, rounded to 8 bits",
     "mixed": "made from HR with blur, noise and JPEG, each on half of the pictures (`mild`)",
     "degraded": "made from HR with blur of sigma 0.5 to 2, noise of 2 to 8 levels and JPEG of "
@@ -27,10 +27,10 @@ _MADE = {
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known when every picture has been judged.
+    """All results of an evaluation, once every picture has been judged.
 
-    scores: in any order of pictures, methods in the order they are compared. alone: pictures left
-    out before judging; skipped: metrics; models: what each is.
+    scores: in the order of pictures and methods. alone, skipped: reasons by the pictures that were
+    left out and by the metrics that were not measured. models: descriptions by name.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Report:
         return [*(f"{name}: left out: {why}" for name, why in self.alone.items()), *lines]
 
     def values(self, method: str, metric: str) -> dict[str, float]:
-        """The metric by picture, where it has a value."""
+        """The metric's values by picture; pictures without a value are left out."""
         return {
             s.id: s.value
             for s in self.scores
@@ -56,29 +56,29 @@ class Report:
         }
 
     def methods(self) -> list[str]:
-        """Methods with a score."""
+        """Methods that have a score."""
         return list(dict.fromkeys(s.method for s in self.scores if not s.failed))
 
 
 def table(report: Report) -> str:
-    """Markdown: a row for each method, with its number of pictures and the mean of each metric.
+    """Markdown with a row per method: its number of pictures and the mean of each metric.
 
-    A mean over fewer pictures has their number behind it.
+    A mean over fewer pictures is followed by their number.
     """
     metrics = report.settings.metrics
     heads = [f"{m} {'↑' if higher_is_better(m) else '↓'}" for m in metrics]
     rows = [[report.title, "n", *heads]]
     for method in report.methods():
-        found = [report.values(method, metric) for metric in metrics]
+        values = [report.values(method, metric) for metric in metrics]
         judged = {s.id for s in report.scores if s.method == method and not s.failed}
-        rows.append([method, str(len(judged)), *(_mean(f, len(judged)) for f in found)])
+        rows.append([method, str(len(judged)), *(_mean(v, len(judged)) for v in values)])
     widths = [max(2, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(f"| {' | '.join(_aligned(row, widths))} |" for row in rows)
 
 
 def _mean(values: Mapping[str, float], judged: int) -> str:
-    # Summed in the order of names, so that the order of arrival changes no digit.
+    # Summed in the order of names, so that every order of arrival gives the same digits.
     ordered = [values[id] for id in sorted(values)]
     count = f" (n={len(ordered)})" if len(ordered) != judged else ""
     return f"{sum(ordered) / len(ordered):.4f}{count}" if ordered else ""
@@ -90,12 +90,12 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    """The whole report."""
+    """The whole report as Markdown."""
     parts = [
         f"# {report.title}, x{report.settings.scale}",
         table(report),
         _section("Conventions", _conventions(report)),
-        _section("Models", [f"{name}: {told}" for name, told in report.models.items()]),
+        _section("Models", [f"{name}: {text}" for name, text in report.models.items()]),
         _section("Metrics skipped", [f"{name}: {why}" for name, why in report.skipped.items()]),
         _section("Pictures that a metric could not measure", _gaps(report.scores)),
         _section("Failed", report.failures),
@@ -111,14 +111,15 @@ def _conventions(report: Report) -> list[str]:
     settings = report.settings
     referenced = any(has_reference(metric) for metric in settings.metrics)
     lines = [
-        f"{conventions()}; all but psnr and ssim on RGB, whole, by their defaults; on the CPU.",
-        "Means over n pictures, or as many as a value tells; results rounded to 8 bits before they "
-        "are measured.",
-        "↑ higher is better, ↓ lower is better; for metrics without a reference, values beyond "
+        f"{conventions()}. All other metrics: on whole RGB pictures, with their defaults. All run "
+        "on the CPU.",
+        "Values are means over n pictures, or over the number beside the value. Results are "
+        "rounded to 8 bits before they are measured.",
+        "↑: higher is better. ↓: lower is better. For metrics without a reference, values beyond "
         "those of HR are no gain.",
     ]
     if referenced:
-        lines.append("HR is cut to whole LR pixels at the right and bottom.")
+        lines.append("HR is cut at the right and bottom to whole LR pixels.")
     lines += _about_lr(report)
     return lines
 
@@ -128,28 +129,28 @@ def _about_lr(report: Report) -> list[str]:
     if BICUBIC not in methods:
         return []
     kind = settings.degradation
-    told = _MADE.get(kind, f"made from HR by the preset `{kind}`") if kind else "as given"
+    lr = _DESCRIPTIONS.get(kind, f"made from HR by the preset `{kind}`") if kind else "as given"
     seeded = f"; seeded by the CRC-32 of the file name ({kind})" if kind else ""
-    lines = [f"LR: {told}{seeded}.", f"{BICUBIC}: antialiased, a = -0.5."]
+    lines = [f"LR: {lr}{seeded}.", f"{BICUBIC}: antialiased, a = -0.5."]
     return lines + ([f"Models start from seed {settings.seed}."] if settings.models else [])
 
 
 def _gaps(scores: Iterable[Score]) -> list[str]:
-    """A line for each metric that had no value somewhere, with the first reason."""
+    """A line for each metric that has no value for some picture, with the first reason."""
     missing: dict[str, list[Score]] = {}
     for score in scores:
         if score.metric and score.value is None:
             missing.setdefault(score.metric, []).append(score)
     return [
-        f"{found[0].error}: {found[0].id} ({len({s.id for s in found})} in all)"
-        for found in missing.values()
+        f"{scores[0].error}: {scores[0].id} ({len({s.id for s in scores})} in all)"
+        for scores in missing.values()
     ]
 
 
 def parquet(report: Report) -> bytes:
-    """One row for each value: id, method, metric, value, better ("higher" or "lower").
+    """A Parquet table of all values: id, method, metric, value, better ("higher" or "lower").
 
-    The settings are in the file's metadata, as JSON under "linearsr".
+    The file's metadata holds the settings as JSON under "linearsr".
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -164,8 +165,8 @@ def parquet(report: Report) -> bytes:
     ]
     names = ("id", "method", "metric", "value", "better")
     kinds = {name: pa.float64() if name == "value" else pa.string() for name in names}
-    told = {"title": report.title, "models": dict(report.models), "conventions": conventions()}
-    note = json.dumps({**told, "settings": report.settings.model_dump(mode="json")})
+    about = {"title": report.title, "models": dict(report.models), "conventions": conventions()}
+    note = json.dumps({**about, "settings": report.settings.model_dump(mode="json")})
     schema = pa.schema(kinds, metadata={"linearsr": note})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
@@ -174,14 +175,14 @@ def parquet(report: Report) -> bytes:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Pictures from best to worst, by one metric of one method."""
+    """One method's results, sorted from best to worst by one metric."""
 
     method: str
     metric: str
     values: Mapping[str, float]
 
     def ends(self, count: int) -> dict[str, str]:
-        """The `count` best and the `count` worst, or all if they overlap: id to what it is."""
+        """Ranks by id, as "1 of 9", of the `count` best and worst pictures, or of all."""
         ids = list(self.values)
         chosen = range(len(ids))
         if len(ids) > 2 * count:
@@ -190,31 +191,32 @@ class Ranking:
 
 
 def rank(report: Report, metric: str | None = None) -> Ranking | None:
-    """By `metric` (the first by default) of the first method that is neither HR nor bicubic.
+    """Rank pictures by `metric` (the first by default) of the first method but HR and bicubic.
 
-    None where there is no value.
+    None if there is no value.
     """
     metrics = [metric] if metric else list(report.settings.metrics)
     methods = sorted(report.methods(), key=lambda m: (m == BICUBIC, m == TRUTH))
-    for wanted in metrics:
+    for candidate in metrics:
         for method in methods:
-            values = report.values(method, wanted)
+            values = report.values(method, candidate)
             if values:
-                sign = -1 if higher_is_better(wanted) else 1
+                sign = -1 if higher_is_better(candidate) else 1
                 ordered = sorted(values.items(), key=lambda v: (sign * v[1], v[0]))
-                return Ranking(method, wanted, dict(ordered))
+                return Ranking(method, candidate, dict(ordered))
     return None
 
 
 def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count: int) -> bytes:
-    """A JPEG: a detail of the best and worst pictures by every method, with its value above.
+    """A JPEG of the best and worst pictures: one detail by every method, with its value above.
 
-    Details are shown pixel by pixel, side by side in lines of at most COLUMNS, HR as the last.
+    Details are shown pixel by pixel, in lines of at most COLUMNS, HR last.
     """
-    places = ranking.ends(count)
+    ranks = ranking.ends(count)
     rows = []
     for example in examples:
-        rows.append(_heading(example, ranking, places[example.id]))
+        heading = f"{ranks[example.id]} by {ranking.metric} of {ranking.method}: {example.id}"
+        rows.append(Row([heading], [Image.new("RGB", (1, 1), "white")]))
         lines = math.ceil(len(example.details) / COLUMNS)
         columns = math.ceil(len(example.details) / lines)
         for first in range(0, len(example.details), columns):
@@ -224,11 +226,6 @@ def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count
     buffer = io.BytesIO()
     sheet(rows, DETAIL).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
-
-
-def _heading(example: Example, ranking: Ranking, place: str) -> Row:
-    text = f"{place} by {ranking.metric} of {ranking.method}: {example.id}"
-    return Row([text], [Image.new("RGB", (1, 1), "white")])
 
 
 def _label(report: Report, metric: str, id: str, method: str) -> str:

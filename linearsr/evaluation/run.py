@@ -1,4 +1,9 @@
-"""An evaluation from a request to its report; who judges the pictures, and where, is given."""
+"""From the request for an evaluation to its report; the caller judges the pictures in between.
+
+plan(request) -> Evaluation    list, pair and check
+Judge.scores(item)             for each picture, here or on a cluster
+finish(evaluation, scores)     write metrics.parquet, contact.jpg and report.md
+"""
 
 from __future__ import annotations
 
@@ -18,34 +23,45 @@ from linearsr.evaluation.config import Item, Score, Settings, Steps
 from linearsr.evaluation.judge import DEGRADATIONS, Example
 from linearsr.evaluation.pairs import Listing, pair
 from linearsr.evaluation.report import Report
-from linearsr.quality import metrics
+from linearsr.metrics import measure as metrics
 
 
 class Request(Config):
-    """What a command line asks for. Folders hold pictures, or Parquet shards where Ray is.
-
-    lr: a folder, or a name of DEGRADATIONS; None is the shards' own column, or else "clean".
-    every: only every n-th picture. rank: the metric that the contact sheet is sorted by, with
-    `examples` pictures at each end.
-    """
+    """The request of a command line. Folders hold pictures or Parquet shards."""
 
     hr: str | None = None
+    """Folder of the true pictures."""
     lr: str | None = None
+    """Folder of LR pictures, or a name of DEGRADATIONS; None means the column of the shards, or
+    else "clean"."""
     results: dict[str, str] = Field(default_factory=dict)
+    """Folders of finished pictures by their names in tables."""
     models: dict[str, str] = Field(default_factory=dict)
+    """Models by their names in tables."""
     steps: Steps = (1, 2)
+    """Numbers of steps to try on each model."""
     solvers: tuple[Solver, ...] = ()
+    """Solvers to try on each model; none means the model's own."""
     metrics: tuple[str, ...] | None = None
+    """Metrics to measure; None means the default ones."""
     scale: Literal[2, 3, 4] = 4
+    """Scale from LR to HR."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed for the models' noise."""
     every: int = Field(default=1, ge=1)
+    """N to evaluate only every N-th picture."""
     rank: str | None = None
+    """Metric that orders the contact sheet; None means the first one."""
     examples: int = Field(default=3, ge=1)
+    """Number of best, and of worst, pictures on the contact sheet."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be judged, and what is known without looking at a pixel."""
+class Evaluation:
+    """A checked request: the pictures to judge, and all that is known before they are read.
+
+    alone: reasons by the names of pictures that are left out. skipped: reasons by metric.
+    """
 
     title: str
     settings: Settings
@@ -56,33 +72,36 @@ class Plan:
     examples: int
 
 
-class Seen(NamedTuple):
-    """What only whoever has the models can tell."""
+class ModelViews(NamedTuple):
+    """Descriptions and examples, which need the models: only their holder can make them."""
 
     models: dict[str, str]
     examples: list[Example]
 
 
-def plan(request: Request, list_pictures: Callable[..., Listing]) -> Plan:
-    """List, pair and check. `list_pictures(folder, *columns)`: pictures by id, of shards those in
-    the first of the columns that they have.
+def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
+    """List and pair the pictures, and check the request.
 
-    Raises OptionError for unknown metrics or degradations and when nothing is asked for,
+    list_pictures(folder, *columns): returns pictures by id; in shards, those of the first column
+    that is there.
+    Raises OptionError for unknown metrics or degradations and for a request without pictures,
     InputError for folders without pictures.
     """
     wanted = tuple(dict.fromkeys(request.metrics or metrics.DEFAULT))
     metrics.check_names(wanted)
     if request.rank and request.rank not in wanted:
-        raise OptionError(f"--rank {request.rank}: not among the metrics; add it to --metrics")
+        raise OptionError(
+            f"--rank {request.rank}: this metric is not measured; add it to --metrics"
+        )
     hr = list_pictures(request.hr, "hr") if request.hr else {}
     degradation, lr = _low(request, hr, list_pictures)
-    # What upscale_dataset writes has "image".
+    # The shards that upscale_dataset writes have a column "image".
     listed = request.results.items()
     results = {name: list_pictures(folder, "hr", "image") for name, folder in listed}
     if not (hr or lr or results):
-        raise OptionError("nothing to evaluate: give --hr, --lr, --results or a folder")
+        raise OptionError("there is nothing to evaluate; give --hr, --lr, --results or a folder")
     items, alone = pair(hr, lr, results)
-    skipped = _skipped(wanted, referenced=bool(hr), asked=request.metrics is not None)
+    skipped = _skipped(wanted, referenced=bool(hr), chosen=request.metrics is not None)
     settings = Settings(
         scale=request.scale,
         degradation=degradation,
@@ -94,16 +113,18 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Plan:
     )
     title = Path(request.hr or request.lr or next(iter(request.results.values()))).name
     rank = request.rank if request.rank not in skipped else None
-    return Plan(title, settings, items[:: request.every], alone, skipped, rank, request.examples)
+    return Evaluation(
+        title, settings, items[:: request.every], alone, skipped, rank, request.examples
+    )
 
 
 def _low(
     request: Request, hr: Listing, list_pictures: Callable[..., Listing]
 ) -> tuple[str | None, Listing]:
-    """The degradation LR is made by, or the LR pictures."""
+    """The name of the degradation that makes LR, or the LR pictures."""
     if request.lr in DEGRADATIONS:
         if not hr:
-            raise OptionError(f"--lr {request.lr} makes LR from HR: give --hr")
+            raise OptionError(f"--lr {request.lr} makes LR from HR; give --hr")
         return request.lr, {}
     if request.lr is None:
         shards = any(source.column for source in hr.values())
@@ -112,41 +133,44 @@ def _low(
         return "clean" if hr else None, {}
     if "://" not in request.lr and not os.path.isdir(request.lr):
         names = ", ".join(DEGRADATIONS)
-        raise OptionError(f"--lr {request.lr}: neither a folder nor one of {names}")
+        raise OptionError(f"--lr {request.lr} is neither a folder nor one of {names}")
     return None, list_pictures(request.lr, "lr")
 
 
-def _skipped(wanted: Sequence[str], *, referenced: bool, asked: bool) -> dict[str, str]:
-    """Metrics that cannot be measured here, with the reason.
+def _skipped(wanted: Sequence[str], *, referenced: bool, chosen: bool) -> dict[str, str]:
+    """Reasons, by metric, for those that cannot be measured here.
 
-    asked: the user has named the metrics, so that a large download is no surprise.
+    chosen: the user has named the metrics, so that a large download is no surprise.
     """
     blind = [name for name in wanted if metrics.has_reference(name) and not referenced]
-    skipped = dict.fromkeys(blind, "compares with the true pictures; give them with --hr")
-    if not asked:
+    skipped = dict.fromkeys(blind, "it compares with the true pictures; give them with --hr")
+    if not chosen:
         skipped |= metrics.without_download([name for name in wanted if name not in skipped])
     return skipped | metrics.unavailable([name for name in wanted if name not in skipped])
 
 
 def finish(
-    made: Plan,
+    evaluation: Evaluation,
     scores: Sequence[Score],
-    look: Callable[[Sequence[Item]], Seen],
+    view: Callable[[Sequence[Item]], ModelViews],
     write: Callable[[str, bytes], None],
 ) -> Report:
-    """Write metrics.parquet, report.md and contact.jpg; scores may come in any order of pictures.
+    """Write metrics.parquet, contact.jpg and report.md, and return the report.
 
-    `look` describes the models, and cuts examples of the pictures at the ends of the ranking.
+    scores: in any order of pictures. view: describes the models, and cuts examples of the best and
+    worst pictures. write: writes a file of this name.
     """
-    places = {item.id: place for place, item in enumerate(made.items)}
+    places = {item.id: place for place, item in enumerate(evaluation.items)}
     ordered = sorted(scores, key=lambda score: places[score.id])
-    report = Report(made.title, made.settings, ordered, made.alone, made.skipped)
-    ranking = reports.rank(report, made.rank)
-    ends = ranking.ends(made.examples) if ranking else {}
-    models, examples = look([made.items[places[id]] for id in ends])
+    report = Report(
+        evaluation.title, evaluation.settings, ordered, evaluation.alone, evaluation.skipped
+    )
+    ranking = reports.rank(report, evaluation.rank)
+    ends = ranking.ends(evaluation.examples) if ranking else {}
+    models, examples = view([evaluation.items[places[id]] for id in ends])
     report = dataclasses.replace(report, models=models)
     write("metrics.parquet", reports.parquet(report))
     if ranking:
-        write("contact.jpg", reports.contact(report, ranking, examples, made.examples))
+        write("contact.jpg", reports.contact(report, ranking, examples, evaluation.examples))
     write("report.md", reports.markdown(report).encode())
     return report

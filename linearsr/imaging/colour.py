@@ -1,8 +1,8 @@
-"""Gives a restored picture the colours of its source, as diffusion models drift in hue.
+"""Give a restored picture the colours of its source, because diffusion models drift in hue.
 
-It knows neither files nor models: two tensors in, one out. Both methods are those StableSR made
-common (arXiv 2305.07015): the wavelet one keeps only the fine detail of the restored picture, the
-adain one keeps everything but the mean and the spread of each channel.
+Two tensors go in and one comes out; no files or models. Both methods became common through StableSR
+(arXiv 2305.07015). "wavelet" keeps only the fine detail of the restored picture; "adain" keeps all
+of it but the mean and the spread of each channel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TINY_VARIANCE: Final = 1e-5
 
 
 def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> torch.Tensor:
-    """`restored` with the colours of `source`.
+    """Return `restored` with the colours of `source`.
 
     Both are (B, 3, H, W) of the same size and range, `source` being the low-resolution picture
     upsampled. The result may lie outside [0, 1]: clamp it. Memory: about three more pictures.
@@ -29,44 +29,33 @@ def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> tor
     Raises OptionError for a method not in COLOUR_FIXES, or for pictures of different shapes.
     """
     if method not in COLOUR_FIXES:
-        raise OptionError(f"Colour fix {method!r} is unknown; choose from {_names()}.")
+        raise OptionError(
+            f"Colour fix {method!r} is unknown; choose from {', '.join(COLOUR_FIXES)}."
+        )
     if restored.shape != source.shape:
         sizes = f"{tuple(restored.shape)} and {tuple(source.shape)}"
         raise OptionError(f"The pictures have shapes {sizes}; resize the source first.")
     if method == "wavelet":
-        # High frequencies of one plus low frequencies of the other. The low-pass is linear, so
-        # restored - low(restored) + low(source) takes one low-pass, of the difference.
+        # The high frequencies of one plus the low frequencies of the other. The low-pass is linear,
+        # so restored - low(restored) + low(source) needs it only once, for the difference.
         return restored + _low_pass(source - restored)
     if method == "adain":
-        return _match_statistics(restored, source)
+        restored_mean, restored_std = _statistics(restored)
+        source_mean, source_std = _statistics(source)
+        return (restored - restored_mean) * (source_std / restored_std) + source_mean
     return restored
-
-
-def _names() -> str:
-    return ", ".join(COLOUR_FIXES)
 
 
 def _low_pass(picture: torch.Tensor) -> torch.Tensor:
     """Blur (B, C, H, W) with the a-trous kernel [1 2 1] / 4, dilated by 1, 2, 4, 8, 16."""
     for level in range(_LEVELS):
-        for axis in (-2, -1):
-            picture = _blur_axis(picture, axis, 2**level)
+        step = 2**level
+        for axis, pad in ((-2, (0, 0, step, step)), (-1, (step, step, 0, 0))):
+            padded, length = F.pad(picture, pad, mode="replicate"), picture.shape[axis]
+            picture = padded.narrow(axis, step, length) * 0.5
+            picture.add_(padded.narrow(axis, 0, length), alpha=0.25)
+            picture.add_(padded.narrow(axis, 2 * step, length), alpha=0.25)
     return picture
-
-
-def _blur_axis(picture: torch.Tensor, axis: int, step: int) -> torch.Tensor:
-    pad = [0, 0, step, step] if axis == -2 else [step, step, 0, 0]
-    padded = F.pad(picture, pad, mode="replicate")
-    length = picture.shape[axis]
-    blurred = padded.narrow(axis, step, length) * 0.5
-    blurred.add_(padded.narrow(axis, 0, length), alpha=0.25)
-    return blurred.add_(padded.narrow(axis, 2 * step, length), alpha=0.25)
-
-
-def _match_statistics(restored: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    restored_mean, restored_std = _statistics(restored)
-    source_mean, source_std = _statistics(source)
-    return (restored - restored_mean) * (source_std / restored_std) + source_mean
 
 
 def _statistics(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

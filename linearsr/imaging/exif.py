@@ -1,8 +1,8 @@
-"""Reads and edits EXIF, the tags a camera writes, and keeps in it how a picture was made.
+"""Read and edit EXIF, the tags that a camera writes, and record in it how a picture was made.
 
-It knows neither pixels nor libvips: bytes in, bytes out, through PIL's table of tags. Metadata is
-worth less than the picture, so broken EXIF is dropped and never an error. PIL raises most kinds of
-exception on it, hence the broad `except` clauses here and nowhere else.
+Bytes go in and bytes come out, through PIL's table of tags; no pixels, no libvips. Metadata matters
+less than the picture, so broken EXIF is dropped and never an error. PIL raises almost any kind of
+exception for it, hence the broad `except` clauses in this file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from PIL.ExifTags import IFD, Base
 from PIL.Image import Exif, Image
 
 HEADER: Final = b"Exif\0\0"
-"""What EXIF bytes start with here, as in JPEG; some formats leave it out."""
+"""The first bytes of EXIF, as in JPEG; some formats leave them out."""
 
-# Older PIL follows every offset a tag claims. A hostile file can point thousands of tags at one
-# large block, so the sum of what is read is bounded.
+# Older PIL follows every offset that a tag contains. A hostile file can point thousands of tags at
+# one large block, so the total number of bytes read is limited.
 _MAX_READ: Final = 8 * 2**20
 
 _DEFAULT_DPI: Final = 72.0
@@ -46,13 +46,13 @@ _DESCRIPTIVE_TAGS: Final[frozenset[int]] = frozenset(
 )
 
 
-# PIL warns once for each broken tag, which in a mangled file means thousands of lines. A filter for
-# the time of one call would not be safe among threads.
+# PIL warns once for each broken tag, which in a mangled file means thousands of lines. A filter
+# around each call would not be safe among threads.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class _BoundedReader(io.BytesIO):
-    """Gives a limited number of bytes in all, however often the reader seeks back."""
+    """A file of which only a limited number of bytes can be read, however often it is rewound."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -62,20 +62,20 @@ class _BoundedReader(io.BytesIO):
         data = super().read(size)
         self._left -= len(data)
         if self._left < 0:
-            # Not an OSError: PIL takes that as the end of the file and goes on with the next tag.
+            # Not an OSError: PIL takes that for the end of the file and reads the next tag.
             raise ValueError("the EXIF directory refers to too much data")
         return data
 
 
 def _parse(data: bytes) -> Exif:
-    """The tags of EXIF bytes, or of the first page of a TIFF file, which starts alike."""
+    """Parse the tags of EXIF bytes, or of a TIFF file's first page, which begins the same way."""
     exif = Exif()
     exif.load_from_fp(_BoundedReader(data.removeprefix(HEADER)))
     return exif
 
 
 def descriptive_exif(data: bytes) -> bytes | None:
-    """EXIF with the tags of a TIFF file that describe the photograph; None if none or broken."""
+    """Return those tags of a TIFF file that describe the photograph; None if none or broken."""
     try:
         exif = _parse(data)
         for tag in exif.keys() - _DESCRIPTIVE_TAGS:
@@ -86,19 +86,19 @@ def descriptive_exif(data: bytes) -> bytes | None:
 
 
 def pil_exif(image: Image) -> tuple[bytes | None, int]:
-    """The EXIF of a loaded PIL image, and the orientation it asks for: None and 1 if broken."""
+    """Return the EXIF and orientation of a loaded PIL image; None and 1 without usable EXIF."""
     try:
         exif = image.getexif()
         data = exif.tobytes() if len(exif) else None
         orientation = int(exif.get(Base.Orientation, 1))
     except Exception:
         return None, 1
-    # In a TIFF file the tags that lay out the file are among them.
+    # In a TIFF file, the tags for the layout of the file are among them.
     return (descriptive_exif(data) if data and image.format == "TIFF" else data), orientation
 
 
 def upright_exif(data: bytes | None) -> bytes | None:
-    """EXIF with HEADER and an orientation of 1, else unchanged; None if broken."""
+    """Return EXIF with HEADER and an orientation of 1, otherwise unchanged; None if broken."""
     if data is None:
         return None
     data = HEADER + data.removeprefix(HEADER)
@@ -113,7 +113,7 @@ def upright_exif(data: bytes | None) -> bytes | None:
 
 
 def tiff_with_exif(tiff: bytes, data: bytes) -> bytes:
-    """A TIFF file with the tags of `data` in its directory; unchanged if they are broken.
+    """Return a TIFF file with the tags of `data` in its directory; unchanged if they are broken.
 
     PIL counts the offsets of the strips from the end of the directory it writes. Put a new
     directory in front of the whole old file and they point where they should; the old header and
@@ -131,7 +131,7 @@ def tiff_with_exif(tiff: bytes, data: bytes) -> bytes:
 
 
 def pixels_per_mm(data: bytes | None) -> float:
-    """The print resolution in EXIF; 72 dots per inch where it has none to believe."""
+    """Return the print resolution in EXIF, or 72 dots per inch if it has no plausible one."""
     resolution, unit = _DEFAULT_DPI, None
     try:
         exif = _parse(data or b"")
@@ -144,10 +144,10 @@ def pixels_per_mm(data: bytes | None) -> float:
 
 
 def with_provenance(data: bytes | None, provenance: Mapping[str, str]) -> bytes:
-    """EXIF that also says how the picture was made; the rest of it is lost if broken.
+    """Return EXIF that also records how the picture was made; broken EXIF is replaced.
 
-    Sets Software, and puts a line of JSON at the end of UserComment. What the user wrote there, or
-    in ImageDescription, stays; the line of an earlier run is replaced.
+    This sets Software, and puts a line of JSON at the end of UserComment. The user's own text there
+    and in ImageDescription stays; the line of an earlier run is replaced.
     """
     try:
         exif = _parse(data or b"")
@@ -160,7 +160,7 @@ def with_provenance(data: bytes | None, provenance: Mapping[str, str]) -> bytes:
 
 
 def find_provenance(data: bytes | None) -> dict[str, str] | None:
-    """What `with_provenance` put into EXIF, or into a TIFF file; None where there is no record."""
+    """Return the record of `with_provenance` in EXIF or a TIFF file, or None without one."""
     try:
         lines = _comment(_parse(data or b"")).splitlines()
     except Exception:
@@ -169,12 +169,12 @@ def find_provenance(data: bytes | None) -> dict[str, str] | None:
 
 
 def record_line(provenance: Mapping[str, str]) -> str:
-    """The line of JSON that stands for the provenance."""
+    """Return the provenance as a line of JSON."""
     return json.dumps({"linearsr": dict(provenance)})
 
 
 def _record(lines: list[str]) -> dict[str, str] | None:
-    """The record in the last of these lines, if that is one of ours."""
+    """Return the record in the last line, or None if that is not one of ours."""
     try:
         record = json.loads(lines[-1])["linearsr"]
         return {str(key): str(value) for key, value in record.items()}
@@ -189,21 +189,21 @@ def _add(exif: Exif, provenance: Mapping[str, str]) -> None:
     if _record(lines) is not None:
         lines.pop()
     text = "\n".join([*lines, record_line(provenance)])
-    # The code for other text than ASCII has no agreed byte order; "undefined" has none to mistake.
+    # EXIF's code for Unicode has no agreed byte order, so UTF-8 goes under "undefined".
     code = b"ASCII\0\0\0" if text.isascii() else bytes(8)
     exif[IFD.Exif] = {**_group(exif, IFD.Exif), Base.UserComment: code + text.encode()}
 
 
 def _group(exif: Exif, tag: int) -> dict[int, Any]:
-    """The tags of a directory within EXIF, to be put into another one."""
+    """Return the tags of a directory within EXIF, for use in another EXIF."""
     tags = dict(exif.get_ifd(tag))
-    # Not a value but an offset into the old block.
+    # This is not a value but an offset into the old block.
     tags.pop(IFD.Interop, None)
     return tags
 
 
 def _comment(exif: Exif) -> str:
-    """The text of UserComment, whose first 8 bytes name its encoding."""
+    """Return the text of UserComment, whose first 8 bytes name its encoding."""
     raw = exif.get_ifd(IFD.Exif).get(Base.UserComment, b"")
     if not isinstance(raw, bytes):
         return ""

@@ -1,20 +1,19 @@
-"""Picture files to tensors and back, with their depth, alpha, profile and EXIF.
+"""Convert picture files to tensors and back, with their depth, alpha, profile and EXIF.
 
-It knows nothing of super-resolution: no model, no scale, no resampling. libvips does the decoding
-and encoding. Only an allow-list of its loaders is ever called, picked by the first bytes of the
-file, so that a name like `photo.png` cannot reach an SVG or CSV parser. EXIF has its own module,
-because libvips neither reads it from TIFF nor writes it there.
+This file knows nothing of super-resolution: no model, no scale, no resampling. libvips decodes and
+encodes. Only loaders on an allow-list are called, chosen by the first bytes of the file, so that a
+name like `photo.png` cannot reach an SVG or CSV parser. EXIF has its own module, because libvips
+neither reads it from TIFF nor writes it there.
 
-Known limits: colour spaces that only PNG or AVIF tags describe (gAMA, cICP) are taken as they are;
-XMP and IPTC are dropped; EXIF tags unknown to libexif are lost in JPEG, PNG and WebP; WebP has no
-grey, so a grey picture comes back from it as colour.
+Known limits: colour spaces that only PNG or AVIF tags describe (gAMA, cICP) are ignored; XMP and
+IPTC are dropped; EXIF tags unknown to libexif are lost in JPEG, PNG and WebP; WebP has no grey, so
+a grey picture comes back from it as colour.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -36,10 +35,11 @@ from linearsr.imaging.exif import (
     upright_exif,
     with_provenance,
 )
+from linearsr.storage import atomic
 
 DEFAULT_MAX_PIXELS: Final = 100_000_000
 
-# Suffix of a file to write -> the format it is written in.
+# The suffixes of files to write, and the formats that they stand for.
 WRITE_SUFFIXES: Final = {
     ".png": "png",
     ".jpg": "jpeg",
@@ -53,10 +53,10 @@ READ_SUFFIXES: Final = (*WRITE_SUFFIXES, ".avif", ".gif")
 Name = TypeVar("Name", bound=PurePath)
 
 _SIXTEEN_BIT_FORMATS: Final = ("png", "tiff")
-# JPEG itself could hold 65535; its usual library ends here.
+# JPEG itself allows 65535 pixels; its usual library stops here.
 _LONGEST_SIDE: Final = {"jpeg": 65500, "webp": 16383}
 
-# A file cannot need more bytes than this for each pixel it may hold, plus room for metadata.
+# A file never needs more bytes than this for each pixel, plus some for metadata.
 _MAX_BYTES_PER_PIXEL: Final = 16
 _ROOM_FOR_METADATA: Final = 64 * 2**20
 
@@ -65,7 +65,7 @@ _LUMA: Final = (0.299, 0.587, 0.114)
 # libvips quotes a broken file in its messages, and pyvips fails on those that are not UTF-8.
 _VIPS_ERRORS: Final = (pyvips.Error, UnicodeDecodeError)
 
-# Pictures never repeat within a run, so libvips' memory of past operations would only pin pixels.
+# Pictures do not repeat within a run, so libvips' cache of operations would only hold memory.
 pyvips.cache_set_max(0)
 
 
@@ -80,23 +80,23 @@ class Picture:
     pixels: torch.Tensor
     """float32 (3, H, W) in [0, 1]: RGB as encoded (gamma), in the colour space of `icc`."""
 
-    alpha: torch.Tensor | None
+    alpha: torch.Tensor | None = None
     """float32 (1, H, W) in [0, 1], not premultiplied."""
 
-    bits: int
+    bits: int = 8
     """8 or 16, the depth of the samples in the file."""
 
-    grey: bool
-    """The file had a single colour channel; it is written back with one where the format can."""
+    grey: bool = False
+    """Whether the file had one colour channel; it is written with one if the format allows it."""
 
-    icc: bytes | None
-    """The profile of the file: of an RGB space, or of a grey one where `grey` is set."""
+    icc: bytes | None = None
+    """The colour profile of the file: an RGB one, or a grey one if `grey` is set."""
 
-    exif: bytes | None
+    exif: bytes | None = None
     """EXIF starting with `Exif\\0\\0`; its orientation is 1, as it has been applied."""
 
-    format: str
-    """What the file was: png, jpeg, webp, tiff, avif or gif."""
+    format: str = "png"
+    """The format of the file: png, jpeg, webp, tiff, avif or gif."""
 
 
 # Reading
@@ -105,29 +105,34 @@ class Picture:
 def read(
     source: str | Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
 ) -> Picture:
-    """Decode a picture file, or its bytes, upright and with its first page or frame only.
+    """Decode the first page or frame of a picture file, or of its bytes, and turn it upright.
 
-    PNG, JPEG, WebP, TIFF, AVIF and GIF of 8 or 16 bits; grey, palette, RGB, CMYK (converted to
-    sRGB), with or without alpha. `name` is what errors call it, the path by default. Metadata that
-    cannot be read is dropped.
+    Formats are PNG, JPEG, WebP, TIFF, AVIF and GIF with 8 or 16 bits: grey, palette, RGB, or CMYK,
+    which is converted to sRGB, with or without alpha. Metadata that cannot be read is dropped.
+    name: the picture's name in errors, by default its path.
 
-    Raises InputError for anything else, for a damaged or truncated file, and, before decoding, for
-    more than `max_pixels` pixels.
+    Raises InputError for any other format, for a damaged or truncated file, and, before decoding,
+    for more than `max_pixels` pixels.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _file_bytes(Path(source), name, max_pixels)
     format = _sniff(data, name)
     with _as_input_error(name):
         image = _LOADERS[format](data, access="sequential", fail_on="error")
-        _check_size(image, name, max_pixels)
+        pixels = image.width * image.height
+        if pixels > max_pixels:
+            raise TooLarge(
+                f"{name}: {image.width}x{image.height} is {pixels} pixels, more than the limit of "
+                f"{max_pixels}; raise --max-pixels to allow it."
+            )
         exif = descriptive_exif(data) if format == "tiff" else _blob(image, "exif-data")
         return _decode(image, exif, format, name)
 
 
 def measure(data: bytes) -> tuple[str, int, int]:
-    """Format, width and height of a picture, upright, by its header: nothing is decoded yet.
+    """Return the format, width and height of an upright picture from its header alone.
 
-    Raises InputError for bytes that are none.
+    Raises InputError for bytes that are not a picture.
     """
     name = "the picture"
     format = _sniff(data, name)
@@ -155,7 +160,7 @@ def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
 
 
 def _sniff(data: bytes, name: str) -> str:
-    """The format by the first bytes. The name of the file is no evidence."""
+    """Return the format that the first bytes show; the file's name proves nothing."""
     if not data:
         raise NoPicture(f"{name}: the file is empty; get it again.")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -185,17 +190,8 @@ _LOADERS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-def _check_size(image: pyvips.Image, name: str, max_pixels: int) -> None:
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise TooLarge(
-            f"{name}: {image.width}x{image.height} is {pixels} pixels, more than the limit of "
-            f"{max_pixels}; raise --max-pixels to allow it."
-        )
-
-
 def _decode(image: pyvips.Image, exif: bytes | None, format: str, name: str) -> Picture:
-    """A Picture of a libvips image, lazy until now."""
+    """Decode a libvips image, which is lazy until now, into a Picture."""
     if image.format not in ("uchar", "ushort"):
         raise InputError(
             f"{name}: holds {image.format} samples; convert it to 8 or 16 bits a channel."
@@ -211,29 +207,20 @@ def _decode(image: pyvips.Image, exif: bytes | None, format: str, name: str) -> 
         raise InputError(f"{name}: holds {image.interpretation} colours; convert it to RGB.")
     if not colours <= image.bands <= colours + 1:
         raise InputError(f"{name}: has {image.bands} channels; convert it to RGB or RGBA.")
-    samples = _samples(_upright(image))
+    if "orientation" in image.get_fields() and image.get("orientation") != 1:
+        # Turning needs the rows in another order than the decoder delivers them.
+        image = image.copy_memory().autorot()
+    array = image.numpy().reshape(image.height, image.width, image.bands)
+    samples = torch.from_numpy(array).permute(2, 0, 1)
     pixels = _unit_range(samples[:colours], 3)
     alpha = _unit_range(samples[colours:], 1) if image.bands > colours else None
     profile = icc if _fits(icc, grey) else None
     return Picture(pixels, alpha, bits, grey, profile, upright_exif(exif), format)
 
 
-def _upright(image: pyvips.Image) -> pyvips.Image:
-    if "orientation" not in image.get_fields() or image.get("orientation") == 1:
-        return image
-    # Turning needs the rows in another order than a decoder gives them.
-    return image.copy_memory().autorot()
-
-
-def _samples(image: pyvips.Image) -> torch.Tensor:
-    """The integer samples, (bands, H, W), as a view of (H, W, bands)."""
-    array = image.numpy().reshape(image.height, image.width, image.bands)
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
 def _unit_range(samples: torch.Tensor, channels: int) -> torch.Tensor:
     _, height, width = samples.shape
-    # Straight into the final layout: no second float copy.
+    # Copied straight into the final layout, without a second float copy.
     plane = torch.empty(channels, height, width).copy_(samples)
     return plane.div_(torch.iinfo(samples.dtype).max)
 
@@ -243,7 +230,7 @@ def _blob(image: pyvips.Image, field: str) -> bytes | None:
 
 
 def _fits(icc: bytes | None, grey: bool) -> bool:
-    """Whether this is a profile (by the signatures in its header) of the right kind of colour."""
+    """Return whether the signatures in the header are those of a grey or an RGB profile."""
     kind = b"GRAY" if grey else b"RGB "
     return icc is not None and len(icc) > 128 and icc[36:40] == b"acsp" and icc[16:20] == kind
 
@@ -259,18 +246,18 @@ def _as_input_error(name: str) -> Iterator[None]:
 
 def _reason(error: pyvips.Error | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
-        # pyvips leaves the message where it was, and would stumble over it again.
+        # pyvips leaves the message in place and would fail on it again.
         pyvips.vips_lib.vips_error_clear()
         return "no readable reason given"
     lines = [line.strip() for line in error.detail.splitlines() if line.strip()]
-    # The first ones may be what a decoder tried on the way.
+    # The first lines may be other attempts of the decoder.
     return lines[-1] if lines else "unknown cause"
 
 
 def read_provenance(source: str | Path | bytes) -> dict[str, str] | None:
-    """What `encode` was told of how the picture was made, without decoding the pixels.
+    """Return the provenance that `encode` wrote into a picture, without decoding the pixels.
 
-    None where there is no such record, no file, or no picture.
+    The result is None if there is no such record, no file, or no picture.
     """
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -288,12 +275,14 @@ def read_provenance(source: str | Path | bytes) -> dict[str, str] | None:
 def encode(
     picture: Picture, format: str, *, quality: int = 95, provenance: Mapping[str, str] | None = None
 ) -> bytes:
-    """The bytes of a file in `format`: png, jpeg, webp or tiff.
+    """Return the bytes of a picture file in `format`: png, jpeg, webp or tiff.
 
-    16 bits are kept in PNG and TIFF and rounded to 8 elsewhere; alpha is laid over white in JPEG;
-    values outside [0, 1] are clamped. `quality` (1 to 100) is for JPEG and WebP, where 100 makes
-    WebP lossless. `provenance` says how the picture was made: its "software" becomes the Software
-    tag, and `read_provenance` gives all of it back. Metadata that cannot be written is dropped.
+    PNG and TIFF keep 16 bits, other formats are rounded to 8. JPEG shows alpha over white. Values
+    outside [0, 1] are clamped. Metadata that cannot be written is dropped.
+
+    quality: 1 to 100, for JPEG and WebP; 100 makes WebP lossless.
+    provenance: how the picture was made. Its "software" becomes the Software tag, and
+        `read_provenance` returns all of it.
 
     Raises OptionError for another format or quality, and OutputError for a picture that is not
     finite or is too large for the format.
@@ -315,11 +304,16 @@ def encode(
 def _save(
     image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes | str]
 ) -> bytes:
-    """Encode with these metadata fields, or with fewer where libvips refuses them."""
+    """Encode with these metadata fields, or with fewer if libvips refuses them."""
     profile = {key: value for key, value in fields.items() if key == "icc-profile-data"}
     for attempt in (fields, profile, {}):
+        labelled = image.copy()
+        for field, value in attempt.items():
+            is_text = isinstance(value, str)
+            kind = pyvips.GValue.gstr_type if is_text else pyvips.GValue.blob_type
+            labelled.set_type(kind, field, value)
         try:
-            return bytes(_SAVERS[format](_with_fields(image, attempt), quality))
+            return bytes(_SAVERS[format](labelled, quality))
         except _VIPS_ERRORS as error:
             reason = _reason(error)
     raise OutputError(f"the picture cannot be encoded as {format} ({reason}).")
@@ -328,7 +322,7 @@ def _save(
 def _save_webp(image: pyvips.Image, quality: int) -> Any:
     if quality < 100:
         return image.webpsave_buffer(Q=quality)
-    # Without loss, Q is the effort; 75 is the default. "exact" keeps colours under clear pixels.
+    # For lossless files, Q is the effort, 75 by default. "exact" keeps colours of clear pixels.
     return image.webpsave_buffer(Q=75, lossless=True, exact=True)
 
 
@@ -340,19 +334,10 @@ _SAVERS: Final[dict[str, Callable[[pyvips.Image, int], Any]]] = {
 }
 
 
-def _with_fields(image: pyvips.Image, fields: Mapping[str, bytes | str]) -> pyvips.Image:
-    image = image.copy()
-    for field, value in fields.items():
-        is_text = isinstance(value, str)
-        kind = pyvips.GValue.gstr_type if is_text else pyvips.GValue.blob_type
-        image.set_type(kind, field, value)
-    return image
-
-
 def _metadata(
     picture: Picture, format: str, exif: bytes | None, provenance: Mapping[str, str]
 ) -> dict[str, bytes | str]:
-    """The libvips metadata fields to write. TIFF gets its EXIF afterwards."""
+    """Return the libvips metadata fields to write. TIFF gets its EXIF afterwards."""
     fields: dict[str, bytes | str] = {}
     if picture.icc and _fits(picture.icc, _is_grey(picture, format)):
         fields["icc-profile-data"] = picture.icc
@@ -369,7 +354,7 @@ def _is_grey(picture: Picture, format: str) -> bool:
 
 
 def check_fits(width: int, height: int, format: str) -> None:
-    """Raise OutputError for more pixels a side than files of this format can have."""
+    """Raise OutputError if a side has more pixels than the format allows."""
     limit = _LONGEST_SIDE.get(format, max(height, width))
     if max(height, width) > limit:
         raise OutputError(
@@ -379,14 +364,14 @@ def check_fits(width: int, height: int, format: str) -> None:
 
 
 def _quantised(picture: Picture, format: str) -> np.ndarray:
-    """The samples to write, (H, W, bands) of 8 or 16 bits, rounded to nearest."""
+    """Return the samples to write, (H, W, bands) of 8 or 16 bits, rounded to nearest."""
     deep = picture.bits == 16 and format in _SIXTEEN_BIT_FORMATS
     colours = 1 if _is_grey(picture, format) else 3
     bands = colours + (picture.alpha is not None and format != "jpeg")
     height, width = picture.pixels.shape[-2:]
     samples = np.empty((height, width, bands), np.uint16 if deep else np.uint8)
     top = np.iinfo(samples.dtype).max
-    # One plane at a time, so that no second copy of the picture in floats is made.
+    # One plane at a time, so that there is no second float copy of the picture.
     for band, plane in enumerate(_planes(picture, format)):
         if not bool(torch.isfinite(plane).all()):
             raise OutputError("the picture has values that are not finite numbers.")
@@ -396,7 +381,7 @@ def _quantised(picture: Picture, format: str) -> np.ndarray:
 
 
 def _vips_image(samples: np.ndarray, *, cmyk: bool = False) -> pyvips.Image:
-    """A libvips image of (H, W, bands) samples of 8 or 16 bits."""
+    """Return a libvips image of (H, W, bands) samples of 8 or 16 bits."""
     height, width, bands = samples.shape
     samples = np.ascontiguousarray(samples)
     deep = samples.dtype == np.uint16
@@ -408,7 +393,7 @@ def _vips_image(samples: np.ndarray, *, cmyk: bool = False) -> pyvips.Image:
 
 
 def _planes(picture: Picture, format: str) -> Iterator[torch.Tensor]:
-    """The (H, W) float planes to write, colours first."""
+    """Yield the (H, W) float planes to write, colours first."""
     colours: Iterable[torch.Tensor] = map(_on_cpu, picture.pixels)
     if _is_grey(picture, format):
         red, green, blue = colours
@@ -435,11 +420,10 @@ def write(
     quality: int = 95,
     provenance: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a picture file in the format of its suffix, replacing what is there.
+    """Write a picture file in the format of its suffix, replacing any old file.
 
-    The file appears complete or not at all. For the rest see `encode`.
-
-    Raises OutputError for an unknown suffix, or where the file cannot be written.
+    The file appears complete or not at all. For the other arguments see `encode`. Raises
+    OutputError for an unknown suffix, or if the file cannot be written.
     """
     path = Path(path)
     format = WRITE_SUFFIXES.get(path.suffix.lower())
@@ -448,15 +432,30 @@ def write(
         raise OutputError(f"{path}: no picture format has this suffix; use one of {known}.")
     try:
         data = encode(picture, format, quality=quality, provenance=provenance)
-        _write_atomically(path, data)
     except OutputError as error:
         raise OutputError(f"{path}: {error}") from error
+    write_encoded(path, data)
+
+
+def write_encoded(path: Path, data: bytes) -> None:
+    """Write the bytes of a picture file, which appears complete or not at all.
+
+    Raises OutputError if it cannot be written.
+    """
+    try:
+        atomic.write(path, data)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{path}: cannot be written ({reason}); check the folder, its permissions and free "
+            "space."
+        ) from error
 
 
 def result_name(source: Name, format: str | None) -> Name:
-    """The name of a result: the source's, with a suffix that can be written.
+    """Return the name of a result: the source's name with a suffix that can be written.
 
-    `format` is a suffix of WRITE_SUFFIXES without its dot; None keeps the source's where it can.
+    format: a suffix of WRITE_SUFFIXES without its dot; None keeps the source's if possible.
     """
     if format:
         return source.with_suffix(f".{format}")
@@ -464,40 +463,21 @@ def result_name(source: Name, format: str | None) -> Name:
 
 
 def result_format(source: str, format: str | None) -> str:
-    """The format of a result, for `encode`: that of its source where that can be written.
+    """Return the format of a result, for `encode`: the source's, if that can be written.
 
-    `format` as of `result_name`.
+    format: overrides the source's, as for `result_name`.
     """
     return WRITE_SUFFIXES.get(f".{format or source}", "png")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"cannot be written ({reason}); check the folder, its permissions and free space."
-        ) from error
-    finally:
-        # Gone already where all went well; the folder may not even exist where it did not.
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
 
 
 # PIL
 
 
 def from_pil(image: PIL.Image.Image) -> Picture:
-    """A Picture of a PIL image of 8 bit samples, or of 16 bit grey.
+    """Convert a PIL image with 8 bit samples, or with 16 bit grey, to a Picture.
 
-    Takes any such mode that PIL can turn into RGB. Raises InputError for other modes, or for a
-    file that PIL opened and cannot decode.
+    Any such mode will do that PIL can convert to RGB. Raises InputError for other modes, and for a
+    file that PIL has opened but cannot decode.
     """
     name = "the PIL image"
     try:
@@ -515,7 +495,7 @@ def from_pil(image: PIL.Image.Image) -> Picture:
 
 
 def _pil_samples(image: PIL.Image.Image) -> np.ndarray:
-    """The samples of a loaded image, (H, W, bands)."""
+    """Return the samples of a loaded image, (H, W, bands)."""
     if image.mode in ("I", "F"):
         raise InputError(f"the PIL image: mode {image.mode} has no fixed range; convert it to RGB.")
     if image.mode.startswith("I;16"):
@@ -532,9 +512,10 @@ def _pil_samples(image: PIL.Image.Image) -> np.ndarray:
 
 
 def to_pil(picture: Picture) -> PIL.Image.Image:
-    """A PIL image with the profile and EXIF in its `info`.
+    """Convert to a PIL image with the profile and EXIF in its `info`.
 
-    L, LA, RGB or RGBA of 8 bits, or I;16 for 16 bit grey without alpha: PIL has no 16 bit colour.
+    Its mode is L, LA, RGB or RGBA with 8 bits, or I;16 for 16 bit grey without alpha: PIL has no 16
+    bit colour.
     """
     if not picture.grey or picture.alpha is not None:
         picture = replace(picture, bits=8)
@@ -551,7 +532,7 @@ def to_pil(picture: Picture) -> PIL.Image.Image:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """The files with a suffix of READ_SUFFIXES in a folder and the folders in it, sorted.
+    """Return the files with a suffix of READ_SUFFIXES in a folder and its subfolders, sorted.
 
     Links to folders are not followed. Raises InputError for a folder that cannot be listed.
     """
@@ -560,7 +541,7 @@ def find_images(folder: str | Path) -> list[Path]:
         reason = error.strerror or str(error)
         raise InputError(f"{error.filename}: cannot be listed ({reason}); check the folder.")
 
-    found = []
+    paths = []
     for parent, _, names in os.walk(folder, onerror=refuse):
-        found += [Path(parent, name) for name in names]
-    return sorted(path for path in found if path.suffix.lower() in READ_SUFFIXES)
+        paths += [Path(parent, name) for name in names]
+    return sorted(path for path in paths if path.suffix.lower() in READ_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Bicubic resizing, in one place so that training, inference and the baseline cannot differ."""
+"""Bicubic resizing, the same for training, inference and the baseline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from linearsr.imaging.tiles import Tile
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic (a = -0.5, as MATLAB's imresize and Pillow): (B, C, H, W) floats.
+    """Resize (B, C, H, W) floats with antialiased bicubic (a = -0.5, as MATLAB and Pillow do).
 
-    Not clamped: bicubic overshoots its input's range at edges.
+    The result is not clamped: bicubic overshoots its input's range at edges.
     """
     if picture.shape[-2:] == (height, width):
         return picture
@@ -24,11 +24,12 @@ def resize(picture: Tensor, height: int, width: int) -> Tensor:
 def enlarged_part(
     picture: Tensor, height: int, width: int, part: Tile, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The `part` of `resize(picture, height, width)`, made on `device` from the pixels it needs.
+    """Return the `part` of `resize(picture, height, width)`, computed alone and on `device`.
 
-    picture: (B, C, h, w) floats, no larger than the result. Beyond the result's last row and column
-    these are repeated. Parts that overlap agree, and differ from the whole by rounding alone (where
-    torch rounds coordinates to float32: about 1e-7 of a side, times the contrast there).
+    picture: (B, C, h, w) floats, no larger than the result. A part may extend beyond the result,
+    whose last row and column are then repeated. Parts that overlap agree. They differ from the
+    whole by rounding alone (torch rounds coordinates to float32: about 1e-7 of a side, times the
+    contrast there).
     """
     top, left = min(part.top, height - 1), min(part.left, width - 1)
     inside = Tile(top, left, min(part.bottom, height) - top, min(part.right, width) - left)
@@ -36,19 +37,19 @@ def enlarged_part(
     columns = _Axis(picture.shape[-1], width, inside.left, inside.right)
     source = picture[..., rows.start : rows.stop, columns.start : columns.stop].to(device)
     if rows.factor and columns.factor:
-        # A whole picture of its own, which torch enlarges at the same phase.
+        # These pixels alone are a picture that torch enlarges at the same phase.
         large = resize(source, source.shape[-2] * rows.factor, source.shape[-1] * columns.factor)
         offset = inside.top - rows.start * rows.factor, inside.left - columns.start * columns.factor
-        found = Tile(*offset, inside.height, inside.width).crop(large)
+        result = Tile(*offset, inside.height, inside.width).crop(large)
     else:
-        found = rows.enlarge(columns.enlarge(source, -1), -2)
+        result = rows.enlarge(columns.enlarge(source, -1), -2)
     below, beside = part.height - inside.height, part.width - inside.width
-    return F.pad(found, (0, beside, 0, below), mode="replicate") if below or beside else found
+    return F.pad(result, (0, beside, 0, below), mode="replicate") if below or beside else result
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Positions `first` to `last` of an axis of `length` pixels that is enlarged to `size`."""
+    """Positions `first` to `last` of an axis that is enlarged from `length` to `size` pixels."""
 
     length: int
     size: int
@@ -57,42 +58,42 @@ class _Axis:
 
     @property
     def factor(self) -> int:
-        """How many times larger it becomes; 0 where that is no whole number."""
+        """The factor of the enlargement, or 0 if it is not a whole number."""
         return 0 if self.size % self.length else self.size // self.length
 
     @property
     def start(self) -> int:
-        """The first pixel that bicubic may need."""
+        """The first source pixel that bicubic may need."""
         return max(0, self.first * self.length // self.size - 2)
 
     @property
     def stop(self) -> int:
-        """The pixel after the last one that it may need."""
+        """The source pixel after the last one that bicubic may need."""
         return min(self.length, -(-self.last * self.length // self.size) + 2)
 
     def enlarge(self, source: Tensor, dim: int) -> Tensor:
-        """The positions along `dim`, from the pixels `start` to `stop` (four to each position).
+        """Enlarge the pixels `start` to `stop` along `dim`; each position needs four of them.
 
-        As `resize` does it: what lies outside the picture has no weight. A position's pixels and
-        weights do not depend on where the part begins, so parts that overlap agree in every bit.
+        As in `resize`, pixels outside the picture have no weight. A position's pixels and weights
+        do not depend on where the part begins, so parts that overlap agree in every bit.
         """
         position = torch.arange(self.first, self.last, dtype=torch.float64)
         centre = (position + 0.5) * self.length / self.size - 0.5
         pixels = centre.floor() + torch.arange(-1, 3)[:, None]
         weights = torch.where((pixels >= 0) & (pixels < self.length), _cubic(pixels - centre), 0)
-        # Rounded here: not every device knows float64.
+        # Rounded here, because not every device supports float64.
         weights = (weights / weights.sum(0)).to(source.dtype).to(source.device)
-        places = (pixels.clamp(0, self.length - 1) - self.start).long().to(source.device)
+        indices = (pixels.clamp(0, self.length - 1) - self.start).long().to(source.device)
         shape = [1] * source.ndim
         shape[dim] = -1
-        total = source.index_select(dim, places[0]) * weights[0].view(shape)
-        for place, weight in zip(places[1:], weights[1:], strict=True):
-            total.addcmul_(source.index_select(dim, place), weight.view(shape))
+        total = source.index_select(dim, indices[0]) * weights[0].view(shape)
+        for index, weight in zip(indices[1:], weights[1:], strict=True):
+            total.addcmul_(source.index_select(dim, index), weight.view(shape))
         return total
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -0.5 at distances `x` of up to two pixels."""
+    """Return Keys' kernel with a = -0.5 at distances `x` of up to two pixels."""
     x = x.abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2

@@ -1,7 +1,7 @@
-"""Cuts a picture into equal overlapping tiles and joins the results without visible seams.
+"""Cut a picture into equal overlapping tiles and join the results without visible seams.
 
-Pure geometry: it knows neither the model nor its scale. Units are whatever the caller counts in
-(picture pixels, latent cells); `Tile.scaled` moves a tile from the small picture to the large one.
+This is geometry alone, without a model or its scale. Units are the caller's, such as picture pixels
+or latent cells; `Tile.scaled` moves a tile from the small picture to the large one.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ class Tile:
 
     @property
     def bottom(self) -> int:
-        """The first row below."""
+        """The first row below the tile."""
         return self.top + self.height
 
     @property
     def right(self) -> int:
-        """The first column to the right."""
+        """The first column to the right of the tile."""
         return self.left + self.width
 
     def scaled(self, factor: int) -> Tile:
-        """The same rectangle in a picture `factor` times as large."""
+        """Return the same rectangle in a picture `factor` times as large."""
         return Tile(
             self.top * factor, self.left * factor, self.height * factor, self.width * factor
         )
 
     def crop(self, picture: torch.Tensor) -> torch.Tensor:
-        """A view of this rectangle of a (..., H, W) tensor."""
+        """Return a view of this rectangle of a (..., H, W) tensor."""
         return picture[..., self.top : self.bottom, self.left : self.right]
 
 
 def tile_grid(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
-    """Tiles that cover a `height` x `width` picture exactly, row by row.
+    """Return the fewest tiles that cover a `height` x `width` picture exactly, row by row.
 
-    All have one shape, so one compiled model or one batch serves them all: at most `tile` a side,
-    and no more than the fewest possible tiles need, so that little is computed twice. Neighbours
-    share at least `overlap`.
+    All have one shape, so that they fit one batch and one compiled model. Their sides are at most
+    `tile`, and no longer than necessary, so that little is computed twice. Neighbours share at
+    least `overlap`.
 
     Raises OptionError unless height, width and tile are positive and 0 <= overlap < tile.
     """
@@ -66,7 +66,7 @@ def tile_grid(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
 
 
 def _spread(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
-    """Starts of the fewest tiles along one axis, and the smallest size that still covers it."""
+    """Return the starts of the fewest tiles along one axis, and the smallest size for them."""
     if length <= tile:
         return [0], length
     count = math.ceil((length - overlap) / (tile - overlap))
@@ -75,10 +75,10 @@ def _spread(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
 
 
 class Canvas:
-    """Adds up processed tiles into one picture, faded into each other where they overlap.
+    """A picture that processed tiles are added to; they fade into each other where they overlap.
 
     The weights of a grid are separable and are divided by their sum in advance, one axis at a
-    time, so adding is all there is: no weight picture and no division at the end.
+    time, so there is no weight picture and no division at the end.
     """
 
     def __init__(
@@ -89,9 +89,10 @@ class Canvas:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """An empty canvas as large as the tiles reach; they must be a grid, as `tile_grid` makes.
+        """Start an empty canvas for all tiles of a grid as `tile_grid` makes them.
 
-        Scale the tiles first (`Tile.scaled`) where the pieces will be larger than what was cut.
+        If the results are larger than the tiles that were cut, pass scaled tiles (`Tile.scaled`).
+        Raises OptionError if the tiles are not a full grid.
         """
         self._missing = set(tiles)
         rows = sorted({(tile.top, tile.height) for tile in self._missing})
@@ -104,13 +105,14 @@ class Canvas:
         self._picture = torch.zeros(channels, height, width, dtype=dtype, device=device)
 
     def add(self, tile: Tile, piece: torch.Tensor) -> None:
-        """Add the (C, tile.height, tile.width) result of one tile; any order, each tile once.
+        """Add the result (C, tile.height, tile.width) of one tile, in any order.
 
-        Raises OptionError for a piece of another shape, or a tile that is not waiting.
+        Raises OptionError for a piece of another shape, a tile that is not of the grid, or one that
+        was added before.
         """
         expected = (self._picture.shape[0], tile.height, tile.width)
         if tuple(piece.shape) != expected:
-            raise OptionError(f"A piece of shape {tuple(piece.shape)} came for {tile}.")
+            raise OptionError(f"A piece of shape {tuple(piece.shape)} does not fit {tile}.")
         if tile not in self._missing:
             raise OptionError(f"{tile} is not of this grid, or was added before.")
         self._missing.remove(tile)
@@ -120,18 +122,18 @@ class Canvas:
         tile.crop(self._picture).addcmul_(weighted, columns)
 
     def result(self) -> torch.Tensor:
-        """The (C, H, W) picture. Raises OptionError while tiles are missing."""
+        """Return the (C, H, W) picture. Raises OptionError while tiles are missing."""
         if self._missing:
             raise OptionError(
-                f"{len(self._missing)} tiles were not added, as {min(self._missing)}."
+                f"{len(self._missing)} tiles were not added, {min(self._missing)} for example."
             )
         return self._picture
 
 
 def _weights(spans: Sequence[tuple[int, int]]) -> dict[int, torch.Tensor]:
-    """Weights along one axis by start: (length,) each, adding up to one at every position.
+    """Return each tile's weights (length,) along one axis by its start; they add up to one.
 
-    `spans` are the (start, length) of the tiles along the axis, in order.
+    spans: the (start, length) of the tiles along the axis, in order.
     """
     ends = [start + length for start, length in spans]
     total = torch.zeros(ends[-1], dtype=torch.float64)
@@ -150,6 +152,6 @@ def _weights(spans: Sequence[tuple[int, int]]) -> dict[int, torch.Tensor]:
 
 
 def _ramp(length: int) -> torch.Tensor:
-    """A raised cosine from just above 0 to just below 1; it and its mirror image add up to 1."""
+    """Return a raised cosine from above 0 to below 1; it and its mirror image add up to 1."""
     position = (torch.arange(length, dtype=torch.float64) + 0.5) / length
     return torch.sin(position * (math.pi / 2)) ** 2

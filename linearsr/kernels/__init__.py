@@ -1,11 +1,11 @@
-"""What a block does besides matrix products: checks the arguments, picks PyTorch or Triton.
+"""The operations of a block between its matrix products, in PyTorch and in Triton.
 
-`scaled_state` is for who sums the attention's state over parts of the tokens. Knows nothing of
-projections, positions or models; it sees tensors only. Importing this package does not import
-Triton: the first call that uses that backend does.
+These functions check their arguments and choose the backend. They take tensors only and know
+nothing of projections, positions or models. Callers that sum the attention's state over parts of
+the tokens need `scaled_state`. Triton is imported by the first call that uses it.
 
-Where a call leaves `backend` at "auto", the environment variable LINEARSR_KERNELS speaks, if set:
-"auto", "torch" or "triton" (for forward-only kernels, where nothing asks for more).
+If a call leaves `backend` at "auto", the environment variable LINEARSR_KERNELS chooses: "auto",
+"torch" or "triton" (for forward-only kernels only if no gradients are needed).
 """
 
 import os
@@ -54,7 +54,7 @@ def relu_linear_attention(
 
     Args:
         q, k, v: (B, N, H, D) tensors of one shape, dtype and device, every size at least 1; dtype
-            float32, bfloat16 or float64. Strided views are welcome. Sums of
+            float32, bfloat16 or float64. Strided views are fine. Sums of
             relu(k) * v over the N tokens must stay within the fp32 range (about 1e-38 to 1e38).
         eps: finite, at least 0.
         backend: "torch" runs anywhere. "triton" takes float32 or bfloat16 on a CUDA device, and D
@@ -88,14 +88,14 @@ def relu_linear_attention(
 def depthwise_gate(
     hidden: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """3x3 depthwise convolution, zero padding 1; half of its channels gate the others.
+    """Apply a 3x3 depthwise convolution, zero padding 1; half of its channels gate the others.
 
-    With ``value, gate = conv(hidden).chunk(2, -1)`` it is ``value * silu(gate)``, in fp32 until the
-    result is stored (Triton), or rounded at each step (PyTorch).
+    With ``value, gate = conv(hidden).chunk(2, -1)`` the result is ``value * silu(gate)``, in fp32
+    until it is stored (Triton), or rounded at each step (PyTorch).
 
     Args:
         hidden: (B, H, W, 2C), every size at least 1; dtype float32, bfloat16 or float64. Strided
-            views are welcome; unit stride over channels saves a copy.
+            views are fine; unit stride over channels saves a copy.
         weight, bias: (2C, 1, 3, 3) and (2C,), on the device and in the dtype of hidden; under
             autocast the dtypes may differ.
         backend: "torch" runs anywhere. "triton" takes float32 or bfloat16 on a CUDA device and is
@@ -120,22 +120,22 @@ def depthwise_gate(
     if not _use_forward_triton(backend, hidden, weight, bias):
         return reference_depthwise_gate(hidden, weight, bias)
     with _triton_needed():
-        from linearsr.kernels.glue import triton_depthwise_gate
+        from linearsr.kernels.fused_ops import triton_depthwise_gate
     return triton_depthwise_gate(hidden, weight, bias)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, backend: str = "auto") -> Tensor:
-    """AdaLN: normalise over channels, without affine and with eps 1e-6; then scale and shift.
+    """Apply AdaLN: normalise over channels, eps 1e-6, no affine weights; then scale and shift.
 
     ``(x - mean) / sqrt(variance + 1e-6) * (1 + scale) + shift``, the population variance, with
     statistics in fp32.
 
     Args:
         x: (B, H, W, C), every size at least 1; dtype float32, bfloat16 or float64. Strided views
-            are welcome; unit stride over channels saves a copy.
+            are fine; unit stride over channels saves a copy.
         shift, scale: (B, 1, 1, C), on the device and in the dtype of x; under autocast the dtypes
             may differ.
-        backend: as of `depthwise_gate`.
+        backend: as for `depthwise_gate`.
 
     Returns:
         (B, H, W, C) in the dtype of x (under autocast "torch" chooses); strides unspecified.
@@ -154,7 +154,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, backend: str = "auto") 
     if not _use_forward_triton(backend, x, shift, scale):
         return reference_modulate(x, shift, scale)
     with _triton_needed():
-        from linearsr.kernels.glue import triton_modulate
+        from linearsr.kernels.fused_ops import triton_modulate
     return triton_modulate(x, shift, scale)
 
 
@@ -163,7 +163,7 @@ def _shapes(*tensors: Tensor) -> str:
 
 
 def _check_shared(names: str, *tensors: Tensor, mixed: bool = False) -> None:
-    """ValueError unless they share a device and, where not `mixed`, a dtype."""
+    """Raise ValueError unless they share a device and, if not `mixed`, a dtype."""
     dtypes, devices = [x.dtype for x in tensors], [x.device for x in tensors]
     if any(d not in _DTYPES or not (mixed or d == dtypes[0]) for d in dtypes):
         raise ValueError(
@@ -180,7 +180,7 @@ def _autocast(x: Tensor) -> bool:
 
 
 def _use_triton(backend: str, suitable: bool) -> bool:
-    """Whether `backend` means Triton; "auto" does, where nothing else is set, if `suitable`."""
+    """Return whether to use Triton; "auto" uses it if `suitable` and nothing else is set."""
     name = "backend"
     if backend == "auto":
         name, backend = _SWITCH, os.environ.get(_SWITCH) or "auto"
@@ -190,7 +190,7 @@ def _use_triton(backend: str, suitable: bool) -> bool:
 
 
 def _use_forward_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
-    """`_use_triton` for kernels without gradients: OptionError where one is asked for."""
+    """Do as `_use_triton` for forward-only kernels. Raises OptionError if gradients are needed."""
     grad = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *others))
     triton = _use_triton(backend, x.is_cuda)
     if backend == "auto" and (grad or _autocast(x)):
@@ -205,7 +205,7 @@ def _use_forward_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
 
 @contextmanager
 def _triton_needed() -> Iterator[None]:
-    """OptionError instead of an ImportError."""
+    """Turn an ImportError into an OptionError."""
     try:
         yield
     except ImportError as error:

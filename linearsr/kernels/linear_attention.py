@@ -1,8 +1,8 @@
 """ReLU linear attention as Triton kernels, forward and backward, without atomics.
 
 Each pass over the tokens is split into chunks; a chunk writes its partial sums and PyTorch adds
-them up in a fixed order, so results repeat bit for bit. The formula is reference.py's. This file
-does not check q, k and v against each other (the package's __init__ does), and knows no models.
+them up in a fixed order, so results repeat bit for bit. The formula is reference.py's. The
+package's __init__ checks q, k and v against each other.
 
 A head's state is one (D + 1, D) fp32 block: rows 0 to D - 1 are S transposed, row D is z.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearsr.errors import OptionError
-from linearsr.kernels.launch import check_input, load, rows_contiguous, view
+from linearsr.kernels._launch import check_input, load, rows_contiguous, view
 
 _BLOCK = 64  # tokens a program holds at once
 _CHUNK = 256  # tokens a program reduces, at least
@@ -25,7 +25,7 @@ _MAX_CHUNKS = 64  # bounds the partial states, which cost (D + 1) * D floats eac
 
 @triton.jit
 def _inverse_power_of_two(x):
-    """2**-e with 2**(e-1) <= x < 2**e, from the exponent bits; bounds as in reference.py."""
+    """Return 2**-e for 2**(e-1) <= x < 2**e, from the exponent bits; bounds as in reference.py."""
     x = tl.where(x == 0, 1.0, x)
     x = tl.minimum(tl.maximum(x, 1.1754943508222875e-38), 2.1267647932558654e37)
     return ((253 << 23) - (x.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
@@ -33,7 +33,7 @@ def _inverse_power_of_two(x):
 
 @triton.jit
 def _token_block(start, stop, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Row and column numbers of a (BLOCK, D) tile, and the mask of the rows before stop."""
+    """Return row and column numbers of a (BLOCK, D) tile, and the mask of rows before stop."""
     # int64: rows times strides pass 2**31 on large pictures.
     rows = (start + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
     return rows, tl.arange(0, D)[None, :], rows < stop
@@ -41,21 +41,21 @@ def _token_block(start, stop, BLOCK: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _head_pointer(x, stride_b, stride_h, heads):
-    """Start of the batch and head that this program works on."""
+    """Return a pointer to the batch and head that this program works on."""
     pair = tl.program_id(1).to(tl.int64)
     return x + (pair // heads) * stride_b + (pair % heads) * stride_h
 
 
 @triton.jit
 def _load_relu(pointers, mask):
-    """relu that, unlike maximum, keeps NaN: a broken input must not turn into a plain zero."""
+    """Load with a relu that, unlike maximum, keeps NaN, so that broken input stays visible."""
     x = load(pointers, mask)
     return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
 def _load_queries(pointers, mask):
-    """Queries, each scaled into [0.5, 1) by a power of two, and the scales."""
+    """Load queries, each scaled into [0.5, 1) by a power of two; return them and the scales."""
     q = _load_relu(pointers, mask)
     scale = _inverse_power_of_two(tl.max(q, axis=1))[:, None]
     return q * scale, scale
@@ -63,7 +63,7 @@ def _load_queries(pointers, mask):
 
 @triton.jit
 def _load_state(state, D: tl.constexpr):
-    """S transposed (D, D) and z (1, D) of this program's batch and head."""
+    """Load S transposed (D, D) and z (1, D) of this program's batch and head."""
     state += tl.program_id(1).to(tl.int64) * (D + 1) * D
     column = tl.arange(0, D)[None, :]
     return tl.load(state + tl.arange(0, D)[:, None] * D + column), tl.load(state + D * D + column)
@@ -84,7 +84,7 @@ def _state_kernel(
     k, k_b, k_n, k_h, v, v_b, v_n, v_h, partial, tokens, heads, chunk,
     BLOCK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial state of one chunk of tokens. Grid: (chunks, batch * heads)."""
+    """Sum the state of one chunk of tokens. Grid: (chunks, batch * heads)."""
     k = _head_pointer(k, k_b, k_h, heads)
     v = _head_pointer(v, v_b, v_h, heads)
     first = tl.program_id(0) * chunk
@@ -102,7 +102,7 @@ def _state_kernel(
 
 @triton.jit
 def _normalise(matrix, vector, eps):
-    """S, z + eps in units of the keys' magnitude, and the power of two that scales to them."""
+    """Return S and z + eps in units of the keys' magnitude, and the scale, a power of two."""
     scale = _inverse_power_of_two(tl.max(vector))
     return matrix * scale, vector * scale + eps, scale
 
@@ -112,7 +112,7 @@ def _output_kernel(
     q, q_b, q_n, q_h, out, out_b, out_n, out_h, state, tokens, heads, eps,
     BLOCK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one block of queries. Grid: (blocks, batch * heads)."""
+    """Write the outputs of one block of queries. Grid: (blocks, batch * heads)."""
     q = _head_pointer(q, q_b, q_h, heads)
     out = _head_pointer(out, out_b, out_h, heads)
     matrix, vector = _load_state(state, D)
@@ -130,7 +130,7 @@ def _query_grad_kernel(
     q, q_b, q_n, q_h, g, g_b, g_n, g_h, dq, dq_b, dq_n, dq_h, state, partial,
     tokens, heads, chunk, eps, BLOCK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Query gradients, and the partial state gradient, of one chunk. Grid: as _state_kernel.
+    """Write query gradients and the partial state gradient of a chunk. Grid: as _state_kernel.
 
     The state gradient is that of the normalised state.
     """
@@ -167,7 +167,7 @@ def _key_value_grad_kernel(
     state, d_state, tokens, heads, eps,
     BLOCK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Key and value gradients of one block of tokens. Grid: (blocks, batch * heads)."""
+    """Write key and value gradients of one block of tokens. Grid: (blocks, batch * heads)."""
     k = _head_pointer(k, k_b, k_h, heads)
     v = _head_pointer(v, v_b, v_h, heads)
     dk = _head_pointer(dk, dk_b, dk_h, heads)
@@ -187,7 +187,7 @@ def _key_value_grad_kernel(
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    """relu_linear_attention for checked q, k, v (B, N, H, D); OptionError where Triton cannot."""
+    """Compute relu_linear_attention of checked q, k, v. Raises OptionError if Triton cannot."""
     dim = q.shape[-1]
     if dim not in (16, 32, 64, 128):
         raise OptionError(f'backend "triton" takes D of 16, 32, 64 or 128, not {dim}')
@@ -231,7 +231,7 @@ class _TritonAttention(torch.autograd.Function):
 
 
 def _key_value_state(k: Tensor, v: Tensor) -> Tensor:
-    """(B * H, D + 1, D) fp32 state of all tokens."""
+    """Return the fp32 state (B * H, D + 1, D) of all tokens."""
     chunk, chunks = _chunks(k.shape[1])
     partial = _new_partial(k, chunks)
     _state_kernel[chunks, partial.shape[0]](
@@ -241,7 +241,7 @@ def _key_value_state(k: Tensor, v: Tensor) -> Tensor:
 
 
 def _chunks(tokens: int) -> tuple[int, int]:
-    """Tokens in a chunk (whole blocks) and number of chunks."""
+    """Return the tokens in a chunk (whole blocks) and the number of chunks."""
     blocks = triton.cdiv(max(_CHUNK, triton.cdiv(tokens, _MAX_CHUNKS)), _BLOCK)
     return blocks * _BLOCK, triton.cdiv(tokens, blocks * _BLOCK)
 
@@ -256,7 +256,7 @@ def _block_grid(x: Tensor) -> tuple[int, int]:
 
 
 def _settings(x: Tensor) -> dict[str, Any]:
-    """Compile-time arguments of every kernel for inputs like x."""
+    """Return the compile-time arguments of every kernel for inputs like x."""
     return {
         "BLOCK": _BLOCK,
         "D": x.shape[-1],

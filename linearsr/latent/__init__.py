@@ -1,4 +1,4 @@
-"""Latents: pictures <-> what the denoiser works on."""
+"""Autoencoders between pictures and the latents that the denoiser works on."""
 
 from linearsr.latent.autoencoder import Autoencoder, DCAutoencoder, SpaceToDepth, load_autoencoder
 

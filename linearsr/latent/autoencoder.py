@@ -1,4 +1,4 @@
-"""Picture <-> latent, with one scale factor. Knows nothing of noise, experts or tiles.
+"""Convert pictures to latents and back. Knows nothing of noise or experts.
 
 Pictures are (B, 3, H, W) in [-1, 1] with sides a multiple of `factor`; latents (B, C, H/f, W/f)
 with a spread near one. `lr_picture` is always the LR picture upsampled to the HR picture's size.
@@ -14,34 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import LatentConfig
-from linearsr.errors import WeightsError, require
+from linearsr.errors import WeightsError, one_line, require
 from linearsr.imaging.tiles import Canvas, tile_grid
 
-# Pixels. Neighbours fade into each other over what they share.
+# In pixels. Neighbouring tiles fade into each other over the overlap.
 DECODE_TILE = 2048
 DECODE_OVERLAP = 256
 
 
 class Autoencoder(Protocol):
-    """What the upscaler and the training loop ask of a latent space."""
+    """The interface of a latent space for the upscaler and the training loop."""
 
     factor: int
 
     def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
-        """The clean latent z_0 of `picture`."""
+        """Return the clean latent z_0 of `picture`."""
         ...
 
     def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
-        """The picture of `latent`; not clamped."""
+        """Return the picture of `latent`, not clamped."""
         ...
 
     def condition(self, lr_picture: Tensor) -> Tensor:
-        """The LR picture itself on the latent grid, for `LinearSR.condition(lr_latent=...)`."""
+        """Return the encoded LR picture, for `LinearSR.condition(lr_latent=...)`."""
         ...
 
 
 class SpaceToDepth:
-    """Lossless: each factor x factor block of the residual over the LR picture becomes channels."""
+    """A lossless latent: the residual over the LR picture, folded factor x factor into channels."""
 
     def __init__(self, config: LatentConfig) -> None:
         self.factor = config.factor
@@ -61,7 +61,7 @@ class DCAutoencoder:
     """Deep-compression autoencoder f32c32 (arXiv 2410.10733) through diffusers' `AutoencoderDC`.
 
     The model works in its own precision; pictures and latents keep theirs. It decodes in tiles of
-    DECODE_TILE pixels, as one picture's activations are 64 times as large as the picture.
+    DECODE_TILE pixels, because a picture's activations are 64 times as large as the picture.
     """
 
     def __init__(self, config: LatentConfig, model: nn.Module) -> None:
@@ -69,16 +69,13 @@ class DCAutoencoder:
         self.scale = config.scale
         self.model = model.requires_grad_(False).eval()
 
-    def _encode(self, picture: Tensor) -> Tensor:
+    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
         latent: Tensor = self.model.encode(picture.to(self._dtype)).latent  # type: ignore[operator]
         return latent.to(picture.dtype) * self.scale
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
-
-    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
-        return self._encode(picture)
 
     def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
         cells, overlap = DECODE_TILE // self.factor, DECODE_OVERLAP // self.factor
@@ -99,15 +96,16 @@ class DCAutoencoder:
         return picture.to(latent.dtype)
 
     def condition(self, lr_picture: Tensor) -> Tensor:
-        return self._encode(lr_picture)
+        return self.encode(lr_picture, lr_picture)
 
 
 def load_autoencoder(
     config: LatentConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """The autoencoder `config` names; DC-AE comes from a local folder or a hub id.
+    """Load the autoencoder of a config; DC-AE comes from a local folder or a hub id.
 
-    Raises MissingExtra without diffusers, WeightsError for no such folder or an unreachable hub.
+    Raises MissingExtra without diffusers, and WeightsError for a missing folder, an unreachable hub
+    or wrong weights.
     """
     if config.kind == "space-to-depth":
         return SpaceToDepth(config)
@@ -126,9 +124,10 @@ def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
         )
     except (OSError, ValueError) as error:
         where = "folder" if Path(config.source).is_dir() else "missing folder or unreachable hub id"
-        reason = " ".join(str(error).split())
-        raise WeightsError(f"cannot load DC-AE from {where} {config.source!r}: {reason}") from error
-    # Diffusers only warns, and leaves what is missing without data or at random.
+        raise WeightsError(
+            f"cannot load DC-AE from {where} {config.source!r}: {one_line(error)}"
+        ) from error
+    # Diffusers only warns, and leaves missing tensors without data or with random values.
     for key in (*report["missing_keys"], *report["unexpected_keys"]):
         raise WeightsError(f"{config.source!r} is no AutoencoderDC: missing or unexpected {key}")
     for key, tensor in model.state_dict().items():
@@ -137,6 +136,6 @@ def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
     factor = model.spatial_compression_ratio
     if factor != config.factor:
         raise WeightsError(
-            f"{config.source!r} compresses {factor}x, the config says {config.factor}x"
+            f"{config.source!r} compresses {factor}x, but the config says {config.factor}x"
         )
     return model

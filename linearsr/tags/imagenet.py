@@ -1,8 +1,8 @@
 """The default tagger: EfficientNet-Lite0 on ImageNet-1k, its classes summed into plain names.
 
-Its weights (18 MB, Apache-2.0) lie inside a package, so nothing is downloaded. It knows the
-objects of ImageNet's photographs and nothing else: no people, no sky, no trees.
-docs/tags.md says how well.
+Its weights (18 MB, Apache-2.0) come in a package, so nothing is downloaded. It knows the objects
+of ImageNet's photographs and nothing else: no people, no sky, no trees. docs/guides/tags.md says
+how well.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from linearsr.errors import WeightsError, one_line, require
 from linearsr.imaging.resample import resize
-from linearsr.tags.choice import Choice
-from linearsr.tags.tagger import Tag, TaggerConfig
-from linearsr.tags.views import seen_twice, squares
+from linearsr.tags.base import Tag, TaggerConfig
+from linearsr.tags.views import combine_views, square_views
+from linearsr.tags.vocabulary import Vocabulary
 
 CLASSES, SIDE = 1000, 224
-# As in training: MEAN_RGB 127 and STDDEV_RGB 128 of TensorFlow's efficientnet/lite.
+# The values of its training: MEAN_RGB 127 and STDDEV_RGB 128 of TensorFlow's efficientnet/lite.
 MEAN, SPREAD = 127 / 255, 128 / 255
-# Chosen on photographs and their degraded x4 versions: see docs/tags.md.
+# Chosen on photographs and their degraded x4 versions: see docs/guides/tags.md.
 THRESHOLD = 0.5
 
 
 class Group(NamedTuple):
-    """A plain name, the ImageNet classes that mean it, and the score from which it is said."""
+    """A plain name, the ImageNet classes that mean it, and the least score for reporting it."""
 
     name: str
     classes: tuple[int, ...]
@@ -35,37 +35,37 @@ class Group(NamedTuple):
 
 
 def groups() -> list[Group]:
-    """The names of imagenet.tsv: name, classes, and its own threshold where it has one."""
+    """Read imagenet.tsv: in each line a name, its classes, and its own threshold if it has one."""
     text = resources.files("linearsr.tags").joinpath("imagenet.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
     return [Group(n, _classes(spans), float(*own) if own else THRESHOLD) for n, spans, *own in rows]
 
 
 def _classes(spans: str) -> tuple[int, ...]:
-    """Class numbers of "7-9 80"."""
+    """Return the class numbers 7, 8, 9 and 80 for "7-9 80"."""
     ends = (span.partition("-") for span in spans.split())
     return tuple(i for low, _, high in ends for i in range(int(low), int(high or low) + 1))
 
 
 class ImageNetTagger:
-    """A classifier's probabilities, summed over the classes of each name."""
+    """A tagger that sums a classifier's probabilities over the classes of each name."""
 
     def __init__(self, config: TaggerConfig, device: str = "cpu") -> None:
         known = groups()
         self.device = device
         self.model = _model().to(device)
-        self.choose = Choice([g.name for g in known], config, [g.threshold for g in known])
+        self.vocabulary = Vocabulary([g.name for g in known], config, [g.threshold for g in known])
         self.members = torch.zeros(CLASSES, len(known), device=device)
         for column, group in enumerate(known):
             self.members[list(group.classes), column] = 1
 
     @torch.inference_mode()
     def __call__(self, picture: Tensor) -> list[Tag]:
-        """Tags of a picture (3, H, W) in [0, 1], of any size; best first, none when unsure."""
-        views = [resize(view[None].float(), SIDE, SIDE) for view in squares(picture)]
-        seen = torch.cat(views).clamp(0, 1).to(self.device)
-        classes = self.model((seen - MEAN) / SPREAD).softmax(-1)
-        return self.choose(seen_twice(classes @ self.members))
+        """Return the tags of a picture (3, H, W) in [0, 1] of any size, best first."""
+        views = [resize(view[None].float(), SIDE, SIDE) for view in square_views(picture)]
+        inputs = torch.cat(views).clamp(0, 1).to(self.device)
+        classes = self.model((inputs - MEAN) / SPREAD).softmax(-1)
+        return self.vocabulary.select(combine_views(classes @ self.members))
 
 
 def _model() -> torch.nn.Module:
@@ -80,5 +80,5 @@ def _model() -> torch.nn.Module:
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError) as error:
-        raise WeightsError(f"{path}: {one_line(error)}; install its package anew") from error
+        raise WeightsError(f"{path}: {one_line(error)}; install its package again") from error
     return model.eval()

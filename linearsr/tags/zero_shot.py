@@ -1,6 +1,6 @@
 """Tags by comparing the picture with words: a CLIP or SigLIP through transformers.
 
-The vocabulary is free; objects.txt beside this file has the default one, everyday objects, scenes
+Any vocabulary will do. The default one is objects.txt beside this file: everyday objects, scenes
 and materials of the kind that RAM knows.
 """
 
@@ -15,18 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.errors import OptionError, WeightsError, one_line, require
-from linearsr.tags.choice import Choice, read_vocabulary
-from linearsr.tags.tagger import Tag, TaggerConfig
-from linearsr.tags.views import SQUEEZABLE, seen_twice, squares
+from linearsr.tags.base import Tag, TaggerConfig
+from linearsr.tags.views import MAX_SQUEEZE, combine_views, square_views
+from linearsr.tags.vocabulary import Vocabulary, read_vocabulary
 
 PROMPT = "This is a photo of {}."
-# CLIP's probabilities are shared out over the vocabulary; SigLIP's stand alone and are low.
+# CLIP's probabilities add up to one over the vocabulary; SigLIP's are independent and low.
 CLIP_THRESHOLD, SIGLIP_THRESHOLD = 0.2, 0.1
 WORDS_AT_ONCE = 64
 
 
 class ZeroShotTagger:
-    """CLIP: softmax over the vocabulary. SigLIP: each word's own probability."""
+    """A tagger whose scores are CLIP's softmax over the vocabulary, or SigLIP's probabilities."""
 
     def __init__(self, config: TaggerConfig, device: str = "cpu") -> None:
         if config.source is None:
@@ -35,45 +35,39 @@ class ZeroShotTagger:
         self.model, self.processor = _load(config.source, device)
         self.siglip = hasattr(self.model, "logit_bias")
         default = SIGLIP_THRESHOLD if self.siglip else CLIP_THRESHOLD
-        words = list(_vocabulary(config))
-        self.choose = Choice(words, config, default)
+        objects = resources.files("linearsr.tags").joinpath("objects.txt")
+        with resources.as_file(objects) as default_path:
+            words = list(read_vocabulary(config.vocabulary or default_path))
+        self.vocabulary = Vocabulary(words, config, default)
         self.words = self._embed(words)
 
     @torch.inference_mode()
     def __call__(self, picture: Tensor) -> list[Tag]:
-        """Tags of a picture (3, H, W) in [0, 1], of any size; best first, none when unsure."""
+        """Return the tags of a picture (3, H, W) in [0, 1] of any size, best first."""
         # CLIP's processor cuts out the middle square, SigLIP's squeezes the picture into one.
-        views = [_as_image(v) for v in squares(picture, SQUEEZABLE if self.siglip else 1.0)]
+        views = [_as_image(v) for v in square_views(picture, MAX_SQUEEZE if self.siglip else 1.0)]
         inputs = self.processor.image_processor(images=views, return_tensors="pt")
-        seen = _unit(self.model.get_image_features(**inputs.to(self.device)))
-        logits = seen @ self.words.T * self.model.logit_scale.exp()
+        features = _unit(self.model.get_image_features(**inputs.to(self.device)))
+        logits = features @ self.words.T * self.model.logit_scale.exp()
         if self.siglip:
-            return self.choose(seen_twice((logits + self.model.logit_bias).sigmoid()))
-        return self.choose(seen_twice(logits.softmax(-1)))
+            return self.vocabulary.select(combine_views((logits + self.model.logit_bias).sigmoid()))
+        return self.vocabulary.select(combine_views(logits.softmax(-1)))
 
     @torch.inference_mode()
     def _embed(self, words: list[str]) -> Tensor:
-        """Unit vectors (number of words, channels)."""
-        parts = (words[i : i + WORDS_AT_ONCE] for i in range(0, len(words), WORDS_AT_ONCE))
-        return torch.cat([self._embed_some(part) for part in parts])
-
-    def _embed_some(self, words: list[str]) -> Tensor:
-        # SigLIP was trained on padded text and has no mask: shorter text means something else.
-        tokens = self.processor.tokenizer(
-            [PROMPT.format(word) for word in words],
-            padding="max_length" if self.siglip else True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return _unit(self.model.get_text_features(**tokens.to(self.device)))
-
-
-def _vocabulary(config: TaggerConfig) -> dict[str, float | None]:
-    if config.vocabulary is not None:
-        return read_vocabulary(config.vocabulary)
-    with resources.as_file(resources.files("linearsr.tags").joinpath("objects.txt")) as path:
-        return read_vocabulary(path)
+        """Return unit vectors (number of words, channels)."""
+        vectors = []
+        for first in range(0, len(words), WORDS_AT_ONCE):
+            # SigLIP was trained on padded text and has no mask: shorter text means something else.
+            tokens = self.processor.tokenizer(
+                [PROMPT.format(word) for word in words[first : first + WORDS_AT_ONCE]],
+                padding="max_length" if self.siglip else True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                truncation=True,
+                return_tensors="pt",
+            )
+            vectors.append(_unit(self.model.get_text_features(**tokens.to(self.device))))
+        return torch.cat(vectors)
 
 
 def _load(source: str, device: str) -> tuple[Any, Any]:
@@ -84,18 +78,20 @@ def _load(source: str, device: str) -> tuple[Any, Any]:
         model = AutoModel.from_pretrained(source, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise WeightsError(f"{source}: no CLIP or SigLIP to load: {one_line(error)}") from error
+        raise WeightsError(
+            f"{source}: cannot be loaded as a CLIP or SigLIP: {one_line(error)}"
+        ) from error
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
-        raise WeightsError(f"{source}: a {type(model).__name__}; give a CLIP or a SigLIP")
+        raise WeightsError(f"{source}: is a {type(model).__name__}; give a CLIP or a SigLIP")
     return model.float().eval().to(device), processor
 
 
 def _unit(features: Any) -> Tensor:
-    """Features (B, C) on the unit sphere; transformers 5 wraps them."""
+    """Return features (B, C) scaled to unit length; transformers 5 wraps them in an object."""
     return F.normalize(getattr(features, "pooler_output", features), dim=-1)
 
 
 def _as_image(picture: Tensor) -> Image.Image:
-    """What the model's own processor was made for: 8-bit pixels."""
+    """Return 8-bit pixels, which the model's own processor expects."""
     pixels = (picture.clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())

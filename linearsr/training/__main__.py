@@ -6,17 +6,15 @@
     python -m linearsr.training perceptual --index 1 --photos PHOTOS --out runs/tiny   (1, 2, 3)
     python -m linearsr.training bundle --out runs/tiny --folder my-weights
 
-Each stage writes OUT/STAGE as it goes and continues from it when started again, with what is left
-of its steps and minutes. A bundle needs the four experts; each is taken from the last stage that it
-has been through. Knees are found by the jobs in ray_jobs/; here a stage starts from wherever the
-one before it stands.
+Each stage writes OUT/STAGE as it goes; started again, it continues from there with the rest of its
+steps and minutes. A bundle needs the four experts and takes each from its last stage. The jobs in
+ray_jobs/ find knees; here a stage starts from the last checkpoint of the one before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from linearsr import weights
 from linearsr.denoiser import LinearSR
 from linearsr.errors import LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
+from linearsr.storage import atomic
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import export, loop, perceptual
 from linearsr.training.config import PerceptualConfig, TrainConfig
@@ -49,24 +48,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stage", choices=(*STAGES, "bundle"))
-    parser.add_argument("--recipe", choices=RECIPES, default="tiny_cpu")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings"
+        "stage", choices=(*STAGES, "bundle"), help="stage to train, or bundle to export the experts"
+    )
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="tiny_cpu", help="recipe (default: tiny_cpu)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="change a field of the recipe, as in pretrain.steps=1000",
     )
     parser.add_argument("--photos", type=Path, help="folder of training photographs")
-    parser.add_argument("--out", type=Path, required=True, help="where checkpoints go")
-    parser.add_argument("--index", type=int, default=0, help="which expert, 0 being highest noise")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument(
-        "--minutes", type=float, help="end the stage after so many minutes, all starts together"
+        "--index", type=int, default=0, help="number of the expert; 0 has the highest noise"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="time limit of the stage, all starts together"
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=torch.get_num_threads(),
-        help="processes that make training pairs (default: one for each core that torch uses)",
+        help="processes that make training pairs (default: one per core that torch uses)",
     )
-    parser.add_argument("--folder", type=Path, help="where the bundle goes")
+    parser.add_argument("--folder", type=Path, help="folder for the bundle (default: OUT/MODEL)")
     options = parser.parse_args()
     if options.stage != "bundle" and options.photos is None:
         parser.error("--photos is needed to train")
@@ -91,40 +101,40 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     if options.minutes is not None:
         config = type(config).parse(**{**config.model_dump(), "minutes": options.minutes})
     folder = options.out / _name(options.stage, index)
-    stage = _start(recipe, config, options, index)
-    # The second one: what is left if the program was ended while it replaced the first.
-    for saved in (folder, folder.with_name(f"{folder.name}.old")):
+    state = _start(recipe, config, options, index)
+    # The second one is left if the program ended while it replaced the first.
+    for saved in (folder, atomic.old_folder(folder)):
         if saved.is_dir():
-            stage.load(saved)
+            state.load(saved)
             break
     data = recipe.data_of(kind)
-    batches = stream(options.photos, data, config.seed, stage.progress.seen, options.workers)
-    loop.run(stage, batches, _reporter(folder))
+    batches = stream(options.photos, data, config.seed, state.progress.seen, options.workers)
+    loop.run(state, batches, _reporter(folder))
 
 
 def _start(
     recipe: Recipe, config: TrainConfig, options: argparse.Namespace, index: int | None
-) -> loop.Stage:
-    """The stage at its first step, from the stages before it."""
+) -> loop.TrainState:
+    """Return the state before the first step, with the weights of the stages before."""
+
+    def load(expert: int) -> LinearSR:
+        return export.load(_latest(options.out, options.stage, expert), recipe.model)
+
     torch.manual_seed(config.seed)
-    model = LinearSR(recipe.model.denoiser)
     if index is not None:
-        before = _latest(options.out, options.stage, index)
-        model.load_state_dict(export.average(before, recipe.model))
+        model = load(index)
     elif recipe.start:
-        model.load_state_dict(weights.load(recipe.start).experts[0].state_dict())
+        model = weights.load(recipe.start, only={0}).experts[0].requires_grad_(True).train()
+    else:
+        model = LinearSR(recipe.model.denoiser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = TorchEngine(model, config, device)
     objective: loop.Objective | None = None
     if isinstance(config, PerceptualConfig) and index is not None:
-        states = [
-            export.average(_latest(options.out, options.stage, i), recipe.model)
-            for i in range(index)
-        ]
-        objective = perceptual.objective(recipe.model, config, index, states, engine)
+        objective = perceptual.objective(recipe.model, config, index, load, engine)
     autoencoder = load_autoencoder(recipe.model.latent, device)
     encoder = tag_encoder(recipe.model, device)
-    return loop.Stage.start(engine, autoencoder, config, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, config, encoder, objective)
 
 
 def _name(stage: str, index: int | None) -> str:
@@ -132,7 +142,7 @@ def _name(stage: str, index: int | None) -> str:
 
 
 def _latest(out: Path, stage: str, index: int) -> Path:
-    """The folder of the last stage before `stage` that an expert has been through."""
+    """Return the folder of an expert's last stage before `stage`."""
     if stage == "expert":
         return out / "pretrain"
     before = STAGES[1 : STAGES.index(stage)] if stage in STAGES else STAGES[1:]
@@ -140,14 +150,16 @@ def _latest(out: Path, stage: str, index: int) -> Path:
     return next((folder for folder in reversed(folders) if folder.is_dir()), folders[0])
 
 
-def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
-    def report(stage: loop.Stage, r: loop.Report) -> None:
-        if r.step % stage.config.checkpoint_every == 0 or stage.finished:
-            _save(stage, folder)
-        minutes = "" if stage.config.minutes is None else f" of {stage.config.minutes:g}"
+def _reporter(folder: Path) -> Callable[[loop.TrainState, loop.Report], None]:
+    def report(state: loop.TrainState, r: loop.Report) -> None:
+        if r.step % state.config.checkpoint_every == 0 or state.finished:
+            # It replaces the checkpoint before only when it is complete.
+            with atomic.replace_folder(folder) as temporary:
+                state.save(temporary)
+        minutes = "" if state.config.minutes is None else f" of {state.config.minutes:g}"
         print(
-            f"{folder.name} {r.step}/{stage.config.steps}  "
-            f"{stage.progress.minutes:.1f}{minutes} min  loss {r.loss:.4f}  "
+            f"{folder.name} {r.step}/{state.config.steps}  "
+            f"{state.progress.minutes:.1f}{minutes} min  loss {r.loss:.4f}  "
             f"at one {r.loss_at_one:.4f}  gradient {r.gradient_norm:.2f}  "
             f"rate {r.learning_rate:.1e}  "
             f"{r.images_per_second:.1f} images/s",
@@ -155,18 +167,6 @@ def _reporter(folder: Path) -> Callable[[loop.Stage, loop.Report], None]:
         )
 
     return report
-
-
-def _save(stage: loop.Stage, folder: Path) -> None:
-    """A whole checkpoint, complete before it takes the place of the one before."""
-    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    stage.save(temporary)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
 
 
 def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:

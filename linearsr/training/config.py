@@ -1,4 +1,4 @@
-"""What one stage of training is made of: timesteps, rates, lengths, the guard. Imports no torch."""
+"""The configuration of one training stage: timesteps, rates, lengths, guard. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from linearsr.training.guard import GuardConfig
 
 
 class TimestepConfig(Config):
-    """Which timesteps are trained: sigmoid(N(mean, spread)) kept to (low, high], some at t = 1."""
+    """The timesteps that are trained: sigmoid(N(mean, spread)) in (low, high], some at t = 1."""
 
     mean: float = 0.5
-    """Of the normal distribution, before the sigmoid."""
+    """Mean of the normal distribution, before the sigmoid."""
     spread: float = Field(default=1.0, gt=0)
-    """Its standard deviation."""
+    """Standard deviation of the normal distribution."""
     at_one: float = Field(default=0.25, ge=0, le=1)
-    """The share of pairs at t = 1, pure noise, if the range ends there."""
+    """Share of pairs at t = 1, pure noise; counts only if the range ends at 1."""
     low: float = Field(default=0.0, ge=0, lt=1)
-    """The range starts above this timestep."""
+    """Lower end of the range, which is not part of it."""
     high: float = Field(default=1.0, gt=0, le=1)
-    """The range ends with this timestep."""
+    """Upper end of the range, which is part of it."""
 
     @model_validator(mode="after")
     def _range(self) -> TimestepConfig:
@@ -35,39 +35,43 @@ class TrainConfig(Config):
     """One stage of training."""
 
     steps: int = Field(gt=0)
-    """Optimizer steps, each of one global batch."""
+    """Number of optimizer steps; each takes one global batch."""
     minutes: float | None = Field(default=None, gt=0)
-    """The stage ends after so many minutes of training, over all restarts, if not by its steps; the
-    rate follows whichever is further on."""
+    """Time limit of the stage in minutes, all restarts together; by default, only `steps` end it.
+    The learning rate follows steps or minutes, whichever is further."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Of AdamW, after the warm-up."""
+    """AdamW's learning rate after the warm-up."""
     warmup: int = Field(default=50, ge=0)
-    """Steps over which the rate rises from zero."""
+    """Number of steps over which the learning rate rises from zero."""
     decay: float = Field(default=0.6, ge=0, le=1)
-    """The share of the stage, at its end, over which the rate falls to zero."""
+    """Share of the stage, at its end, over which the learning rate falls to zero."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of AdamW."""
+    """AdamW's weight decay."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW: a short second moment suits small batches and noise levels of unlike gradients."""
+    """AdamW's betas. The second moment is short because batches are small and gradients differ
+    between noise levels."""
     clip: float = Field(default=1.0, gt=0)
-    """The gradient's norm is clipped to this."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     ema: float = Field(default=0.999, ge=0, lt=1)
-    """Of the averaged weights, which are validated and exported."""
+    """Decay per step of the averaged weights; those are validated and exported."""
     timesteps: TimestepConfig = TimestepConfig()
+    """Timesteps that are trained."""
     pixel_weight: float = Field(default=0.0, ge=0)
-    """Weight of the L1 between the decoded guess and the true picture at high SNR, for fidelity."""
+    """Weight of the L1 distance between the decoded guess and the true picture at low noise, for
+    fidelity; 0 does without decoding."""
     pixel_below: float = Field(default=0.223, gt=0, le=1)
-    """The timestep up to which pixel_weight counts."""
+    """Largest timestep at which pixel_weight counts."""
     guard: GuardConfig = GuardConfig()
+    """Protection against divergence."""
     report_every: int = Field(default=50, gt=0)
-    """Steps between two reports of loss, gradient norm and rate."""
+    """Number of steps between two reports of loss, gradient norm and learning rate."""
     checkpoint_every: int = Field(default=250, gt=0)
-    """A multiple of report_every; each checkpoint is also validated."""
+    """Number of steps between two checkpoints, a multiple of report_every; each is validated."""
     seed: int = Field(default=0, ge=0)
-    """Of crops, timesteps and noise."""
+    """Seed for crops, degradation, timesteps and noise."""
     bfloat16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16 over float32 weights; "auto" where every worker's processor multiplies it
-    in hardware: GPUs, and CPUs with AMX or AVX512-BF16."""
+    """Whether to compute in bfloat16 over float32 weights. "auto" does if every worker's processor
+    multiplies bfloat16 in hardware, as GPUs do, and CPUs with AMX or AVX512-BF16."""
 
     @model_validator(mode="after")
     def _checkpoints_are_reports(self) -> TrainConfig:
@@ -80,31 +84,31 @@ class TrainConfig(Config):
 
 
 class PerceptualConfig(TrainConfig):
-    """A perceptual stage of one expert: its picture is judged, from where sampling brings it.
+    """A perceptual stage of one expert, which is trained on the pictures that it ends with.
 
     The expert's guess of the clean latent is decoded and compared with the truth by L1 and LPIPS,
     and a discriminator tells it from real pictures.
     """
 
     l1: float = Field(default=4.0, ge=0)
-    """Weight of the mean absolute difference, pictures being in [-1, 1]."""
+    """Weight of the mean absolute difference between pictures in [-1, 1]."""
     lpips: float = Field(default=1.0, ge=0)
-    """Weight of LPIPS; 0 does without its trunk."""
+    """Weight of LPIPS; with 0, its trunk is not needed."""
     net: Literal["squeeze"] = "squeeze"
-    """The trunk of LPIPS."""
+    """Network that LPIPS compares pictures by."""
     trunk: str | None = None
-    """A file with torchvision's weights of the trunk, which all nodes see; without, the one that
-    LINEARSR_LPIPS_TRUNK names, or torchvision's own in its cache."""
+    """File with torchvision's weights of that network, at a path that all nodes see; by default,
+    the one that LINEARSR_LPIPS_TRUNK names, or the one in torchvision's cache."""
     gan: float = Field(default=0.03, ge=0)
-    """Weight of the hinge loss against the discriminator; 0 does without one."""
+    """Weight of the loss against the discriminator; with 0, there is none."""
     gan_warmup: int = Field(default=150, ge=0)
-    """Steps over which that weight rises from zero."""
+    """Number of steps over which the weight `gan` rises from zero."""
     channels: tuple[int, int, int, int, int] = (48, 48, 96, 192, 192)
     """Channels of the discriminator's convolutions."""
     discriminator_rate: float = Field(default=4e-4, gt=0)
-    """The discriminator's learning rate, where this stage's is learning_rate."""
+    """Learning rate of the discriminator."""
     detour: float = Field(default=0.3, ge=0, le=1)
-    """The share of pairs that come by one more step than the first expert's: by the expert before
-    the trained one, or by the trained one itself."""
+    """Share of pairs whose start comes from two sampling steps instead of one: the first expert's,
+    and one more by the expert before the trained one, or by the trained one itself."""
     crop: int | None = Field(default=None, gt=0)
-    """Side, in latent cells, of the part that is decoded and judged; without, all of it."""
+    """Side, in latent cells, of the part that is decoded and judged; by default, all of it."""

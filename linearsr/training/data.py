@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from linearsr.config import Config
 from linearsr.errors import InputError, one_line
-from linearsr.imaging.degrade import PRESETS, Preset, degrade
-from linearsr.imaging.files import Picture, find_images, read
+from linearsr.imaging.degradation import PRESETS, Preset, degrade
+from linearsr.imaging.files import find_images, read
 from linearsr.imaging.resample import resize
 
 Tags = tuple[str, ...]
 
-# What the photographs of a folder show: `linearsr tag FOLDER --json > FOLDER/tags.jsonl`.
+# Tags of a folder's photographs: `linearsr tag FOLDER --json > FOLDER/tags.jsonl`.
 SIDECAR = "tags.jsonl"
 # Below this scale a clean LR picture is almost its HR.
 NEAR_ONE = 1.5
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """hr (B, 3, H, W) and lr (B, 3, H/s, W/s) in [-1, 1]; numbers (B,) int64 of the pairs.
 
     All pairs of a batch have one scale s. The numbers also seed timesteps and noise, so a step
-    depends on nothing but its pairs. tags: B lists, or none at all.
+    depends on nothing but its pairs. tags: B tuples, or none at all.
     """
 
     hr: Tensor
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """A photograph (3, H, W) uint8, and what it shows."""
+    """A photograph (3, H, W) uint8, and its tags."""
 
     pixels: Tensor
     tags: Tags = ()
@@ -62,41 +62,42 @@ class Pair(NamedTuple):
 
 
 class DataConfig(Config):
-    """How photographs become training pairs."""
+    """How training pairs are made from photographs."""
 
     patch: int = 96
-    """Side of HR crops in pixels."""
+    """Side of the HR patch in pixels."""
     batch: int = 8
-    """Pairs of one step, of all workers together."""
+    """Number of pairs in a step, all workers together."""
     scale: int = Field(default=4, ge=1)
-    """How many times smaller LR is, at most."""
+    """Largest scale: how many times smaller LR is than HR."""
     scales: tuple[float, float] = (4.0, 4.0)
-    """The scales that batches have, from the least to `scale`, as far as patch and margin are whole
-    numbers of LR pixels at them."""
+    """Range of the scales of batches; its upper end is `scale`. A scale is used only if patch and
+    margin are whole numbers of LR pixels at it."""
     at_largest: float = Field(default=0.6, ge=0, le=1)
-    """The share of batches at the largest scale, if there are others; those are drawn evenly in
-    the logarithm of the scale."""
+    """Share of batches at the largest scale, if there are others; those are drawn evenly in the
+    logarithm of the scale."""
     shrink: tuple[float, float] = (0.25, 1.0)
-    """Random factor that photographs are shrunk by first: sharpens soft ones, multiplies few."""
+    """Range of the random factor that a photograph is resized by first. It sharpens soft
+    photographs and gives more variety where there are few."""
     degradations: dict[Preset, float] = Field(
         default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
     )
-    """How often each degradation preset is drawn; must sum to one."""
+    """Share of pairs of each degradation preset; the shares must sum to one."""
     clean_near_one: float = Field(default=0.1, ge=0, le=1)
-    """The largest share of the clean preset at scales below 1.5, where it leaves hardly anything to
-    do; the other presets, if there are any, share the rest."""
+    """Largest share of the preset `clean` at scales below 1.5, where it leaves hardly anything to
+    restore; the other presets, if there are any, share the rest."""
     margin: int = 16
-    """Pixels around the patch that blur and resize may look at."""
+    """Pixels around the patch that blur and resizing may use."""
     tag_dropout: float = Field(default=0.1, ge=0, le=1)
-    """How often a pair loses its tags, so that the model can do without."""
+    """Share of pairs that lose their tags, so that the model learns to do without."""
 
     @property
     def needs(self) -> int:
-        """The shortest side, in pixels, that a photograph must have."""
+        """Return the shortest side, in pixels, that a photograph must have."""
         return self.patch + 2 * self.margin
 
     def scale_of(self, seed: int, number: int) -> float:
-        """The scale of pair `number`, which is that of its whole batch."""
+        """Return the scale of pair `number`, which is that of its whole batch."""
         smaller = self._smaller
         if not smaller:
             return float(self.scale)
@@ -108,7 +109,7 @@ class DataConfig(Config):
 
     @property
     def _smaller(self) -> list[float]:
-        """The scales below the largest.
+        """Return the scales below the largest.
 
         LR pixels that divide what divides patch and margin make both whole. As many of them lie
         between s and s + ds as 1 / s^2 says, so a weight of s makes the draw even in log s.
@@ -118,7 +119,7 @@ class DataConfig(Config):
         return [common / side for side in sides]
 
     def presets_at(self, scale: float) -> dict[Preset, float]:
-        """How often each preset is drawn at that scale."""
+        """Return the share of each preset at that scale."""
         clean = self.degradations.get("clean", 0.0)
         if scale >= NEAR_ONE or clean in (0.0, 1.0) or clean <= self.clean_near_one:
             return self.degradations
@@ -133,16 +134,18 @@ class DataConfig(Config):
             raise ValueError(f"scales {self.scales} must lie from 1 to the scale, {self.scale}")
         if self.patch % self.scale or self.margin % self.scale:
             raise ValueError(f"patch and margin must be multiples of the scale {self.scale}")
-        if abs(sum(self.degradations.values()) - 1) > 1e-6 or set(self.degradations) - set(PRESETS):
-            raise ValueError(f"degradations must be of {list(PRESETS)} and sum to one")
+        if unknown := set(self.degradations) - set(PRESETS):
+            raise ValueError(f"no degradation {min(unknown)!r}; choose from {', '.join(PRESETS)}")
+        if abs((total := sum(self.degradations.values())) - 1) > 1e-6:
+            raise ValueError(f"the shares of the degradations sum to {total:g}; they must sum to 1")
         return self
 
 
 class Photos:
     """Pairs cut from photographs at random.
 
-    `photos`: functions that return a photograph; called for every crop, so that whoever loads them
-    decides what stays in memory.
+    photos: functions that return a photograph. They are called for every crop, so they decide what
+    stays in memory.
     """
 
     def __init__(
@@ -153,37 +156,35 @@ class Photos:
         self.seed = seed
 
     def pair(self, number: int) -> Pair:
-        """Pair `number`."""
-        rng = np.random.default_rng([self.seed, number])
-        scale = self.config.scale_of(self.seed, number)
-        return cut_pair(
-            lambda: self.photos[int(rng.integers(len(self.photos)))](), self.config, scale, rng
-        )
+        """Return pair `number`."""
+        return cut_pair(self._photo, self.config, self.seed, number)
+
+    def _photo(self, rng: np.random.Generator) -> Photo:
+        return self.photos[int(rng.integers(len(self.photos)))]()
 
 
 def cut_pair(
-    photo: Callable[[], Photo], config: DataConfig, scale: float, rng: np.random.Generator
+    photo: Callable[[np.random.Generator], Photo], config: DataConfig, seed: int, number: int
 ) -> Pair:
-    """One degraded crop of what `photo()` returns; scale: one that `config.scale_of` gives."""
-    crop, tags = _crop(photo, config, rng)
+    """Cut pair `number` from the photographs that `photo` returns, which may draw at random."""
+    rng = np.random.default_rng([seed, number])
+    scale = config.scale_of(seed, number)
+    # Half the time the busier of two crops.
+    crops = [_random_crop(photo(rng), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
+    crop, tags = max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
     hr = _augment(crop, rng)
     presets = config.presets_at(scale)
     preset = rng.choice(list(presets), p=list(presets.values()))
     lr = degrade(hr, scale, PRESETS[preset], rng)
     inner, side = round(config.margin / scale), round(config.patch / scale)
     hr, lr = _centre(hr, config.margin, config.patch), _centre(lr, inner, side)
-    # Drawn last: the same pixels with tags and without.
+    # Drawn last, so that pixels are the same with and without tags.
     dropped = rng.random() < config.tag_dropout
-    return Pair(_as_bytes(hr), _as_bytes(lr), () if dropped else tags)
-
-
-def _crop(photo: Callable[[], Photo], config: DataConfig, rng: np.random.Generator) -> Photo:
-    """(3, size, size) in [0, 1]; half the time the busier of two crops."""
-    crops = [_random_crop(photo(), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
-    return max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
+    return Pair(as_bytes(hr), as_bytes(lr), () if dropped else tags)
 
 
 def _random_crop(photo: Photo, config: DataConfig, rng: np.random.Generator) -> Photo:
+    """Return a crop (3, size, size) in [0, 1]."""
     pixels, size = photo.pixels, config.needs
     low, high = np.log(config.shrink)
     shrink = max(np.exp(rng.uniform(low, high)), size / min(pixels.shape[1:]))
@@ -194,7 +195,7 @@ def _random_crop(photo: Photo, config: DataConfig, rng: np.random.Generator) -> 
 
 
 def collate(pairs: Sequence[Pair], numbers: Sequence[int]) -> Batch:
-    """Pairs of equal size to one batch of floats in [-1, 1]."""
+    """Join pairs of equal size to one batch of floats in [-1, 1]."""
     hrs, lrs, tags = zip(*pairs, strict=True)
     hr, lr = (torch.stack(side).float() / 127.5 - 1 for side in (hrs, lrs))
     return Batch(hr, lr, torch.tensor(numbers), tags)
@@ -217,16 +218,16 @@ class Batches(IterableDataset[Batch]):
 
 
 def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
-    """The photographs of a local folder, kept decoded in memory, with the tags of its tags.jsonl.
+    """Decode the photographs of a local folder into memory, with the tags of its tags.jsonl.
 
-    Raises InputError when none is large enough to cut a patch from, or for a wrong tags.jsonl.
+    Raises InputError if none is large enough to cut a patch from, or for a wrong tags.jsonl.
     """
     paths = find_images(folder)
     names = [path.relative_to(folder).as_posix() for path in paths]
     sidecar = folder / SIDECAR
     tags = read_tags(sidecar.read_bytes(), str(sidecar), names) if sidecar.is_file() else {}
     decoded = [
-        Photo(as_bytes(read(path)), tags.get(name, ()))
+        Photo(as_bytes(read(path).pixels), tags.get(name, ()))
         for path, name in zip(paths, names, strict=True)
     ]
     large = [photo for photo in decoded if min(photo.pixels.shape[1:]) >= config.needs]
@@ -236,7 +237,7 @@ def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
 
 
 def same(photo: Photo) -> Photo:
-    """The photograph itself, for one that is at hand."""
+    """Return the photograph itself: the function of one that is in memory."""
     return photo
 
 
@@ -245,17 +246,17 @@ class _Named(BaseModel):
 
 
 class _Line(BaseModel):
-    """What `linearsr tag --json` prints; plain names will do as well."""
+    """A line that `linearsr tag --json` prints; plain names are accepted as well."""
 
     file: PurePosixPath
     tags: list[_Named | str]
 
 
 def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, Tags]:
-    """Tags by `names`, the paths of the pictures in a folder, from the text of its tags.jsonl.
+    """Return tags by `names`, the paths of the pictures in a folder, from its tags.jsonl.
 
-    A line belongs to the picture that its `file` ends in, so it matters not from where the folder
-    was tagged. Raises InputError for another format, and if no picture is named.
+    A line belongs to the picture that its `file` ends with, so the folder may have been tagged from
+    anywhere. Raises InputError for another format, and if no picture is named.
     """
     known, tags = set(names), {}
     try:
@@ -274,12 +275,8 @@ def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, 
     return tags
 
 
-def as_bytes(picture: Picture) -> Tensor:
-    """Pixels (3, H, W) as uint8."""
-    return _as_bytes(picture.pixels)
-
-
-def _as_bytes(pixels: Tensor) -> Tensor:
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Return pixels (3, H, W) in [0, 1] as uint8."""
     return (pixels * 255).round().byte()
 
 
@@ -288,7 +285,7 @@ def _centre(picture: Tensor, margin: int, size: int) -> Tensor:
 
 
 def _augment(hr: Tensor, rng: np.random.Generator) -> Tensor:
-    """Eight symmetries, channel order, and a mild change of exposure."""
+    """Apply one of eight symmetries, and sometimes another channel order and exposure."""
     hr = torch.rot90(hr, int(rng.integers(4)), (1, 2))
     if rng.random() < 0.5:
         hr = hr.flip(2)
@@ -302,9 +299,9 @@ def _augment(hr: Tensor, rng: np.random.Generator) -> Tensor:
 def stream(
     folder: Path, config: DataConfig, seed: int, start: int = 0, workers: int = 1
 ) -> Iterator[Batch]:
-    """Batches from pair `start` on, made in `workers` background processes (0: in this one)."""
+    """Return batches from pair `start` on, made in `workers` processes (0: in this one)."""
     batches = Batches(load_photos(folder, config, seed), start)
-    # Torch's own idea of a batch would turn tags into lists.
+    # Torch's own collation would turn tags into lists.
     loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is)
     return iter(loader)
 

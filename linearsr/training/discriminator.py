@@ -1,4 +1,4 @@
-"""What tells pictures that were made from real ones, and the two losses that follow from it.
+"""The discriminator between generated and real pictures, and its two losses.
 
 Knows nothing of stages, optimizers or devices, and imports nothing but torch.
 """
@@ -18,7 +18,7 @@ SLOPE = 0.2
 class Discriminator(nn.Module):
     """Scores of patches: high for real pictures. Spectrally normalised (Miyato et al. 2018).
 
-    It sees the picture beside the bicubic one that it was made from, as it is and at half its size.
+    It sees the picture beside the bicubic one, at full and at half size.
     """
 
     strides = (1, 2, 2, 2, 1)
@@ -37,18 +37,18 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, picture: Tensor, lr_picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Score maps (B, 1, h, w) at both scales, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Return score maps (B, 1, h, w) at both scales for pictures (B, 3, H, W) in [-1, 1]."""
         joined = torch.cat([picture, lr_picture], dim=1)
         return self.layers(joined), self.layers(F.avg_pool2d(joined, 2))
 
 
 def hinge(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """The discriminator's loss over its scales: mean of relu(1 - real) + relu(1 + fake)."""
+    """Return the discriminator's loss: the mean of relu(1 - real) + relu(1 + fake)."""
     pairs = zip(real, fake, strict=True)
     parts = [(1 - r).relu().mean() + (1 + f).relu().mean() for r, f in pairs]
     return torch.stack(parts).mean()
 
 
 def fooled(fake: Sequence[Tensor]) -> Tensor:
-    """The generator's loss (B,) over the scales: the mean of -fake."""
+    """Return the generator's loss (B,): the mean of -fake."""
     return torch.stack([-scores.mean(dim=(1, 2, 3)) for scores in fake]).mean(dim=0)

@@ -1,7 +1,7 @@
 """Exponential moving average of a model's weights, shared out over the ranks of a run.
 
-Each rank keeps and averages its part only, in float32, and writes it as safetensors: what a
-checkpoint is exported from needs neither the optimizer nor any pickle.
+Each rank keeps and averages only its part, in float32, and writes it as safetensors: exporting a
+checkpoint needs neither the optimizer nor any pickle.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float, rank: int = 0, world: int = 1) -> None:
         self.decay = decay
         self.rank, self.world = rank, world
-        # Dealt out from large to small, so that the shares are about equal.
+        # The ranks take turns from large to small, so that their shares are about equal.
         by_size = sorted(model.named_parameters(), key=lambda item: (-item[1].numel(), item[0]))
         self.live = dict(by_size[rank::world])
         self.average = {name: p.detach().float().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights; the memory grows with `step`, so the start is forgotten."""
+        """Move towards the weights; the decay grows with `step`, so the start is forgotten."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self.live.items():
             self.average[name].lerp_(parameter.float(), weight)
@@ -40,16 +40,16 @@ class EMA:
         save_file(tensors, folder / f"ema-{self.rank:05d}-of-{self.world:05d}.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Take this rank's share from a checkpoint of any number of ranks."""
+        """Read this rank's share from a checkpoint of any number of ranks."""
         full = load_average(folder)
         for name, average in self.average.items():
             average.copy_(full[name])
 
 
 def load_average(folder: Path) -> dict[str, Tensor]:
-    """The whole averaged model of a checkpoint folder, float32, from all ranks' shares.
+    """Return the whole averaged model of a checkpoint folder, in float32, from all ranks' shares.
 
-    Raises WeightsError when a share is missing or damaged.
+    Raises WeightsError if a share is missing or damaged.
     """
     shares = sorted(folder.glob("ema-*-of-*.safetensors"))
     if not shares or len(shares) != int(shares[0].stem.rsplit("-", 1)[1]):

@@ -1,8 +1,8 @@
-"""Engines: how weights are stepped. One process in plain torch, or many with DeepSpeed ZeRO-1.
+"""Engines step the weights: one process in plain torch, or many with DeepSpeed ZeRO-1.
 
-The loop asks for a step and gets the gradient norm back; which ranks hold which optimizer state is
-known here only. Loading an engine's files never runs code from them in one process; DeepSpeed's own
-files are pickles, so a ZeRO checkpoint is resumed only from the storage that the run itself wrote.
+The loop asks for a step and gets the gradient norm back; only the engine knows which rank holds
+which optimizer state. Loading the files of TorchEngine never runs code from them. DeepSpeed's files
+are pickles, so a ZeRO checkpoint is resumed only from storage that the run itself wrote.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch import Tensor, nn
 
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError, one_line
+from linearsr.pipeline.device import best_dtype
 from linearsr.training.config import TrainConfig
-from linearsr.upscaler import best_dtype
 
-# DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.
+# DeepSpeed's folder inside a checkpoint, followed by the number of ranks that wrote it.
 TAG = "zero-of-"
 
 UNREAD = "{}: cannot be resumed from: another rank could not read it"
 
-# What torch and DeepSpeed raise for files that are missing, cut short, or of another model.
+# Errors of torch and DeepSpeed for files that are missing, cut short, or of another model.
 DAMAGED = (
     RuntimeError,
     OSError,
@@ -55,11 +55,11 @@ class Engine(Protocol):
     world: int
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context that forward passes run in."""
+        """Return the context for forward passes."""
         ...
 
     def share(self, mean: float, largest: float) -> tuple[float, float]:
-        """The mean of one number and the maximum of another over all ranks."""
+        """Return the mean of one number and the maximum of another over all ranks."""
         ...
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -67,9 +67,9 @@ class Engine(Protocol):
         ...
 
     def step(self, loss: Tensor, rate: float) -> float:
-        """One update; returns the norm of the whole gradient before clipping.
+        """Update the weights; return the norm of the whole gradient before clipping.
 
-        A gradient that is not finite is dropped, the weights stay, and the norm says so.
+        If the gradient is not finite, the weights stay, and neither is the norm.
         """
         ...
 
@@ -78,16 +78,16 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Read them back. Raises WeightsError for another model's or a damaged checkpoint."""
+        """Read them back. Raises WeightsError if the checkpoint is damaged or of another model."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free the engine's memory."""
         ...
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """torch's own AdamW, since DeepSpeed's would have to be compiled on the user's machine."""
+    """Return torch's AdamW: DeepSpeed's would have to be compiled on the user's machine."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -110,18 +110,18 @@ class TorchEngine:
         self.optimizer = adamw(self.module, config)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast to bfloat16 if the config says so, or if it is fast here."""
+        """Return an autocast to bfloat16, if the config or, with "auto", the processor wants it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def share(self, mean: float, largest: float) -> tuple[float, float]:
-        """There is one rank: both as they are."""
+        """Return both numbers: there is one rank."""
         return mean, largest
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """There is one rank: all as they are."""
+        """Change nothing: there is one rank."""
 
     def step(self, loss: Tensor, rate: float) -> float:
-        """Backward, clip, AdamW."""
+        """Run the backward pass, clip, and step AdamW."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip).item()
         for group in self.optimizer.param_groups:
@@ -132,12 +132,12 @@ class TorchEngine:
         return norm
 
     def save(self, folder: Path) -> None:
-        """One file of tensors."""
+        """Write one file of tensors."""
         payload = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(payload, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
-        """Tensors only: nothing else is unpickled."""
+        """Read that file; only tensors are unpickled."""
         with as_weights_error(folder):
             path = folder / "torch.pt"
             payload = torch.load(path, weights_only=True, map_location=self.device)
@@ -145,13 +145,13 @@ class TorchEngine:
             self.optimizer.load_state_dict(payload["optimizer"])
 
     def close(self) -> None:
-        """Nothing is held outside the object."""
+        """Do nothing: all memory belongs to the object."""
 
 
 class ZeroEngine:
-    """All ranks of the current torch.distributed group; each keeps its part of AdamW's state.
+    """One of all ranks of the torch.distributed group; each keeps its part of AdamW's state.
 
-    In bfloat16 the weights are bfloat16 too, and ZeRO keeps float32 masters, shared out as well.
+    In bfloat16 the weights are bfloat16 too, and ZeRO shards their float32 masters as well.
     """
 
     def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
@@ -161,11 +161,11 @@ class ZeroEngine:
         import torch.distributed as dist
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # It would be compiled when first used; gloo does without it.
+        # Its operations would be compiled when first used; gloo does without them.
         deepspeed.ops.__compatible_ops__ = {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
-        # Ranks add up each other's gradients, so one slow processor decides for all.
+        # Ranks sum their gradients, so one slow processor decides for all.
         _, slowest = self.share(0.0, float(not in_bfloat16(config, device)))
         model = model.to(device)
         self.zero, *_ = deepspeed.initialize(
@@ -177,11 +177,11 @@ class ZeroEngine:
         self.module: LinearSR = self.zero.module
 
     def precision(self) -> AbstractContextManager[Any]:
-        """ZeRO holds the weights in the right precision already."""
+        """Return an empty context: ZeRO holds the weights in the right precision."""
         return contextlib.nullcontext()
 
     def share(self, mean: float, largest: float) -> tuple[float, float]:
-        """One small all-reduce for each."""
+        """Return mean and maximum by one small all-reduce each."""
         import torch.distributed as dist
 
         total, peak = (torch.tensor(x, device=self.device) for x in (mean, largest))
@@ -190,7 +190,7 @@ class ZeroEngine:
         return total.item() / self.world, peak.item()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """One all-reduce for all of them."""
+        """Average all tensors by one all-reduce."""
         import torch.distributed as dist
 
         joined = torch.cat([tensor.flatten() for tensor in tensors])
@@ -200,7 +200,7 @@ class ZeroEngine:
             tensor.copy_(part.view_as(tensor))
 
     def step(self, loss: Tensor, rate: float) -> float:
-        """DeepSpeed averages gradients over ranks, clips, and steps this rank's partition."""
+        """Let DeepSpeed average gradients over ranks, clip, and step this rank's partition."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
         self.zero.backward(loss)
@@ -208,11 +208,14 @@ class ZeroEngine:
         return float(self.zero.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
-        """Collective: every rank writes its ZeRO shard, rank 0 the weights as well."""
+        """Write this rank's ZeRO shard, on rank 0 the weights as well; collective."""
         self.zero.save_checkpoint(str(folder), tag=f"{TAG}{self.world:05d}", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Collective: of any number of ranks, in either precision; all ranks raise or none does."""
+        """Read a checkpoint of any number of ranks, in either precision; collective.
+
+        Either all ranks raise or none does.
+        """
         problem: WeightsError | None = None
         with tempfile.TemporaryDirectory(prefix="linearsr-") as scratch:
             try:
@@ -220,7 +223,7 @@ class ZeroEngine:
                     self._load(_zero_folder(folder), Path(scratch))
             except WeightsError as error:
                 problem = error
-            # The scratch of one rank may be read by others until all have come here.
+            # Other ranks may read this rank's scratch folder until all have come here.
             failed, _ = self.share(float(problem is not None), 0.0)
         if problem:
             raise problem
@@ -228,17 +231,17 @@ class ZeroEngine:
             raise WeightsError(UNREAD.format(folder))
 
     def _load(self, saved: Path, scratch: Path) -> None:
-        # Known only now, long after DeepSpeed read its configuration.
+        # DeepSpeed read its configuration long before; the precision is known only now.
         shards = "bf16_zero_*" if self.zero.bfloat16_enabled() else "zero_*"
         universal = saved.name != f"{TAG}{self.world:05d}" or not any(saved.glob(shards))
         self.zero._config.load_universal_checkpoint = universal
         source = self._universal(saved, scratch) if universal else saved
         loaded, _ = self.zero.load_checkpoint(str(source.parent), tag=source.name)
-        if loaded is None:  # it only logs that
+        if loaded is None:  # DeepSpeed only logs it
             raise WeightsError(f"{saved}: no weights")
 
     def _universal(self, saved: Path, scratch: Path) -> Path:
-        """Shards for any ranks and either precision, made by the first rank of each machine."""
+        """Convert the shards for any ranks and precision, on the first rank of each machine."""
         import torch.distributed as dist
 
         machines, copies = [""] * self.world, [""] * self.world
@@ -248,17 +251,11 @@ class ZeroEngine:
         try:
             if first == self.rank:
                 copy = _convert(saved, scratch / "universal")
-        finally:  # The others wait for it; should it have failed, they must know.
+        finally:  # The other ranks wait for it and must know if it failed.
             dist.all_gather_object(copies, copy)
         if not copies[first]:
             raise WeightsError(UNREAD.format(saved))
         return Path(copies[first])
-
-    def optimizer_bytes(self) -> int:
-        """Bytes of AdamW's state that this rank holds."""
-        states: Sequence[dict[str, Any]] = list(self.zero.optimizer.optimizer.state.values())
-        tensors = [v for state in states for v in state.values() if torch.is_tensor(v)]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model and free its buffers."""
@@ -266,20 +263,20 @@ class ZeroEngine:
 
 
 def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether this rank would compute in bfloat16; "auto" leaves it to the processor."""
+    """Return whether this rank would compute in bfloat16; "auto" leaves it to the processor."""
     if config.bfloat16 == "auto":
         return best_dtype(device) == torch.bfloat16
     return config.bfloat16
 
 
 def zero_config(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration; it ignores keys it does not know, so there are few."""
+    """Return DeepSpeed's configuration. It ignores keys that it does not know: keep them few."""
     return {
-        # Loss is averaged per sample by us; DeepSpeed only wants a number here.
+        # The loss is a mean already; DeepSpeed only requires a number here.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip,
-        # A buffer of this many numbers is taken at once; ten times as many unless told.
+        # Numbers in the buffer that DeepSpeed allocates; by default ten times as many.
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bfloat16},
@@ -287,7 +284,7 @@ def zero_config(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
 
 
 def _zero_folder(folder: Path) -> Path:
-    """The one ZeRO folder of a checkpoint, with the shards of all ranks that wrote it."""
+    """Return the ZeRO folder of a checkpoint, which must have the shards of all its ranks."""
     folders = list(folder.glob(f"{TAG}*"))
     if len(folders) != 1:
         raise WeightsError(f"{folder}: not a checkpoint of DeepSpeed ZeRO ({len(folders)} folders)")
@@ -298,7 +295,7 @@ def _zero_folder(folder: Path) -> Path:
 
 
 def _convert(saved: Path, target: Path) -> str:
-    """ZeRO shards to DeepSpeed's universal form, a file per parameter and state; `target`."""
+    """Convert ZeRO shards to DeepSpeed's universal form in `target`, and return it."""
     from deepspeed.checkpoint import ds_to_universal
 
     options = argparse.Namespace(
@@ -318,7 +315,7 @@ def _convert(saved: Path, target: Path) -> str:
 
 @contextlib.contextmanager
 def as_weights_error(folder: Path) -> Any:
-    """What goes wrong inside, when a checkpoint's files are read, becomes a WeightsError."""
+    """Turn errors of reading a checkpoint's files into WeightsError."""
     try:
         yield
     except DAMAGED as error:

@@ -18,28 +18,28 @@ from linearsr.errors import LinearSRError
 
 
 class Diverged(LinearSRError):
-    """A stage stopped being finite, or blew up: go back to a checkpoint before it."""
+    """A stage has blown up or is no longer finite; it must go back to an earlier checkpoint."""
 
 
 class GuardConfig(Config):
-    """When a stage counts as diverged, and what is tried then.
+    """When a stage counts as diverged, and how it is restarted.
 
     A signal has blown up when the median of its last `window` values exceeds `factor` times the
     smallest such median so far. Losses vary little once trained, gradients and activations more.
     """
 
     window: int = Field(default=10, ge=1)
-    """Steps that a median is taken over."""
+    """Number of steps that a median is taken over."""
     loss_factor: float = Field(default=5.0, gt=1)
-    """How far the loss may rise above its calmest stretch."""
+    """How many times its smallest median the loss may reach."""
     gradient_factor: float = Field(default=100.0, gt=1)
-    """The gradient norm."""
+    """How many times its smallest median the gradient norm may reach."""
     activation_factor: float = Field(default=30.0, gt=1)
-    """The largest activation."""
+    """How many times its smallest median the largest activation may reach."""
     slow_down: float = Field(default=0.3, gt=0, lt=1)
-    """After each divergence the learning rate is multiplied by this."""
+    """Factor of the learning rate after each divergence."""
     restarts: int = Field(default=3, ge=0)
-    """How often a stage goes back and tries again."""
+    """How many times a diverged stage is restarted before it fails."""
 
 
 class Signals(NamedTuple):
@@ -51,7 +51,7 @@ class Signals(NamedTuple):
 
 
 class _Watch:
-    """One signal against its own calmest stretch."""
+    """One signal, compared with its own calmest stretch."""
 
     def __init__(self, window: int, factor: float) -> None:
         self.recent: deque[float] = deque(maxlen=window)
@@ -67,14 +67,14 @@ class _Watch:
 
 
 class Guard:
-    """Call `check` every step; it raises Diverged on all ranks alike when given equal signals."""
+    """Checks the signals of every step; with equal signals, all ranks raise Diverged alike."""
 
     def __init__(self, config: GuardConfig) -> None:
         factors = (config.loss_factor, config.gradient_factor, config.activation_factor)
         self.watches = [_Watch(config.window, factor) for factor in factors]
 
     def check(self, step: int, signals: Signals) -> None:
-        """Raises Diverged naming the signal."""
+        """Raise Diverged, naming the signal, if one has blown up or is not finite."""
         check_finite(step, signals)
         for name, watch, value in zip(Signals._fields, self.watches, signals, strict=True):
             if watch.blown_up(value):
@@ -85,7 +85,7 @@ class Guard:
 
 
 def check_finite(step: int, signals: Signals) -> None:
-    """Raises Diverged when a signal is NaN or infinite."""
+    """Raise Diverged if a signal is NaN or infinite."""
     if not all(map(math.isfinite, signals)):
-        told = ", ".join(f"{k} {v:.3g}" for k, v in signals._asdict().items())
-        raise Diverged(f"step {step}: not finite ({told})")
+        values = ", ".join(f"{k} {v:.3g}" for k, v in signals._asdict().items())
+        raise Diverged(f"step {step}: not finite ({values})")

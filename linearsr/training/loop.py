@@ -1,9 +1,9 @@
-"""One training stage: batches in, steps, EMA, a guard against divergence, reports out.
+"""The training loop of one stage: batches in, steps, EMA, a guard against divergence, reports out.
 
-Plain torch. Knows nothing of Ray, files of photographs, or which expert it is training: it is
-handed batches, a range of timesteps and a `report` function. All randomness of a step comes from
-the stage's seed and the numbers of its pairs, so a stage continues the same after a restart and
-does the same on one rank as on several.
+Plain torch. Knows nothing of Ray, files of photographs, or which expert it trains: it gets batches,
+a range of timesteps and a `report` function. All randomness of a step comes from the stage's seed
+and the numbers of its pairs, so a stage continues the same after a restart and does the same on one
+rank as on several.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser.model import Condition
+from linearsr.diffusion.path import add_noise, velocity
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import Autoencoder
-from linearsr.noise.path import add_noise, velocity
 from linearsr.tags.encoder import TagEncoder
 from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch
@@ -37,9 +37,11 @@ PROGRESS = "progress.json"
 
 
 class Report(NamedTuple):
-    """What a stage tells its caller every `report_every` steps (means since the last one).
+    """Means over the steps since the last report; there is one every `report_every` steps.
 
-    discriminator: its loss, 0 in stages without one.
+    loss_at_one: loss of the pairs at t = 1, 0 if there were none.
+    activation: largest |activation|, not a mean.
+    discriminator: loss of the discriminator, 0 in stages without one.
     """
 
     step: int
@@ -54,11 +56,12 @@ class Report(NamedTuple):
 
 @dataclass
 class Progress:
-    """Where a stage stands; with the tensors of engine and EMA, all it needs to go on.
+    """Progress of a stage; with the tensors of engine and EMA, all that it needs to continue.
 
-    seen: pairs consumed, over all attempts: the number of the next one.
-    attempt: how often the guard has sent the stage back; the rate falls with each.
-    minutes: spent in training, over all attempts and restarts.
+    seen: number of pairs used, over all attempts; also the number of the next pair.
+    attempt: number of restarts after a divergence; each lowers the learning rate.
+    world: number of ranks.
+    minutes: time spent in training, over all attempts and restarts.
     """
 
     step: int = 0
@@ -70,65 +73,49 @@ class Progress:
 
 
 class Losses(NamedTuple):
-    """What a batch of B pairs costs.
+    """Losses of a batch of B pairs.
 
-    total: (B,), whose mean is minimised. told: (B,), the part of it that is reported and guarded,
-    never negative. t: (B,), the pairs' timesteps.
+    total: (B,); their mean is minimised. reported: (B,), the part of `total` that is reported and
+    guarded, never negative. t: (B,), the pairs' timesteps.
     """
 
     total: Tensor
-    told: Tensor
+    reported: Tensor
     t: Tensor
 
 
-class Objective(Protocol):
-    """What a stage minimises, and what it has to learn for that beside the model."""
+class Objective:
+    """The objective that a stage minimises, and whatever learns beside the model for it.
 
-    def losses(self, stage: Stage, batch: Batch) -> Losses:
-        """Of this rank's part of a global batch, in the engine's precision."""
-        ...
+    This one is that of most stages: `flow_loss`, and nothing learns beside the model.
+    """
 
-    def learn(self, stage: Stage, fraction: float) -> float:
-        """One step of what learns beside the model, after the model's own; its loss.
-
-        fraction: the learning rate as a part of the config's. Raises Diverged, on all ranks alike.
-        """
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write what has been learnt beside the model; called on the first rank only."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read it back, on every rank. Raises WeightsError."""
-        ...
-
-
-class FlowMatching:
-    """The objective of most stages: `flow_loss`, and nothing that learns beside the model."""
-
-    def losses(self, stage: Stage, batch: Batch) -> Losses:
-        """The same losses are minimised and reported."""
-        model, autoencoder = stage.engine.module, stage.autoencoder
-        losses, t = flow_loss(model, autoencoder, batch, stage.config, stage.encoder)
+    def losses(self, state: TrainState, batch: Batch) -> Losses:
+        """Return the losses of this rank's part of a global batch, in the engine's precision."""
+        model, autoencoder = state.engine.module, state.autoencoder
+        losses, t = flow_loss(model, autoencoder, batch, state.config, state.encoder)
         return Losses(losses, losses, t)
 
-    def learn(self, stage: Stage, fraction: float) -> float:  # noqa: ARG002
-        """There is nothing to learn."""
+    def learn(self, state: TrainState, fraction: float) -> float:  # noqa: ARG002
+        """Take one step beside the model, after the model's own, and return its loss, 0 if none.
+
+        fraction: learning rate of the step as a share of the config's. Raises Diverged, on all
+        ranks alike.
+        """
         return 0.0
 
     def save(self, folder: Path) -> None:
-        """There is nothing to save."""
+        """Write the state that is learned beside the model; only the first rank calls it."""
 
     def load(self, folder: Path) -> None:
-        """There is nothing to load."""
+        """Read that state back, on every rank. Raises WeightsError."""
 
 
 @dataclass
-class Stage:
-    """A stage under way: what steps, what is averaged, what is done.
+class TrainState:
+    """A training stage while it runs: its engine, its average and its progress.
 
-    clock: seconds from any start; a stage counts the minutes that it takes.
+    clock: returns seconds since any fixed moment; the stage counts its minutes by it.
     """
 
     engine: Engine
@@ -138,7 +125,7 @@ class Stage:
     guard: Guard
     progress: Progress
     encoder: TagEncoder | None = None
-    objective: Objective = field(default_factory=FlowMatching)
+    objective: Objective = field(default_factory=Objective)
     clock: Callable[[], float] = time.monotonic
 
     @classmethod
@@ -149,27 +136,27 @@ class Stage:
         config: TrainConfig,
         encoder: TagEncoder | None = None,
         objective: Objective | None = None,
-    ) -> Stage:
-        """A stage at its first step, from the weights that `engine` holds.
+    ) -> TrainState:
+        """Return the state before the first step, with the weights that `engine` holds.
 
-        encoder: of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
-        objective: flow matching, if no other is given.
+        encoder: the tag encoder of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
+        objective: flow matching by default.
         """
         ema = EMA(engine.module, config.ema, engine.rank, engine.world)
         guard, progress = Guard(config.guard), Progress(world=engine.world)
-        objective = objective or FlowMatching()
+        objective = objective or Objective()
         return cls(engine, autoencoder, config, ema, guard, progress, encoder, objective)
 
     @property
     def finished(self) -> bool:
-        """Whether its steps or its minutes are spent."""
+        """Return whether the steps or the minutes of the stage are spent."""
         spent = self.config.minutes is not None and self.progress.minutes >= self.config.minutes
         return spent or self.progress.step >= self.config.steps
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share of a checkpoint; call on all ranks alike.
+        """Write this rank's share of a checkpoint; call it on all ranks alike.
 
-        Raises Diverged, and writes nothing, when a weight is not finite.
+        Raises Diverged, and writes nothing, if a weight is not finite.
         """
         finite = all(torch.isfinite(p).all().item() for p in self.engine.module.parameters())
         bad, _ = self.engine.share(float(not finite), 0.0)
@@ -191,18 +178,18 @@ class Stage:
 
 
 def read_progress(folder: Path) -> Progress:
-    """The progress of a checkpoint folder. Raises WeightsError when it is not one."""
+    """Read the progress of a checkpoint folder. Raises WeightsError if it is not one."""
     try:
         return Progress(**json.loads((folder / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(f"{folder}: not a checkpoint of a training stage: {error}") from error
+        raise WeightsError(f"{folder}: no checkpoint of a training stage: {error}") from error
 
 
 def learning_rate(step: int, config: TrainConfig, attempt: int = 0, minutes: float = 0.0) -> float:
-    """Warm-up, plateau, then a straight line to zero over the last `decay` of the stage.
+    """Return the learning rate: warm-up, plateau, then a line to zero over the last `decay`.
 
-    The stage is as far as its steps or its minutes, whichever is further. Each restart after a
-    divergence lowers all of it.
+    The stage's progress is that of its steps or its minutes, whichever is further. Each restart
+    after a divergence lowers the whole schedule.
     """
     up = min(1.0, (step + 1) / max(config.warmup, 1))
     used = max(float(step), config.steps * min(1.0, minutes / (config.minutes or math.inf)))
@@ -211,7 +198,7 @@ def learning_rate(step: int, config: TrainConfig, attempt: int = 0, minutes: flo
 
 
 def draw_timesteps(uniforms: Tensor, config: TimestepConfig) -> Tensor:
-    """Timesteps (B,) in (low, high] from `uniforms` (B, 2) in [0, 1): logit-normal by inversion."""
+    """Return timesteps (B,) in (low, high] from `uniforms` (B, 2) in [0, 1), logit-normal."""
     normal = torch.distributions.Normal(config.mean, config.spread)
     edges = torch.logit(torch.tensor([config.low, config.high], dtype=torch.float64), eps=1e-9)
     low, high = normal.cdf(edges.float())
@@ -223,7 +210,7 @@ def draw_timesteps(uniforms: Tensor, config: TimestepConfig) -> Tensor:
 
 
 def draw(numbers: Tensor, shape: torch.Size, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Timesteps (B,) and noise (B, *shape) of the pairs with these numbers, on the CPU."""
+    """Return timesteps (B,) and noise (B, *shape) of the pairs with these numbers, on the CPU."""
     uniforms, noise = [], []
     for number in numbers.tolist():
         rng = np.random.default_rng([config.seed, number, 1])
@@ -233,10 +220,10 @@ def draw(numbers: Tensor, shape: torch.Size, config: TrainConfig) -> tuple[Tenso
     return t, torch.from_numpy(np.stack(noise))
 
 
-class Given(NamedTuple):
-    """What the denoisers of a batch are given beside the noisy latent.
+class Conditions(NamedTuple):
+    """The inputs of a denoiser beside the noisy latent, for a batch of B pairs.
 
-    lr_picture: (B, 3, H, W), LR at HR's size. joined: the same, encoded, for models that want it.
+    lr_picture: (B, 3, H, W), LR at HR's size. joined: its latent, for models that take it.
     tags, mask: embeddings (B, T, tag_dim) and which of them are real, for models that take tags.
     """
 
@@ -248,18 +235,23 @@ class Given(NamedTuple):
     @classmethod
     def of(
         cls, batch: Batch, model: LinearSR, autoencoder: Autoencoder, encoder: TagEncoder | None
-    ) -> Given:
-        """Of all pairs of the batch; call without gradients."""
+    ) -> Conditions:
+        """Return the conditions of all pairs of the batch; call it without gradients."""
         lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
         joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
-        return cls(lr_picture, joined, *_encoded(batch, encoder, model.embed.weight.dtype))
+        if encoder is None:
+            return cls(lr_picture, joined, None, None)
+        # Encoded even if no pair has a tag: all ranks must use the same parameters.
+        embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
+        tags = embeddings.to(batch.hr.device, model.embed.weight.dtype)
+        return cls(lr_picture, joined, tags, mask.to(batch.hr.device))
 
-    def only(self, chosen: Tensor) -> Given:
-        """Of the pairs that `chosen` (B,), a mask, keeps."""
-        return Given(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
+    def only(self, chosen: Tensor) -> Conditions:
+        """Return the conditions of the pairs that the mask `chosen` (B,) keeps."""
+        return Conditions(*(None if part is None else part[chosen] for part in self))  # type: ignore[arg-type]
 
-    def condition(self, model: LinearSR) -> Condition:
-        """As `model` takes it."""
+    def encode(self, model: LinearSR) -> Condition:
+        """Return the condition in the form that `model` takes."""
         picture = self.lr_picture.to(model.embed.weight.dtype)
         return model.condition(picture, self.joined, self.tags, self.mask)
 
@@ -271,19 +263,20 @@ def flow_loss(
     config: TrainConfig,
     encoder: TagEncoder | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Conditional flow matching: (B,) losses mean |v_theta(z_t, t, LR) - (eps - z_0)|^2, and t.
+    """Return losses (B,) of conditional flow matching, and the timesteps (B,).
 
-    With `config.pixel_weight`, plus the L1 distance of the decoded guess z_t - t v to the HR
-    picture where t <= `config.pixel_below`. An `encoder` has the tags of the batch guide the model.
+    The loss of a pair is the mean of |v_theta(z_t, t, LR) - (eps - z_0)|^2. With
+    `config.pixel_weight`, the L1 distance of the decoded guess z_t - t v to the HR picture is added
+    where t <= `config.pixel_below`. With an `encoder`, the tags of the batch guide the model.
     """
     device = batch.hr.device
     with torch.no_grad():
-        given = Given.of(batch, model, autoencoder, encoder)
-        lr_picture = given.lr_picture
+        conditions = Conditions.of(batch, model, autoencoder, encoder)
+        lr_picture = conditions.lr_picture
         clean = autoencoder.encode(batch.hr, lr_picture)
         t, noise = (x.to(device) for x in draw(batch.numbers, clean.shape[1:], config))
         latent = add_noise(clean, noise, t)
-    v = model(latent, t, given.condition(model))
+    v = model(latent, t, conditions.encode(model))
     losses = (v - velocity(clean, noise)).square().mean(dim=(1, 2, 3))
     near = t <= config.pixel_below
     if config.pixel_weight and near.any():
@@ -293,18 +286,8 @@ def flow_loss(
     return losses, t
 
 
-def _encoded(
-    batch: Batch, encoder: TagEncoder | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Embeddings and mask, even if no pair has a tag: all ranks must use the same parameters."""
-    if encoder is None:
-        return None, None
-    embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
-    return embeddings.to(batch.hr.device, dtype), mask.to(batch.hr.device)
-
-
 class _Largest:
-    """The largest |activation| that leaves the last block, noted on the way through."""
+    """Hook that records the largest |activation| that leaves the last block."""
 
     def __init__(self, model: LinearSR) -> None:
         self.value = torch.zeros(())
@@ -315,7 +298,7 @@ class _Largest:
 
 
 class _Sums:
-    """Running sums between two reports."""
+    """Sums over the steps between two reports."""
 
     def __init__(self) -> None:
         self.began, self.steps, self.images = time.perf_counter(), 0, 0
@@ -323,14 +306,14 @@ class _Sums:
         self.activation, self.at_one_count = 0.0, 0
 
     def add(self, signals: Signals, losses: Losses, discriminator: float, world: int) -> None:
-        told, t = losses.told, losses.t
+        t = losses.t
         self.steps += 1
         self.images += len(t) * world
         self.discriminator += discriminator
         self.loss += signals.loss
         self.gradient += signals.gradient
         self.activation = max(self.activation, signals.activation)
-        at_one = told.detach()[t == 1]
+        at_one = losses.reported.detach()[t == 1]
         self.at_one += at_one.sum().item()
         self.at_one_count += len(at_one)
 
@@ -342,62 +325,51 @@ class _Sums:
 
 
 def run(
-    stage: Stage, batches: Iterator[Batch], report: Callable[[Stage, Report], bool | None]
-) -> Stage:
-    """Train until the stage has finished, calling `report` every `report_every` steps and then.
+    state: TrainState, batches: Iterator[Batch], report: Callable[[TrainState, Report], bool | None]
+) -> TrainState:
+    """Train until the stage has finished, and call `report` every `report_every` steps and then.
 
-    `batches`: this rank's part of each global batch, in order. `report` may return True to end the
-    stage early. Raises Diverged when the guard fires: before the weights change for what is not
-    finite, after it for what has merely grown.
+    batches: this rank's part of each global batch, in order. report: may return True to end the
+    stage early. Raises Diverged when the guard fires: before the weights change if a signal is not
+    finite, after it if one has grown too much.
     """
-    config, progress = stage.config, stage.progress
-    largest, sums, watch = _Largest(stage.engine.module), _Sums(), _Watch(stage)
+    config, progress = state.config, state.progress
+    largest, sums = _Largest(state.engine.module), _Sums()
+    minutes, began = progress.minutes, state.clock()
     try:
-        while not stage.finished:
+        while not state.finished:
             rate = learning_rate(progress.step, config, progress.attempt, progress.minutes)
-            sums.add(*_step(stage, next(batches), largest, rate), stage.engine.world)
-            watch.look()
-            if progress.step % config.report_every == 0 or stage.finished:
+            sums.add(*_step(state, next(batches), largest, rate), state.engine.world)
+            progress.minutes = minutes + (state.clock() - began) / 60
+            if config.minutes is not None:  # all ranks must end together
+                _, progress.minutes = state.engine.share(0.0, progress.minutes)
+            if progress.step % config.report_every == 0 or state.finished:
                 summary = sums.report(progress.step, rate)
                 progress.history.append(dict(summary._asdict(), attempt=progress.attempt))
-                if report(stage, summary):
+                if report(state, summary):
                     break
                 sums = _Sums()
     finally:
         largest.hook.remove()
-    return stage
-
-
-class _Watch:
-    """Adds the minutes that go by to a stage's progress, the same on all ranks."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.before, self.began = stage.progress.minutes, stage.clock()
-
-    def look(self) -> None:
-        minutes = self.before + (self.stage.clock() - self.began) / 60
-        if self.stage.config.minutes is not None:  # all ranks must end together
-            _, minutes = self.stage.engine.share(0.0, minutes)
-        self.stage.progress.minutes = minutes
+    return state
 
 
 def _step(
-    stage: Stage, batch: Batch, largest: _Largest, rate: float
+    state: TrainState, batch: Batch, largest: _Largest, rate: float
 ) -> tuple[Signals, Losses, float]:
-    engine, config, progress = stage.engine, stage.config, stage.progress
+    engine, config, progress = state.engine, state.config, state.progress
     progress.seen += len(batch.numbers) * engine.world
     batch = batch._replace(
         hr=batch.hr.to(engine.device, non_blocking=True),
         lr=batch.lr.to(engine.device, non_blocking=True),
     )
     with engine.precision():
-        losses = stage.objective.losses(stage, batch)
-    mean, peak = engine.share(losses.told.mean().item(), largest.value.item())
+        losses = state.objective.losses(state, batch)
+    mean, peak = engine.share(losses.reported.mean().item(), largest.value.item())
     check_finite(progress.step, Signals(mean, 0.0, peak))
     signals = Signals(mean, engine.step(losses.total.mean(), rate), peak)
-    stage.guard.check(progress.step, signals)
-    beside = stage.objective.learn(stage, rate / config.learning_rate)
+    state.guard.check(progress.step, signals)
+    beside = state.objective.learn(state, rate / config.learning_rate)
     progress.step += 1
-    stage.ema.update(progress.step)
+    state.ema.update(progress.step)
     return signals, losses, beside

@@ -1,19 +1,18 @@
-"""The perceptual objective: pictures that look like the truth, from wherever sampling begins them.
+"""The perceptual objective: pictures that look like the truth, from where sampling starts them.
 
     noise ─ first expert ─▶ z_t ─ trained expert ─▶ clean latent ─ decode ─▶ L1, LPIPS, critic
             └─ at times one more step by another expert ─┘
 
-What the trained expert starts from is what sampling brings it in a few steps: an Euler walk by the
-experts before it, frozen, to a random timestep of its own range. So its one guess becomes good
-enough to end with, at whatever number of steps. Knows nothing of Ray, files or recipes.
+The trained expert starts from a latent that sampling in a few steps would bring it: an Euler walk
+by the frozen experts before it, to a random timestep of its own range. So its guess becomes good
+enough to be the result, at any number of steps. Knows nothing of Ray, files or recipes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.noise.experts import ranges
-from linearsr.noise.path import clean_guess, euler_step
-from linearsr.quality import lpips
+from linearsr.diffusion.experts import ranges
+from linearsr.diffusion.path import clean_guess, euler_step
+from linearsr.metrics import lpips
 from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.engine import Engine, as_weights_error
 from linearsr.training.guard import Diverged
-from linearsr.training.loop import Given, Losses, Stage, draw
+from linearsr.training.loop import Conditions, Losses, Objective, TrainState, draw
 
 DISCRIMINATOR = "discriminator.pt"
 
@@ -47,7 +46,7 @@ class Critic:
         )
 
     def fooled(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
-        """The generator's loss (B,), with gradients to the picture alone."""
+        """Return the generator's loss (B,), with gradients to the picture alone."""
         self.model.requires_grad_(False)
         loss = fooled(self.model(picture, lr_picture))
         self.model.requires_grad_(True)
@@ -56,9 +55,9 @@ class Critic:
     def step(
         self, real: Tensor, fake: Tensor, lr_picture: Tensor, engine: Engine, fraction: float
     ) -> float:
-        """One update over all ranks; this rank's loss.
+        """Take one step over all ranks and return this rank's loss.
 
-        A gradient that is not finite changes nothing, and raises Diverged on all ranks alike.
+        Raises Diverged, on all ranks alike and before any change, if the gradient is not finite.
         """
         loss = hinge(self.model(real, lr_picture), self.model(fake, lr_picture))
         loss.backward()
@@ -73,21 +72,12 @@ class Critic:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Of another discriminator's state, RuntimeError or ValueError."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-class Perceptual:
+class Perceptual(Objective):
     """The objective of a perceptual stage of one expert.
 
-    first: the expert that starts from noise, frozen. before: the one next to the trained one, also
-    frozen; None where that is the first. between: the (low, high] timesteps of `before`.
+    first: the expert that starts from noise; it is frozen. before: the expert before the trained
+    one, also frozen; None if that is the first. between: the (low, high] timesteps of `before`.
     """
 
     def __init__(
@@ -107,23 +97,23 @@ class Perceptual:
         self.critic = Critic(config, device) if config.gan else None
         self.shown: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def losses(self, stage: Stage, batch: Batch) -> Losses:
-        """The weighted distances and, on top of them, how far the discriminator is from fooled."""
-        model, autoencoder = stage.engine.module, stage.autoencoder
+    def losses(self, state: TrainState, batch: Batch) -> Losses:
+        """Return the weighted distances, plus the loss against the discriminator in `total`."""
+        model, autoencoder = state.engine.module, state.autoencoder
         with torch.no_grad():
-            given = Given.of(batch, model, autoencoder, stage.encoder)
-            latent, t = self.arrive(stage, batch, given)
-        guess = clean_guess(latent, model(latent, t, given.condition(model)), t)
-        guess, real, lr_picture = self._cut(guess, batch, given.lr_picture, autoencoder.factor)
+            conditions = Conditions.of(batch, model, autoencoder, state.encoder)
+            latent, t = self.arrive(state, batch, conditions)
+        guess = clean_guess(latent, model(latent, t, conditions.encode(model)), t)
+        guess, real, lr_picture = self._cut(guess, batch, conditions.lr_picture, autoencoder.factor)
         picture = autoencoder.decode(guess, lr_picture)
-        # The distances are of small differences: bfloat16 would not see them.
+        # The differences are small: bfloat16 would lose them.
         with torch.autocast(self.device.type, enabled=False):
-            told = self.distance(picture.float(), real)
-            total = told + self._fooling(picture.float(), real, lr_picture, stage.progress.step)
-        return Losses(total, told, t)
+            distance = self.distance(picture.float(), real)
+            total = distance + self._fooling(picture.float(), real, lr_picture, state.progress.step)
+        return Losses(total, distance, t)
 
     def distance(self, picture: Tensor, real: Tensor) -> Tensor:
-        """Weighted L1 and LPIPS (B,) between pictures (B, 3, H, W) in [-1, 1]."""
+        """Return weighted L1 plus LPIPS (B,) between pictures (B, 3, H, W) in [-1, 1]."""
         distance = self.config.l1 * (picture - real).abs().mean(dim=(1, 2, 3))
         if self.lpips is not None:
             distance = distance + self.config.lpips * self.lpips(picture, real).flatten()
@@ -136,31 +126,33 @@ class Perceptual:
         weight = self.config.gan * min(1.0, step / max(self.config.gan_warmup, 1))
         return weight * self.critic.fooled(picture, lr_picture)
 
-    def arrive(self, stage: Stage, batch: Batch, given: Given) -> tuple[Tensor, Tensor]:
-        """Noisy latents (B, C, h, w) as sampling in a few steps brings them to t (B,), and t.
+    def arrive(
+        self, state: TrainState, batch: Batch, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """Return latents (B, C, h, w) that sampling in a few steps brings to t (B,), and t.
 
-        The first expert steps from noise to t, or to a timestep in between, from where the expert
-        before the trained one or the trained one itself goes on to t. Call without gradients.
+        The first expert steps from noise to t. For some pairs it stops on the way, and the expert
+        before the trained one, or the trained one itself, steps on to t. Call it without gradients.
         """
-        model, factor = stage.engine.module, stage.autoencoder.factor
+        model, factor = state.engine.module, state.autoencoder.factor
         cells = [side // factor for side in batch.hr.shape[-2:]]
         shape = torch.Size([model.config.latent_channels, *cells])
         t, noise = (x.to(batch.hr) for x in draw(batch.numbers, shape, self.config))
         middle, by_before, by_itself = self._detours(batch.numbers, t)
         one, way = torch.ones_like(t), torch.where(by_before | by_itself, middle, t)
-        latent = euler_step(noise, self.first(noise, one, given.condition(self.first)), one, way)
+        latent = euler_step(noise, self.first(noise, one, conditions.encode(self.first)), one, way)
         for other, chosen in ((self.before, by_before), (model, by_itself)):
             if other is not None and chosen.any():
                 start, begin = latent[chosen], middle[chosen]
-                v = other(start, begin, given.only(chosen).condition(other))
+                v = other(start, begin, conditions.only(chosen).encode(other))
                 latent[chosen] = euler_step(start, v, begin, t[chosen])
-        # Weights that were cast here, without gradients, must not be found again later.
+        # Weights that were cast here, without gradients, must not be reused with gradients.
         torch.clear_autocast_cache()
         return latent, t
 
     def _detours(self, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each pair (B,): a timestep above t, whether the expert before steps from there, and
-        whether the trained one does."""
+        """Return a timestep above t for each pair (B,), and two masks (B,) of the pairs that step
+        on from there by the expert before, or by the trained one; the others have no detour."""
         rngs = (np.random.default_rng([self.config.seed, n, 3]) for n in numbers.tolist())
         u = torch.from_numpy(np.stack([rng.random(3, dtype=np.float32) for rng in rngs])).to(t)
         detour = u[:, 0] < self.config.detour
@@ -172,7 +164,7 @@ class Perceptual:
     def _cut(
         self, guess: Tensor, batch: Batch, lr_picture: Tensor, factor: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The part of latent, truth and LR picture that is judged: another one for each pair."""
+        """Cut the part of latent, truth and LR picture that is judged, at random for each pair."""
         side, cells = self.config.crop, guess.shape[-2:]
         if side is None or side >= min(cells):
             return guess, batch.hr, lr_picture
@@ -189,29 +181,34 @@ class Perceptual:
         latent, real, bicubic = (torch.stack(part) for part in zip(*parts, strict=True))
         return latent, real, bicubic
 
-    def learn(self, stage: Stage, fraction: float) -> float:
-        """The discriminator's step, on the pictures that `losses` has just judged."""
+    def learn(self, state: TrainState, fraction: float) -> float:
+        """Take the discriminator's step on the pictures of the last `losses`; return its loss."""
         if self.critic is None or self.shown is None:
             return 0.0
-        loss = self.critic.step(*self.shown, stage.engine, fraction)
-        return stage.engine.share(loss, 0.0)[0]
+        loss = self.critic.step(*self.shown, state.engine, fraction)
+        return state.engine.share(loss, 0.0)[0]
 
     def save(self, folder: Path) -> None:
-        """The discriminator and its optimizer, in one file of tensors."""
+        """Write the discriminator and its optimizer into one file of tensors."""
         if self.critic is not None:
-            torch.save(self.critic.state(), folder / DISCRIMINATOR)
+            model, optimizer = self.critic.model.state_dict(), self.critic.optimizer.state_dict()
+            torch.save({"model": model, "optimizer": optimizer}, folder / DISCRIMINATOR)
 
     def load(self, folder: Path) -> None:
-        """Tensors only. Raises WeightsError for a checkpoint without a discriminator like this."""
+        """Read the discriminator and its optimizer; only tensors are unpickled.
+
+        Raises WeightsError if the checkpoint has no such discriminator.
+        """
         if self.critic is not None:
             with as_weights_error(folder):
                 path = folder / DISCRIMINATOR
                 state = torch.load(path, weights_only=True, map_location=self.device)
-                self.critic.restore(state)
+                self.critic.model.load_state_dict(state["model"])
+                self.critic.optimizer.load_state_dict(state["optimizer"])
 
 
 def check(config: PerceptualConfig) -> None:
-    """Raise MissingExtra or WeightsError, saying what to do, where the stage has no LPIPS."""
+    """Raise MissingExtra or WeightsError, saying what to do, if LPIPS or its weights are absent."""
     _lpips(config)
 
 
@@ -225,22 +222,18 @@ def objective(
     model: ModelConfig,
     config: PerceptualConfig,
     expert: int,
-    states: Sequence[Mapping[str, Tensor]],
+    load: Callable[[int], LinearSR],
     engine: Engine,
 ) -> Perceptual:
-    """The objective for `expert` (from 1 on) of a model whose experts begin the stage at `states`.
+    """Return the objective for `expert` (from 1 on) of a model.
 
-    Only the states of the first expert and of the one before `expert` are looked at. The frozen
-    experts have the precision of the trained one. Raises MissingExtra or WeightsError where LPIPS
-    cannot be had.
+    load: returns the weights that an expert has at the start of the stage. It is called for the
+    experts that the objective keeps, one after the other: the first one and the one before
+    `expert`. They are kept in the precision of the trained one.
+    Raises MissingExtra or WeightsError if LPIPS or its weights are missing.
     """
     dtype = engine.module.embed.weight.dtype
-
-    def frozen(index: int) -> LinearSR:
-        made = LinearSR(model.denoiser)
-        made.load_state_dict(states[index])
-        return made.to(dtype)
-
-    before = frozen(expert - 1) if expert > 1 else None
+    first = load(0).to(engine.device, dtype)
+    before = load(expert - 1).to(engine.device, dtype) if expert > 1 else None
     between = ranges(model.sampling.boundaries)[expert - 1]
-    return Perceptual(config, engine.device, frozen(0), before, between)
+    return Perceptual(config, engine.device, first, before, between)

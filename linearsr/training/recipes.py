@@ -1,4 +1,4 @@
-"""Complete recipes: each function returns everything a run needs, and nothing else decides.
+"""Complete recipes: each function returns the whole configuration of a model's training.
 
     pretraining -> four experts, each on its own log-SNR range -> supervised fine-tuning
                 -> perceptual fine-tuning of all experts but the first, for few steps
@@ -15,13 +15,13 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B, TINY, Config, ModelConfig
+from linearsr.diffusion.experts import ranges
 from linearsr.errors import OptionError
-from linearsr.imaging.degrade import Preset
-from linearsr.noise.experts import ranges
+from linearsr.imaging.degradation import Preset
 from linearsr.training.config import PerceptualConfig, TimestepConfig, TrainConfig
 from linearsr.training.data import DataConfig
 
-# Of each expert. The detector needs nine and more to judge.
+# Checkpoints of each expert; the knee detector needs at least nine.
 CHECKPOINTS = 20
 
 Kind = Literal["pretrain", "experts", "finetune", "perceptual"]
@@ -29,26 +29,26 @@ AnyTrain = TypeVar("AnyTrain", bound=TrainConfig)
 
 
 class ValidationConfig(Config):
-    """How a checkpoint is judged: fixed pictures, fixed seeds."""
+    """How a checkpoint is validated: on fixed pictures, with fixed seeds."""
 
     metrics: tuple[str, ...] = (
         *("psnr@1", "ssim@1", "vif@1", "lpips@2"),
         *("psnr@4", "niqe@4", "piqe@4"),
     )
-    """pyiqa names with the sampling steps they are taken at; those whose weights cannot be had are
-    left out and named."""
+    """pyiqa's names of the metrics, each with the number of sampling steps that make the picture,
+    as in psnr@1. Metrics whose weights are missing are left out, with a message."""
     knee: dict[str, bool] = Field(
         default={"psnr@1": True, "lpips@2": False, "niqe@4": False, "piqe@4": False}
     )
-    """Which of them tell the knee, and whether more is better."""
+    """Metrics that decide the knee; true where more is better."""
     pictures: int = Field(default=8, gt=0)
-    """How many of the validation pictures are used."""
+    """Number of validation pictures that are used."""
     size: int = Field(default=256, gt=0)
-    """Side in pixels that they are cut to, from the middle."""
+    """Side in pixels of the middle part of a picture that is used."""
     degradation: Preset = "clean"
-    """How their LR is made."""
+    """Degradation that makes their LR."""
     tags: bool = True
-    """Whether a model that takes tags is given the default tagger's, of the LR picture."""
+    """Whether a model that takes tags gets those that the default tagger finds in the LR."""
 
     @model_validator(mode="after")
     def _names(self) -> ValidationConfig:
@@ -71,17 +71,24 @@ class Recipe(Config):
     """One model, trained in four stages."""
 
     model: ModelConfig
+    """Model that is trained."""
     start: str | None = None
-    """Weights folder or bundled name to start pretraining from; without, from random weights."""
+    """Folder of weights, or the name of a bundled model, that pretraining starts from; by default,
+    random weights."""
     data: DataConfig
+    """Training pairs of all stages, unless perceptual_data is set."""
     pretrain: TrainConfig
+    """First stage: one model for all timesteps."""
     experts: tuple[TrainConfig, ...]
+    """Second stage, for each expert, highest noise first."""
     finetune: tuple[TrainConfig, ...]
+    """Third stage, for each expert: from the knee of the second."""
     perceptual: tuple[PerceptualConfig, ...] = ()
-    """Of all experts but the first, which stays as true to the picture as it is."""
+    """Fourth stage, for each expert but the first, which stays as true to the picture as it is."""
     perceptual_data: DataConfig | None = None
-    """The data of the perceptual stage; without, that of the others."""
+    """Training pairs of the perceptual stage; by default, those of the others."""
     validation: ValidationConfig = ValidationConfig()
+    """How checkpoints are validated."""
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Recipe:
@@ -92,16 +99,19 @@ class Recipe(Config):
             "perceptual": self.perceptual,
         }
         for kind, stages in trained.items():
-            found = [(stage.timesteps.low, stage.timesteps.high) for stage in stages]
+            trains = [(stage.timesteps.low, stage.timesteps.high) for stage in stages]
             wanted = spans[1:] if kind == "perceptual" else spans
-            if found != wanted and not (kind == "perceptual" and not found):
-                raise ValueError(f"{kind} train timesteps {found}, the boundaries say {wanted}")
+            if trains != wanted and not (kind == "perceptual" and not trains):
+                raise ValueError(
+                    f"{kind} train timesteps {trains}, but the boundaries of the experts need "
+                    f"{wanted}"
+                )
         return self
 
     def stage(self, kind: Kind, expert: int | None = None) -> TrainConfig:
-        """The configuration of one stage, of the expert that it trains.
+        """Return the configuration of a stage, for one expert unless it is pretraining.
 
-        Raises OptionError for a stage that the recipe does not have.
+        Raises OptionError if the recipe does not have the stage.
         """
         if kind == "pretrain":
             return self.pretrain
@@ -110,7 +120,7 @@ class Recipe(Config):
         return stages[index]
 
     def trained(self, kind: Kind) -> list[int]:
-        """The experts that a stage trains. Raises OptionError for a stage without any."""
+        """Return the experts that a stage trains, by number. Raises OptionError if it has none."""
         count = len(self.experts)
         if kind != "perceptual":
             return list(range(count))
@@ -121,17 +131,16 @@ class Recipe(Config):
         return list(range(1, count))
 
     def data_of(self, kind: Kind) -> DataConfig:
-        """The data that a stage is trained on."""
+        """Return the training pairs' configuration of a stage."""
         return self.perceptual_data or self.data if kind == "perceptual" else self.data
 
 
 def _experts(
     model: ModelConfig, base: AnyTrain, lengths: Sequence[int], at_one: float
 ) -> tuple[AnyTrain, ...]:
-    """`base` for each expert, on its own range of timesteps and for its own number of steps.
+    """Return `base` for each expert, with its own range of timesteps and number of steps.
 
-    With a length less than there are experts, the first is left out.
-
+    lengths: steps of each expert; if there is one too few, the first expert is left out.
     Each gets CHECKPOINTS checkpoints: fewer would leave its knee undecided.
     """
     spans = ranges(model.sampling.boundaries)[-len(lengths) :]
@@ -155,9 +164,9 @@ _PERCEPTUAL = PerceptualConfig(
 
 
 def tiny_cpu() -> Recipe:
-    """`linearsr-tiny` on a CPU: an hour and a half of one core, without the perceptual stage.
+    """Train `linearsr-tiny` on a CPU: 1.5 hours of one core, without the perceptual stage.
 
-    The first expert is given most of the steps: it alone decides the one-step result, and the
+    The first expert gets most of the steps: it alone decides the one-step result, and the
     structure every later step starts from.
     """
     expert = TrainConfig(steps=1, learning_rate=5e-4, decay=1.0, seed=10)
@@ -179,7 +188,7 @@ def tiny_cpu() -> Recipe:
 
 
 def tiny_gpu() -> Recipe:
-    """`linearsr-tiny` on one GPU: larger batches and ten times as long."""
+    """Train `linearsr-tiny` on one GPU, with larger batches and for ten times as long."""
     recipe = tiny_cpu()
     base = TrainConfig(
         steps=30_000,
@@ -206,9 +215,9 @@ def tiny_gpu() -> Recipe:
 
 
 def _sana(model: ModelConfig) -> Recipe:
-    """Paper's scale: 224k steps of pretraining with a checkpoint every 8k; 1024 px, Real-ESRGAN.
+    """Train at the paper's scale: 224k steps of 1024 px, a checkpoint every 8k, Real-ESRGAN.
 
-    Pictures from the web and smaller scales are ours, as is the perceptual stage.
+    The preset `web`, scales below 4 and the perceptual stage are additions to the paper.
     """
     base = TrainConfig(
         steps=224_000,
@@ -258,12 +267,12 @@ def _sana(model: ModelConfig) -> Recipe:
 
 
 def sana_0_6b() -> Recipe:
-    """`linearsr-0.6b`; set `start` to Sana-600M weights converted by `linearsr.weights.convert`."""
+    """Train `linearsr-0.6b`; `start`: Sana-600M weights converted by `linearsr.weights.convert`."""
     return _sana(LINEARSR_0_6B)
 
 
 def sana_1_6b() -> Recipe:
-    """`linearsr-1.6b`; set `start` to Sana-1.6B weights converted by `linearsr.weights.convert`."""
+    """Train `linearsr-1.6b`; `start`: Sana-1.6B weights converted by `linearsr.weights.convert`."""
     return _sana(LINEARSR_1_6B)
 
 
@@ -271,15 +280,15 @@ RECIPES = {f.__name__: f for f in (tiny_cpu, tiny_gpu, sana_0_6b, sana_1_6b)}
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """`recipe` with fields replaced by "a.b.c=value"; values are JSON, or else plain text.
+    """Return `recipe` with fields replaced by "a.b.c=value"; values are JSON, or else plain text.
 
     A number in the path picks an element, as in "experts.0.steps=100". Raises OptionError for a
-    field that does not exist or a value it cannot take.
+    field that does not exist or a value that it cannot take.
     """
     fields = recipe.model_dump()
     for setting in settings:
-        path, found, value = setting.partition("=")
-        if not found:
+        path, equals, value = setting.partition("=")
+        if not equals:
             raise OptionError(f"{setting!r}: settings look like pretrain.steps=100")
         _replace(fields, path, _parse(value))
     try:

@@ -1,4 +1,4 @@
-"""Upscaling over HTTP: the interface, its page, and what it asks of who does the work.
+"""Upscaling over HTTP: the API, its page, and the interface of the service behind them.
 
-Knows nothing of Ray: `linearsr.cluster.serve` puts a fleet behind it.
+Imports no Ray: `linearsr.distributed.serve` implements that service on a cluster.
 """

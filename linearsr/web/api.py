@@ -1,11 +1,11 @@
-"""The HTTP interface: uploads into requests, results into responses, errors into problems.
+"""The HTTP API: its routes and responses. The form's fields are in upload.py.
 
-    POST /v1/upscale   a picture back, or server-sent events with progress and then the picture
-    GET  /v1/models    what is served, and within which limits
-    GET  /healthz      200 when every part is ready
-    GET  /             the page;  /docs  the same in OpenAPI
+    POST /v1/upscale   returns a picture, or server-sent events: progress, then the picture
+    GET  /v1/models    returns the model and the limits
+    GET  /healthz      returns 200 when every part is ready
+    GET  /             returns the page; /docs describes the API
 
-Knows nothing of who does the work: that is a `linearsr.web.service.Service`.
+The work itself is done by a `linearsr.web.service.Service`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -41,12 +41,12 @@ from linearsr.web.upload import Upload, receive
 
 PAGE = Path(__file__).parent / "page"
 EVENTS = "text/event-stream"
-ABOUT = """Super-resolution: a picture in, the same picture larger out.
+ABOUT = """Super-resolution: send a picture and receive it larger.
 
-Errors are problems (RFC 9457). With `Accept: text/event-stream` an upload is answered by events:
-`progress` (expert, step, steps, percent) as the work goes on, then `result` (image in base64,
-media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds) or `error`
-(a problem). Who closes the connection gives the work up."""
+Errors are problems (RFC 9457). With `Accept: text/event-stream`, the response is a stream:
+`progress` events (expert, step, steps, percent) when an expert begins or ends, then `result` (image
+in base64, media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds)
+or `error` (a problem). Closing the connection cancels the request."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -54,43 +54,43 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-READ = ("png", "jpeg", "webp", "tiff", "avif", "gif")
+READABLE = ("png", "jpeg", "webp", "tiff", "avif", "gif")
 SUFFIXES = {format: suffix for suffix, format in reversed(WRITE_SUFFIXES.items())}
 
 Value = TypeVar("Value")
 
 
-def _told_of(status: int, description: str, *headers: str) -> dict[int | str, dict[str, Any]]:
-    """A problem, for the OpenAPI document."""
+def _documented(status: int, description: str, *headers: str) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI document's entry for a problem with this status."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    told = {name: {"schema": {"type": "string"}, "required": True} for name in headers}
-    return {status: {"description": description, "content": content, "headers": told}}
+    required = {name: {"schema": {"type": "string"}, "required": True} for name in headers}
+    return {status: {"description": description, "content": content, "headers": required}}
 
 
-NOT_READY = _told_of(503, "not ready, or out of memory")
-REFUSED = _told_of(401, "the bearer token is missing or wrong", "WWW-Authenticate")
+NOT_READY = _documented(503, "the server is not ready, or out of memory")
+UNAUTHORISED = _documented(401, "the bearer token is missing or wrong", "WWW-Authenticate")
 PROBLEMS = {
-    **_told_of(400, "the form or the picture cannot be decoded"),
-    **_told_of(413, "too many bytes, or pixels of the picture or of the result"),
-    **_told_of(415, "not a form, or not a picture"),
-    **_told_of(422, "a field is out of its range"),
-    **_told_of(429, "no room now", "Retry-After"),
+    **_documented(400, "the form or the picture cannot be decoded"),
+    **_documented(413, "too many bytes, or too many pixels in the picture or its result"),
+    **_documented(415, "the body is not a form, or its image not a picture"),
+    **_documented(422, "a field is unknown or out of its range"),
+    **_documented(429, "the server is busy", "Retry-After"),
     **NOT_READY,
-    **_told_of(504, "it took too long"),
+    **_documented(504, "the request took too long"),
 }
 PICTURE: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "the picture, or events",
+        "description": "the picture, or a stream of events",
         "content": {**{f"image/{format}": {} for format in SUFFIXES}, EVENTS: {}},
         "headers": {
-            name: {"schema": {"type": "string"}, "description": f"{told}; not of events"}
-            for name, told in {
-                "Server-Timing": "milliseconds of each part",
-                "X-LinearSR-Model": "its name",
-                "X-LinearSR-Seed": "the same gives the same pixels",
-                "X-LinearSR-Steps": "as taken",
-                "X-LinearSR-Scale": "at which the network worked; other sizes are resampled",
-                "Content-Disposition": "a name for the file",
+            name: {"schema": {"type": "string"}, "description": f"{text}; absent from a stream"}
+            for name, text in {
+                "Server-Timing": "milliseconds spent in each part",
+                "X-LinearSR-Model": "name of the model",
+                "X-LinearSR-Seed": "seed of the noise; the same seed gives the same pixels",
+                "X-LinearSR-Steps": "number of steps taken",
+                "X-LinearSR-Scale": "scale at which the network worked; other sizes are resampled",
+                "Content-Disposition": "suggested file name",
             }.items()
         },
     }
@@ -100,47 +100,32 @@ FORM = {
     "content": {
         "multipart/form-data": {
             "schema": {"$ref": "#/components/schemas/Upload"},
-            "encoding": {"image": {"contentType": ", ".join(f"image/{kind}" for kind in READ)}},
+            "encoding": {"image": {"contentType": ", ".join(f"image/{kind}" for kind in READABLE)}},
         }
     },
 }
 
 
 class Served(BaseModel):
-    """What is served."""
+    """The models, the limits, and whether uploads need a token."""
 
     models: list[ModelInfo]
     limits: Limits
-    token: bool = Field(description="whether a bearer token is wanted")
+    token: bool = Field(description="whether uploads need a bearer token")
 
 
-@dataclass(frozen=True)
-class _State:
-    """What the handlers work with."""
-
-    service: Service
-    limits: Limits
-    token: str | None
-
-
-def _state(request: Request) -> _State:
-    state: _State = request.app.state.linearsr
-    return state
-
-
-State = Annotated[_State, Depends(_state)]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
 def create_app(service: Service, limits: Limits, token: str | None = None) -> FastAPI:
-    """The application. With `token`, uploads ask for it as bearer."""
-    # Its /docs come from here too, and not from a host of their scripts.
+    """Return the application. With `token`, uploads need it as a bearer token."""
+    # FastAPIOffline serves the scripts of /docs itself; FastAPI would load them from a CDN.
     app = FastAPIOffline(title="LinearSR", version=__version__, description=ABOUT, redoc_url=None)
     app.openapi = partial(_document, app.openapi)  # type: ignore[method-assign]
-    app.state.linearsr = _State(service, limits, token)
+    app.state.service, app.state.limits, app.state.token = service, limits, token
     handle_problems(app)
     if token:
-        app.include_router(uploads, dependencies=[Depends(_authorised)], responses=REFUSED)
+        app.include_router(uploads, dependencies=[Depends(_check_token)], responses=UNAUTHORISED)
     else:
         app.include_router(uploads)
     app.include_router(router)
@@ -148,9 +133,9 @@ def create_app(service: Service, limits: Limits, token: str | None = None) -> Fa
     return app
 
 
-def _document(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """With the schemas that are not FastAPI's to find."""
-    document = found()
+def _document(generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return FastAPI's OpenAPI document with the schemas that no handler names."""
+    document = generate()
     for model in (Problem, Upload):
         document["components"]["schemas"][model.__name__] = model.model_json_schema()
     return document
@@ -160,12 +145,12 @@ uploads = APIRouter()
 router = APIRouter()
 
 
-async def _authorised(bearer: Bearer, state: State) -> None:
-    given = bearer.credentials if bearer else ""
-    # Starlette reads the bytes of headers as Latin-1.
-    if state.token and not secrets.compare_digest(given.encode("latin-1"), state.token.encode()):
+async def _check_token(bearer: Bearer, request: Request) -> None:
+    token, needed = bearer.credentials if bearer else "", request.app.state.token
+    # Starlette decodes headers as Latin-1.
+    if needed and not secrets.compare_digest(token.encode("latin-1"), needed.encode()):
         challenge = {"WWW-Authenticate": "Bearer"}
-        raise HTTPException(401, "give the right bearer token", headers=challenge)
+        raise HTTPException(401, "send the right bearer token", headers=challenge)
 
 
 @uploads.post(
@@ -174,51 +159,53 @@ async def _authorised(bearer: Bearer, state: State) -> None:
     responses={**PICTURE, **PROBLEMS},
     openapi_extra={"requestBody": FORM},
 )
-async def upscale(request: Request, state: State) -> Response:
+async def upscale(request: Request) -> Response:
     """Upscale one picture. The same picture, options and seed give the same pixels."""
+    state = request.app.state
     deadline = anyio.current_time() + state.limits.seconds
-    # The form is read here and not by FastAPI, which would take all of it in before the token.
-    taken = receive(request, state.limits, state.service.models()[0])
-    work, name = await _before(deadline, taken)
-    listens = EVENTS in request.headers.get("Accept", "")
-    events = _in_time(state.service.upscale(replace(work, progress=listens)), deadline)
-    if listens:
-        # What is wrong with a request is known by its first event: that has a status still.
-        return _Stream(await _unless_gone(request, anext(events)), events, name)
-    return _response(await _unless_gone(request, _result(events)), name)
+    # The form is read here: FastAPI would read all of it before it checks the token.
+    upload = receive(request, state.limits, state.service.models()[0])
+    checked, name = await _before(deadline, upload)
+    stream = EVENTS in request.headers.get("Accept", "")
+    events = _in_time(state.service.upscale(replace(checked, progress=stream)), deadline)
+    if stream:
+        # A failure before the first event still gets its own status.
+        return _Stream(await _while_connected(request, anext(events)), events, name)
+    return _response(await _while_connected(request, _result(events)), name)
 
 
 @router.get("/v1/models")
-async def models(state: State) -> Served:
-    """Models, limits, and whether a token is wanted."""
+async def models(request: Request) -> Served:
+    """Return the models, the limits, and whether uploads need a token."""
+    state = request.app.state
     token = state.token is not None
     return Served(models=state.service.models(), limits=state.limits, token=token)
 
 
 @router.get("/healthz", responses=NOT_READY)
-async def healthz(state: State) -> dict[str, str]:
-    """Whether every expert has loaded and answers."""
-    await state.service.ready()
+async def healthz(request: Request) -> dict[str, str]:
+    """Return 200 when every expert has loaded and answers."""
+    await request.app.state.service.ready()
     return {"status": "ready"}
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> FileResponse:
-    """The page."""
+    """Return the page."""
     return FileResponse(PAGE / "index.html", headers=HEADERS)
 
 
 async def _before(deadline: float, work: Awaitable[Value]) -> Value:
-    """What `work` gives. Raises TookTooLong."""
+    """Await `work`. Raises TookTooLong after the deadline."""
     with anyio.CancelScope(deadline=deadline):
         return await work
-    raise TookTooLong("it took too long; send a smaller picture or ask for fewer steps")
+    raise TookTooLong("the request took too long; send a smaller picture or use fewer steps")
 
 
 async def _in_time(events: Events, deadline: float) -> Events:
-    """The events up to the result. Raises TookTooLong.
+    """Yield the events up to the result. Raises TookTooLong after the deadline.
 
-    The work has ended when the result is given: who takes it slowly holds no place.
+    The service is closed before the result is yielded: a client that reads slowly holds no slot.
     """
     async with aclosing(events):
         while not isinstance(event := await _before(deadline, anext(events)), Result):
@@ -226,8 +213,8 @@ async def _in_time(events: Events, deadline: float) -> Events:
     yield event
 
 
-async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
-    """What `work` gives; it is given up when the client goes. Raises ClientDisconnect."""
+async def _while_connected(request: Request, work: Awaitable[Value]) -> Value:
+    """Await `work`; cancel it and raise ClientDisconnect if the client disconnects."""
     task = asyncio.ensure_future(work)
 
     async def watch() -> None:
@@ -235,15 +222,15 @@ async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
             pass
         task.cancel()
 
-    watching = asyncio.create_task(watch())
+    watcher = asyncio.create_task(watch())
     try:
         return await task
     except asyncio.CancelledError:
-        if watching.done():
+        if watcher.done():
             raise ClientDisconnect from None
         raise
     finally:
-        watching.cancel()
+        watcher.cancel()
 
 
 async def _result(events: Events) -> Result:
@@ -253,10 +240,10 @@ async def _result(events: Events) -> Result:
 
 
 class _Stream(EventSourceResponse):
-    """Server-sent events; an error is the last one. The work ends with the connection."""
+    """Server-sent events; an error is the last one. A closed connection cancels the request."""
 
     def __init__(self, first: Progress | Result, rest: Events, name: str) -> None:
-        super().__init__(_told(first, rest, name))
+        super().__init__(_sse(first, rest, name))
         self.rest = rest
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -264,7 +251,7 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _told(first: Progress | Result, rest: Events, name: str) -> AsyncIterator[dict[str, str]]:
+async def _sse(first: Progress | Result, rest: Events, name: str) -> AsyncIterator[dict[str, str]]:
     yield _event(first, name)
     try:
         async for event in rest:
@@ -275,8 +262,8 @@ async def _told(first: Progress | Result, rest: Events, name: str) -> AsyncItera
 
 def _event(event: Progress | Result, name: str) -> dict[str, str]:
     if isinstance(event, Progress):
-        told = {**vars(event), "percent": event.percent}
-        return {"event": "progress", "data": json.dumps(told)}
+        progress = {**vars(event), "percent": event.percent}
+        return {"event": "progress", "data": json.dumps(progress)}
     result = {
         **vars(event),
         "image": base64.b64encode(event.image).decode(),
@@ -288,7 +275,7 @@ def _event(event: Progress | Result, name: str) -> dict[str, str]:
 
 def _file_name(uploaded: str, result: Result) -> str:
     stem = PurePosixPath(uploaded.replace("\\", "/")).stem
-    # Neither control characters, nor halves of characters, nor those that turn the writing around.
+    # Drop control characters, lone surrogates, and marks that change the direction of text.
     stem = "".join(filter(str.isprintable, stem))[:100] or "picture"
     return f"{stem}-{result.width}x{result.height}{SUFFIXES[result.format]}"
 

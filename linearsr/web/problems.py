@@ -1,4 +1,4 @@
-"""Every error as `application/problem+json` (RFC 9457)."""
+"""Turn every error into `application/problem+json` (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from linearsr.errors import InputError, LinearSRError, NoPicture, OptionError, TooLarge, one_line
-from linearsr.upscaler import OutOfMemory
+from linearsr.pipeline.memory import OutOfMemory
 from linearsr.web.service import Full, NotReady, TookTooLong
 
 MEDIA_TYPE = "application/problem+json"
-# The first kind that fits; anything else is the server's fault.
+# The first kind that fits counts; an error of no kind is the server's fault.
 STATUS: tuple[tuple[type[LinearSRError], HTTPStatus], ...] = (
     (NoPicture, HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
     (TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
@@ -28,12 +28,12 @@ STATUS: tuple[tuple[type[LinearSRError], HTTPStatus], ...] = (
     (OutOfMemory, HTTPStatus.SERVICE_UNAVAILABLE),
     (TookTooLong, HTTPStatus.GATEWAY_TIMEOUT),
 )
-# What others' servers say as well of a client that has gone; nobody reads it.
-GONE = 499
+# Other servers log this status too for a client that has disconnected; nobody receives it.
+CLIENT_CLOSED_REQUEST = 499
 
 
 class Problem(BaseModel):
-    """An error for machines (type, status) and people (title, detail)."""
+    """An error, for programs (type, status) and for people (title, detail)."""
 
     type: str = "about:blank"
     title: str
@@ -41,41 +41,41 @@ class Problem(BaseModel):
     detail: str
 
     def text(self) -> str:
-        """JSON of ASCII alone: it can be sent whatever characters the detail quotes."""
+        """Return JSON in ASCII, which can be sent whatever characters the detail quotes."""
         return json.dumps(self.model_dump())
 
 
 def problem(error: Exception) -> Problem:
-    """What is told of an error; nothing of the inside of one that is not the client's to mend."""
+    """Return the problem that a client sees: no internals of an error that it cannot fix."""
     for kind, status in STATUS:
         if isinstance(error, kind):
             return _problem(status, one_line(error))
-    logging.getLogger(__name__).error("a request failed", exc_info=error)
+    logging.getLogger(__name__).error("request failed", exc_info=error)
     status = HTTPStatus.INTERNAL_SERVER_ERROR
-    return _problem(status, "the server failed; its log says more")
+    return _problem(status, "the server failed; see its log")
 
 
 def _problem(status: int, detail: str) -> Problem:
     return Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
 
 
-def _response(told: Problem, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(told.text(), told.status, headers, MEDIA_TYPE)
+def _response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(problem.text(), problem.status, headers, MEDIA_TYPE)
 
 
 def handle_problems(app: FastAPI) -> None:
-    """Answer every error of `app` with a problem."""
+    """Make `app` answer every error with a problem."""
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Request, error: HTTPException) -> Response:
+    async def http_error(_: Request, error: HTTPException) -> Response:
         return _response(_problem(error.status_code, error.detail), error.headers)
 
     @app.exception_handler(LinearSRError)
     @app.exception_handler(Exception)
-    async def of_work(_: Request, error: Exception) -> Response:
+    async def other_error(_: Request, error: Exception) -> Response:
         headers = {"Retry-After": str(error.seconds)} if isinstance(error, Full) else None
         return _response(problem(error), headers)
 
     @app.exception_handler(ClientDisconnect)
-    async def of_nobody(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=GONE)
+    async def disconnected(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,4 +1,4 @@
-"""What the HTTP interface asks of who does the work; plain data both ways."""
+"""The interface between the HTTP layer and whatever runs the model: plain data both ways."""
 
 from __future__ import annotations
 
@@ -13,47 +13,55 @@ from linearsr.errors import LinearSRError
 
 
 class Limits(Config):
-    """What one request may ask for; more is refused before any work."""
+    """The limits of one request; a request beyond them is refused before any work is done."""
 
-    bytes: int = Field(default=20_000_000, ge=1, description="of an upload")
-    pixels: int = Field(default=4_000_000, ge=1, description="of the picture uploaded")
-    output_pixels: int = Field(default=64_000_000, ge=1, description="of the result")
-    steps: int = Field(default=50, ge=1, le=50, description="of one picture")
-    # In one tile linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
-    tile: int = Field(
-        default=512, ge=16, description="side in input pixels; tile=off counts as the longer side"
-    )
-    seconds: float = Field(default=300.0, gt=0, description="from the upload to the result")
+    bytes: int = Field(default=20_000_000, ge=1)
+    """Maximum size of an upload in bytes."""
+    pixels: int = Field(default=4_000_000, ge=1)
+    """Maximum number of pixels of the uploaded picture."""
+    output_pixels: int = Field(default=64_000_000, ge=1)
+    """Maximum number of pixels of the result."""
+    steps: int = Field(default=50, ge=1, le=50)
+    """Maximum number of steps."""
+    # With one tile, linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
+    tile: int = Field(default=512, ge=16)
+    """Maximum side of a tile in input pixels; tile=off counts as the longer side."""
+    seconds: float = Field(default=300.0, gt=0)
+    """Maximum time from the upload to the result."""
 
 
 class ModelInfo(Config):
-    """What a client needs to know of a model."""
+    """The properties of a model that a client needs to know."""
 
     name: str
-    scale: int = Field(description="the largest that it was trained for; larger ones are enlarged")
-    smallest_scale: float = Field(description="smaller ones cost as much and are shrunk")
-    experts: tuple[str, ...] = Field(description="from highest noise to lowest")
-    steps: int = Field(description="taken by default")
-    plans: tuple[tuple[float, ...], ...] = Field(
-        default=(), description="timesteps of requests with as many steps; others are shifted"
-    )
-    tags: bool = Field(description="whether tags guide it")
+    scale: int
+    """Largest scale of the training; beyond it, the result is enlarged by resampling."""
+    smallest_scale: float
+    """Smallest scale of the network; below it, the result is shrunk, which saves no time."""
+    experts: tuple[str, ...]
+    """Names of the experts, from the highest noise to the lowest."""
+    steps: int
+    """Default number of steps."""
+    plans: tuple[tuple[float, ...], ...] = ()
+    """Timesteps for requests with as many steps; other requests take the shifted schedule."""
+    tags: bool
+    """Whether the model can be guided by tags."""
 
 
 @dataclass(frozen=True)
-class Request:
+class UpscaleRequest:
     """One picture to upscale."""
 
     data: bytes
     options: Options
     files: FileOptions
-    # Whether anyone listens: telling costs a little at each step of the way.
+    # Whether the client wants progress, which costs a little time at each expert.
     progress: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An expert begins its run of steps, or has taken it."""
+    """The steps taken so far, when an expert begins or ends its own."""
 
     expert: str
     step: int
@@ -61,25 +69,25 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Of all steps."""
+        """The share of all steps."""
         return 100 * self.step // self.steps
 
 
 @dataclass(frozen=True)
 class Result:
-    """An encoded picture and how it came about."""
+    """An encoded picture, and how it was made."""
 
     image: bytes
-    # Of `linearsr.imaging.files.encode`: png, jpeg, webp or tiff.
+    # A name from `linearsr.imaging.files.encode`: png, jpeg, webp or tiff.
     format: str
     width: int
     height: int
     model: str
     seed: int
     steps: int
-    # How many times larger the network made the picture, before any resampling.
+    # The scale at which the network worked, before any resampling.
     scale: float
-    # Milliseconds of each part: prepare, queue, experts by name, decode, encode, travel.
+    # Milliseconds of prepare, queue, each expert by name, decode, encode and travel.
     timing: dict[str, float] = field(default_factory=dict)
 
 
@@ -87,46 +95,46 @@ Events = AsyncGenerator[Progress | Result, None]
 
 
 class Full(LinearSRError):
-    """No room for another request now."""
+    """All slots and queue places are taken; the request may be sent again in `seconds`."""
 
     def __init__(self, seconds: int) -> None:
-        super().__init__(seconds)  # as it is made again from its arguments elsewhere
+        super().__init__(seconds)  # the arguments from which pickle makes it again
         self.seconds = seconds
 
     def __str__(self) -> str:
-        return f"all places are taken; try again in {self.seconds} s"
+        return f"the server is busy; try again in {self.seconds} s"
 
 
 class NotReady(LinearSRError):
-    """A part of the service has not loaded, or has gone."""
+    """A part of the service has not loaded yet, has died, or is shutting down."""
 
 
 class TookTooLong(LinearSRError):
-    """No result within the time that a request may take."""
+    """There was no result within the time limit of a request."""
 
 
 class Service(Protocol):
-    """A model behind the interface."""
+    """Whatever runs the model."""
 
     def models(self) -> list[ModelInfo]:
-        """Those that are served."""
+        """Return the models that are served."""
         ...
 
     async def ready(self) -> None:
         """Raise NotReady unless every part answers."""
         ...
 
-    def upscale(self, request: Request) -> Events:
-        """Progress of each expert where it is asked for, then the result.
+    def upscale(self, request: UpscaleRequest) -> Events:
+        """Yield the progress of each expert if the request wants it, then the result.
 
-        Raises InputError, OptionError, Full or another LinearSRError. Closing the generator gives
-        the work up.
+        Raises InputError, OptionError, Full or another LinearSRError. Closing the generator cancels
+        the request and frees its slot.
         """
         ...
 
 
 def model_info(config: ModelConfig) -> ModelInfo:
-    """What clients are told of a model."""
+    """Return the properties of a model that clients need to know."""
     from linearsr.weights import expert_names
 
     return ModelInfo(

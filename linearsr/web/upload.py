@@ -1,4 +1,4 @@
-"""From an HTTP form to a request; what can be refused before any work is refused here."""
+"""Turn an HTTP form into a request, and refuse early whatever cannot be done."""
 
 from __future__ import annotations
 
@@ -17,156 +17,162 @@ from starlette.requests import Request
 from linearsr.config import FileOptions, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
 from linearsr.imaging.files import check_fits, measure, result_format
-from linearsr.upscaler import output_size
-from linearsr.web.service import Limits, ModelInfo
-from linearsr.web.service import Request as Work
+from linearsr.pipeline.sizes import output_size
+from linearsr.web.service import Limits, ModelInfo, UpscaleRequest
 
-# Form fields and boundaries beside the picture.
-ROOM_FOR_FIELDS = 65_536
-LONGEST_FIELD = 8_192
-# Forms have no null: what is not given is left out.
+# Bytes for fields and boundaries, in addition to the picture.
+FORM_OVERHEAD = 65_536
+MAX_FIELD_BYTES = 8_192
+# Forms have no null: a field without a value is left out.
 Absent: TypeAlias = SkipJsonSchema[None]
 Side: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
 Steps: TypeAlias = Annotated[int, Field(ge=1, le=50)]
 
 
-def _no_text(value: object) -> object:
+def _check_is_file(value: object) -> object:
     if isinstance(value, str):
-        raise PydanticCustomError("file", "Send the picture as a file, with a file name")
+        raise PydanticCustomError("file", "send the picture as a file, with a file name")
     return value
 
 
 class Upload(BaseModel):
-    """The form: a picture and the options of the command line."""
+    """The form: a picture, and the same options as on the command line."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    image: Annotated[UploadFile, BeforeValidator(_no_text)] = Field(
-        description="PNG, JPEG, WebP, TIFF, AVIF or GIF", json_schema_extra={"minLength": 1}
+    image: Annotated[UploadFile, BeforeValidator(_check_is_file)] = Field(
+        json_schema_extra={"minLength": 1}
     )
-    scale: float = Field(default=4, ge=1, le=4, description="1 repairs without enlarging")
-    width: Side | Absent = Field(default=None, description="instead of scale")
-    height: Side | Absent = Field(default=None, description="instead of scale")
-    steps: Steps | Absent = Field(default=None, description="1 is closest to the truth")
-    detail: float = Field(default=1, ge=0, le=1, description="0 is the picture of steps=1")
-    solver: Solver | Absent = Field(
-        default=None, description="dpm and adams come further in as many steps"
-    )
+    """The picture: PNG, JPEG, WebP, TIFF, AVIF or GIF."""
+    scale: float = Field(default=4, ge=1, le=4)
+    """How many times larger the result is; 1 repairs without enlarging."""
+    width: Side | Absent = None
+    """Width of the result in pixels, instead of a scale."""
+    height: Side | Absent = None
+    """Height of the result in pixels, instead of a scale."""
+    steps: Steps | Absent = None
+    """Number of steps: 1 is closest to the truth, more are sharper but invent texture."""
+    detail: float = Field(default=1, ge=0, le=1)
+    """How much of the detail added after the first step is kept; 0 equals steps=1."""
+    solver: Solver | Absent = None
+    """Solver of the steps; dpm and adams are more accurate than euler with as many."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    tags: str = Field(default="", max_length=1000, description='"cat, grass", or auto')
-    tile: Literal["auto", "off"] | Annotated[int, Field(ge=16, le=65535)] = Field(
-        default="auto", description="auto, off, or input pixels"
-    )
+    """Seed of the noise; the same seed gives the same pixels."""
+    tags: str = Field(default="", max_length=1000)
+    """Objects in the picture, such as "cat, grass"; "auto" detects them."""
+    tile: Literal["auto", "off"] | Annotated[int, Field(ge=16, le=65535)] = "auto"
+    """Side of a tile in input pixels; auto chooses one, off uses no tiles."""
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
-    format: Literal["png", "jpg", "webp", "tif"] | Absent = Field(
-        default=None, description="that of the upload where it can be written"
-    )
-    quality: int = Field(default=95, ge=1, le=100, description="of JPEG and WebP")
+    """How the result gets the colours of the picture."""
+    format: Literal["png", "jpg", "webp", "tif"] | Absent = None
+    """File format of the result; by default that of the upload, or PNG if it cannot be written."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Quality of JPEG and WebP."""
 
     @classmethod
-    def of(cls, form: FormData) -> Upload:
-        """A form's fields; those left empty count as not given. Raises OptionError."""
+    def from_form(cls, form: FormData) -> Upload:
+        """Return the fields of a form; empty ones count as absent. Raises OptionError."""
         names = [name for name, _ in form.multi_items()]
-        if twice := [name for name in form if names.count(name) > 1]:
-            raise OptionError(f"{twice[0]}: given more than once")
+        if repeated := [name for name in form if names.count(name) > 1]:
+            raise OptionError(f"{repeated[0]}: sent more than once; send it once")
         try:
             return cls.model_validate({name: value for name, value in form.items() if value != ""})
         except ValidationError as error:
-            # A name that is no Unicode is nowhere.
-            # What may be left out "should be None" too, which a form cannot say.
-            told = [e for e in error.errors() if e["type"] != "none_required"]
-            wrong = (f"{(*e['loc'], 'a field')[0]}: {e['msg']}" for e in told)
-            raise OptionError("; ".join(wrong)) from None
+            # Pydantic adds that an optional field "should be None", which a form cannot express. A
+            # field whose name is not Unicode has no location.
+            errors = [e for e in error.errors() if e["type"] != "none_required"]
+            messages = (f"{(*e['loc'], 'a field')[0]}: {e['msg']}" for e in errors)
+            raise OptionError("; ".join(messages)) from None
 
-    def work(self, data: bytes, max_pixels: int) -> Work:
-        """The request. Raises OptionError."""
+    def request(self, data: bytes, max_pixels: int) -> UpscaleRequest:
+        """Return the request for a picture of these bytes. Raises OptionError."""
         fields = self.model_dump(exclude={"image"})
         files = {name: fields.pop(name) for name in ("format", "quality")}
-        return Work(
+        return UpscaleRequest(
             data, Options.parse(**fields), FileOptions.parse(**files, max_pixels=max_pixels)
         )
 
 
-async def receive(request: Request, limits: Limits, model: ModelInfo) -> tuple[Work, str]:
-    """The request that an upload asks for, checked, and the name of its picture.
+async def receive(request: Request, limits: Limits, model: ModelInfo) -> tuple[UpscaleRequest, str]:
+    """Receive an upload and check it; return its request and the picture's file name.
 
     Raises InputError, OptionError, HTTPException, or ClientDisconnect.
     """
     form = await _form(request, limits.bytes)
     try:
-        upload = Upload.of(form)
+        upload = Upload.from_form(form)
         size = upload.image.size or 0
         if size > limits.bytes:
-            raise TooLarge(f"the picture has {size} bytes, more than the {limits.bytes} allowed")
-        work = upload.work(await upload.image.read(), limits.pixels)
+            raise TooLarge(f"the picture has {size} bytes, more than the limit of {limits.bytes}")
+        checked = upload.request(await upload.image.read(), limits.pixels)
     finally:
         await form.close()
-    await run_in_threadpool(_check, work, limits, model)
-    return work, upload.image.filename or ""
+    await run_in_threadpool(_check, checked, limits, model)
+    return checked, upload.image.filename or ""
 
 
-async def _form(request: Request, most: int) -> FormData:
-    """The form, of which no more is taken in than an upload may have, whatever it says of itself.
+async def _form(request: Request, max_bytes: int) -> FormData:
+    """Read the form, but never more bytes than the limit, whatever its Content-Length says.
 
-    A large claim, or another kind of body, is refused before anything is read.
+    A body of another type, or one that claims to be too long, is refused before it is read.
     """
-    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
         raise HTTPException(415, "send the picture and its options as multipart/form-data")
-    claimed = request.headers.get("Content-Length", "")
-    if claimed.isdecimal() and float(claimed) > most + ROOM_FOR_FIELDS:
-        raise TooLarge(f"the upload has {claimed} bytes, more than the {most} allowed")
-    limited = Request(request.scope, _limited(request.receive, most))
+    length = request.headers.get("Content-Length", "")
+    if length.isdecimal() and float(length) > max_bytes + FORM_OVERHEAD:
+        raise TooLarge(f"the upload has {length} bytes, more than the limit of {max_bytes}")
+    limited = Request(request.scope, _limited(request.receive, max_bytes))
     fields = {"max_files": 1, "max_fields": len(Upload.model_fields)}
     try:
-        return await limited.form(**fields, max_part_size=LONGEST_FIELD)
+        return await limited.form(**fields, max_part_size=MAX_FIELD_BYTES)
     except ValueError as error:
-        # Of a character set that is named and then not kept to.
+        # The form names a character set and then does not use it.
         raise HTTPException(400, "the form cannot be decoded; send it as UTF-8") from error
 
 
-def _limited(receive: Callable[[], Awaitable[Any]], most: int) -> Callable[[], Awaitable[Any]]:
-    """An ASGI `receive` that raises TooLarge when an upload goes on for longer than it may."""
-    left = most + ROOM_FOR_FIELDS
+def _limited(receive: Callable[[], Awaitable[Any]], max_bytes: int) -> Callable[[], Awaitable[Any]]:
+    """Return an ASGI `receive` that raises TooLarge once the upload exceeds the limit."""
+    left = max_bytes + FORM_OVERHEAD
 
     async def limited() -> Any:
         nonlocal left
         message = await receive()
         left -= len(message.get("body", b""))
         if left < 0:
-            raise TooLarge(f"the upload has more than the {most} bytes allowed")
+            raise TooLarge(f"the upload is larger than the limit of {max_bytes} bytes")
         return message
 
     return limited
 
 
-def _check(work: Work, limits: Limits, model: ModelInfo) -> None:
-    """Refuse what the limits or the model do not allow, by the header of the picture alone."""
-    steps = work.options.steps or model.steps
+def _check(request: UpscaleRequest, limits: Limits, model: ModelInfo) -> None:
+    """Refuse what the limits or the model do not allow; of the picture, only its header is read."""
+    steps = request.options.steps or model.steps
     if steps > limits.steps:
-        raise OptionError(f"steps: at most {limits.steps} here, not {steps}")
-    if work.options.tags and not model.tags:
-        raise OptionError(f"tags: {model.name} was trained without; leave them out")
-    format, width, height = measure(work.data)
+        raise OptionError(f"steps: {steps} is more than the limit of {limits.steps}")
+    if request.options.tags and not model.tags:
+        raise OptionError(f"tags: {model.name} was trained without tags; leave them out")
+    format, width, height = measure(request.data)
     _check_pixels("the picture", width, height, limits.pixels)
-    tile = _tile(work.options, max(width, height))
+    tile = _tile(request.options, max(width, height))
     if tile > limits.tile:
-        raise OptionError(f"tile: at most {limits.tile} here, not {tile}; auto suits any picture")
-    height, width = output_size(height, width, work.options)
+        raise OptionError(f"tile: {tile} is more than the limit of {limits.tile}; use auto")
+    height, width = output_size(height, width, request.options)
     _check_pixels("the result", width, height, limits.output_pixels)
     try:
-        check_fits(width, height, result_format(format, work.files.format))
+        check_fits(width, height, result_format(format, request.files.format))
     except OutputError as error:
         raise OptionError(f"format: {error}") from None
 
 
 def _tile(options: Options, longest: int) -> int:
-    """The side of the tiles that are asked for, 0 where the model may choose."""
+    """Return the side of the requested tiles, or 0 if the model may choose it."""
     if options.tile == "auto":
         return 0
     return longest if options.tile == "off" else min(longest, options.tile)
 
 
-def _check_pixels(what: str, width: int, height: int, most: int) -> None:
-    if width * height > most:
-        raise TooLarge(f"{what} has {width}x{height} pixels, more than the {most} allowed")
+def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels}")

@@ -1,6 +1,7 @@
-"""A model on disk: a folder of safetensors, one per expert, config and provenance in the metadata.
+"""A model on disk: a folder with a safetensors file per expert.
 
-Loading needs nothing but the folder. Knows nothing of training states or of Ray.
+The config and provenance are in the files' metadata, so loading needs nothing but the folder.
+Knows nothing of training states or of Ray.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import EXPERTS
 from linearsr.errors import OutputError, WeightsError, one_line
-from linearsr.noise.experts import EXPERTS
+from linearsr.storage import atomic
 
 BUNDLED = Path(__file__).parent
 
@@ -34,21 +36,21 @@ class Bundle(NamedTuple):
 
 
 def expert_names(config: ModelConfig) -> list[str]:
-    """File stems of the experts, highest noise first; a model without boundaries is one file."""
+    """Return the file stems of the experts, highest noise first; without boundaries it is one."""
     count = len(config.sampling.boundaries) + 1
     return list(EXPERTS) if count == len(EXPERTS) else [f"expert-{i}" for i in range(count)]
 
 
 def available() -> list[str]:
-    """Names of the models that came with the package."""
+    """Return the names of the models that come with the package."""
     return sorted(p.name for p in BUNDLED.iterdir() if any(p.glob("*.safetensors")))
 
 
 def find(name_or_folder: str | Path) -> Path:
-    """The folder of a bundled model's name, or of a path. Raises WeightsError for neither."""
+    """Return the folder of a bundled model, or a folder itself. Raises WeightsError for others."""
     if str(name_or_folder) in available():
         return BUNDLED / name_or_folder
-    if os.path.isdir(name_or_folder):  # unlike Path.is_dir, False for names too long to exist
+    if os.path.isdir(name_or_folder):  # unlike Path.is_dir, False for a name that is too long
         return Path(name_or_folder)
     raise WeightsError(
         f"unknown model {str(name_or_folder)!r}: bundled are {', '.join(available()) or 'none'}; "
@@ -63,27 +65,28 @@ def save(
     provenance: Mapping[str, str],
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write one safetensors per expert into `folder`; each is complete before it gets its name."""
+    """Write one safetensors per expert into `folder`; each is complete before it gets its name.
+
+    An expert is asked for when its turn comes and is not kept, so a sequence may load it then.
+    Raises WeightsError for a wrong number of experts or values that are not finite, and OutputError
+    if a file cannot be written.
+    """
     names = expert_names(config)
     if len(names) != len(experts):
         raise WeightsError(f"the config asks for {len(names)} experts, got {len(experts)}")
-    for name, tensors in zip(names, experts, strict=True):
-        _check_finite(tensors, name)
+    for number, name in enumerate(names):
+        _check_finite(experts[number], name)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
-    for name, tensors in zip(names, experts, strict=True):
-        packed = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
-        _write(folder / f"{name}.safetensors", packed, {**metadata, "expert": name})
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+    for number, name in enumerate(names):
+        path = folder / f"{name}.safetensors"
+        tensors = {k: v.detach().to(dtype).contiguous() for k, v in experts[number].items()}
+        try:
+            with atomic.replace_file(path) as temporary:
+                save_file(tensors, temporary, metadata={**metadata, "expert": name})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+        del tensors  # before the next expert is loaded
 
 
 def load(
@@ -92,37 +95,42 @@ def load(
     dtype: torch.dtype = torch.float32,
     only: Collection[int] | None = None,
 ) -> Bundle:
-    """Load a bundle; of the experts `only` some, where others take the rest of the steps.
+    """Load a bundle.
 
-    Those that are not loaded keep their place, on the "meta" device: without memory, of no use.
-    Raises WeightsError naming the file: missing, damaged, of a wrong shape, not finite.
+    only: the numbers of the experts to load; the others are a `placeholder`. None loads all.
+
+    Raises WeightsError naming a file that is missing, damaged, of a wrong shape or not finite.
     """
-    config, provenance, files = _look(find(name_or_folder))
+    config, provenance, files = _read_folder(find(name_or_folder))
     experts = [
         _load_expert(path, config).to(device, dtype)
         if only is None or number in only
-        else _absent(config)
+        else placeholder(config)
         for number, path in enumerate(files)
     ]
     return Bundle(config, experts, provenance)
 
 
-def _absent(config: ModelConfig) -> LinearSR:
+def placeholder(config: ModelConfig) -> LinearSR:
+    """Return an expert on the "meta" device: it needs no memory and cannot be run."""
     with torch.device("meta"):
         return LinearSR(config.denoiser).requires_grad_(False).eval()
 
 
 def read_config(name_or_folder: str | Path) -> ModelConfig:
-    """A bundle's config, without its tensors. Raises WeightsError, also for a missing expert."""
-    return _look(find(name_or_folder))[0]
+    """Return a bundle's config without loading tensors.
+
+    Raises WeightsError, also for a missing expert.
+    """
+    return _read_folder(find(name_or_folder))[0]
 
 
-def _look(folder: Path) -> tuple[ModelConfig, dict[str, str], list[Path]]:
-    """Config, provenance, and the file of each expert."""
-    some = sorted(folder.glob("*.safetensors"))
-    if not some:
+def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, str], list[Path]]:
+    """Return the config, the provenance, and the file of each expert."""
+    present = sorted(folder.glob("*.safetensors"))
+    if not present:
         raise WeightsError(f"{folder}: no .safetensors file in this folder")
-    config, provenance = _read_metadata(some[0])
+    config, provenance = _read_metadata(present[0])
     files = [folder / f"{name}.safetensors" for name in expert_names(config)]
     for path in files:
         if not os.path.isfile(path):

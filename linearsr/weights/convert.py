@@ -1,4 +1,4 @@
-"""Sana weights -> LinearSR weights: diffusers' layout and Sana's own, one table of renames each.
+"""Convert Sana's weights to LinearSR's, from diffusers' layout or from Sana's own.
 
     python -m linearsr.weights.convert SOURCE --out FOLDER [--name NAME]
 
@@ -31,91 +31,63 @@ from linearsr.denoiser.conditioning import LRStem
 from linearsr.errors import LinearSRError, OutputError, WeightsError, one_line
 from linearsr.weights.bundle import expert_names, save
 
-# Our key -> the keys it is made of, concatenated on the first axis; {} is the block's number.
+# Each of our layers and bare parameters, and those whose tensors are concatenated for it; {} is a
+# block's number. Weights and biases have these names in every layout.
 _DIFFUSERS: dict[str, tuple[str, ...]] = {
-    "embed.weight": ("patch_embed.proj.weight",),
-    "embed.bias": ("patch_embed.proj.bias",),
-    "time.hidden.weight": ("time_embed.emb.timestep_embedder.linear_1.weight",),
-    "time.hidden.bias": ("time_embed.emb.timestep_embedder.linear_1.bias",),
-    "time.embed.weight": ("time_embed.emb.timestep_embedder.linear_2.weight",),
-    "time.embed.bias": ("time_embed.emb.timestep_embedder.linear_2.bias",),
-    "time.modulation.weight": ("time_embed.linear.weight",),
-    "time.modulation.bias": ("time_embed.linear.bias",),
-    "tags.hidden.weight": ("caption_projection.linear_1.weight",),
-    "tags.hidden.bias": ("caption_projection.linear_1.bias",),
-    "tags.out.weight": ("caption_projection.linear_2.weight",),
-    "tags.out.bias": ("caption_projection.linear_2.bias",),
-    "tags.norm.weight": ("caption_norm.weight",),
+    "embed": ("patch_embed.proj",),
+    "time.hidden": ("time_embed.emb.timestep_embedder.linear_1",),
+    "time.embed": ("time_embed.emb.timestep_embedder.linear_2",),
+    "time.modulation": ("time_embed.linear",),
+    "tags.hidden": ("caption_projection.linear_1",),
+    "tags.out": ("caption_projection.linear_2",),
+    "tags.norm": ("caption_norm",),
     "blocks.{}.modulation": ("transformer_blocks.{}.scale_shift_table",),
-    "blocks.{}.attention.qkv.weight": (
-        "transformer_blocks.{}.attn1.to_q.weight",
-        "transformer_blocks.{}.attn1.to_k.weight",
-        "transformer_blocks.{}.attn1.to_v.weight",
+    "blocks.{}.attention.qkv": (
+        "transformer_blocks.{}.attn1.to_q",
+        "transformer_blocks.{}.attn1.to_k",
+        "transformer_blocks.{}.attn1.to_v",
     ),
-    "blocks.{}.attention.norm_q.weight": ("transformer_blocks.{}.attn1.norm_q.weight",),
-    "blocks.{}.attention.norm_k.weight": ("transformer_blocks.{}.attn1.norm_k.weight",),
-    "blocks.{}.attention.out.weight": ("transformer_blocks.{}.attn1.to_out.0.weight",),
-    "blocks.{}.attention.out.bias": ("transformer_blocks.{}.attn1.to_out.0.bias",),
-    "blocks.{}.tag_attention.q.weight": ("transformer_blocks.{}.attn2.to_q.weight",),
-    "blocks.{}.tag_attention.q.bias": ("transformer_blocks.{}.attn2.to_q.bias",),
-    "blocks.{}.tag_attention.kv.weight": (
-        "transformer_blocks.{}.attn2.to_k.weight",
-        "transformer_blocks.{}.attn2.to_v.weight",
+    "blocks.{}.attention.norm_q": ("transformer_blocks.{}.attn1.norm_q",),
+    "blocks.{}.attention.norm_k": ("transformer_blocks.{}.attn1.norm_k",),
+    "blocks.{}.attention.out": ("transformer_blocks.{}.attn1.to_out.0",),
+    "blocks.{}.tag_attention.q": ("transformer_blocks.{}.attn2.to_q",),
+    "blocks.{}.tag_attention.kv": (
+        "transformer_blocks.{}.attn2.to_k",
+        "transformer_blocks.{}.attn2.to_v",
     ),
-    "blocks.{}.tag_attention.kv.bias": (
-        "transformer_blocks.{}.attn2.to_k.bias",
-        "transformer_blocks.{}.attn2.to_v.bias",
-    ),
-    "blocks.{}.tag_attention.norm_q.weight": ("transformer_blocks.{}.attn2.norm_q.weight",),
-    "blocks.{}.tag_attention.norm_k.weight": ("transformer_blocks.{}.attn2.norm_k.weight",),
-    "blocks.{}.tag_attention.out.weight": ("transformer_blocks.{}.attn2.to_out.0.weight",),
-    "blocks.{}.tag_attention.out.bias": ("transformer_blocks.{}.attn2.to_out.0.bias",),
-    "blocks.{}.ffn.expand.weight": ("transformer_blocks.{}.ff.conv_inverted.weight",),
-    "blocks.{}.ffn.expand.bias": ("transformer_blocks.{}.ff.conv_inverted.bias",),
-    "blocks.{}.ffn.depthwise.weight": ("transformer_blocks.{}.ff.conv_depth.weight",),
-    "blocks.{}.ffn.depthwise.bias": ("transformer_blocks.{}.ff.conv_depth.bias",),
-    "blocks.{}.ffn.project.weight": ("transformer_blocks.{}.ff.conv_point.weight",),
+    "blocks.{}.tag_attention.norm_q": ("transformer_blocks.{}.attn2.norm_q",),
+    "blocks.{}.tag_attention.norm_k": ("transformer_blocks.{}.attn2.norm_k",),
+    "blocks.{}.tag_attention.out": ("transformer_blocks.{}.attn2.to_out.0",),
+    "blocks.{}.ffn.expand": ("transformer_blocks.{}.ff.conv_inverted",),
+    "blocks.{}.ffn.depthwise": ("transformer_blocks.{}.ff.conv_depth",),
+    "blocks.{}.ffn.project": ("transformer_blocks.{}.ff.conv_point",),
     "modulation": ("scale_shift_table",),
-    "out.weight": ("proj_out.weight",),
-    "out.bias": ("proj_out.bias",),
+    "out": ("proj_out",),
 }
 
 _SANA: dict[str, tuple[str, ...]] = {
-    "embed.weight": ("x_embedder.proj.weight",),
-    "embed.bias": ("x_embedder.proj.bias",),
-    "time.hidden.weight": ("t_embedder.mlp.0.weight",),
-    "time.hidden.bias": ("t_embedder.mlp.0.bias",),
-    "time.embed.weight": ("t_embedder.mlp.2.weight",),
-    "time.embed.bias": ("t_embedder.mlp.2.bias",),
-    "time.modulation.weight": ("t_block.1.weight",),
-    "time.modulation.bias": ("t_block.1.bias",),
-    "tags.hidden.weight": ("y_embedder.y_proj.fc1.weight",),
-    "tags.hidden.bias": ("y_embedder.y_proj.fc1.bias",),
-    "tags.out.weight": ("y_embedder.y_proj.fc2.weight",),
-    "tags.out.bias": ("y_embedder.y_proj.fc2.bias",),
-    "tags.norm.weight": ("attention_y_norm.weight",),
+    "embed": ("x_embedder.proj",),
+    "time.hidden": ("t_embedder.mlp.0",),
+    "time.embed": ("t_embedder.mlp.2",),
+    "time.modulation": ("t_block.1",),
+    "tags.hidden": ("y_embedder.y_proj.fc1",),
+    "tags.out": ("y_embedder.y_proj.fc2",),
+    "tags.norm": ("attention_y_norm",),
     "blocks.{}.modulation": ("blocks.{}.scale_shift_table",),
-    "blocks.{}.attention.qkv.weight": ("blocks.{}.attn.qkv.weight",),
-    "blocks.{}.attention.norm_q.weight": ("blocks.{}.attn.q_norm.weight",),
-    "blocks.{}.attention.norm_k.weight": ("blocks.{}.attn.k_norm.weight",),
-    "blocks.{}.attention.out.weight": ("blocks.{}.attn.proj.weight",),
-    "blocks.{}.attention.out.bias": ("blocks.{}.attn.proj.bias",),
-    "blocks.{}.tag_attention.q.weight": ("blocks.{}.cross_attn.q_linear.weight",),
-    "blocks.{}.tag_attention.q.bias": ("blocks.{}.cross_attn.q_linear.bias",),
-    "blocks.{}.tag_attention.kv.weight": ("blocks.{}.cross_attn.kv_linear.weight",),
-    "blocks.{}.tag_attention.kv.bias": ("blocks.{}.cross_attn.kv_linear.bias",),
-    "blocks.{}.tag_attention.norm_q.weight": ("blocks.{}.cross_attn.q_norm.weight",),
-    "blocks.{}.tag_attention.norm_k.weight": ("blocks.{}.cross_attn.k_norm.weight",),
-    "blocks.{}.tag_attention.out.weight": ("blocks.{}.cross_attn.proj.weight",),
-    "blocks.{}.tag_attention.out.bias": ("blocks.{}.cross_attn.proj.bias",),
-    "blocks.{}.ffn.expand.weight": ("blocks.{}.mlp.inverted_conv.conv.weight",),
-    "blocks.{}.ffn.expand.bias": ("blocks.{}.mlp.inverted_conv.conv.bias",),
-    "blocks.{}.ffn.depthwise.weight": ("blocks.{}.mlp.depth_conv.conv.weight",),
-    "blocks.{}.ffn.depthwise.bias": ("blocks.{}.mlp.depth_conv.conv.bias",),
-    "blocks.{}.ffn.project.weight": ("blocks.{}.mlp.point_conv.conv.weight",),
+    "blocks.{}.attention.qkv": ("blocks.{}.attn.qkv",),
+    "blocks.{}.attention.norm_q": ("blocks.{}.attn.q_norm",),
+    "blocks.{}.attention.norm_k": ("blocks.{}.attn.k_norm",),
+    "blocks.{}.attention.out": ("blocks.{}.attn.proj",),
+    "blocks.{}.tag_attention.q": ("blocks.{}.cross_attn.q_linear",),
+    "blocks.{}.tag_attention.kv": ("blocks.{}.cross_attn.kv_linear",),
+    "blocks.{}.tag_attention.norm_q": ("blocks.{}.cross_attn.q_norm",),
+    "blocks.{}.tag_attention.norm_k": ("blocks.{}.cross_attn.k_norm",),
+    "blocks.{}.tag_attention.out": ("blocks.{}.cross_attn.proj",),
+    "blocks.{}.ffn.expand": ("blocks.{}.mlp.inverted_conv.conv",),
+    "blocks.{}.ffn.depthwise": ("blocks.{}.mlp.depth_conv.conv",),
+    "blocks.{}.ffn.project": ("blocks.{}.mlp.point_conv.conv",),
     "modulation": ("final_layer.scale_shift_table",),
-    "out.weight": ("final_layer.linear.weight",),
-    "out.bias": ("final_layer.linear.bias",),
+    "out": ("final_layer.linear",),
 }
 
 # Keys of Sana's layout that no output depends on: the position buffer (all zeros unless positions
@@ -127,11 +99,12 @@ _SANA_DROPPED = (
     "logvar_linear.bias",
 )
 
-# Shapes do not tell the heads of cross-attention: width -> heads of every model NVlabs released.
+# Shapes do not show the heads of cross-attention, so this has them by width for every model that
+# NVlabs released.
 _SANA_TAG_HEADS = {1152: 16, 2240: 20}
 _SANA_HEAD_DIM = 32
 
-# What diffusers assumes where config.json is silent, and what alone can be represented.
+# For each option diffusers' default, and the values that LinearSR can represent.
 _DIFFUSERS_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "patch_size": (1, (1,)),
     "guidance_embeds": (False, (False, None)),
@@ -167,8 +140,10 @@ _SHOWN = 8
 class Conversion(NamedTuple):
     """Converted weights.
 
-    config: the denoiser's shape. tensors: a full float32 state dict of `LinearSR(config)`.
-    dropped: what of the source was left behind. fresh: our keys that the source has no part in.
+    config: the denoiser's shape.
+    tensors: a full float32 state dict of `LinearSR(config)`.
+    dropped: the source's keys that LinearSR does not use.
+    fresh: our keys that the source has no tensors for, with new values.
     """
 
     config: DenoiserConfig
@@ -182,8 +157,9 @@ def from_diffusers(folder: str | Path) -> Conversion:
 
     Weights may be one safetensors file or shards with an index. LinearSR's t in [0, 1] stands for
     diffusers' timesteps 0 to 1000.
-    Raises WeightsError: files missing or damaged; a config LinearSR cannot represent; keys missing,
-    unexpected, of another shape or not finite, each by name.
+
+    Raises WeightsError for missing or damaged files, for a config that LinearSR cannot represent,
+    and, by name, for keys that are missing, unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     if (folder / "transformer").is_dir():
@@ -230,11 +206,13 @@ def _convert(
     tensors, wrong = dict(stem), []
     for key, parts in recipe.items():
         shape = _source_shape(key, expected[key], len(parts), config)
-        misfits = [part for part in parts if not _fits(source[part], shape)]
+        fitting = (shape, (*shape, 1, 1)) if len(shape) == 2 else (shape,)
+        misfits = [part for part in parts if tuple(source[part].shape) not in fitting]
         wrong += [f"{part} is {tuple(source[part].shape)}, not {shape}" for part in misfits]
         if not wrong:
             joined = torch.cat([source[part].float().reshape(shape) for part in parts])
-            tensors[key] = _widen(joined, expected[key])
+            # Zero columns, so that `embed` at first ignores the stem and the encoded LR picture.
+            tensors[key] = F.pad(joined, (0, expected[key][-1] - joined.shape[-1]))
     if wrong:
         raise WeightsError(f"{where}: {len(wrong)} tensors of a wrong shape: {_some(wrong)}")
     fresh = (*stem, "embed.weight: zeros for what joins the latent")
@@ -242,32 +220,24 @@ def _convert(
 
 
 def _sources(key: str, table: Mapping[str, tuple[str, ...]]) -> list[str]:
-    number = re.match(r"blocks\.(\d+)\.", key)
-    if number is None:
-        return list(table[key])
-    return [part.format(number[1]) for part in table[re.sub(r"\d+", "{}", key, count=1)]]
+    """Return the source's keys for our `key`: a layer's weight or bias, or a bare parameter."""
+    layer, dot, end = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
+    number = re.search(r"\d+", layer)
+    parts = table[re.sub(r"\d+", "{}", layer, count=1)]
+    return [part.format(number and number[0]) + dot + end for part in parts]
 
 
 def _source_shape(
     key: str, shape: tuple[int, ...], parts: int, config: DenoiserConfig
 ) -> tuple[int, ...]:
-    """What each of `parts` tensors must have, 1x1 kernels aside, to make our `key` of `shape`."""
+    """Return the shape, without 1x1 kernels, of each of the `parts` tensors for our `key`."""
     if key == "embed.weight":
         return (shape[0], config.latent_channels)
     return (shape[0] // parts, *shape[1:])
 
 
-def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    return tuple(tensor.shape) in (shape, (*shape, 1, 1) if len(shape) == 2 else shape)
-
-
-def _widen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zero columns for the stem and the encoded LR picture: `embed` is silent to both at first."""
-    return F.pad(tensor, (0, shape[-1] - tensor.shape[-1]))
-
-
 def _fresh_stem(config: DenoiserConfig) -> dict[str, Tensor]:
-    # Seeded apart from the caller's generator: one source makes one bundle, every time.
+    # With its own seed, so that a source always gives the same bundle.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = LRStem(config.stem_channels, config.stem_strides)
@@ -276,16 +246,16 @@ def _fresh_stem(config: DenoiserConfig) -> dict[str, Tensor]:
 
 def _check_keys(where: Path, source: Mapping[str, Tensor], needed: set[str]) -> None:
     missing, unexpected = sorted(needed - set(source)), sorted(set(source) - needed)
-    found = [("missing", missing), ("unexpected", unexpected)]
-    complaints = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in found if keys]
+    kinds = [("missing", missing), ("unexpected", unexpected)]
+    complaints = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
     if complaints:
         raise WeightsError(f"{where}: not the keys of such a Sana model; {'; '.join(complaints)}")
 
 
 def _check_values(where: Path, source: Mapping[str, Tensor]) -> None:
-    whole = [key for key, tensor in source.items() if not tensor.is_floating_point()]
-    if whole:
-        raise WeightsError(f"{where}: {_some(whole)}: integers; quantised weights are refused")
+    integers = [key for key, tensor in source.items() if not tensor.is_floating_point()]
+    if integers:
+        raise WeightsError(f"{where}: {_some(integers)}: integers; quantised weights are refused")
     bad = [key for key, tensor in source.items() if not torch.isfinite(tensor.float()).all()]
     if bad:
         raise WeightsError(f"{where}: NaN or infinity in {_some(bad)}; not usable")
@@ -313,11 +283,11 @@ def _denoiser_config(where: Path, **fields: Any) -> DenoiserConfig:
 
 
 def _diffusers_config(path: Path) -> DenoiserConfig:
-    given = _read_json(path)
-    if given.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
-        raise WeightsError(f"{path}: a {given['_class_name']}, not a SanaTransformer2DModel")
-    _refuse_unlike_diffusers(path, given)
-    c = {**_DIFFUSERS_SIZES, **{k: v for k, v in given.items() if k in _DIFFUSERS_SIZES}}
+    options = _read_json(path)
+    if options.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
+        raise WeightsError(f"{path}: a {options['_class_name']}, not a SanaTransformer2DModel")
+    _refuse_unlike_diffusers(path, options)
+    c = {**_DIFFUSERS_SIZES, **{k: v for k, v in options.items() if k in _DIFFUSERS_SIZES}}
     try:
         width = c["num_attention_heads"] * c["attention_head_dim"]
         cross = c["num_cross_attention_heads"] * c["cross_attention_head_dim"]
@@ -338,23 +308,23 @@ def _diffusers_config(path: Path) -> DenoiserConfig:
         width=width,
         head_dim=c["attention_head_dim"],
         ffn_ratio=c["mlp_ratio"],
-        qk_norm=given.get("qk_norm") is not None,
+        qk_norm=options.get("qk_norm") is not None,
         tag_dim=c["caption_channels"],
         tag_heads=c["num_cross_attention_heads"],
         timestep_scale=scale,
     )
 
 
-def _refuse_unlike_diffusers(path: Path, given: Mapping[str, Any]) -> None:
+def _refuse_unlike_diffusers(path: Path, options: Mapping[str, Any]) -> None:
     for key, (default, allowed) in _DIFFUSERS_FIXED.items():
-        value = given.get(key, default)
+        value = options.get(key, default)
         if value not in allowed:
             why = _WHY.get(key, f"LinearSR has {' or '.join(map(str, allowed))} only")
             raise WeightsError(f"{path}: {key} is {value}: {why}")
     known = {*_DIFFUSERS_FIXED, *_DIFFUSERS_SIZES, *_DIFFUSERS_IDLE}
-    unknown = sorted(key for key in given if key not in known and not key.startswith("_"))
+    unknown = sorted(key for key in options if key not in known and not key.startswith("_"))
     if unknown:
-        # A newer diffusers may compute something else under an option we have never heard of.
+        # With an option unknown to us, a newer diffusers may compute something else.
         raise WeightsError(f"{path}: unknown options {_some(unknown)}; update linearsr")
 
 
@@ -375,14 +345,14 @@ def _read_diffusers(folder: Path) -> dict[str, Tensor]:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The index or the single file; a variant (fp16, bf16) only where it is the one choice."""
+    """Return the index or the single file; a variant (fp16, bf16) only if there is just one."""
     stem = "diffusion_pytorch_model"
     for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
         if (folder / name).is_file():
             return folder / name
     patterns = (f"{stem}.safetensors.index.*.json", f"{stem}.*.safetensors")
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
-    variants = [path for path in found if "-of-" not in path.name]
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    variants = [path for path in paths if "-of-" not in path.name]
     if len(variants) == 1:
         return variants[0]
     names = _some(sorted(path.name for path in variants)) or "none"
@@ -393,7 +363,7 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _read_sana(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict, and the names of what lies beside it (training's leftovers)."""
+    """Return the state dict, and the names of all else in the file (left over from training)."""
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     beside: list[str] = []
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
@@ -426,7 +396,7 @@ def _refuse_unlike_sana(path: Path, source: Mapping[str, Tensor]) -> None:
         raise WeightsError(f"{path}: not Sana's layout: no convolution x_embedder.proj.weight")
     if tuple(patch.shape[2:]) != (1, 1):
         raise WeightsError(f"{path}: x_embedder.proj.weight has {_WHY['patch_size']}")
-    # Sana fills this buffer only where it uses it.
+    # Sana fills this buffer only in models that use it.
     if "pos_embed" in source and source["pos_embed"].any():
         raise WeightsError(f"{path}: pos_embed is {_WHY['interpolation_scale']}")
 
@@ -458,7 +428,7 @@ def _sana_config(path: Path, source: Mapping[str, Tensor]) -> DenoiserConfig:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """A ratio for which int(width * ratio) is `hidden`, rounding notwithstanding."""
+    """Return a ratio for which int(width * ratio) is exactly `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
@@ -489,11 +459,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert one model into a bundle of a single expert; returns the exit code."""
-    parser = argparse.ArgumentParser("linearsr.weights.convert", description="Sana -> LinearSR")
-    parser.add_argument("source", type=Path, help="diffusers folder or Sana's .pth, .safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-    parser.add_argument("--name", help="the model's name; otherwise the source's")
+    """Convert one model into a bundle of a single expert and return the exit code."""
+    parser = argparse.ArgumentParser(
+        "linearsr.weights.convert", description="Convert Sana's weights to LinearSR's."
+    )
+    parser.add_argument(
+        "source", type=Path, help="diffusers folder, or a .pth or .safetensors file of Sana's own"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
+    parser.add_argument("--name", help="name of the model (default: the source's name)")
     options = parser.parse_args(arguments)
     try:
         _bundle(options.source, options.out, options.name)
@@ -512,7 +486,8 @@ def _bundle(source: Path, out: Path, name: str | None) -> None:
     channels = LINEARSR_1_6B.denoiser.latent_channels
     if config.latent_channels != channels:
         raise WeightsError(
-            f"{source}: latents of {config.latent_channels} channels; DC-AE f32c32 makes {channels}"
+            f"{source}: these weights take latents of {config.latent_channels} channels, and DC-AE "
+            f"f32c32 makes {channels}; convert a Sana model that was trained for it"
         )
     sampling = SamplingConfig(steps=LINEARSR_1_6B.sampling.steps, boundaries=())
     # A folder's name may hold dots ("SANA1.5"), a file's ends in one.

@@ -1,15 +1,11 @@
-"""Who belongs to whom, by name alone."""
+"""Pictures are paired by their names alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from PIL import Image
 
-from linearsr.errors import InputError
 from linearsr.evaluation.config import Source
-from linearsr.evaluation.pairs import Listing, list_folder, pair, read_file
+from linearsr.evaluation.pairs import Listing, pair
 
 
 def _listing(*names: str) -> Listing:
@@ -28,7 +24,7 @@ def _listing(*names: str) -> Listing:
         ("v1.2.png", "v1.2.png"),
     ],
 )
-def test_suffixes_of_data_sets_and_programs_do_not_part_a_pair(hr: str, lr: str) -> None:
+def test_pair_ignores_suffixes_of_data_sets_and_programs(hr: str, lr: str) -> None:
     pairs = pair(_listing(hr), _listing(lr), {"other": _listing(lr)})
     assert not pairs.alone
     (item,) = pairs.items
@@ -36,26 +32,26 @@ def test_suffixes_of_data_sets_and_programs_do_not_part_a_pair(hr: str, lr: str)
 
 
 @pytest.mark.parametrize(("hr", "lr"), [("0001.png", "00014.png"), ("a/x.png", "b/x.png")])
-def test_other_names_are_no_pair_and_both_are_told(hr: str, lr: str) -> None:
+def test_different_names_are_left_out_and_reported(hr: str, lr: str) -> None:
     pairs = pair(_listing(hr), _listing(lr), {})
     assert not pairs.items
     assert pairs.alone == {
-        hr: "no low-resolution picture fits",
-        f"{lr} (LR)": "no HR picture fits",
+        hr: "no low-resolution picture matches",
+        f"{lr} (LR)": "no HR picture matches",
     }
 
 
-def test_an_exact_name_beats_one_with_a_suffix() -> None:
+def test_exact_name_beats_one_with_a_suffix() -> None:
     pairs = pair(_listing("a.png"), _listing("a_x2.png", "a.png"), {})
     assert pairs.items[0].lr == Source(folder="f", file="a.png")
 
 
-def test_two_that_fit_are_told_instead_of_guessed() -> None:
+def test_two_matches_are_reported_not_guessed() -> None:
     pairs = pair(_listing("a.png"), _listing("a_x2.png", "a_x4.png"), {})
-    assert pairs.alone == {"a.png": "a_x2.png, a_x4.png all fit; keep one"}
+    assert pairs.alone == {"a.png": "a_x2.png, a_x4.png all match; keep one"}
 
 
-def test_crops_of_shards_have_results_of_their_own() -> None:
+def test_crops_of_shards_match_their_own_results() -> None:
     """`upscale_dataset` appends the suffix to such ids."""
     ids = ["p/cat.jpg#0", "p/cat.jpg#1"]
     results = _listing(*(f"{id}.png" for id in ids), "p/cat.png")
@@ -66,28 +62,12 @@ def test_crops_of_shards_have_results_of_their_own() -> None:
     assert set(whole.alone) == {f"{id} (mine)" for id in ids}
 
 
-def test_a_missing_result_costs_that_result_only() -> None:
+def test_missing_result_costs_only_that_result() -> None:
     pairs = pair(_listing("a.png", "b.png"), {}, {"other": _listing("a.png")})
     assert [sorted(item.results) for item in pairs.items] == [["other"], []]
-    assert pairs.alone == {"b.png (other)": "no result picture fits"}
+    assert pairs.alone == {"b.png (other)": "no result picture matches"}
 
 
-def test_results_alone_are_items() -> None:
+def test_results_without_hr_and_lr_are_items() -> None:
     pairs = pair({}, {}, {"mine": _listing("a.png")})
     assert pairs.items[0].hr is None and pairs.items[0].results["mine"].file == "a.png"
-
-
-def test_folders_are_listed_with_their_folders(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "a.png")
-    (tmp_path / "notes.txt").write_text("")
-    found = list_folder(tmp_path)
-    assert list(found) == ["in/a.png"]
-    assert read_file(found["in/a.png"]).startswith(b"\x89PNG")
-
-
-def test_an_empty_folder_and_a_lost_file_say_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no picture"):
-        list_folder(tmp_path)
-    with pytest.raises(InputError, match=r"gone\.png: cannot be read"):
-        read_file(Source(folder=str(tmp_path), file="gone.png"))

@@ -1,4 +1,4 @@
-"""The check of a node, as far as it goes without a GPU: gloo stands in for NCCL."""
+"""The check of a node without a GPU: gloo stands in for NCCL."""
 
 from __future__ import annotations
 
@@ -10,57 +10,57 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linearsr.cluster import health
+from linearsr.distributed import health
 from linearsr.errors import LinearSRError
 
 
 def says(*lines: str) -> tuple[str, ...]:
-    """A stand-in for nvidia-smi."""
+    """Return a command that stands in for nvidia-smi and prints these lines."""
     return (sys.executable, "-c", f"print({chr(10).join(lines)!r})")
 
 
-def test_ranks_add_up() -> None:
-    health.check_sum(2, backend="gloo")
+def test_check_all_reduce_passes_over_two_ranks_of_gloo() -> None:
+    health.check_all_reduce(2, backend="gloo")
 
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Ranks that start at once, with what the test has put in place."""
+    """Ranks start by fork, so that they see the patches of the test."""
     monkeypatch.setattr(health, "START", "fork")
     return monkeypatch
 
 
-def test_a_rank_that_fails_is_told_with_its_reason(forked: pytest.MonkeyPatch) -> None:
+def test_a_failing_rank_is_reported_with_its_reason(forked: pytest.MonkeyPatch) -> None:
     def fail(rank: int, *work: object) -> None:
         if rank == 1:
             raise RuntimeError("unhandled system error")
         time.sleep(60)
 
-    forked.setattr(health, "_add", fail)
+    forked.setattr(health, "_all_reduce", fail)
     with pytest.raises(LinearSRError, match=r"(?s)nccl does not work.*unhandled system error"):
-        health.check_sum(2)
+        health.check_all_reduce(2)
 
 
-def test_ranks_that_do_not_come_back_are_ended(forked: pytest.MonkeyPatch) -> None:
-    forked.setattr(health, "_add", lambda *work: time.sleep(60))
-    with pytest.raises(LinearSRError, match=r"nccl has not added up within 0\.2 s"):
-        health.check_sum(2, seconds=0.2)
+def test_ranks_that_hang_are_killed_after_the_deadline(forked: pytest.MonkeyPatch) -> None:
+    forked.setattr(health, "_all_reduce", lambda *work: time.sleep(60))
+    with pytest.raises(LinearSRError, match=r"nccl all-reduce did not finish within 0\.2 s"):
+        health.check_all_reduce(2, seconds=0.2)
     assert not multiprocessing.active_children()
 
 
-def test_a_wrong_sum_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_check_all_reduce_reports_a_wrong_sum(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers[7:9].add_(1))
     with pytest.raises(RuntimeError, match=r"^2 of \d+ sums are not 1$"):
-        health._add(0, 1, "gloo", f"file://{tmp_path}/meet", 30.0)
+        health._all_reduce(0, 1, "gloo", f"file://{tmp_path}/meet", 30.0)
 
 
-def test_all_gpus_must_be_there() -> None:
+def test_check_driver_refuses_a_missing_gpu() -> None:
     assert health.check_driver(2, says("L40S, 580", "L40S, 580")) == ["L40S, 580", "L40S, 580"]
     with pytest.raises(LinearSRError, match="shows 1 of 2 GPUs"):
         health.check_driver(2, says("L40S, 580"))
 
 
-def test_a_driver_that_does_not_answer_is_told() -> None:
+def test_a_silent_driver_is_reported() -> None:
     broken = (sys.executable, "-c", "print('NVML: Driver/library mismatch'); raise SystemExit(18)")
     with pytest.raises(LinearSRError, match=r"does not answer.*Driver/library mismatch"):
         health.check_driver(2, broken)
@@ -71,4 +71,4 @@ def test_a_node_without_gpus_must_not_join(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(LinearSRError, match="torch"):
         health.check_torch(1)
     assert health.main(["--gpus", "1"]) == 1
-    assert "must not join: nvidia-smi is not here" in capsys.readouterr().err
+    assert "must not join: nvidia-smi not found" in capsys.readouterr().err

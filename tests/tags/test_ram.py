@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.errors import LinearSRError, MissingExtra, OptionError, WeightsError
+from linearsr.tags import load_tagger
+from linearsr.tags.base import TaggerConfig
 from linearsr.tags.ram import RamTagger, merge_lora
-from linearsr.tags.tagger import TaggerConfig, load_tagger
-from tests.tags.conftest import photo
+from tests.helpers.pictures import photo
 
 NAMES = ["cat", "cup", "grass", "sky", "wall"]
 WIDTH, MEMORY, PATCHES = 16, 12, 16
-# transformers' names of Swin's parts -> Microsoft's, which RAM's checkpoints have.
+# Swin's parts in transformers -> their names at Microsoft, which RAM's checkpoints use.
 THEIRS = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "embeddings.norm": "patch_embed.norm",
@@ -44,7 +45,7 @@ def _swin() -> Any:
 
 
 def _microsoft(swin: Any) -> dict[str, Tensor]:
-    """The backbone's tensors under the names they have in a RAM checkpoint."""
+    """Return the backbone's tensors under their names in a RAM checkpoint."""
     theirs = dict(swin.state_dict())
     for name in [n for n in theirs if ".q_proj." in n]:
         parts = [theirs.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
@@ -65,18 +66,18 @@ def _head() -> dict[str, Tensor]:
         shapes[f"{layer}intermediate.dense"] = (32, WIDTH)
         shapes[f"{layer}output.dense"] = (WIDTH, 32)
         shapes[f"{layer}output.LayerNorm"] = (WIDTH,)
-    made = {f"{k}.weight": torch.randn(shape) for k, shape in shapes.items()}
-    made |= {f"{k}.bias": torch.randn(shape[:1]) for k, shape in shapes.items()}
-    return {**made, "label_embed": torch.randn(len(NAMES), MEMORY)}
+    layers = {f"{k}.weight": torch.randn(shape) for k, shape in shapes.items()}
+    layers |= {f"{k}.bias": torch.randn(shape[:1]) for k, shape in shapes.items()}
+    return {**layers, "label_embed": torch.randn(len(NAMES), MEMORY)}
 
 
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
-    made = {**_microsoft(_swin()), **_head()}
-    # What a released file has besides: buffers, and the half that writes captions.
-    made["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
-    made["text_decoder.bert.embeddings.word_embeddings.weight"] = torch.zeros(3, 3)
-    return made
+    checkpoint = {**_microsoft(_swin()), **_head()}
+    # A released file also holds buffers and the part that writes captions.
+    checkpoint["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+    checkpoint["text_decoder.bert.embeddings.word_embeddings.weight"] = torch.zeros(3, 3)
+    return checkpoint
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], names: list[str] = NAMES) -> TaggerConfig:
@@ -86,16 +87,16 @@ def _save(folder: Path, tensors: dict[str, Tensor], names: list[str] = NAMES) ->
 
 
 def _attention(tensors: dict[str, Tensor], layer: str) -> nn.MultiheadAttention:
-    """torch's own, with a layer's weights."""
+    """Return torch's attention with the weights of a layer."""
     look = [tensors[f"{layer}self.{k}.weight"] for k in ("query", "key", "value")]
-    made = nn.MultiheadAttention(WIDTH, 4, kdim=MEMORY, vdim=MEMORY, batch_first=True)
+    attention = nn.MultiheadAttention(WIDTH, 4, kdim=MEMORY, vdim=MEMORY, batch_first=True)
     q, k, v = (nn.Parameter(weight) for weight in look)
-    made.q_proj_weight, made.k_proj_weight, made.v_proj_weight = q, k, v
+    attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight = q, k, v
     bias = [tensors[f"{layer}self.{k}.bias"] for k in ("query", "key", "value")]
-    made.in_proj_bias = nn.Parameter(torch.cat(bias))
-    made.out_proj.weight = nn.Parameter(tensors[f"{layer}output.dense.weight"])
-    made.out_proj.bias = nn.Parameter(tensors[f"{layer}output.dense.bias"])
-    return made
+    attention.in_proj_bias = nn.Parameter(torch.cat(bias))
+    attention.out_proj.weight = nn.Parameter(tensors[f"{layer}output.dense.weight"])
+    attention.out_proj.bias = nn.Parameter(tensors[f"{layer}output.dense.bias"])
+    return attention
 
 
 def _norm(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -107,16 +108,16 @@ def _linear(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _expected(tensors: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """RAM's logits, with transformers' Swin and torch's attention."""
+    """Return RAM's logits, computed with transformers' Swin and torch's attention."""
     patches = _swin()(pictures).last_hidden_state
-    seen = torch.cat([patches.mean(1, keepdim=True), patches], 1)
-    seen = _linear(seen, tensors, "image_proj")
+    features = torch.cat([patches.mean(1, keepdim=True), patches], 1)
+    features = _linear(features, tensors, "image_proj")
     tags = _linear(tensors["label_embed"], tensors, "wordvec_proj").relu()
     tags = tags.expand(len(pictures), -1, -1)
     for i in range(2):
         layer = f"tagging_head.encoder.layer.{i}."
-        found = _attention(tensors, f"{layer}crossattention.")(tags, seen, seen)[0]
-        tags = _norm(found + tags, tensors, f"{layer}crossattention.output.LayerNorm")
+        output = _attention(tensors, f"{layer}crossattention.")(tags, features, features)[0]
+        tags = _norm(output + tags, tensors, f"{layer}crossattention.output.LayerNorm")
         hidden = F.gelu(_linear(tags, tensors, f"{layer}intermediate.dense"))
         out = _linear(hidden, tensors, f"{layer}output.dense")
         tags = _norm(out + tags, tensors, f"{layer}output.LayerNorm")
@@ -124,7 +125,7 @@ def _expected(tensors: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_logits_as_other_libraries_compute_them(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_logits_equal_those_of_other_libraries(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     model = RamTagger(_save(tmp_path, tensors)).model
     assert model.side == 32
     pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -136,7 +137,7 @@ def test_logits_as_other_libraries_compute_them(tmp_path: Path, tensors: dict[st
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 48), (200, 20), (10, 8000)])
-def test_any_size_is_answered(
+def test_pictures_of_any_size_get_tags(
     tmp_path: Path, tensors: dict[str, Tensor], size: tuple[int, int]
 ) -> None:
     picture = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
@@ -145,16 +146,18 @@ def test_any_size_is_answered(
     assert all(0 <= tag.score <= 1 for tag in tags)
 
 
-def test_thresholds_lie_beside_the_checkpoint(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_thresholds_are_read_from_the_file_beside_the_checkpoint(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
     config = _save(tmp_path, tensors)
     scores = dict(load_tagger(config)(photo("coffee", 8)))
     own = [scores["cat"] - 0.01, *[1.0] * (len(NAMES) - 1)]
     (tmp_path / "ram_tag_list_threshold.txt").write_text("\n".join(map(str, own)))
-    told = load_tagger(config.model_copy(update={"threshold": None}))(photo("coffee", 8))
-    assert [tag.name for tag in told] == ["cat"]
+    tags = load_tagger(config.model_copy(update={"threshold": None}))(photo("coffee", 8))
+    assert [tag.name for tag in tags] == ["cat"]
 
 
-def test_lora_changes_what_it_names() -> None:
+def test_merge_lora_updates_the_parts_it_names() -> None:
     generator = torch.Generator().manual_seed(0)
     qkv, down, up = (torch.randn(*s, generator=generator) for s in ((12, 4), (4, 4), (8, 2)))
     base = {"attn.qkv.weight": qkv, "attn.qkv.lora_A": down, "attn.qkv.lora_B": up}
@@ -167,14 +170,14 @@ def test_lora_changes_what_it_names() -> None:
     torch.testing.assert_close(merge_lora(plain), {"key.weight": expected})
 
 
-def test_an_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     config = _save(tmp_path, tensors)
     name = "tagging_head.encoder.layer.0.crossattention.self.query"
     lora = {f"{name}.lora_A": torch.ones(1, WIDTH), f"{name}.lora_B": torch.ones(WIDTH, 1)}
     torch.save(lora, tmp_path / "dape.pth")
     adapted = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "dape.pth")}))
-    found = adapted.model.state_dict()[f"{name}.weight"]
-    torch.testing.assert_close(found, tensors[f"{name}.weight"] + 1)
+    weight = adapted.model.state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(weight, tensors[f"{name}.weight"] + 1)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +186,12 @@ def test_an_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> No
         ((1, 4), None, "lora_B"),
         (None, (4, 1), "lora_A"),
         ((1, 3), (4, 1), r"\(4, 3\) for \(4, 4\)"),
-        ((1, 4), (4, 2), "amiss"),
-        ((1, 4), (4, 0), "amiss"),
-        ((4,), (4,), "amiss"),
+        ((1, 4), (4, 2), "wrong"),
+        ((1, 4), (4, 0), "wrong"),
+        ((4,), (4,), "wrong"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_named(
+def test_adapter_of_wrong_shape_is_named(
     down: tuple[int, ...] | None, up: tuple[int, ...] | None, message: str
 ) -> None:
     shapes = {"key.weight": (4, 4), "key.lora_A": down, "key.lora_B": up}
@@ -199,13 +202,15 @@ def test_an_adapter_that_does_not_fit_is_named(
         merge_lora({"other.lora_A": torch.ones(1, 4), "other.lora_B": torch.ones(4, 1)})
 
 
-def test_an_adapter_without_lora_weights(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_adapter_without_lora_weights_is_refused(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
     config = _save(tmp_path, tensors)
     with pytest.raises(WeightsError, match="no LoRA weights"):
         load_tagger(config.model_copy(update={"adapter": config.source}))
 
 
-def test_timm_is_asked_for(
+def test_missing_timm_names_the_extra(
     tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -224,7 +229,7 @@ def test_timm_is_asked_for(
         ({"reweight_scale": torch.zeros(1)}, "RAM++"),
     ],
 )
-def test_a_wrong_tensor_is_named(
+def test_wrong_tensor_is_named(
     tmp_path: Path, tensors: dict[str, Tensor], change: dict[str, Any], message: str
 ) -> None:
     wrong = {k: v for k, v in {**tensors, **change}.items() if v is not None}
@@ -232,12 +237,12 @@ def test_a_wrong_tensor_is_named(
         load_tagger(_save(tmp_path, wrong))
 
 
-def test_lists_of_another_release(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_tag_list_of_another_release_is_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     with pytest.raises(match="4 names"):
         load_tagger(_save(tmp_path, tensors, NAMES[:4]))
 
 
-def test_no_list(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_missing_tag_list_is_named(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     config = _save(tmp_path, tensors)
     (tmp_path / "ram_tag_list.txt").unlink()
     with pytest.raises(match="ram_tag_list"):
@@ -250,7 +255,7 @@ class _Evil:
 
 
 @pytest.mark.parametrize("content", [None, b"no zip", _Evil()])
-def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: Any) -> None:
+def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "ram.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -260,7 +265,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: Any) -> None:
         load_tagger(TaggerConfig(kind="ram", source=str(path)))
 
 
-def test_no_source() -> None:
+def test_missing_source_is_refused() -> None:
     with pytest.raises(LinearSRError, match="needs a model") as caught:
         load_tagger(TaggerConfig(kind="ram"))
     assert isinstance(caught.value, OptionError)

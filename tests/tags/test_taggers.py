@@ -1,4 +1,4 @@
-"""The default tagger on photographs, choosing names, and the command."""
+"""The choice of tags, the default tagger on photographs, and the command."""
 
 from __future__ import annotations
 
@@ -13,33 +13,38 @@ from PIL import Image
 
 from linearsr import cli
 from linearsr.errors import LinearSRError, OptionError
-from linearsr.tags.choice import Choice
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tag, Tagger, TaggerConfig
 from linearsr.tags.imagenet import CLASSES, groups
-from linearsr.tags.tagger import Tag, Tagger, TaggerConfig, load_tagger
-from linearsr.tags.views import MOST_VIEWS, seen_twice, squares
-from tests.tags.conftest import photo
+from linearsr.tags.views import MAX_VIEWS, combine_views, square_views
+from linearsr.tags.vocabulary import Vocabulary
+from tests.helpers.pictures import photo
 
 NAMES = ["cat", "cup", "grass"]
 
 
-# Choosing
+# Choice of tags
 
 
-def test_best_first_above_thresholds_and_no_more_than_asked() -> None:
+def test_tags_above_their_thresholds_come_best_first_up_to_max_tags() -> None:
     scores = torch.tensor([0.6, 0.9, 0.7])
-    assert Choice(NAMES, TaggerConfig(), 0.65)(scores) == [
+    assert Vocabulary(NAMES, TaggerConfig(), 0.65).select(scores) == [
         Tag("cup", pytest.approx(0.9)),
         Tag("grass", pytest.approx(0.7)),
     ]
-    assert [t.name for t in Choice(NAMES, TaggerConfig(max_tags=1), 0.65)(scores)] == ["cup"]
-    assert Choice(NAMES, TaggerConfig(), 0.95)(scores) == []
+    assert [t.name for t in Vocabulary(NAMES, TaggerConfig(max_tags=1), 0.65).select(scores)] == [
+        "cup"
+    ]
+    assert Vocabulary(NAMES, TaggerConfig(), 0.95).select(scores) == []
 
 
-def test_whose_threshold_counts(tmp_path: Path) -> None:
+def test_vocabulary_threshold_precedes_config_and_tagger_default(tmp_path: Path) -> None:
     scores, own = torch.tensor([0.6, 0.6, 0.6]), [0.5, 0.7, 0.5]
 
     def said(**fields: object) -> list[str]:
-        return [tag.name for tag in Choice(NAMES, TaggerConfig.parse(**fields), own)(scores)]
+        return [
+            tag.name for tag in Vocabulary(NAMES, TaggerConfig.parse(**fields), own).select(scores)
+        ]
 
     assert said() == ["cat", "grass"]
     assert said(threshold=0.55) == NAMES
@@ -61,36 +66,36 @@ def test_whose_threshold_counts(tmp_path: Path) -> None:
         (b"a\nb\nc\nd\ne\nf\n", r"know a, b, c, d, e, \.\.\.;"),
     ],
 )
-def test_a_bad_vocabulary(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_bad_vocabulary_line_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "words.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(OptionError, match=message):
-        Choice(NAMES, TaggerConfig(vocabulary=str(path)), 0.5)
+        Vocabulary(NAMES, TaggerConfig(vocabulary=str(path)), 0.5)
 
 
 @pytest.mark.parametrize("fields", [{"threshold": 1.5}, {"max_tags": 0}, {"kind": "oracle"}])
-def test_a_bad_config(fields: dict[str, object]) -> None:
+def test_bad_config_field_is_named(fields: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=next(iter(fields))):
         TaggerConfig.parse(**fields)
 
 
-def test_views_cover_the_picture_and_overlap() -> None:
+def test_square_views_cover_the_picture_and_overlap() -> None:
     picture = torch.arange(90.0).expand(3, 20, 90)
-    views = squares(picture)
+    views = square_views(picture)
     assert all(view.shape == (3, 20, 20) for view in views)
     starts = [int(view[0, 0, 0]) for view in views]
     assert starts[0] == 0 and starts[-1] == 70
     assert all(0 < b - a <= 10 for a, b in pairwise(starts))
-    assert [v.shape for v in squares(picture.mT)] == [v.shape for v in views]
-    assert len(squares(torch.zeros(3, 8000, 10))) == MOST_VIEWS
-    assert len(squares(picture[:, :, :40], 2.0)) == 1 and len(squares(picture, 2.0)) > 1
+    assert [v.shape for v in square_views(picture.mT)] == [v.shape for v in views]
+    assert len(square_views(torch.zeros(3, 8000, 10))) == MAX_VIEWS
+    assert len(square_views(picture[:, :, :40], 2.0)) == 1 and len(square_views(picture, 2.0)) > 1
 
 
-def test_one_view_alone_does_not_convince() -> None:
+def test_one_view_alone_does_not_decide() -> None:
     scores = torch.tensor([[0.9, 0.2], [0.1, 0.8], [0.1, 0.8]])
-    torch.testing.assert_close(seen_twice(scores), torch.tensor([0.5, 0.8]))
-    torch.testing.assert_close(seen_twice(scores[:1]), scores[0])
+    torch.testing.assert_close(combine_views(scores), torch.tensor([0.5, 0.8]))
+    torch.testing.assert_close(combine_views(scores[:1]), scores[0])
 
 
 # ImageNet
@@ -105,7 +110,7 @@ def _names(tags: list[Tag]) -> set[str]:
     return {tag.name for tag in tags}
 
 
-def test_groups_are_of_classes_that_exist() -> None:
+def test_groups_contain_existing_classes_only() -> None:
     known = groups()
     assert len({group.name for group in known}) == len(known) > 400
     assert all(0 <= i < CLASSES for group in known for i in group.classes)
@@ -114,14 +119,14 @@ def test_groups_are_of_classes_that_exist() -> None:
     assert len(dogs.classes) == 118
 
 
-def test_groups_are_named_as_timm_names_their_classes() -> None:
-    """Class numbers that slipped by one would call things by their neighbours' names."""
+def test_group_names_match_timm_class_names() -> None:
+    """Class numbers that are off by one would give the names of neighbouring classes."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
     single = [g for g in groups() if len(g.classes) == 1]
-    told = [info.index_to_description(g.classes[0], detailed=True).lower() for g in single]
-    same = sum(group.name.lower() in text for group, text in zip(single, told, strict=True))
+    descriptions = [info.index_to_description(g.classes[0], detailed=True).lower() for g in single]
+    same = sum(group.name.lower() in text for group, text in zip(single, descriptions, strict=True))
     assert same > 0.85 * len(single)
 
 
@@ -135,7 +140,7 @@ def test_groups_are_named_as_timm_names_their_classes() -> None:
         ("stereo_motorcycle", "motorcycle"),
     ],
 )
-def test_photographs_and_low_resolution_ones(
+def test_objects_are_named_at_full_and_low_resolution(
     tagger: Tagger, name: str, tag: str, shrink: int
 ) -> None:
     assert tag in _names(tagger(photo(name, shrink)))
@@ -145,18 +150,18 @@ def test_photographs_and_low_resolution_ones(
     "name", ["astronaut", "brick", "gravel", "moon", "page", "hubble_deep_field"]
 )
 @pytest.mark.parametrize("shrink", [1, 4])
-def test_what_it_cannot_know_it_does_not_name(tagger: Tagger, name: str, shrink: int) -> None:
+def test_unknown_objects_are_not_named(tagger: Tagger, name: str, shrink: int) -> None:
     assert tagger(photo(name, shrink)) == []
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (8000, 10), (10, 8000), (3, 1)])
-def test_sizes_that_show_nothing(tagger: Tagger, size: tuple[int, int]) -> None:
+def test_noise_of_any_size_gets_no_tags(tagger: Tagger, size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     assert tagger(torch.rand(3, 1, 1, generator=generator).expand(3, *size)) == []
     assert tagger(torch.rand(3, *size, generator=generator)) == []
 
 
-def test_a_cat_at_the_end_of_a_panorama(tagger: Tagger) -> None:
+def test_cat_at_the_end_of_a_panorama_is_named(tagger: Tagger) -> None:
     cat = photo("chelsea", 2)
     wall = photo("brick")[:, : cat.shape[1], :].repeat(1, 1, 3)
     panorama = torch.cat([wall[:, :, :900], cat], dim=2)
@@ -164,40 +169,40 @@ def test_a_cat_at_the_end_of_a_panorama(tagger: Tagger) -> None:
     assert _names(tagger(panorama.mT.flip(1))) <= {"cat"}  # portrait, and the cat on its side
 
 
-def test_a_lower_threshold_and_a_vocabulary(tmp_path: Path) -> None:
+def test_lower_threshold_and_vocabulary_restrict_names(tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("coffee\nsoup\n")
     config = TaggerConfig(vocabulary=str(words), threshold=0.0)
     assert [tag.name for tag in load_tagger(config)(photo("coffee"))] == ["coffee", "soup"]
 
 
-def test_it_takes_no_model() -> None:
+def test_imagenet_tagger_refuses_a_model() -> None:
     with pytest.raises(LinearSRError, match="its own model"):
         load_tagger(TaggerConfig(source="/some/model"))
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "zero-shot"])
-def test_only_ram_takes_an_adapter(kind: Literal["imagenet", "zero-shot"]) -> None:
+def test_taggers_other_than_ram_refuse_an_adapter(kind: Literal["imagenet", "zero-shot"]) -> None:
     with pytest.raises(OptionError, match=f"the {kind} tagger takes no adapter"):
         load_tagger(TaggerConfig(kind=kind, adapter="dape.pth"))
 
 
-def test_a_tagger_that_fails_on_one_picture_goes_on(
+def test_command_continues_after_a_picture_the_tagger_fails_on(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Odd:
-        asked = 0
+        calls = 0
 
         def __call__(self, picture: torch.Tensor) -> list[Tag]:
-            self.asked += 1
-            if self.asked == 1:
+            self.calls += 1
+            if self.calls == 1:
                 raise TypeError("odd")
             return [Tag("thing", 0.5)]
 
-    monkeypatch.setattr("linearsr.tags.tagger.load_tagger", lambda *_: Odd())
+    monkeypatch.setattr("linearsr.tags.load_tagger", lambda *_: Odd())
     assert cli.main(["tag", str(pictures)]) == 1
-    told = capsys.readouterr()
-    assert "chelsea/photo.png: TypeError: odd" in told.err and "thing 0.50" in told.out
+    output = capsys.readouterr()
+    assert "chelsea/photo.png: TypeError: odd" in output.err and "thing 0.50" in output.out
 
 
 # The command
@@ -212,30 +217,30 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_tags(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tag", str(pictures)]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{pictures / 'chelsea' / 'photo.png'}: cat 0.9")
     assert second == f"{pictures / 'gravel' / 'photo.png'}: no tags"
 
 
-def test_the_command_in_json(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_json(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tag", "--json", "--max-tags", "1", str(pictures / "chelsea")]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["file"].endswith("photo.png")
-    assert [tag["name"] for tag in told["tags"]] == ["cat"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["file"].endswith("photo.png")
+    assert [tag["name"] for tag in answer["tags"]] == ["cat"]
 
 
-def test_bad_files_are_named_and_the_rest_tagged(
+def test_command_names_bad_files_and_tags_the_rest(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "bad.png").write_bytes(b"no picture")
     (pictures / "empty").mkdir()
     inputs = [pictures, pictures / "empty", pictures / "gone.png"]
     assert cli.main(["tag", *map(str, inputs)]) == 1
-    told = capsys.readouterr()
-    assert len(told.out.splitlines()) == 2
-    errors = told.err.splitlines()
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 2
+    errors = output.err.splitlines()
     assert len(errors) == 3
     for name, line in zip(("bad.png", "empty", "gone.png"), errors, strict=True):
         assert name in line
@@ -252,6 +257,8 @@ def test_bad_files_are_named_and_the_rest_tagged(
         ["--tagger-adapter", "dape.pth"],
     ],
 )
-def test_usage(pictures: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses_bad_options(
+    pictures: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["tag", str(pictures), *options]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

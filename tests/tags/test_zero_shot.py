@@ -1,4 +1,4 @@
-"""CLIP and SigLIP say what transformers' own zero-shot pipeline says."""
+"""CLIP and SigLIP give the scores of transformers' own zero-shot pipeline."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from linearsr.errors import LinearSRError, OptionError, WeightsError
-from linearsr.tags.tagger import TaggerConfig, load_tagger
+from linearsr.tags import load_tagger
+from linearsr.tags.base import TaggerConfig
 from linearsr.tags.zero_shot import _as_image
-from tests.tags.conftest import WORDS, photo
+from tests.helpers.pictures import photo
+from tests.helpers.tag_models import WORDS
 
 
-def test_as_the_pipeline(contrastive: Path, words: Path) -> None:
+def test_zero_shot_tagger_equals_the_transformers_pipeline(contrastive: Path, words: Path) -> None:
     from transformers import pipeline
 
-    picture = photo("chelsea")[:, :300, 100:400]  # square: one view, as the pipeline sees it
+    picture = photo("chelsea")[:, :300, 100:400]  # a square has one view, as in the pipeline
     config = TaggerConfig(
         kind="zero-shot", source=str(contrastive), vocabulary=str(words), threshold=0.0
     )
@@ -30,7 +32,9 @@ def test_as_the_pipeline(contrastive: Path, words: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 300), (300, 40), (8000, 10)])
-def test_any_size_is_answered(contrastive: Path, words: Path, size: tuple[int, int]) -> None:
+def test_zero_shot_tagger_accepts_any_size(
+    contrastive: Path, words: Path, size: tuple[int, int]
+) -> None:
     config = TaggerConfig(
         kind="zero-shot", source=str(contrastive), vocabulary=str(words), threshold=0.0, max_tags=3
     )
@@ -38,7 +42,7 @@ def test_any_size_is_answered(contrastive: Path, words: Path, size: tuple[int, i
     assert len(load_tagger(config)(picture)) == 3
 
 
-def test_the_bundled_vocabulary_fits_a_model(contrastive: Path) -> None:
+def test_bundled_vocabulary_fits_the_text_length_of_a_model(contrastive: Path) -> None:
     config = TaggerConfig(kind="zero-shot", source=str(contrastive), threshold=0.0, max_tags=100)
     assert len(load_tagger(config)(photo("coffee", 4))) == 100
 
@@ -47,7 +51,9 @@ def test_the_bundled_vocabulary_fits_a_model(contrastive: Path) -> None:
     ("source", "error", "message"),
     [(None, OptionError, "needs a model"), ("/nowhere/clip", WeightsError, "/nowhere/clip")],
 )
-def test_no_model(source: str | None, error: type[LinearSRError], message: str) -> None:
+def test_missing_model_is_refused(
+    source: str | None, error: type[LinearSRError], message: str
+) -> None:
     with pytest.raises(error, match=message):
         load_tagger(TaggerConfig(kind="zero-shot", source=source))
 

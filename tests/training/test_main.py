@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training import loop
 from linearsr.training.__main__ import main
 from linearsr.training.ema import load_average
-from linearsr.upscaler import Upscaler
 
 STAGES = (
     "pretrain",
@@ -32,14 +32,14 @@ SMALL = (
     "perceptual_data.patch=32",
     "perceptual_data.batch=2",
     "perceptual_data.margin=8",
-    # On CPUs without bfloat16 it is slow, and right.
+    # bfloat16 is correct on any CPU, but slow on some.
     *(f"{stage}.bfloat16=true" for stage in STAGES),
     *(f"{stage}.steps=2" for stage in STAGES),
     *(f"perceptual.{i}.channels=[8, 8, 8, 8, 8]" for i in range(3)),
 )
 
 
-def test_all_stages_and_the_bundle(
+def test_all_stages_run_in_turn_and_make_the_bundle(
     photograph: Image.Image,
     lpips_trunk: Path,
     tmp_path: Path,
@@ -81,15 +81,15 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     photograph.resize((128, 96)).save(tmp_path / "photo.png")
     out = tmp_path / "runs"
     settings = [part for setting in SMALL for part in ("--set", setting)]
-    start = loop.Stage.start
+    start = loop.TrainState.start
 
-    def timed(*arguments: Any) -> loop.Stage:
-        """By a clock that is 20 s later at each look."""
+    def timed(*arguments: Any) -> loop.TrainState:
+        """Patch the clock so that it advances by 20 s at each call."""
         stage = start(*arguments)
         stage.clock = map((20.0).__mul__, itertools.count()).__next__
         return stage
 
-    monkeypatch.setattr(loop.Stage, "start", timed)
+    monkeypatch.setattr(loop.TrainState, "start", timed)
     steps = []
     for minutes in (2, 2, 3):
         arguments = [f"--photos={tmp_path}", f"--out={out}", f"--minutes={minutes}", *settings]
@@ -100,7 +100,7 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     assert steps == [6, 6, 9]
 
 
-def test_an_unknown_setting_is_one_line(
+def test_an_unknown_setting_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

@@ -1,12 +1,12 @@
-"""Recipes: complete, consistent, and overridable without surprises."""
+"""Recipes are complete and consistent, and every field can be overridden."""
 
 from __future__ import annotations
 
 import pytest
 
 from linearsr.denoiser import LinearSR
+from linearsr.diffusion.experts import ranges
 from linearsr.errors import OptionError
-from linearsr.noise.experts import ranges
 from linearsr.training.recipes import RECIPES, override
 
 

@@ -1,4 +1,4 @@
-"""What clients see: the command's own pixels, progress, limits, refusals, and nothing leaked."""
+"""The HTTP API as a client sees it: pixels equal to the command's, progress, limits, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from linearsr import Upscaler, cli, weights
 from linearsr.config import FileOptions, ModelConfig, Options
 from linearsr.errors import InputError, OptionError, OutputError, TooLarge, WeightsError
 from linearsr.imaging.files import Picture, encode, read, read_provenance
-from linearsr.upscaler import OutOfMemory
+from linearsr.pipeline.memory import OutOfMemory
 from linearsr.web.api import create_app
 from linearsr.web.service import (
     Events,
@@ -40,14 +40,14 @@ from linearsr.web.service import (
     ModelInfo,
     NotReady,
     Progress,
-    Request,
     Result,
+    UpscaleRequest,
     model_info,
 )
-from linearsr.web.upload import LONGEST_FIELD, ROOM_FOR_FIELDS, Upload
-from tests.conftest import random_experts
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
-from tests.web.local import PATIENCE, Local, served
+from linearsr.web.upload import FORM_OVERHEAD, MAX_FIELD_BYTES, Upload
+from tests.helpers.experts import random_experts
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.helpers.local_service import PATIENCE, Local, served
 
 EVENTS = {"Accept": "text/event-stream"}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -60,36 +60,36 @@ def upload(
     headers: dict[str, str] | None = None,
     **fields: object,
 ) -> Any:
-    """The answer to one picture; one step, unless another number is asked for."""
+    """Return the response to one picture, upscaled in one step by default."""
     data = {key: str(value) for key, value in {"steps": 1, **fields}.items()}
     return client.post("/v1/upscale", files={"image": (name, image)}, data=data, headers=headers)
 
 
 def events(text: str) -> list[tuple[str, Any]]:
-    """Names and data of server-sent events."""
-    found = re.findall(r"^event: (\w+)\r\ndata: (.*)\r\n\r\n", text, re.MULTILINE)
-    return [(name, json.loads(data)) for name, data in found]
+    """Return the names and data of server-sent events."""
+    matches = re.findall(r"^event: (\w+)\r\ndata: (.*)\r\n\r\n", text, re.MULTILINE)
+    return [(name, json.loads(data)) for name, data in matches]
 
 
 # Pixels
 
 
 def sixteen_bits(image: Image.Image) -> bytes:
-    """More levels than 8 bits hold, and alpha."""
+    """Return a picture with more levels than 8 bits hold, and alpha."""
     pixels = torch.linspace(0, 1, 3 * 9 * 12).reshape(3, 9, 12)
     alpha = torch.linspace(1, 0, 9 * 12).reshape(1, 9, 12)
     return encode(Picture(pixels, alpha, 16, False, None, None, "png"), "png")
 
 
 def described(image: Image.Image, format: str) -> bytes:
-    """On its side, with a profile and a camera's name."""
+    """Return a picture stored on its side, with a colour profile and the name of a camera."""
     exif = Image.Exif()
     exif[Base.Orientation], exif[Base.Make] = 6, "Camera"
     return saved(image, format, exif=exif.tobytes(), icc_profile=SRGB)
 
 
 @pytest.mark.parametrize(
-    ("source", "made", "options"),
+    ("source", "picture", "options"),
     [
         ("png", lambda i: saved(i, "png"), {}),
         ("png", lambda i: saved(i, "png"), {"steps": 4, "seed": 7, "scale": 2, "tile": 16}),
@@ -107,35 +107,38 @@ def described(image: Image.Image, format: str) -> bytes:
         ("gif", lambda i: saved(i, "gif"), {"format": "png"}),
     ],
 )
-def test_the_same_bytes_as_the_command(
+def test_response_has_the_bytes_of_the_command(
     client: TestClient,
     small_bundle: Path,
     tmp_path: Path,
     image: Image.Image,
     source: str,
-    made: Callable[[Image.Image], bytes],
+    picture: Callable[[Image.Image], bytes],
     options: dict[str, Any],
 ) -> None:
-    """File for file: pixels, depth, alpha, profile, EXIF and provenance."""
+    """The files are equal: pixels, depth, alpha, profile, EXIF and provenance."""
     options = {"steps": 1, **options}
-    given, result = tmp_path / f"in.{source}", tmp_path / f"out.{options.get('format', source)}"
-    given.write_bytes(made(image))
+    source_file, result = (
+        tmp_path / f"in.{source}",
+        tmp_path / f"out.{options.get('format', source)}",
+    )
+    source_file.write_bytes(picture(image))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = ["upscale", str(given), "-o", str(result), "--model", str(small_bundle)]
+    command = ["upscale", str(source_file), "-o", str(result), "--model", str(small_bundle)]
     assert cli.main([*command, "--device=cpu", *flags]) == 0
-    answer = upload(client, given.read_bytes(), given.name, **options)
+    answer = upload(client, source_file.read_bytes(), source_file.name, **options)
     assert answer.status_code == 200, answer.text
     assert answer.content == result.read_bytes()
     assert result.suffix[1:] in answer.headers["Content-Disposition"]
 
 
-def test_at_any_scale_and_detail_the_same_bytes_as_the_command(
+def test_response_has_the_bytes_of_the_command_at_any_scale_and_detail(
     scaling_bundle: Path, png: bytes, tmp_path: Path
 ) -> None:
     client = TestClient(create_app(Local(Upscaler.load(scaling_bundle, "cpu")), Limits()))
-    given, result = tmp_path / "in.png", tmp_path / "out.png"
-    given.write_bytes(png)
-    command = ["upscale", str(given), "-o", str(result), "--model", str(scaling_bundle)]
+    source_file, result = tmp_path / "in.png", tmp_path / "out.png"
+    source_file.write_bytes(png)
+    command = ["upscale", str(source_file), "-o", str(result), "--model", str(scaling_bundle)]
     for options in ({"scale": 1}, {"scale": 1.5, "detail": 0.4, "tile": 16}, {"width": 31}):
         flags = [f"--{name}={value}" for name, value in options.items()]
         assert cli.main([*command, "--device=cpu", "--steps=4", *flags]) == 0
@@ -146,13 +149,13 @@ def test_at_any_scale_and_detail_the_same_bytes_as_the_command(
         assert scale == f"{options.get('scale', 31 / 12):.4g}"
 
 
-def test_what_the_file_knew_comes_along(client: TestClient, image: Image.Image) -> None:
+def test_response_keeps_alpha_profile_and_metadata(client: TestClient, image: Image.Image) -> None:
     deep = read(upload(client, sixteen_bits(image)).content)
     assert deep.bits == 16 and deep.alpha is not None and deep.pixels.shape == (3, 36, 48)
     answer = upload(client, described(image, "jpeg"), "photo.jpg", scale=2, seed=5)
     assert answer.headers["Content-Type"] == "image/jpeg"
     picture = read(answer.content)
-    # It lay on its side: 12 x 9 upright is 9 x 12.
+    # The picture is stored on its side: upright, 12 x 9 is 9 x 12.
     assert picture.pixels.shape == (3, 24, 18)
     assert picture.icc == SRGB and picture.exif is not None and b"Camera" in picture.exif
     provenance = read_provenance(answer.content)
@@ -160,18 +163,18 @@ def test_what_the_file_knew_comes_along(client: TestClient, image: Image.Image) 
     assert (provenance["model"], provenance["seed"], provenance["scale"]) == ("small", "5", "2")
 
 
-def test_what_cannot_be_written_becomes_png(client: TestClient, image: Image.Image) -> None:
+def test_format_that_cannot_be_written_becomes_png(client: TestClient, image: Image.Image) -> None:
     for format in ("gif", "avif"):
         answer = upload(client, saved(image, format), f"photo.{format}")
         assert answer.headers["Content-Type"] == "image/png"
         assert answer.headers["Content-Disposition"].endswith("photo-48x36.png")
 
 
-def test_headers_tell_how_it_came_about(client: TestClient, png: bytes) -> None:
+def test_response_headers_describe_the_result(client: TestClient, png: bytes) -> None:
     answer = upload(client, png, steps=20, seed=3)
-    told = {name: answer.headers[f"X-LinearSR-{name}"] for name in ("Model", "Seed", "Steps")}
-    assert told == {"Model": "small", "Seed": "3", "Steps": "20"}
-    # The network's, whatever the result was shrunk to.
+    headers = {name: answer.headers[f"X-LinearSR-{name}"] for name in ("Model", "Seed", "Steps")}
+    assert headers == {"Model": "small", "Seed": "3", "Steps": "20"}
+    # The scale of the network, whatever size the result was shrunk to.
     assert upload(client, png, scale=2).headers["X-LinearSR-Scale"] == "4"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     parts = re.findall(r"([\w-]+);dur=([\d.]+)", answer.headers["Server-Timing"])
@@ -180,8 +183,8 @@ def test_headers_tell_how_it_came_about(client: TestClient, png: bytes) -> None:
     assert all(float(ms) >= 0 for _, ms in parts)
 
 
-def test_requests_at_once_never_mix(small: Upscaler, png: bytes) -> None:
-    with served(Local(small, places=6)) as url, httpx2.Client(base_url=url) as client:
+def test_concurrent_requests_get_their_own_pictures(small: Upscaler, png: bytes) -> None:
+    with served(Local(small, slots=6)) as url, httpx2.Client(base_url=url) as client:
         alone = [upload(client, png, steps=4, seed=seed).content for seed in range(6)]
         together: dict[int, bytes] = {}
 
@@ -199,7 +202,7 @@ def test_requests_at_once_never_mix(small: Upscaler, png: bytes) -> None:
 # Progress
 
 
-def test_events_are_progress_and_then_the_result(client: TestClient, png: bytes) -> None:
+def test_stream_sends_progress_then_the_result(client: TestClient, png: bytes) -> None:
     plain = upload(client, png, "a cat.png", steps=20)
     answer = upload(client, png, "a cat.png", EVENTS, steps=20)
     assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -214,7 +217,7 @@ def test_events_are_progress_and_then_the_result(client: TestClient, png: bytes)
         ("polish", 19, 20, 95),
         ("polish", 20, 20, 100),
     ]
-    assert {told for told, _ in progress} == {"progress"} and name == "result"
+    assert {kind for kind, _ in progress} == {"progress"} and name == "result"
     assert base64.b64decode(result.pop("image")) == plain.content
     assert list(result.pop("timing"))[:3] == ["prepare", "queue", "structure"]
     assert result == {
@@ -230,7 +233,7 @@ def test_events_are_progress_and_then_the_result(client: TestClient, png: bytes)
     }
 
 
-def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
+def test_stream_refused_at_once_has_the_status_of_the_refusal(
     client: TestClient, png: bytes
 ) -> None:
     assert "damaged" in detail(upload(client, png[:-20], headers=EVENTS), 400)
@@ -242,7 +245,7 @@ def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"scale": 5}, "scale: .*less than or equal to 4"),
         ({"scale": 0.9}, "scale: .*greater than or equal to 1"),
@@ -269,7 +272,7 @@ def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
         ({"format": "gif"}, "format: .*'png'"),
         ({"quality": 101}, "quality"),
         ({"tags": "x" * 1001}, "tags: .*1000"),
-        ({"tags": "cat"}, "tags: small was trained without; leave them out"),
+        ({"tags": "cat"}, "tags: small was trained without tags; leave them out"),
         ({"tags": "auto"}, "tags: small was trained without"),
         ({"unknown": 1}, "unknown: "),
         ({"cls": 1}, "cls: "),
@@ -279,40 +282,40 @@ def test_what_is_refused_at_once_has_its_status_in_a_stream_too(
         ({"steps": 0, "scale": 9}, "scale.*; steps.*"),
     ],
 )
-def test_bad_fields_are_named(
-    client: TestClient, service: Local, png: bytes, fields: dict[str, Any], told: str
+def test_error_names_the_bad_field(
+    client: TestClient, service: Local, png: bytes, fields: dict[str, Any], message: str
 ) -> None:
     answer = detail(upload(client, png, **fields), 422)
-    assert re.match(told, answer, re.DOTALL), answer
-    assert len(answer) <= 300 and not service.asked
+    assert re.match(message, answer, re.DOTALL), answer
+    assert len(answer) <= 300 and not service.requests
 
 
-def test_fields_left_empty_count_as_not_given(client: TestClient, png: bytes) -> None:
+def test_empty_field_counts_as_absent(client: TestClient, png: bytes) -> None:
     names = ("scale", "width", "height", "tags", "tile", "format", "quality", "seed")
     empty = upload(client, png, **dict.fromkeys(names, ""))
     assert empty.content == upload(client, png).content
 
 
-def test_the_form_has_the_fields_of_the_command() -> None:
+def test_form_has_the_fields_of_the_command() -> None:
     fields = {*Options.model_fields, *FileOptions.model_fields} - {"max_pixels"}
     assert set(Upload.model_fields) == fields | {"image"}
-    work = Upload(image=UploadFile(io.BytesIO())).work(b"", max_pixels=5)
-    assert (work.options, work.files) == (Options(), FileOptions(max_pixels=5))
+    request = Upload(image=UploadFile(io.BytesIO())).request(b"", max_pixels=5)
+    assert (request.options, request.files) == (Options(), FileOptions(max_pixels=5))
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "status", "message"),
     [
         (END, 422, "image: .*required"),
         (part("image", b"", "empty.png") + END, 415, "empty"),
-        (part("image", b"some text") + END, 422, "image: Send the picture as a file"),
+        (part("image", b"some text") + END, 422, "image: send the picture as a file"),
         (part("image", b"some text", "text.png") + END, 415, "give PNG, JPEG"),
         (part("image", b"<svg/>", "x.svg") + END, 415, "give PNG, JPEG"),
         (part("Image", b"", "x.png") + END, 422, "image: .*required; Image: "),
-        (part("steps", b"1") * 2 + END, 422, "steps: given more than once"),
+        (part("steps", b"1") * 2 + END, 422, "steps: sent more than once"),
         (part("image", b"", "a.png") * 2 + END, 400, "Too many files"),
         (b"".join(part(f"f{i}", b"") for i in range(1000)) + END, 400, "Too many fields"),
-        (part("tags", b"x" * (LONGEST_FIELD + 1)) + END, 400, "Part exceeded"),
+        (part("tags", b"x" * (MAX_FIELD_BYTES + 1)) + END, 400, "Part exceeded"),
         (part("steps", b"1", "steps.txt") + END, 422, "steps: "),
         (b"", 422, "image"),
         (b"no form at all", 400, "multipart"),
@@ -324,9 +327,11 @@ def test_the_form_has_the_fields_of_the_command() -> None:
         (f"--{BOUNDARY}\r\nX: {'x' * 60_000}".encode(), 400, "multipart"),
     ],
 )
-def test_bad_forms(client: TestClient, body: bytes, status: int, told: str) -> None:
+def test_malformed_form_is_refused(
+    client: TestClient, body: bytes, status: int, message: str
+) -> None:
     answer = detail(client.post("/v1/upscale", content=body, headers=FORM), status)
-    assert re.match(f"(?is).*{told}", answer), answer
+    assert re.match(f"(?is).*{message}", answer), answer
 
 
 @pytest.mark.parametrize(
@@ -341,7 +346,7 @@ def test_bad_forms(client: TestClient, body: bytes, status: int, told: str) -> N
         "\xff",
     ],
 )
-def test_other_bodies_are_refused(client: TestClient, png: bytes, kind: str | None) -> None:
+def test_body_of_another_type_is_refused(client: TestClient, png: bytes, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind.encode("latin-1")}
     answer = client.post("/v1/upscale", content=png, headers=headers)
     assert "multipart/form-data" in detail(answer, 415)
@@ -349,8 +354,10 @@ def test_other_bodies_are_refused(client: TestClient, png: bytes, kind: str | No
 
 @pytest.mark.parametrize("charset", ["undefined", "idna", "punycode", "rot13", "utf-7", "x" * 99])
 @pytest.mark.parametrize("times", [1, 2])
-def test_odd_character_sets(client: TestClient, png: bytes, charset: str, times: int) -> None:
-    """Some are no text encodings, some fail in their own ways, some give halves of characters."""
+def test_form_in_an_odd_character_set_is_refused_or_decoded(
+    client: TestClient, png: bytes, charset: str, times: int
+) -> None:
+    """Some are no text encodings, some fail in their own way, and some yield lone surrogates."""
     body = part("image", png, "+2AA-.png") + part("+2AA-", b"+2AA-") * times + END
     headers = {"Content-Type": f"{FORM['Content-Type']}; charset={charset}"}
     answer = client.post("/v1/upscale", content=body, headers=headers)
@@ -358,12 +365,12 @@ def test_odd_character_sets(client: TestClient, png: bytes, charset: str, times:
     detail(answer, answer.status_code)
 
 
-def test_damaged_pictures(client: TestClient, png: bytes) -> None:
+def test_damaged_picture_is_refused(client: TestClient, png: bytes) -> None:
     assert "damaged" in detail(upload(client, png[:-20]), 400)
     assert "damaged" in detail(upload(client, png[:16]), 400)
 
 
-def test_nowhere_and_other_methods(client: TestClient) -> None:
+def test_unknown_path_and_method_are_problems(client: TestClient) -> None:
     detail(client.get("/v1/nothing"), 404)
     detail(client.get("/page/../../service.py"), 404)
     answer = client.get("/v1/upscale")
@@ -378,33 +385,31 @@ def limited(service: Local, **limits: Any) -> TestClient:
     return TestClient(create_app(service, Limits(**limits)), raise_server_exceptions=False)
 
 
-def test_limits_are_kept(service: Local, png: bytes) -> None:
+def test_request_over_a_limit_is_refused(service: Local, png: bytes) -> None:
     client = limited(service, bytes=len(png), pixels=12 * 9, output_pixels=48 * 36, steps=4)
     assert upload(client, png, steps=4).status_code == 200
     more = png + b"\0"
-    assert f"{len(png)} allowed" in detail(upload(client, more), 413)
-    assert "steps: at most 4" in detail(upload(client, png, steps=5), 422)
-    asked = service.asked
+    assert f"limit of {len(png)}" in detail(upload(client, more), 413)
+    assert "steps: 5 is more than the limit of 4" in detail(upload(client, png, steps=5), 422)
+    before = service.requests
     client = limited(service, pixels=12 * 9 - 1)
     assert "the picture has 12x9 pixels" in detail(upload(client, png), 413)
     client = limited(service, output_pixels=48 * 36 - 1)
     assert "the result has 48x36 pixels" in detail(upload(client, png), 413)
     assert upload(client, png, scale=3).status_code == 200
-    # The model takes four by default.
+    # The model takes four steps by default.
     client = limited(service, steps=3)
-    assert "steps: at most 3 here, not 4" in detail(upload(client, png, steps=""), 422)
-    assert service.asked == asked + 1
+    assert "steps: 4 is more than the limit of 3" in detail(upload(client, png, steps=""), 422)
+    assert service.requests == before + 1
 
 
 @pytest.mark.parametrize(("tile", "status"), [("off", 422), (18, 422), (17, 200), ("auto", 200)])
-def test_tiles_that_would_take_too_much_memory(
-    service: Local, tile: int | str, status: int
-) -> None:
+def test_tile_over_the_limit_is_refused(service: Local, tile: int | str, status: int) -> None:
     client = limited(service, tile=17)
     answer = upload(client, saved(Image.new("RGB", (3, 18)), "png"), tile=tile)
     assert answer.status_code == status
     if status == 422:
-        assert detail(answer, 422) == "tile: at most 17 here, not 18; auto suits any picture"
+        assert detail(answer, 422) == "tile: 18 is more than the limit of 17; use auto"
     # A tile is never larger than the picture.
     small = saved(Image.new("RGB", (17, 17)), "png")
     assert upload(client, small, tile=tile).status_code == 200
@@ -413,38 +418,36 @@ def test_tiles_that_would_take_too_much_memory(
 @pytest.mark.parametrize(
     "size", [{"width": 65535}, {"height": 65535}, {"width": 65535, "height": 65535}]
 )
-def test_a_dot_made_huge_is_refused_before_any_work(
+def test_huge_result_of_a_tiny_picture_is_refused_before_any_work(
     client: TestClient, service: Local, size: dict[str, int]
 ) -> None:
     dot = saved(Image.new("RGB", (1, 1)), "png")
     assert "65535x65535" in detail(upload(client, dot, **size), 413)
-    assert not service.asked
+    assert not service.requests
 
 
-def test_the_size_of_the_result_is_that_of_the_picture_upright(
-    service: Local, image: Image.Image
-) -> None:
-    """12 x 9 on its side is 9 x 12; 90 wide makes 120 rows of it, not 68."""
+def test_size_limit_counts_the_picture_upright(service: Local, image: Image.Image) -> None:
+    """Upright, 12 x 9 is 9 x 12: a width of 90 makes 120 rows, not 68."""
     client = limited(service, output_pixels=90 * 100)
     sideways = described(image, "jpeg")
     assert "90x120" in detail(upload(client, sideways, width=90), 413)
 
 
-def test_a_format_that_ends_before_the_result_is_refused_before_any_work(
+def test_result_too_large_for_its_format_is_refused_before_any_work(
     client: TestClient, service: Local
 ) -> None:
     long = saved(Image.new("RGB", (5000, 1)), "webp")
-    told = detail(upload(client, long, "long.webp"), 422)
-    assert told.startswith("format: 20000x4 is too large for webp")
-    assert not service.asked
+    message = detail(upload(client, long, "long.webp"), 422)
+    assert message.startswith("format: 20000x4 is too large for webp")
+    assert not service.requests
 
 
-def test_a_bomb_is_refused_by_its_header(client: TestClient, service: Local) -> None:
-    """60,000 x 60,000 pixels of nothing, in two megabytes."""
+def test_decompression_bomb_is_refused_by_its_header(client: TestClient, service: Local) -> None:
+    """60,000 x 60,000 empty pixels fit into two megabytes."""
     bomb = png_of(60_000, 60_000, zlib.compress(bytes(60_000 * (60_000 // 8 + 1)), 1))
     assert len(bomb) < Limits().bytes
     assert "60000x60000" in detail(upload(client, bomb), 413)
-    assert not service.asked
+    assert not service.requests
 
 
 # The connection
@@ -452,7 +455,7 @@ def test_a_bomb_is_refused_by_its_header(client: TestClient, service: Local) -> 
 
 @contextlib.contextmanager
 def raw(url: str, *lines: str) -> Iterator[socket.socket]:
-    """A connection on which the head of an upload has been sent."""
+    """Yield a connection on which the head of an upload has been sent."""
     _, _, address = url.rpartition("/")
     host, port = address.split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as connection:
@@ -468,22 +471,22 @@ def status_of(connection: socket.socket) -> int:
 KIND = f"Content-Type: {FORM['Content-Type']}"
 
 
-def test_a_large_claim_is_refused_before_anything_is_sent(small: Upscaler) -> None:
+def test_large_content_length_is_refused_before_the_body(small: Upscaler) -> None:
     with served(Local(small), Limits(bytes=1000)) as url:
-        for claimed in (1001 + ROOM_FOR_FIELDS, 10**18):
+        for claimed in (1001 + FORM_OVERHEAD, 10**18):
             with raw(url, KIND, f"Content-Length: {claimed}") as connection:
                 assert status_of(connection) == 413
 
 
-def test_an_upload_without_end_is_cut(small: Upscaler, png: bytes) -> None:
-    """In chunks, so that nothing says how large it will be."""
+def test_endless_upload_is_cut_at_the_limit(small: Upscaler, png: bytes) -> None:
+    """The upload is chunked, so that it has no Content-Length."""
     service = Local(small)
     with served(service, Limits(bytes=100_000)) as url:
         with raw(url, KIND, "Transfer-Encoding: chunked") as connection:
             start = part("image", b"", "x.png")[:-2]
             connection.sendall(b"%x\r\n%s\r\n" % (len(start), start))
             chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
-            # What the buffers between the two ends hold is sent before the answer comes.
+            # The buffers between the two ends fill up before the answer comes.
             for _ in range(2000):
                 _, ready, _ = select.select([], [connection], [], PATIENCE)
                 if select.select([connection], [], [], 0)[0]:
@@ -491,8 +494,8 @@ def test_an_upload_without_end_is_cut(small: Upscaler, png: bytes) -> None:
                 assert ready
                 connection.sendall(chunk)
             assert status_of(connection) == 413
-        assert not service.asked
-        # One that ends but is too large by a byte of the picture, and one that fits.
+        assert not service.requests
+        # One upload is a byte too large, and one fits.
         with httpx2.Client(base_url=url) as client:
             for size, status in ((100_001, 413), (100_000, 415)):
                 body = part("image", bytes(size), "x.png") + END
@@ -500,24 +503,24 @@ def test_an_upload_without_end_is_cut(small: Upscaler, png: bytes) -> None:
                 detail(answer, status)
 
 
-def test_a_small_claim_cuts_the_upload_short(small: Upscaler, png: bytes) -> None:
+def test_small_content_length_cuts_the_upload(small: Upscaler, png: bytes) -> None:
     with served(Local(small)) as url, raw(url, KIND, "Content-Length: 60") as connection:
         connection.sendall(part("image", png, "x.png") + END)
         assert status_of(connection) in (400, 422)
 
 
-def test_an_upload_that_never_ends_takes_no_more_than_its_time(small: Upscaler) -> None:
+def test_stalled_upload_ends_at_the_deadline(small: Upscaler) -> None:
     service = Local(small)
     limits = Limits(seconds=0.1)
     with served(service, limits) as url, raw(url, KIND, "Content-Length: 1000") as connection:
         connection.sendall(part("steps", b"1"))
         assert status_of(connection) == 504
-    assert not service.asked
+    assert not service.requests
 
 
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
-def test_who_goes_gives_the_place_back(small: Upscaler, png: bytes, accept: str) -> None:
-    service = Local(small, places=1)
+def test_disconnect_frees_the_slot(small: Upscaler, png: bytes, accept: str) -> None:
+    service = Local(small, slots=1)
     body = part("image", png, "x.png") + part("steps", b"20") + END
     with served(service) as url:
         with service.held():
@@ -528,11 +531,11 @@ def test_who_goes_gives_the_place_back(small: Upscaler, png: bytes, accept: str)
             service.wait_for(free=1)
         with httpx2.Client(base_url=url) as client:
             assert upload(client, png, steps=20).status_code == 200
-    # Four experts for the second request, and of the first at most the one that was at work.
+    # The second request runs four experts, and the first at most the one that was running.
     assert service.segments <= 5
 
 
-def test_who_goes_in_the_middle_of_an_upload_leaves_nothing(small: Upscaler, png: bytes) -> None:
+def test_disconnect_during_an_upload_starts_no_request(small: Upscaler, png: bytes) -> None:
     service = Local(small)
     with served(service) as url:
         for _ in range(3):
@@ -540,14 +543,14 @@ def test_who_goes_in_the_middle_of_an_upload_leaves_nothing(small: Upscaler, png
                 connection.sendall(part("steps", b"1"))
         with httpx2.Client(base_url=url) as client:
             assert upload(client, png).status_code == 200
-    assert service.asked == 1
+    assert service.requests == 1
 
 
-# Room
+# Slots
 
 
-def test_no_room_is_told_with_when_to_try_again(small: Upscaler, png: bytes) -> None:
-    service = Local(small, places=1)
+def test_busy_server_says_when_to_retry(small: Upscaler, png: bytes) -> None:
+    service = Local(small, slots=1)
     with served(service) as url, httpx2.Client(base_url=url, timeout=PATIENCE) as client:
         form: Any = {"files": {"image": ("x.png", png)}, "headers": EVENTS}
         with contextlib.ExitStack() as held:
@@ -559,7 +562,7 @@ def test_no_room_is_told_with_when_to_try_again(small: Upscaler, png: bytes) -> 
                     answer = upload(client, png, headers=headers)
                     assert "try again in 2 s" in detail(answer, 429)
                     assert answer.headers["Retry-After"] == "2"
-                # All that is no work is answered meanwhile.
+                # Requests without work are answered meanwhile.
                 assert client.get("/healthz").status_code == 200
                 assert client.get("/v1/models").status_code == 200
                 held.close()
@@ -567,13 +570,13 @@ def test_no_room_is_told_with_when_to_try_again(small: Upscaler, png: bytes) -> 
         assert upload(client, png).status_code == 200
 
 
-def test_health(client: TestClient, service: Local) -> None:
+def test_health_follows_the_service(client: TestClient, service: Local) -> None:
     assert client.get("/healthz").json() == {"status": "ready"}
     service.works = False
     assert "try again soon" in detail(client.get("/healthz"), 503)
 
 
-def test_what_is_served(client: TestClient) -> None:
+def test_models_lists_model_and_limits(client: TestClient) -> None:
     assert client.get("/v1/models").json() == {
         "models": [
             {
@@ -595,7 +598,7 @@ def test_what_is_served(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "status"),
+    ("header", "status"),
     [
         (None, 401),
         ("", 401),
@@ -609,26 +612,28 @@ def test_what_is_served(client: TestClient) -> None:
         ("bearer gehëim", 200),
     ],
 )
-def test_the_token(service: Local, png: bytes, given: str | None, status: int) -> None:
+def test_upload_needs_the_right_token(
+    service: Local, png: bytes, header: str | None, status: int
+) -> None:
     client = TestClient(create_app(service, Limits(), "gehëim"), raise_server_exceptions=False)
-    headers: Any = {} if given is None else {"Authorization": given.encode()}
+    headers: Any = {} if header is None else {"Authorization": header.encode()}
     answer = upload(client, png, headers=headers)
     assert answer.status_code == status
     if status == 401:
         assert "bearer token" in detail(answer, 401)
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert service.asked == (status == 200)
+    assert service.requests == (status == 200)
 
 
-def test_all_but_uploads_is_open_with_a_token(service: Local) -> None:
+def test_everything_but_uploads_needs_no_token(service: Local) -> None:
     client = TestClient(create_app(service, Limits(), "secret"))
     for path in ("/", "/docs", "/openapi.json", "/healthz", "/v1/models"):
         assert client.get(path).status_code == 200, path
     assert client.get("/v1/models").json()["token"] is True
 
 
-def test_without_the_token_nothing_is_taken_in(small: Upscaler) -> None:
-    """The answer comes although not a byte of the body has been sent."""
+def test_upload_without_the_token_is_not_read(small: Upscaler) -> None:
+    """The answer comes before a byte of the body has been sent."""
     with served(Local(small), token="secret") as url:
         for kind in (KIND, "Content-Type: text/plain"):
             with raw(url, kind, "Content-Length: 1000") as connection:
@@ -659,23 +664,23 @@ def test_without_the_token_nothing_is_taken_in(small: Upscaler) -> None:
         (".png", ".png"),
     ],
 )
-def test_odd_file_names(client: TestClient, png: bytes, name: str, stem: str) -> None:
+def test_odd_file_name_is_cleaned(client: TestClient, png: bytes, name: str, stem: str) -> None:
     body = part("image", png, name) + part("steps", b"1") + END
     answer = client.post("/v1/upscale", content=body, headers=FORM)
     assert answer.status_code == 200, answer.text
     disposition = answer.headers["Content-Disposition"]
-    found = re.fullmatch(r"inline; filename\*=UTF-8''([\w%.~-]+)", disposition, re.ASCII)
-    assert found and unquote(found[1]) == f"{stem}-48x36.png"
+    match = re.fullmatch(r"inline; filename\*=UTF-8''([\w%.~-]+)", disposition, re.ASCII)
+    assert match and unquote(match[1]) == f"{stem}-48x36.png"
     assert "Set-Cookie" not in answer.headers
     streamed = client.post("/v1/upscale", content=body, headers={**FORM, **EVENTS})
     assert events(streamed.text)[-1][1]["filename"] == f"{stem}-48x36.png"
 
 
-# The service behind it
+# Errors of the service
 
 
 class Scripted:
-    """A service whose events are written by the test."""
+    """A service that yields the events of a test."""
 
     def __init__(self, upscaler: Upscaler, script: Callable[[], Events]) -> None:
         self.info = model_info(upscaler.config)
@@ -688,7 +693,7 @@ class Scripted:
     async def ready(self) -> None:
         raise RuntimeError("/secret/path")
 
-    async def upscale(self, request: Request) -> Events:
+    async def upscale(self, request: UpscaleRequest) -> Events:
         self.begun.set()
         try:
             async with contextlib.aclosing(self.script()) as script:
@@ -725,16 +730,16 @@ def raising(error: Exception, *before: Progress) -> Callable[[], Events]:
         (OptionError("seed: not that one"), 422),
     ],
 )
-def test_errors_of_the_service_are_told(
+def test_service_error_becomes_a_problem(
     small: Upscaler, png: bytes, error: Exception, status: int
 ) -> None:
     client = TestClient(create_app(Scripted(small, raising(error)), Limits()))
     for headers in ({}, EVENTS):
         assert detail(upload(client, png, headers=headers), status) == str(error)
     client = TestClient(create_app(Scripted(small, raising(error, PROGRESS)), Limits()))
-    (first, _), (name, told) = events(upload(client, png, headers=EVENTS).text)
+    (first, _), (name, problem) = events(upload(client, png, headers=EVENTS).text)
     assert (first, name) == ("progress", "error")
-    assert (told["status"], told["detail"]) == (status, str(error))
+    assert (problem["status"], problem["detail"]) == (status, str(error))
     assert detail(upload(client, png), status) == str(error)
 
 
@@ -750,14 +755,14 @@ SECRETS = [
 
 
 @pytest.mark.parametrize("error", SECRETS, ids=lambda error: type(error).__name__)
-def test_nothing_of_the_inside_is_told_but_logged(
+def test_unexpected_error_is_logged_but_not_shown(
     small: Upscaler, png: bytes, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     app = create_app(Scripted(small, raising(error)), Limits())
     client = TestClient(app, raise_server_exceptions=False)
     for headers in ({}, EVENTS):
         answer = upload(client, png, headers=headers)
-        assert detail(answer, 500) == "the server failed; its log says more"
+        assert detail(answer, 500) == "the server failed; see its log"
         assert "secret" not in answer.text + str(answer.headers)
     app = create_app(Scripted(small, raising(error, PROGRESS)), Limits())
     text = upload(TestClient(app), png, headers=EVENTS).text
@@ -767,13 +772,13 @@ def test_nothing_of_the_inside_is_told_but_logged(
     assert {r.levelno for r in logged} == {logging.ERROR}
 
 
-def test_health_that_fails_tells_nothing_either(small: Upscaler) -> None:
+def test_unexpected_error_of_health_is_not_shown(small: Upscaler) -> None:
     app = create_app(Scripted(small, raising(ValueError())), Limits())
     answer = TestClient(app, raise_server_exceptions=False).get("/healthz")
     assert "secret" not in detail(answer, 500)
 
 
-def test_a_service_that_ends_without_a_result_failed(small: Upscaler, png: bytes) -> None:
+def test_service_without_a_result_is_an_error(small: Upscaler, png: bytes) -> None:
     for before in ((), (PROGRESS,)):
 
         async def script(before: tuple[Progress, ...] = before) -> Events:
@@ -800,7 +805,7 @@ async def silent() -> Events:
     yield PROGRESS
 
 
-def test_what_takes_too_long_is_given_up(small: Upscaler, png: bytes) -> None:
+def test_request_is_cancelled_at_the_deadline(small: Upscaler, png: bytes) -> None:
     for script in (endless, silent):
         service = Scripted(small, script)
         client = TestClient(create_app(service, Limits(seconds=0.2)))
@@ -809,14 +814,14 @@ def test_what_takes_too_long_is_given_up(small: Upscaler, png: bytes) -> None:
     detail(upload(client, png, headers=EVENTS), 504)
     service = Scripted(small, endless)
     client = TestClient(create_app(service, Limits(seconds=1)))
-    (first, _), (name, told) = events(upload(client, png, headers=EVENTS).text)
-    assert (first, name, told["status"]) == ("progress", "error", 504)
+    (first, _), (name, problem) = events(upload(client, png, headers=EVENTS).text)
+    assert (first, name, problem["status"]) == ("progress", "error", 504)
     assert service.closed.is_set()
 
 
 @pytest.mark.parametrize("script", [endless, silent])
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
-def test_the_work_ends_with_the_connection(
+def test_closed_connection_cancels_the_request(
     small: Upscaler, png: bytes, script: Callable[[], Events], accept: str
 ) -> None:
     service = Scripted(small, script)
@@ -831,7 +836,7 @@ def test_the_work_ends_with_the_connection(
 
 
 class Client:
-    """The other end of an application without a server between: it decides what happens when."""
+    """An ASGI client without a server in between, so that a test decides the order of events."""
 
     def __init__(self, service: Scripted, png: bytes, accept: str) -> None:
         self.app = create_app(service, Limits())
@@ -857,8 +862,8 @@ class Client:
 
 
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
-def test_who_reads_slowly_holds_no_place(small: Upscaler, png: bytes, accept: str) -> None:
-    """The work has ended when the result begins to be sent, though that takes for ever."""
+def test_slow_reader_holds_no_slot(small: Upscaler, png: bytes, accept: str) -> None:
+    """The request has finished before its result is sent, even if sending never ends."""
 
     async def script() -> Events:
         yield result()
@@ -886,10 +891,10 @@ def test_who_reads_slowly_holds_no_place(small: Upscaler, png: bytes, accept: st
 
 @pytest.mark.parametrize("script", [endless, silent])
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
-def test_who_has_gone_is_no_error(
+def test_disconnect_is_not_logged_as_an_error(
     small: Upscaler, png: bytes, script: Callable[[], Events], accept: str
 ) -> None:
-    """Nor is the work left to the garbage collector, whatever it was at."""
+    """The request is cancelled at once too, and not by the garbage collector."""
 
     async def converse() -> None:
         service = Scripted(small, script)
@@ -903,7 +908,7 @@ def test_who_has_gone_is_no_error(
     asyncio.run(converse())
 
 
-def test_a_stream_that_cannot_begin_gives_the_work_up(small: Upscaler, png: bytes) -> None:
+def test_stream_that_cannot_begin_cancels_the_request(small: Upscaler, png: bytes) -> None:
     async def converse() -> None:
         service = Scripted(small, endless)
         client = Client(service, png, "text/event-stream")
@@ -919,7 +924,7 @@ def test_a_stream_that_cannot_begin_gives_the_work_up(small: Upscaler, png: byte
     asyncio.run(converse())
 
 
-def test_names_of_models_in_any_writing(small: Upscaler, png: bytes) -> None:
+def test_model_name_in_any_script_fits_a_header(small: Upscaler, png: bytes) -> None:
     async def script() -> Events:
         yield result()
 
@@ -941,7 +946,7 @@ def test_tags_reach_the_model(tagged_config: ModelConfig, tmp_path: Path, png: b
     assert client.get("/v1/models").json()["models"][0]["tags"] is True
 
 
-def test_the_page(client: TestClient) -> None:
+def test_page_and_its_files_are_served(client: TestClient) -> None:
     answer = client.get("/")
     assert answer.headers["Content-Type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

@@ -1,4 +1,4 @@
-"""A thousand uploads that no client should send: refused or done, and nothing stays behind."""
+"""A thousand malformed uploads: each is refused or upscaled, and none leaves anything behind."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from PIL import Image
 
 from linearsr import Upscaler
 from linearsr.web.service import Limits
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.helpers.local_service import PATIENCE, Local, served
 
-# pytest shows what the package hides: PIL's complaints about broken tags.
+# pytest shows PIL's warnings about broken tags, which the package hides.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 UPLOADS = 1000
 PADDING = bytes(100_000)
-# Small, so that what grows with pictures (torch keeps a plan of each new shape) does not hide
-# what grows with uploads.
+# Small, so that memory that grows with pictures (torch keeps a plan of each new shape) does not
+# hide memory that grows with uploads.
 LIMITS = Limits(bytes=200_000, pixels=2_000, output_pixels=40_000)
 MANGLED = ("png", "deep png", "jpeg", "webp", "tiff", "avif", "gif")
 FIELDS = (
@@ -78,7 +78,7 @@ def pictures() -> dict[str, bytes]:
 
 
 def others() -> dict[str, bytes]:
-    """What is no picture, or none that is read here."""
+    """Return files that are no pictures, or in a format that cannot be read."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("photo.png", bytes(10_000))
@@ -101,7 +101,7 @@ def others() -> dict[str, bytes]:
 
 
 def mangled(chance: random.Random, data: bytes) -> bytes:
-    """Cut, flipped, or with pieces lost, doubled or overwritten by the largest numbers."""
+    """Cut the file, flip bits, or drop, double or overwrite a piece of it."""
     where, length = sorted(chance.sample(range(len(data)), 2)), chance.choice([1, 2, 4, 8])
     first, last = where
     flipped = bytearray(data)
@@ -122,7 +122,7 @@ def mangled(chance: random.Random, data: bytes) -> bytes:
 
 
 def claiming(chance: random.Random) -> bytes:
-    """A header of more pixels than anyone has memory for, with or without a little data."""
+    """Return a header that claims more pixels than fit into memory, with or without some data."""
     wide, high = (chance.choice([1, 16383, 40_000, 65535]) for _ in range(2))
     rows = chance.choice([b"", b"x\x9c\x03\x00\x00\x00\x00\x01", chance.randbytes(100)])
     start = b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
@@ -144,7 +144,7 @@ def claiming(chance: random.Random) -> bytes:
 
 
 def tiff_of(wide: int, high: int, count: int, rows: bytes) -> bytes:
-    """Eight bits, one channel, one strip of `count` bytes."""
+    """Return a TIFF with eight bits, one channel and one strip of `count` bytes."""
     tags = {256: wide, 257: high, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: high, 279: count}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + rows
@@ -154,7 +154,7 @@ def tiff_of(wide: int, high: int, count: int, rows: bytes) -> bytes:
 
 
 class Uploads:
-    """One kind of upload after another; every seed gives the same ones."""
+    """Yield one kind of upload after another; the same seed yields the same ones."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -170,7 +170,7 @@ class Uploads:
         }
 
     def next(self) -> tuple[str, bytes, dict[str, str]]:
-        """Its kind, body and headers."""
+        """Return the kind, body and headers of an upload."""
         kind = self.chance.choice([*self.kinds, "mangled", "mangled", "fields"])
         body = self.kinds[kind]()
         accept = self.chance.choice(["*/*", "*/*", "text/event-stream", "\xff;q=x"])
@@ -178,7 +178,7 @@ class Uploads:
 
     def form(self, image: bytes, *more: bytes) -> bytes:
         name = self.chance.choice(["x.png", "", "a/b\\c", "\u202e😀.jpg", "x" * 500])
-        # Bytes after a picture's end are nobody's business, and would show if they were kept.
+        # Bytes after the end of a picture are ignored; a leak of them would be seen.
         image = image and image + PADDING
         parts = [part("image", image, name), part("steps", b"1"), *more]
         self.chance.shuffle(parts)
@@ -224,7 +224,7 @@ class Uploads:
 
 
 def status_of(response: Any) -> int:
-    """The status; of events, that of the error which ended them."""
+    """Return the status; for a stream that ended with an error, the status of that."""
     if not response.headers["Content-Type"].startswith("text/event-stream"):
         if response.status_code >= 400:
             detail(response, response.status_code)
@@ -234,13 +234,13 @@ def status_of(response: Any) -> int:
 
 
 def settled() -> tuple[int, int]:
-    """Bytes of memory and open files of this process."""
+    """Return the memory in bytes and the number of open files of this process."""
     gc.collect()
     process = psutil.Process()
     return process.memory_info().rss, process.num_fds()
 
 
-def test_nothing_breaks_the_service_and_nothing_stays(
+def test_random_uploads_break_nothing_and_leave_nothing(
     small: Upscaler, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = Local(small)
@@ -258,14 +258,14 @@ def test_nothing_breaks_the_service_and_nothing_stays(
 
         good = Uploads(0).valid()
         before = client.post("/v1/upscale", content=good, headers=FORM)
-        # Until threads, pools and caches have what they keep.
+        # Warm up, until threads, pools and caches have reached their size.
         warm, fuzz = Uploads(1), Uploads(2)
         for _ in range(UPLOADS // 2):
             send(warm)
         memory, files = settled()
         sent = 0
-        found = Counter(send(fuzz) for _ in range(UPLOADS))
-        # A refused upload's connection is closed a little later than it is answered.
+        statuses = Counter(send(fuzz) for _ in range(UPLOADS))
+        # The connection of a refused upload is closed a little after the answer.
         for _ in range(1000):
             if settled()[1] <= files:
                 break
@@ -273,12 +273,12 @@ def test_nothing_breaks_the_service_and_nothing_stays(
         memory_after, files_after = settled()
         after = client.post("/v1/upscale", content=good, headers=FORM)
     assert before.status_code == 200 and after.content == before.content
-    assert {status for _, status in found} == {200, 400, 413, 415, 422}
-    assert {kind for kind, _ in found} == set(fuzz.kinds)
-    assert sum(count for (_, status), count in found.items() if status == 200) > 100
-    assert service.free == service.places
-    # Were bodies, pictures or results kept, most of what was sent would still be here; allocators
-    # hold on to a little (2 MB of 85).
+    assert {status for _, status in statuses} == {200, 400, 413, 415, 422}
+    assert {kind for kind, _ in statuses} == set(fuzz.kinds)
+    assert sum(count for (_, status), count in statuses.items() if status == 200) > 100
+    assert service.free == service.slots
+    # If bodies, pictures or results leaked, most of the bytes sent would still be here; allocators
+    # keep a little (2 MB of 85).
     assert memory_after - memory < sent / 10, (memory, memory_after, sent)
     assert files_after <= files
     assert not [record for record in caplog.records if record.name.startswith("linearsr")]

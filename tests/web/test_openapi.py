@@ -1,4 +1,4 @@
-"""What the OpenAPI document says is what happens: Schemathesis sends what fits it, and what not."""
+"""The server behaves as its OpenAPI document says; Schemathesis sends valid and invalid data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig
 from linearsr.web.api import create_app
 from linearsr.web.service import Limits
-from tests.conftest import random_experts
-from tests.web.local import Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.local_service import Local, served
 
-# A result can be too large although each field is in its range: no schema says so.
+# A result can be too large although each field is in its range; a schema cannot express that.
 CONFIG = """
 [checks]
 positive_data_acceptance.expected-statuses = ["2xx", "413"]
@@ -30,7 +30,7 @@ negative_data_rejection.expected-statuses = ["400", "413", "415", "422"]
 
 @pytest.fixture(scope="module")
 def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
-    """A model that takes tags, so that every field may be given."""
+    """Return a model that takes tags, so that every field may be sent."""
     folder = tmp_path_factory.mktemp("tagged")
     experts = [model.state_dict() for model in random_experts(tagged_config, 4)]
     weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
@@ -38,19 +38,22 @@ def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("token", [None, "a-token"], ids=["open", "token"])
-def test_what_happens_is_what_is_written(
+def test_server_behaves_as_its_openapi_document_says(
     tagged: Upscaler, tmp_path: Path, token: str | None
 ) -> None:
-    """Statuses, types, headers, schemas; valid data is taken and other data refused; the token."""
+    """Schemathesis checks statuses, headers, schemas, the token, and what data is accepted."""
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     run = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
-    asked = ["--checks=all", "--max-examples=50", "--seed=1", "--generation-database=none"]
+    options = ["--checks=all", "--max-examples=50", "--seed=1", "--generation-database=none"]
     header = ["--header", f"Authorization: Bearer {token}"] if token else []
-    hooks = {"SCHEMATHESIS_HOOKS": "tests.web.hooks", "PYTHONPATH": str(Path(__file__).parents[2])}
+    hooks = {
+        "SCHEMATHESIS_HOOKS": "tests.helpers.schemathesis_hooks",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     with served(Local(tagged), Limits(output_pixels=10_000), token) as url:
         done = subprocess.run(
-            [*run, f"{url}/openapi.json", *asked, *header],
+            [*run, f"{url}/openapi.json", *options, *header],
             env={**os.environ, **hooks},
             cwd=tmp_path,
             capture_output=True,
@@ -65,27 +68,26 @@ def document(upscaler: Upscaler, token: str | None = None) -> dict[str, Any]:
     return client.get("/openapi.json").json()
 
 
-def test_the_document_names_what_clients_must_handle(small: Upscaler) -> None:
-    told = document(small)["paths"]["/v1/upscale"]["post"]
+def test_openapi_document_lists_problems_and_security(small: Upscaler) -> None:
+    operation = document(small)["paths"]["/v1/upscale"]["post"]
     problems = {"400", "413", "415", "422", "429", "503", "504"}
-    assert told["responses"].keys() == {"200", *problems}
+    assert operation["responses"].keys() == {"200", *problems}
     for status in problems:
-        (kind, content), *others = told["responses"][status]["content"].items()
+        (kind, content), *others = operation["responses"][status]["content"].items()
         assert kind == "application/problem+json" and not others
         assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
-    assert told["responses"]["429"]["headers"]["Retry-After"]["required"]
-    assert "text/event-stream" in told["responses"]["200"]["content"]
-    assert "security" not in told
+    assert operation["responses"]["429"]["headers"]["Retry-After"]["required"]
+    assert "text/event-stream" in operation["responses"]["200"]["content"]
+    assert "security" not in operation
     guarded = document(small, "a-token")
-    told = guarded["paths"]["/v1/upscale"]["post"]
-    assert told["responses"].keys() == {"200", "401", *problems}
-    assert told["security"] == [{"HTTPBearer": []}]
+    operation = guarded["paths"]["/v1/upscale"]["post"]
+    assert operation["responses"].keys() == {"200", "401", *problems}
+    assert operation["security"] == [{"HTTPBearer": []}]
     assert guarded["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert "security" not in guarded["paths"]["/v1/models"]["get"]
 
 
-def test_docs(small: Upscaler) -> None:
-    """They need nothing from outside."""
+def test_docs_page_loads_nothing_from_other_hosts(small: Upscaler) -> None:
     client = TestClient(create_app(Local(small), Limits()))
     answer = client.get("/docs")
     assert answer.headers["Content-Type"].startswith("text/html")

@@ -1,10 +1,11 @@
-"""The page in a real browser, over a real server and model, used by every means."""
+"""The page in a real browser, with a real server and model: mouse, keyboard and touch."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import io
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,14 +19,16 @@ from PIL import Image
 from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig, Options
 from linearsr.imaging.files import encode, read, to_pil
-from linearsr.web.service import Events, Limits, NotReady, Progress, Request
-from tests.conftest import random_experts
-from tests.web.local import PATIENCE, Local, served
+from linearsr.web.service import Events, Limits, NotReady, Progress, UpscaleRequest
+from tests.helpers.experts import random_experts
+from tests.helpers.local_service import PATIENCE, Local, served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
-    pytest.skip("there is no chromium on the path", allow_module_level=True)
+    if os.environ.get("CI"):
+        pytest.fail("Chromium is not installed, and CI does not skip the tests of the page")
+    pytest.skip("Chromium is not on the path", allow_module_level=True)
 
 expect = playwright.expect
 expect.set_options(timeout=1000 * PATIENCE)
@@ -35,7 +38,7 @@ Browser = playwright.Browser
 # Text below this contrast fails WCAG 2.2 AA.
 AA = 4.5
 TIMES = "\N{MULTIPLICATION SIGN}"
-# Addresses of pictures that were made and not given back.
+# Count the object URLs that were created and not revoked.
 COUNT_ADDRESSES = """
 window.addresses = new Set();
 const { createObjectURL, revokeObjectURL } = URL;
@@ -46,7 +49,7 @@ URL.createObjectURL = (blob) => {
 };
 URL.revokeObjectURL = (url) => { addresses.delete(url); revokeObjectURL(url); };
 """
-# The least contrast of any text that is seen, and that text.
+# Return the lowest contrast of any visible text, and that text.
 LEAST_CONTRAST = """
 () => {
   const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
@@ -69,7 +72,7 @@ LEAST_CONTRAST = """
   return found.sort(([a], [b]) => a - b)[0];
 }
 """
-# All that the page has said of its work, also what was there for a moment only.
+# Collect every status text of the page, even one shown for a moment only.
 COLLECT_STATUS = """
 () => {
   window.said = [];
@@ -97,13 +100,13 @@ async ([bytes, size]) => {
 """
 DECODE = """
 async (base64) => {
-  const { decoded } = await import("/page/stream.js");
-  const bytes = await new Blob(decoded(base64)).arrayBuffer();
+  const { bytesOf } = await import("/page/stream.js");
+  const bytes = await new Blob(bytesOf(base64)).arrayBuffer();
   const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   return [...hash].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 """
-# Pixels of a picture that lie above the frame.
+# Return how many pixels of a picture lie above the frame.
 HIDDEN_ABOVE = """
 (picture) => picture.closest("figure").getBoundingClientRect().top -
   picture.getBoundingClientRect().top
@@ -125,7 +128,7 @@ HAND_OVER = """
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # Not for the session: while it runs, this thread has an event loop, and asyncio no room.
+    # Per module, not per session: while Playwright runs, asyncio cannot be used in this thread.
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -133,7 +136,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Visit:
-    """A page that was opened, and all it complained of and asked for."""
+    """An open page, its console errors and its requests."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page, self.url = page, url
@@ -143,7 +146,7 @@ class Visit:
         page.add_init_script(COUNT_ADDRESSES)
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        # The browser is told of the first who listens, and not at once: so before any key.
+        # The browser learns of the first listener with a delay: add one before any key is pressed.
         page.on("filechooser", lambda _: None)
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
         page.goto(url)
@@ -164,7 +167,7 @@ def visits() -> list[Visit]:
 
 @pytest.fixture
 def open_page(browser: Browser, visits: list[Visit]) -> Iterator[Open]:
-    """Open a page. Afterwards its console must be empty, but for the refusals that are named."""
+    """Open a page. Afterwards its console may contain only the refusals that were named."""
     refused: list[int] = []
     contexts = []
 
@@ -178,12 +181,12 @@ def open_page(browser: Browser, visits: list[Visit]) -> Iterator[Open]:
     yield opened
     for context in contexts:
         context.close()
-    told = [text for visit in visits for text in visit.complaints]
+    complaints = [text for visit in visits for text in visit.complaints]
     expected = [f"the server responded with a status of {status} " for status in refused]
-    assert len(told) == len(expected), told
-    assert all(words in text for words, text in zip(expected, told, strict=True)), told
+    assert len(complaints) == len(expected), complaints
+    assert all(words in text for words, text in zip(expected, complaints, strict=True)), complaints
     for visit in visits:
-        # Addresses of blobs have no host.
+        # Object URLs have no host.
         assert visit.hosts <= {urlsplit(visit.url).netloc, ""}
 
 
@@ -201,7 +204,7 @@ def photo(photograph: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def choose(page: Page, path: Path) -> None:
-    """By the mouse."""
+    """Choose a photo with the mouse."""
     with page.expect_file_chooser() as chooser:
         page.get_by_text("Choose a photo").click()
     chooser.value.set_files(path)
@@ -213,7 +216,7 @@ def start(page: Page) -> None:
 
 
 def download(page: Page) -> tuple[str, bytes]:
-    """The suggested name and the bytes of the result, by the mouse."""
+    """Download the result with the mouse; return the suggested name and the bytes."""
     link = page.get_by_role("link", name="Download")
     expect(link).to_be_visible()
     with page.expect_download() as saving:
@@ -222,7 +225,7 @@ def download(page: Page) -> tuple[str, bytes]:
 
 
 def assert_same_picture(data: bytes, upscaler: Upscaler, photo: Path, **options: object) -> None:
-    """As `upscaler` makes it: pixel by pixel."""
+    """Assert that the pixels are those of `upscaler`."""
     expected = to_pil(upscaler.upscale(read(photo.read_bytes()), Options.parse(**options)))
     with Image.open(io.BytesIO(data)) as image:
         assert np.array_equal(np.asarray(image), np.asarray(expected))
@@ -233,16 +236,18 @@ def expert(page: Page, name: str) -> playwright.Locator:
 
 
 def alert(page: Page) -> playwright.Locator:
-    """The problems that are told, wherever."""
+    """Return the problems that are shown anywhere."""
     return page.get_by_role("alert").filter(has_text=".")
 
 
 def drawn_width(page: Page, name: str) -> int:
-    """Pixels of what the browser made of a picture; 0 where it could not."""
+    """Return the number of pixels that the browser decoded; 0 if it could not."""
     return int(page.get_by_alt_text(name).evaluate("image => image.naturalWidth"))
 
 
-def test_photo_to_file_by_mouse(open_page: Open, url: str, small: Upscaler, photo: Path) -> None:
+def test_mouse_alone_gets_from_photo_to_file(
+    open_page: Open, url: str, small: Upscaler, photo: Path
+) -> None:
     page = open_page(url)
     choose(page, photo)
     page.get_by_text(f"2{TIMES}", exact=True).click()
@@ -258,12 +263,12 @@ def test_photo_to_file_by_mouse(open_page: Open, url: str, small: Upscaler, phot
     expect(page.get_by_role("status").filter(has_text="Done")).to_contain_text("3 steps and seed 7")
     for took_part in ("structure", "texture"):
         expect(expert(page, took_part)).to_contain_text(re.compile(r"\d m?s"))
-    # At three steps nothing is left for them.
+    # With three steps, these experts have none to take.
     for idle in ("refinement", "polish"):
         expect(expert(page, idle)).to_contain_text("no steps")
 
 
-def test_any_scale_and_some_of_the_detail(
+def test_any_scale_and_partial_detail_are_sent(
     open_page: Open, scaling_bundle: Path, photo: Path
 ) -> None:
     upscaler = Upscaler.load(scaling_bundle, "cpu")
@@ -283,10 +288,10 @@ def test_any_scale_and_some_of_the_detail(
         page.get_by_label("Any scale").fill("4.1")
         start_again = page.get_by_role("button", name="Upscale again")
         start_again.click()
-        expect(alert(page)).to_have_text("Give a number from 1 to 4.")
+        expect(alert(page)).to_have_text("Enter a number from 1 to 4.")
 
 
-def test_it_is_told_when_the_result_was_resampled(open_page: Open, url: str, photo: Path) -> None:
+def test_resampled_result_is_reported(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url)
     choose(page, photo)
     page.get_by_text(f"2{TIMES}", exact=True).click()
@@ -296,7 +301,7 @@ def test_it_is_told_when_the_result_was_resampled(open_page: Open, url: str, pho
     )
 
 
-def test_photo_to_file_by_keyboard(
+def test_keyboard_alone_gets_from_photo_to_file(
     open_page: Open, url: str, small: Upscaler, photo: Path, tmp_path: Path
 ) -> None:
     page = open_page(url)
@@ -312,7 +317,7 @@ def test_photo_to_file_by_keyboard(
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(photo)
-    # Where the focus was is gone; it goes on to what comes next.
+    # The focused element is hidden now; the next one has the focus.
     expect(page.get_by_role("button", name="Upscale")).to_be_focused()
     tab_to(page.get_by_label(f"4{TIMES}"))
     page.keyboard.press("ArrowLeft")
@@ -334,7 +339,7 @@ def test_photo_to_file_by_keyboard(
     assert_same_picture(data, small, photo, scale=3, steps=3, seed=11)
 
 
-def test_focus_follows_the_work(open_page: Open, url: str, service: Local, photo: Path) -> None:
+def test_focus_follows_the_request(open_page: Open, url: str, service: Local, photo: Path) -> None:
     page = open_page(url)
     choose(page, photo)
     with service.held():
@@ -343,7 +348,7 @@ def test_focus_follows_the_work(open_page: Open, url: str, service: Local, photo
     expect(page.get_by_role("slider", name="Before and after")).to_be_focused()
 
 
-def test_slider_by_arrows_mouse_and_touch(open_page: Open, url: str, photo: Path) -> None:
+def test_slider_moves_by_arrows_mouse_and_touch(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url, has_touch=True)
     choose(page, photo)
     start(page)
@@ -353,9 +358,9 @@ def test_slider_by_arrows_mouse_and_touch(open_page: Open, url: str, photo: Path
     for key, value in [("ArrowLeft", 49), ("PageUp", 59), ("Home", 0), ("End", 100)]:
         page.keyboard.press(key)
         expect(slider).to_have_value(str(value))
-        told = f"{value}% before, {100 - value}% after"
-        assert slider.get_attribute("aria-valuetext") == told
-        # What is right of the line is clipped from the photo that lies above.
+        label = f"{value}% before, {100 - value}% after"
+        assert slider.get_attribute("aria-valuetext") == label
+        # The upper photo is clipped to the right of the line.
         shown = page.get_by_alt_text("Before").locator("..")
         expect(shown).to_have_css("clip-path", f"inset(0px {100 - value}% 0px 0px)")
     box = page.locator("figure").bounding_box()
@@ -373,7 +378,9 @@ def test_slider_by_arrows_mouse_and_touch(open_page: Open, url: str, photo: Path
     expect(slider).to_have_value("75")
 
 
-def test_actual_size_shows_both_photos_at_one_place(open_page: Open, url: str, photo: Path) -> None:
+def test_actual_size_shows_both_photos_at_the_same_spot(
+    open_page: Open, url: str, photo: Path
+) -> None:
     page = open_page(url, viewport={"width": 360, "height": 300})
     choose(page, photo)
     start(page)
@@ -404,43 +411,45 @@ def test_progress_names_the_expert(open_page: Open, url: str, service: Local, ph
     with service.held():
         start(page)
         status = page.get_by_role("status").filter(has_text="%")
-        expect(status).to_have_text("0%, 0 of 4 steps: structure is at work.")
+        expect(status).to_have_text("0%, 0 of 4 steps: structure is running.")
         expect(page.get_by_role("list", name="Experts").get_by_role("listitem")).to_have_text(
-            ["structureat work", "refinementwaiting", "texturewaiting", "polishwaiting"]
+            ["structurerunning", "refinementwaiting", "texturewaiting", "polishwaiting"]
         )
         expect(page.get_by_role("progressbar", name="Progress")).to_have_attribute("value", "0")
     expect(page.get_by_role("link", name="Download")).to_be_visible()
 
 
-def test_progress_step_by_step(open_page: Open, url: str, photo: Path) -> None:
+def test_progress_is_reported_step_by_step(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url)
     choose(page, photo)
     page.evaluate(COLLECT_STATUS)
     start(page)
     expect(page.get_by_text("Done in")).to_be_visible()
-    *said, done = page.evaluate("said")
-    assert said == [
-        "Sent; waiting for its turn.",
-        "0%, 0 of 4 steps: structure is at work.",
-        "25%, 1 of 4 steps: refinement is at work.",
-        "50%, 2 of 4 steps: texture is at work.",
+    *messages, done = page.evaluate("said")
+    assert messages == [
+        "Sent. Waiting for its turn.",
+        "0%, 0 of 4 steps: structure is running.",
+        "25%, 1 of 4 steps: refinement is running.",
+        "50%, 2 of 4 steps: texture is running.",
         "100%, 4 of 4 steps: writing the file.",
     ]
     assert done.endswith("with 4 steps and seed 0.")
 
 
 class Scripted(Local):
-    """Sends these events and no result."""
+    """A service that yields these events and no result."""
 
     events: tuple[Progress, ...] = ()
 
-    async def upscale(self, request: Request) -> Events:
+    async def upscale(self, request: UpscaleRequest) -> Events:
         for event in self.events:
             yield event
         raise NotReady("an expert was lost")
 
 
-def test_progress_that_skips_and_starts_over(open_page: Open, small: Upscaler, photo: Path) -> None:
+def test_progress_may_skip_experts_and_start_over(
+    open_page: Open, small: Upscaler, photo: Path
+) -> None:
     service = Scripted(small)
     service.events = (
         Progress("structure", 0, 2),
@@ -457,14 +466,14 @@ def test_progress_that_skips_and_starts_over(open_page: Open, small: Upscaler, p
         start(page)
         expect(alert(page)).to_have_text("An expert was lost.")
         assert page.evaluate("said")[1:] == [
-            "0%, 0 of 2 steps: structure is at work.",
-            "50%, 1 of 2 steps: refinement is at work.",
-            "50%, 1 of 2 steps: texture is at work.",
-            "0%, 0 of 2 steps: structure is at work.",
-            "50%, 1 of 2 steps: refinement is at work.",
+            "0%, 0 of 2 steps: structure is running.",
+            "50%, 1 of 2 steps: refinement is running.",
+            "50%, 1 of 2 steps: texture is running.",
+            "0%, 0 of 2 steps: structure is running.",
+            "50%, 1 of 2 steps: refinement is running.",
             "100%, 2 of 2 steps: writing the file.",
         ]
-        # The work is no longer shown.
+        # The list of experts is hidden again.
         assert page.get_by_role("listitem", include_hidden=True).all_text_contents() == [
             "structuredone",
             "refinementno steps",
@@ -473,15 +482,15 @@ def test_progress_that_skips_and_starts_over(open_page: Open, small: Upscaler, p
         ]
 
 
-def test_events_cut_anywhere(open_page: Open, url: str) -> None:
-    """Networks cut where they like: inside of characters, of line ends, of fields."""
+def test_events_are_parsed_wherever_they_are_cut(open_page: Open, url: str) -> None:
+    """Networks may cut inside of a character, a line end or a field."""
     sent = b': ping\r\n\r\nevent: a\r\ndata: {"b":\r\ndata: "\xc3\xa9"}\r\n\r\ndata: 1\n\nid: 7\n\n'
     page = open_page(url)
     for size in (1, 2, 3, len(sent)):
         assert page.evaluate(READ_EVENTS, [list(sent), size]) == [["a", {"b": "é"}], ["message", 1]]
 
 
-def test_bytes_of_a_long_result(open_page: Open, url: str) -> None:
+def test_long_result_is_decoded_in_slices(open_page: Open, url: str) -> None:
     data = bytes(range(256)) * 12_345
     page = open_page(url)
     assert (
@@ -489,36 +498,36 @@ def test_bytes_of_a_long_result(open_page: Open, url: str) -> None:
     )
 
 
-def test_cancelling_gives_the_work_up(
+def test_cancel_button_cancels_the_request(
     open_page: Open, url: str, service: Local, small: Upscaler, photo: Path
 ) -> None:
     page = open_page(url)
     choose(page, photo)
     with service.held():
         start(page)
-        expect(page.get_by_text("structure is at work")).to_be_visible()
+        expect(page.get_by_text("structure is running")).to_be_visible()
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_role("status").filter(has_text="Cancelled")).to_be_visible()
         expect(page.get_by_role("list", name="Experts")).to_be_hidden()
-    service.wait_for(service.places)
+    service.wait_for(service.slots)
     start(page)
     assert_same_picture(download(page)[1], small, photo)
 
 
-def test_another_photo_while_one_is_at_work(
+def test_another_photo_cancels_the_request(
     open_page: Open, url: str, service: Local, small: Upscaler, photo: Path, tmp_path: Path
 ) -> None:
     page = open_page(url)
     choose(page, photo)
     with service.held():
         start(page)
-        expect(page.get_by_text("structure is at work")).to_be_visible()
+        expect(page.get_by_text("structure is running")).to_be_visible()
         other = tmp_path / "other.png"
         with Image.open(photo) as image:
             image.crop((0, 0, 20, 30)).save(other)
         hand_over(page, "drop", other)
         expect(page.get_by_text("other.png", exact=True)).to_be_visible()
-    service.wait_for(service.places)
+    service.wait_for(service.slots)
     start(page)
     name, data = download(page)
     assert name == "other-80x120.png"
@@ -532,7 +541,7 @@ def hand_over(page: Page, how: str, *paths: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
-def test_photo_dropped_or_pasted(open_page: Open, url: str, photo: Path, how: str) -> None:
+def test_photo_can_be_dropped_or_pasted(open_page: Open, url: str, photo: Path, how: str) -> None:
     page = open_page(url)
     hand_over(page, how, photo, photo)
     expect(page.get_by_text(f"64 {TIMES} 48 → 256 {TIMES} 192")).to_be_visible()
@@ -541,20 +550,20 @@ def test_photo_dropped_or_pasted(open_page: Open, url: str, photo: Path, how: st
     assert Image.open(io.BytesIO(download(page)[1])).size == (256, 192)
 
 
-def test_addresses_of_pictures_are_given_back(open_page: Open, url: str, photo: Path) -> None:
+def test_object_urls_are_revoked(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url)
     choose(page, photo)
     for _ in range(2):
         start(page)
         expect(page.get_by_role("button", name="Upscale again")).to_be_visible()
-        # The photo's and the result's.
+        # One for the photo and one for the result.
         assert page.evaluate("addresses.size") == 2
     hand_over(page, "drop", photo)
     expect(page.get_by_role("link", name="Download")).to_be_hidden()
     assert page.evaluate("addresses.size") == 1
 
 
-def test_tiff_without_preview(
+def test_tiff_is_upscaled_without_a_preview(
     open_page: Open, url: str, small: Upscaler, photo: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "scan.tif"
@@ -576,7 +585,7 @@ def test_tiff_without_preview(
 
 
 @pytest.mark.parametrize("format", ["jpg", "webp"])
-def test_format_asked_for(
+def test_chosen_format_is_downloaded(
     open_page: Open, url: str, small: Upscaler, photo: Path, format: str
 ) -> None:
     page = open_page(url)
@@ -585,8 +594,8 @@ def test_format_asked_for(
     start(page)
     name, data = download(page)
     assert name == f"Eileen Collins-256x192.{format}"
-    made = small.upscale(read(photo.read_bytes()))
-    expected = encode(made, {"jpg": "jpeg", "webp": "webp"}[format])
+    large = small.upscale(read(photo.read_bytes()))
+    expected = encode(large, {"jpg": "jpeg", "webp": "webp"}[format])
     with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(expected)) as same:
         assert np.array_equal(np.asarray(image), np.asarray(same))
 
@@ -594,7 +603,9 @@ def test_format_asked_for(
 # Problems
 
 
-def test_not_a_picture(open_page: Open, url: str, photo: Path, tmp_path: Path) -> None:
+def test_file_that_is_no_picture_is_refused(
+    open_page: Open, url: str, photo: Path, tmp_path: Path
+) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("not a photo")
     page = open_page(url, refusals=(415,))
@@ -603,7 +614,7 @@ def test_not_a_picture(open_page: Open, url: str, photo: Path, tmp_path: Path) -
     expect(alert(page)).to_have_text(
         "Not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
     )
-    # And on with a better one.
+    # A better photo works.
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Another photo").click()
     chooser.value.set_files(photo)
@@ -612,7 +623,7 @@ def test_not_a_picture(open_page: Open, url: str, photo: Path, tmp_path: Path) -
     expect(page.get_by_role("link", name="Download")).to_be_visible()
 
 
-def test_damaged_picture(open_page: Open, url: str, photo: Path, tmp_path: Path) -> None:
+def test_damaged_picture_is_refused(open_page: Open, url: str, photo: Path, tmp_path: Path) -> None:
     half = tmp_path / "half.png"
     half.write_bytes(photo.read_bytes()[:2000])
     page = open_page(url, refusals=(400,))
@@ -631,7 +642,7 @@ def test_damaged_picture(open_page: Open, url: str, photo: Path, tmp_path: Path)
         (Limits(bytes=1000), "more than the limit of 1 kB"),
     ],
 )
-def test_photo_over_a_limit(
+def test_photo_over_a_limit_is_reported_at_once(
     open_page: Open, service: Local, photo: Path, limits: Limits, words: str
 ) -> None:
     with served(service, limits) as url:
@@ -639,11 +650,11 @@ def test_photo_over_a_limit(
         choose(page, photo)
         expect(alert(page)).to_contain_text(words)
         start(page)
-        # The server's own words, in the same place.
-        expect(alert(page)).to_contain_text("allowed")
+        # The message comes from the server, and is shown in the same place.
+        expect(alert(page)).to_contain_text("more than the limit of")
 
 
-def test_result_over_a_limit(open_page: Open, service: Local, photo: Path) -> None:
+def test_result_over_a_limit_is_refused(open_page: Open, service: Local, photo: Path) -> None:
     with served(service, Limits(output_pixels=20_000)) as url:
         page = open_page(url, refusals=(413,))
         choose(page, photo)
@@ -654,7 +665,7 @@ def test_result_over_a_limit(open_page: Open, service: Local, photo: Path) -> No
         assert download(page)[0] == "Eileen Collins-128x96.png"
 
 
-def test_wrong_fields_are_told_beside_them(open_page: Open, url: str, photo: Path) -> None:
+def test_wrong_field_has_its_message_beside_it(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url)
     choose(page, photo)
     page.get_by_label("Steps").fill("99")
@@ -663,8 +674,8 @@ def test_wrong_fields_are_told_beside_them(open_page: Open, url: str, photo: Pat
     steps, seed = page.get_by_label("Steps"), page.get_by_label("Seed")
     expect(steps).to_be_focused()
     expect(steps).to_have_accessible_description(
-        "Give a whole number from 1 to 50. "
-        "1 is closest to the truth; more is sharper but invents texture."
+        "Enter a whole number from 1 to 50. "
+        "1 is closest to the truth; more steps are sharper but invent texture."
     )
     expect(seed).to_have_attribute("aria-invalid", "true")
     steps.fill("1")
@@ -674,7 +685,9 @@ def test_wrong_fields_are_told_beside_them(open_page: Open, url: str, photo: Pat
     expect(seed).not_to_have_attribute("aria-invalid", "true")
 
 
-def test_field_that_the_server_refuses(open_page: Open, url: str, photo: Path) -> None:
+def test_field_refused_by_the_server_has_its_message_beside_it(
+    open_page: Open, url: str, photo: Path
+) -> None:
     page = open_page(url, refusals=(422,))
     choose(page, photo)
     page.get_by_label("Seed").fill("9" * 19)
@@ -685,8 +698,8 @@ def test_field_that_the_server_refuses(open_page: Open, url: str, photo: Path) -
     )
 
 
-def test_busy(open_page: Open, small: Upscaler, photo: Path) -> None:
-    with served(Local(small, places=0)) as url:
+def test_busy_server_is_reported(open_page: Open, small: Upscaler, photo: Path) -> None:
+    with served(Local(small, slots=0)) as url:
         page = open_page(url, refusals=(429,))
         choose(page, photo)
         start(page)
@@ -694,7 +707,7 @@ def test_busy(open_page: Open, small: Upscaler, photo: Path) -> None:
         expect(page.get_by_role("button", name="Upscale")).to_be_enabled()
 
 
-def test_server_that_goes_away(
+def test_lost_server_is_reported(
     open_page: Open, service: Local, photo: Path, visits: list[Visit]
 ) -> None:
     with served(service) as url:
@@ -705,11 +718,11 @@ def test_server_that_goes_away(
     expect(alert(page)).to_have_text(
         "The server does not answer; check the connection and try again."
     )
-    # The browser's own words, not the page's.
+    # The message comes from the browser, not from the page.
     assert visits[0].complaints.pop() == "Failed to load resource: net::ERR_CONNECTION_REFUSED"
 
 
-def test_failure_in_the_middle(
+def test_failure_during_a_request_is_reported(
     open_page: Open, url: str, service: Local, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -725,13 +738,13 @@ def test_failure_in_the_middle(
     expect(page.get_by_role("link", name="Download")).to_be_visible()
 
 
-def test_token(open_page: Open, service: Local, photo: Path) -> None:
+def test_token_is_required_and_kept(open_page: Open, service: Local, photo: Path) -> None:
     with served(service, token="open sesame") as url:
         page = open_page(url, refusals=(401,))
         choose(page, photo)
         token = page.get_by_label("Access token")
         start(page)
-        expect(alert(page)).to_have_text("This server asks for an access token.")
+        expect(alert(page)).to_have_text("This server requires an access token.")
         expect(token).to_be_focused()
         token.fill("wrong")
         token.press("Enter")
@@ -742,15 +755,15 @@ def test_token(open_page: Open, service: Local, photo: Path) -> None:
         expect(page.get_by_role("link", name="Download")).to_be_visible()
 
 
-# What is offered
+# The model and the limits
 
 
-def test_tags_are_for_models_that_take_them(
+def test_tags_are_disabled_unless_the_model_takes_them(
     open_page: Open, url: str, tagged_config: ModelConfig, photo: Path, tmp_path: Path
 ) -> None:
     tags = open_page(url).get_by_label("Tags")
     expect(tags).to_be_disabled()
-    expect(tags).to_have_accessible_description("small takes none: it was trained without tags.")
+    expect(tags).to_have_accessible_description("small takes no tags: it was trained without them.")
     experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
     weights.save(tmp_path, tagged_config, experts, {"licence": "test"})
     upscaler = Upscaler.load(tmp_path, "cpu")
@@ -765,19 +778,21 @@ def test_tags_are_for_models_that_take_them(
         assert_same_picture(data, upscaler, photo)
 
 
-def test_no_more_steps_than_the_server_allows(open_page: Open, service: Local, photo: Path) -> None:
+def test_steps_stay_within_the_limit_of_the_server(
+    open_page: Open, service: Local, photo: Path
+) -> None:
     with served(service, Limits(steps=8)) as url:
         page = open_page(url)
         choose(page, photo)
         expect(page.get_by_label("Steps")).to_have_value("4")
         page.get_by_label("Steps").fill("9")
         start(page)
-        expect(alert(page)).to_have_text("Give a whole number from 1 to 8.")
+        expect(alert(page)).to_have_text("Enter a whole number from 1 to 8.")
 
 
 @pytest.mark.parametrize("width", [360, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_state_fits_and_can_be_read(
+def test_every_state_fits_and_is_legible(
     open_page: Open, url: str, service: Local, photo: Path, width: int, scheme: str
 ) -> None:
     page = open_page(
@@ -800,7 +815,7 @@ def test_every_state_fits_and_can_be_read(
     assert_fits_and_reads()
     with service.held():
         start(page)
-        expect(page.get_by_text("structure is at work")).to_be_visible()
+        expect(page.get_by_text("structure is running")).to_be_visible()
         assert_fits_and_reads()
     expect(page.get_by_role("link", name="Download")).to_be_visible()
     assert_fits_and_reads()
@@ -810,8 +825,8 @@ def test_every_state_fits_and_can_be_read(
     assert_fits_and_reads()
 
 
-def test_everything_has_a_name(open_page: Open, url: str, photo: Path) -> None:
-    """What can be used or looked at, to who hears the page."""
+def test_every_control_has_an_accessible_name(open_page: Open, url: str, photo: Path) -> None:
+    """Screen readers can name everything that can be used or seen."""
     page = open_page(url)
     expect(page.get_by_label("Choose a photo")).to_have_accessible_description(
         "PNG, JPEG, WebP, TIFF, AVIF or GIF, up to 20 MB and 4 megapixels"
@@ -820,14 +835,14 @@ def test_everything_has_a_name(open_page: Open, url: str, photo: Path) -> None:
     start(page)
     expect(page.get_by_role("link", name="Download")).to_be_visible()
     controls = page.locator("a, button, input, select, figure img, progress, ol, section")
-    seen = [e for e in controls.all() if e.is_visible() and not e.get_attribute("aria-hidden")]
-    assert len(seen) > 15
-    for control in seen:
+    visible = [e for e in controls.all() if e.is_visible() and not e.get_attribute("aria-hidden")]
+    assert len(visible) > 15
+    for control in visible:
         expect(control).to_have_accessible_name(re.compile("."))
     assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 5
 
 
-def test_nothing_inline(url: str, open_page: Open) -> None:
-    """What the page's own policy forbids, none of it would run."""
+def test_page_has_no_inline_script_or_style(url: str, open_page: Open) -> None:
+    """The content security policy of the page would block inline code."""
     page = open_page(url)
     assert page.locator("[style], style, script:not([src]), [onclick]").count() == 0

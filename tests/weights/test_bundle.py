@@ -1,4 +1,4 @@
-"""Bundles on disk: round trip, and every way they can be broken."""
+"""Bundles on disk: round trips, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def test_unknown_model_names_the_known_ones() -> None:
         weights.load("no-such-model")
 
 
-def test_missing_expert(folder: Path) -> None:
+def test_missing_expert_is_named(folder: Path) -> None:
     (folder / "texture.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"texture\.safetensors.*missing"):
         weights.load(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(folder: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
     bias = load_file(folder / "polish.safetensors")["out.bias"]
     bias[3] = value
     _rewrite(folder / "polish.safetensors", {"out.bias": bias})
@@ -68,33 +68,33 @@ def test_not_finite(folder: Path, value: float) -> None:
         weights.load(folder)
 
 
-def test_wrong_shape(folder: Path) -> None:
+def test_wrong_shape_is_named(folder: Path) -> None:
     _rewrite(folder / "structure.safetensors", {"out.bias": torch.zeros(7)})
     with pytest.raises(WeightsError, match=r"structure.*out\.bias"):
         weights.load(folder)
 
 
-def test_unexpected_tensor(folder: Path) -> None:
+def test_unexpected_tensor_is_named(folder: Path) -> None:
     _rewrite(folder / "structure.safetensors", {"surprise": torch.zeros(7)})
     with pytest.raises(WeightsError, match="surprise"):
         weights.load(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
-def test_damaged_file(folder: Path, content: bytes) -> None:
+def test_damaged_file_is_named(folder: Path, content: bytes) -> None:
     (folder / "structure.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match=r"structure\.safetensors"):
         weights.load(folder)
 
 
-def test_truncated_file(folder: Path) -> None:
+def test_truncated_file_is_named(folder: Path) -> None:
     path = folder / "texture.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"texture\.safetensors"):
         weights.load(folder)
 
 
-def test_safetensors_that_are_not_ours(tmp_path: Path) -> None:
+def test_safetensors_without_our_config_are_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="convert"):
         weights.load(tmp_path)
@@ -121,7 +121,7 @@ def test_saving_refuses_weights_that_are_not_finite(
     assert not (tmp_path / "bad" / "texture.safetensors").exists()
 
 
-def test_the_bundled_model_is_complete_and_small() -> None:
+def test_the_bundled_model_has_all_experts_and_is_small() -> None:
     assert "linearsr-tiny" in weights.available()
     folder = weights.find("linearsr-tiny")
     assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 24e6

@@ -1,16 +1,16 @@
-// One photo, its options, one request at a time, and the two pictures side by side.
+// The page: one photo, its settings, one request at a time, and a comparison of both pictures.
 
-import { decoded, events } from "./stream.js";
+import { bytesOf, events } from "./stream.js";
 
 const $ = (id) => document.getElementById(id);
 
-// Of both: url, drawn (whether this browser can), width, height. Null when there is none.
+// Each has url, drawn (whether this browser can show it), width and height; null if there is none.
 let photo = null;
 let result = null;
-// The AbortController of the request that is on its way.
+// The AbortController of the request in flight.
 let running = null;
-// Steps of it that are known to be done.
-let taken = 0;
+// The number of its steps that are known to be done.
+let stepsDone = 0;
 let limits = {};
 
 class Problem extends Error {
@@ -20,31 +20,31 @@ class Problem extends Error {
   }
 }
 
-// What is served
+// The model and the limits
 
 async function load() {
   try {
     const response = await fetch("v1/models");
     if (!response.ok) throw await refusal(response);
-    offer(await response.json());
+    showModel(await response.json());
   } catch (error) {
     $("model").textContent = `${inWords(error)} Trying again.`;
     setTimeout(load, 3000);
   }
 }
 
-function offer({ models: [model], limits: most, token }) {
-  limits = most;
+function showModel({ models: [model], limits: newLimits, token }) {
+  limits = newLimits;
   $("model").textContent = model.name;
-  $("limits").textContent += `, up to ${bytes(most.bytes)} and ${megapixels(most.pixels)}`;
+  $("limits").textContent += `, up to ${bytes(limits.bytes)} and ${megapixels(limits.pixels)}`;
   for (const id of ["steps", "steps-range"]) {
-    $(id).max = most.steps;
+    $(id).max = limits.steps;
     $(id).value = model.steps;
   }
   $("tags").disabled = !model.tags;
   $("tags-hint").textContent = model.tags
-    ? "What the photo shows, such as cat, grass. With auto it is found out."
-    : `${model.name} takes none: it was trained without tags.`;
+    ? "Objects in the photo, such as cat, grass. With auto they are detected."
+    : `${model.name} takes no tags: it was trained without them.`;
   $("token-field").hidden = !token;
   $("token").required = token;
   $("experts").replaceChildren(...model.experts.map(expert));
@@ -65,7 +65,7 @@ async function choose([file, ...others]) {
   forget();
   const mine = { file, url: URL.createObjectURL(file) };
   photo = mine;
-  Object.assign(mine, await look(mine.url));
+  Object.assign(mine, await decode(mine.url));
   if (photo !== mine) return;
   $("before").src = mine.url;
   say(others.length ? `One photo at a time: this is ${file.name}.` : "");
@@ -73,7 +73,7 @@ async function choose([file, ...others]) {
   checkLimits();
 }
 
-// A picture's bytes stay in memory as long as its address.
+// A picture stays in memory until its object URL is revoked.
 function forget() {
   running?.abort();
   for (const shown of [photo, result]) if (shown) URL.revokeObjectURL(shown.url);
@@ -81,7 +81,7 @@ function forget() {
   clear();
 }
 
-async function look(url) {
+async function decode(url) {
   const image = new Image();
   image.src = url;
   const drawn = await image.decode().then(() => true, () => false);
@@ -135,7 +135,7 @@ async function request(signal) {
 function fields() {
   const data = new FormData($("form"));
   for (const [name, value] of [...data]) if (value === "") data.delete(name);
-  // The number field has the scale.
+  // The number field holds the scale, even if a preset was chosen.
   data.delete("preset");
   data.set("image", photo.file, photo.file.name);
   return data;
@@ -147,15 +147,15 @@ function headers() {
 }
 
 function isValid() {
-  const words = {
-    token: "This server asks for an access token.",
-    scale: "Give a number from 1 to 4.",
-    steps: `Give a whole number from 1 to ${$("steps").max}.`,
-    seed: "Give a whole number, zero or more.",
+  const advice = {
+    token: "This server requires an access token.",
+    scale: "Enter a number from 1 to 4.",
+    steps: `Enter a whole number from 1 to ${$("steps").max}.`,
+    seed: "Enter a whole number, zero or more.",
   };
-  const wrong = Object.keys(words).filter((id) => !$(id).checkValidity());
-  // The last to complain has the focus: the first of them.
-  for (const id of wrong.reverse()) complain(id, words[id]);
+  const wrong = Object.keys(advice).filter((id) => !$(id).checkValidity());
+  // The last complaint takes the focus, so that must be the one about the first field.
+  for (const id of wrong.reverse()) complain(id, advice[id]);
   return wrong.length === 0;
 }
 
@@ -166,8 +166,8 @@ function begin() {
   };
   const timer = setInterval(tick, 1000);
   for (const item of $("experts").children) mark(item, "waiting");
-  taken = $("progress").value = 0;
-  say("Sent; waiting for its turn.");
+  stepsDone = $("progress").value = 0;
+  say("Sent. Waiting for its turn.");
   tick();
   show();
   return () => {
@@ -176,13 +176,13 @@ function begin() {
   };
 }
 
-// An expert begins, where the one before it ended or the work starts over, or has ended its run of
-// steps. Experts before it that said nothing had none to take.
+// An expert begins (at the last step known, or at an earlier one if the request was started again),
+// or has ended its steps. Experts before it without an event had no steps to take.
 function progressed({ expert, step, steps, percent }) {
   const items = [...$("experts").children];
   const place = items.findIndex((item) => item.dataset.name === expert);
-  const working = step <= taken ? place : step < steps ? place + 1 : items.length;
-  taken = step;
+  const working = step <= stepsDone ? place : step < steps ? place + 1 : items.length;
+  stepsDone = step;
   for (const [i, item] of items.entries()) {
     if (i === working) mark(item, "working");
     else if (i > working) mark(item, "waiting");
@@ -190,11 +190,11 @@ function progressed({ expert, step, steps, percent }) {
     else if (item.dataset.state !== "done") mark(item, "idle");
   }
   $("progress").value = percent;
-  const now = items[working] ? `${items[working].dataset.name} is at work` : "writing the file";
+  const now = items[working] ? `${items[working].dataset.name} is running` : "writing the file";
   say(`${percent}%, ${step} of ${steps} steps: ${now}.`);
 }
 
-const STATES = { waiting: "waiting", working: "at work", done: "done", idle: "no steps" };
+const STATES = { waiting: "waiting", working: "running", done: "done", idle: "no steps" };
 
 function mark(item, state, words = STATES[state]) {
   item.dataset.state = state;
@@ -204,16 +204,16 @@ function mark(item, state, words = STATES[state]) {
 // The result
 
 async function finish(data, signal) {
-  const blob = new Blob(decoded(data.image), { type: data.media_type });
-  const made = { ...data, image: null, url: URL.createObjectURL(blob), size: blob.size };
-  made.drawn = (await look(made.url)).drawn;
-  if (signal.aborted) URL.revokeObjectURL(made.url);
+  const blob = new Blob(bytesOf(data.image), { type: data.media_type });
+  const received = { ...data, image: null, url: URL.createObjectURL(blob), size: blob.size };
+  received.drawn = (await decode(received.url)).drawn;
+  if (signal.aborted) URL.revokeObjectURL(received.url);
   signal.throwIfAborted();
   if (result) URL.revokeObjectURL(result.url);
   else reveal();
-  result = made;
-  $("after").src = made.url;
-  Object.assign($("download"), { href: made.url, download: made.filename });
+  result = received;
+  $("after").src = received.url;
+  Object.assign($("download"), { href: received.url, download: received.filename });
   showTimes();
   report();
 }
@@ -229,21 +229,21 @@ function showTimes() {
 function report() {
   const { timing, steps, seed, scale, drawn, width } = result;
   const all = Object.values(timing).reduce((sum, time) => sum + time, 0);
-  const walk = steps === 1 ? "1 step" : `${steps} steps`;
+  const count = steps === 1 ? "1 step" : `${steps} steps`;
   const resampled = photo.drawn && width !== even(photo.width * scale)
     ? ` The model worked at ${number(scale)}×; its result was resampled.` : "";
   const unseen = drawn ? "" : " This browser cannot show the result; download it.";
-  say(`Done in ${seconds(all)} with ${walk} and seed ${seed}.${resampled}${unseen}`);
+  say(`Done in ${seconds(all)} with ${count} and seed ${seed}.${resampled}${unseen}`);
 }
 
-// Problems, each beside what caused it
+// Problems, each shown beside its cause
 
 const CAUSES = { 400: "file", 401: "token", 413: "file", 415: "file" };
 
 async function refusal(response) {
   const { status, statusText, headers } = response;
-  const told = await response.json().catch(() => ({}));
-  const detail = told.detail || `the server answered ${status} ${statusText}`;
+  const problem = await response.json().catch(() => ({}));
+  const detail = problem.detail || `the server answered ${status} ${statusText}`;
   return new Problem(status, detail, headers.get("Retry-After"));
 }
 
@@ -263,7 +263,7 @@ function inWords(error) {
   }
   if (error.status === 401) return "The access token is missing or wrong.";
   if (error.status === 429) return `The server is busy; try again in ${error.wait ?? "a few"} s.`;
-  // It stands beside the field or photo that it names.
+  // The message is shown beside the field or photo that it names.
   const words = error.message.replace(/^(the picture|\w+): /, "");
   return `${words[0].toUpperCase()}${words.slice(1)}`.replace(/\.?$/, ".");
 }
@@ -308,12 +308,12 @@ function show() {
   measure();
   label();
   if (!held.hidden) return;
-  // What had the focus is gone: it goes on to what comes next.
+  // The focused element is hidden now: focus the next one.
   const next = running ? "cancel" : compared ? "slider" : result ? "download" : "start";
   $(next).focus();
 }
 
-// The photo takes the place that its result will have, so that nothing jumps.
+// The photo takes the space of its result, so that nothing jumps when that arrives.
 function measure() {
   const [width, height] = outcome();
   const { style } = $("compare");
@@ -354,13 +354,13 @@ function slide() {
   $("slider").setAttribute("aria-valuetext", `${value}% before, ${100 - value}% after`);
 }
 
-// The first result of a photo wipes in.
+// Reveal the first result of a photo with a wipe.
 function reveal() {
   const compare = $("compare");
   $("slider").value = 50;
   compare.classList.remove("reveal");
   compare.style.setProperty("--at", "100%");
-  // What is not read now would never have been: the way would start at its end.
+  // Reading the style applies it; otherwise the transition would begin at its end.
   getComputedStyle(compare).getPropertyValue("--at");
   compare.classList.add("reveal");
   slide();
@@ -389,13 +389,13 @@ function drag(event) {
 }
 
 function say(words) {
-  // The same words again would be read aloud again.
+  // Screen readers would repeat a text that is set again.
   if ($("status").textContent !== words) $("status").textContent = words;
 }
 
 // Quantities
 
-// The nearest whole number, halves to the even one: so the server rounds sides.
+// Round to the nearest whole number, and halves to the even one, as the server does.
 const even = (x) => (x % 2 === 0.5 ? Math.floor(x) : Math.round(x));
 const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
@@ -406,13 +406,13 @@ function bytes(n) {
   return n < 1e6 ? `${number(n / 1e3)} kB` : `${number(n / 1e6)} MB`;
 }
 
-// What people do
+// Events
 
 const on = (id, event, act) => $(id).addEventListener(event, act);
 
 on("file", "change", ({ target }) => {
   choose([...target.files]);
-  // So that the same file can be chosen again.
+  // Otherwise the same file could not be chosen again.
   target.value = "";
 });
 on("other", "click", () => $("file").click());
@@ -420,7 +420,7 @@ on("form", "submit", (event) => {
   event.preventDefault();
   upscale();
 });
-// Not for the second half of a double click on what was there before.
+// Ignore the second click of a double click on the start button, which stood in the same place.
 on("cancel", "click", ({ detail }) => detail < 2 && running.abort());
 on("scales", "input", ({ target }) => {
   if (target !== $("scale")) $("scale").value = target.value;

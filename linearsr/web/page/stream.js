@@ -1,6 +1,6 @@
-// What the server sends while it works: events of a response's body, and bytes out of base64.
+// Decode what the server sends: events from the body of a response, and bytes from base64.
 
-// Server-sent events as [name, data]; `EventSource` itself cannot send a photo.
+// Yield server-sent events as [name, data]. `EventSource` cannot be used: it sends no photo.
 export async function* events(body) {
   let name = "message";
   let data = [];
@@ -29,8 +29,8 @@ async function* lines(body) {
   }
 }
 
-// Slice by slice, so that no second string of the whole is made; each is whole groups of four.
-export function decoded(base64, slice = 2 ** 20) {
+// Decode in slices, to avoid a second string of the whole; `slice` is a multiple of four.
+export function bytesOf(base64, slice = 2 ** 20) {
   const parts = [];
   for (let start = 0; start < base64.length; start += slice) {
     const text = atob(base64.slice(start, start + slice));

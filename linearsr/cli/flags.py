@@ -1,0 +1,62 @@
+"""Flags made from the fields of a config, and how `--help` and docs/reference show flags."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any, Literal, get_args, get_origin
+
+from linearsr.config import Config
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Begins each help text with a capital and ends it with the default, if there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return help_text(action)
+
+
+class JobHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Also keeps the line breaks of the script's docstring."""
+
+
+def help_text(action: argparse.Action) -> str:
+    """A flag's help text with its default: the same in --help and in docs/reference."""
+    text = action.help or ""
+    if text.split(" ")[0].isalpha():  # not "s3://..." or a path
+        text = text[0].upper() + text[1:]
+    default = action.default
+    if default in (None, "", [], (), argparse.SUPPRESS) or default is False or "default" in text:
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return f"{text} (default: {shown})"
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, config: type[Config], names: Iterable[str] | None = None
+) -> None:
+    """Add a flag for each of these fields (all by default), with its description as help text.
+
+    Values stay text: the config converts and checks them.
+    """
+    for name in config.model_fields if names is None else names:
+        field = config.model_fields[name]
+        flag = f"--{name.replace('_', '-')}"
+        text = " ".join((field.description or "").split()).removesuffix(".").replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif field.is_required():
+            parser.add_argument(flag, required=True, help=text)
+        else:
+            choices = _choices(field.annotation)
+            parser.add_argument(flag, default=field.default, choices=choices, help=text)
+
+
+def _choices(annotation: Any) -> tuple[str, ...] | None:
+    """The words of a Literal, or of a Literal that may also be None; else None."""
+    options = [kind for kind in (get_args(annotation) or ()) if kind is not type(None)]
+    if get_origin(annotation) is not Literal:
+        if len(options) != 1 or get_origin(options[0]) is not Literal:
+            return None
+        options = list(get_args(options[0]))
+    return tuple(options)

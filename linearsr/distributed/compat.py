@@ -1,0 +1,92 @@
+"""Every private or unstable API of Ray that this package uses: what for, and what would replace it.
+
+Checked with Ray 2.60. Each function imports what it needs, so that training loads nothing of Serve.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+
+# The resource that only the head node has. Ray Serve schedules by it, but no public constant names
+# it. Successor: a label selector, once the head has a documented label.
+HEAD_RESOURCE = "node:__internal_head__"
+
+
+def keep_data_actors_here() -> None:
+    """Start Ray Data's singleton actors on this node, the driver's.
+
+    Ray Data binds each of them to the node that first asks for it. Training asks from its workers,
+    so without this call they would be lost with a worker's node, and with them the data of every
+    later run. Successor: none yet; needed until Ray Data places them on the head by itself.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.node_trackers.actor_location import (
+        get_or_create_actor_location_tracker,
+    )
+    from ray.data._internal.stats import get_or_create_stats_actor
+    from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
+    for get_or_create in (
+        get_or_create_autoscaling_coordinator,
+        get_or_create_actor_location_tracker,
+        get_or_create_stats_actor,
+        get_or_create_usage_collection_actor,
+    ):
+        get_or_create()
+
+
+def autoscaler_version() -> int:
+    """Return the number of the autoscaler's last report, which rises; 0 without an autoscaler.
+
+    Nothing public says whether a cluster autoscales, and a pool that is too large for a fixed
+    cluster must be refused rather than wait for ever. The SDK of the second autoscaler is not
+    documented. Successor: `ray.util.state`, once it lists the autoscaler's state.
+    """
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return int(status.stats.autoscaler_version or 0)
+
+
+def quiet_checkpoint_manager() -> None:
+    """Silence the line that announces a resumed run whenever `Result.from_path` reads one.
+
+    The module is private, and its name is the logger's. Successor: `Result.from_path` itself, once
+    it no longer logs.
+    """
+    from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
+
+    logging.getLogger(checkpoint_manager.__name__).setLevel(logging.WARNING)
+
+
+def serve_client(address: str) -> Any:
+    """Return a client for the REST API of Ray Serve at the dashboard's address.
+
+    The REST API is documented, its Python client is not. Successor: the API by plain HTTP.
+    """
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    return ServeSubmissionClient(address)
+
+
+def delete_application(name: str, *, wait: bool) -> None:
+    """Delete a Serve application; without `wait`, return before its replicas have stopped.
+
+    `_blocking` is not documented. Successor: a public parameter of `serve.delete`.
+    """
+    from ray import serve
+
+    serve.delete(name, _blocking=wait)
+
+
+def progress_bar(description: str, total: int, unit: str) -> Any:
+    """Return a tqdm bar that the driver draws once, however many workers have one.
+
+    `ray.experimental` may change. Successor: `ray.train`'s own progress, once it has one.
+    """
+    from ray.experimental import tqdm_ray
+
+    return tqdm_ray.tqdm(desc=description, total=total, unit=unit)

@@ -1,0 +1,264 @@
+"""Tag a shard dataset: what the LR pictures show, written beside them.
+
+    list shards ─▶ leave out those done ─▶ actors: row group ▸ decode ▸ tag ─▶ shard written whole
+
+A shard's footer says which tagger has seen it, which rows it had then, and which rows failed. So
+the output may be the input, and a job that is started again goes on with the shards that this
+tagger has not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress
+from linearsr.distributed.queue import CRASHED, Pool, map_actors
+from linearsr.errors import InputError, OptionError, WeightsError, one_line, reason
+from linearsr.imaging.files import read
+from linearsr.imaging.sources import FAILURES, map_files, open_shard
+from linearsr.storage.location import Location, check_writable, explained, locate, url
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tag, TaggerConfig
+
+# The footer's key. Its value is JSON: the `settings`, the shard's `identity`, the number of rows
+# `tagged`, and `errors` by id; the id "" stands for the whole shard.
+NOTE: Final = b"linearsr.tags"
+TAGS: Final = (
+    pa.field("tags", pa.list_(pa.string())),
+    pa.field("tag_scores", pa.list_(pa.float32())),
+)
+# Columns that identify a row whatever its tags are; LR follows from HR by the degradation's seed.
+IDENTITY: Final = ("id", "degradation")
+Note = dict[str, Any]
+
+
+class _Shard(NamedTuple):
+    """A shard: its path below the folder, its number of rows, and a digest of `IDENTITY`."""
+
+    name: str
+    rows: int
+    identity: str
+
+
+class TagConfig(Pool):
+    """A tagging job."""
+
+    input: str
+    """Folder of Parquet shards, local (on storage that all nodes see) or s3://."""
+    output: str
+    """Folder for the tagged shards, local or s3://; may be the input."""
+    column: Literal["lr", "hr"] = "lr"
+    """Picture to tag. Upscaling has LR alone, so the tags of lr are those that it can find."""
+    tagger: TaggerConfig = TaggerConfig()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings that the tags depend on. Raises OptionError for an unreadable vocabulary."""
+        settings = self.tagger.model_dump(mode="json")
+        if (path := self.tagger.vocabulary) is not None:
+            try:
+                settings["vocabulary"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            except OSError as error:
+                raise OptionError(
+                    f"{path}: cannot be read ({error.strerror}); check --vocabulary"
+                ) from error
+        return {**settings, "column": self.column}
+
+
+def tag_dataset(config: TagConfig) -> Summary:
+    """Tag every shard that this tagger has not seen, on a running Ray.
+
+    Raises InputError, OutputError or OptionError before any work for everything that can be known
+    by then, for example that `output` holds shards other than those of `input`.
+    """
+    source, output = locate(config.input), locate(config.output)
+    shards = _list_shards(source, config.column)
+    notes = _read_notes(shards, output, config.settings)
+    check_writable(output)
+    finished = [(shard, note) for shard, note in zip(shards, notes, strict=True) if note]
+    todo = [shard for shard, note in zip(shards, notes, strict=True) if note is None]
+    # Locations, not paths: an actor's node may have another S3 endpoint than the driver's.
+    results = map_actors(todo, _Worker, (config, source, output), config)
+    counts: Counter[str] = Counter()
+    with (
+        # The errors of build_shards remain, if the output is the folder that it wrote.
+        Errors(output, keep=lambda row: row["stage"] != "tag") as errors,
+        progress("tag", sum(shard.rows for shard in shards), "pictures") as bar,
+    ):
+        for run, tagged in (("earlier", finished), ("done", results)):
+            for shard, result in tagged:
+                note = result or _failed_shard(CRASHED)
+                failed = _add_errors(errors, shard, note, bar)
+                counts[run] += shard.rows - failed
+                counts["failed"] += failed
+                counts["tagged"] += note["tagged"]
+                bar.update(shard.rows)
+    return Summary(
+        unit="pictures",
+        verb="processed",
+        total=sum(shard.rows for shard in shards),
+        earlier=counts["earlier"],
+        done=counts["done"],
+        failed=counts["failed"],
+        detail=f"{counts['tagged']} have tags, in {len(shards)} shards",
+    )
+
+
+def _list_shards(folder: Location, column: str) -> list[_Shard]:
+    """List the shards below the folder. Raises InputError if there are none or one is broken."""
+    files = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
+    files = {n: file for n, file in files.items() if n.endswith(".parquet") and n != FAILURES}
+    if not files:
+        raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
+
+    def describe(name: str) -> _Shard:
+        shard = open_shard(files[name], "id", column)
+        with explained(files[name]):
+            return _Shard(name, shard.metadata.num_rows, identity(shard))
+
+    return map_files(list(files), describe)  # type: ignore[arg-type]
+
+
+def identity(shard: Any) -> str:
+    """Return a digest of the columns that tagging does not change; pictures stay unread."""
+    names = [name for name in IDENTITY if name in shard.schema_arrow.names]
+    rows = shard.read(columns=names).to_pylist()
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+def _read_notes(
+    shards: list[_Shard], output: Location, settings: dict[str, Any]
+) -> list[Note | None]:
+    """Return this tagger's note in each finished shard, or None for a shard that is left to do.
+
+    Raises OptionError for shards of another dataset, which would be overwritten, and InputError for
+    a damaged note.
+    """
+    known = {(output / shard.name).path: shard for shard in shards}
+    existing = [file for file in output.files() if file.path in known]
+
+    def read_note(file: Location) -> Note | None:
+        shard = open_shard(file, "id")
+        note = _note(shard, file)
+        with explained(file):
+            same = identity(shard) == known[file.path].identity
+        if not same:
+            raise OptionError(
+                f"{url(output)} holds other shards: {known[file.path].name} has other rows than "
+                "the input's; choose another output"
+            )
+        done = (note.get("settings"), note.get("identity"))
+        return note if done == (settings, known[file.path].identity) else None
+
+    notes = dict(zip((file.path for file in existing), map_files(existing, read_note), strict=True))
+    return [notes.get(path) for path in known]
+
+
+def _note(shard: Any, file: Location) -> Note:
+    """Return any tagger's note in the open shard, or {}. Raises InputError for a damaged one."""
+    text = (shard.metadata.metadata or {}).get(NOTE)
+    try:
+        note: Note = {} if text is None else json.loads(text)
+        if note and not {"settings", "tagged", "errors"} <= note.keys():
+            raise ValueError("a part of it is missing")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{url(file)}: its note {NOTE.decode()} is damaged ({one_line(error)}); delete the "
+            "shard, or build it again"
+        ) from error
+    return note
+
+
+def _add_errors(errors: Errors, shard: _Shard, note: Note, bar: Any) -> int:
+    """List a shard's errors; return the number of pictures that failed."""
+    for id, error in note["errors"].items():
+        errors.add(f"{shard.name}#{id}" if id else shard.name, Failure("tag", error), bar)
+    return shard.rows if "" in note["errors"] else len(note["errors"])
+
+
+def _failed_shard(error: str) -> Note:
+    return {"tagged": 0, "errors": {"": error}}
+
+
+class _Worker:
+    """The worker of an actor: one tagger, which tags a shard at a time."""
+
+    def __init__(self, config: TagConfig, source: Location, output: Location) -> None:
+        self.config, self.source, self.output = config, source, output
+        self.tagger = load_tagger(config.tagger, "cuda" if config.gpu else "cpu")
+
+    def __call__(self, shards: list[_Shard]) -> list[Note]:
+        """Tag shards and return the note of each."""
+        return [self._tag(shard.name) for shard in shards]
+
+    def _tag(self, name: str) -> Note:
+        """Tag one shard; a bad one must not end the job."""
+        try:
+            data, note = tagged_shard(open_shard(self.source / name), self.config, self.tagger)
+            (self.output / name).write(data)
+        except (OptionError, WeightsError):
+            raise  # the next one would fail as well
+        except Exception as error:
+            return _failed_shard(reason(error))
+        return note
+
+
+def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
+    """Return the open Parquet file with `tags` and `tag_scores` filled, and its footer's note.
+
+    All else stays as it is, row group by row group, so no more than one is decoded at a time. A row
+    whose picture cannot be read has no tags and an error in the note.
+    """
+    schema = _schema(file.schema_arrow)
+    note: Note = {"settings": config.settings, "identity": identity(file)}
+    note |= {"tagged": 0, "errors": {}}
+    sink = io.BytesIO()
+    # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
+    plain: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(sink, schema, compression="none", **plain) as writer:
+        for number in range(file.num_row_groups):
+            group = file.read_row_group(number)
+            rows = zip(*(group.column(c).to_pylist() for c in ("id", config.column)), strict=True)
+            tags = [_tags(id, data, tagger, note) for id, data in rows]
+            writer.write_table(_with_tags(group, tags, schema))
+        writer.add_key_value_metadata({NOTE.decode(): json.dumps(note)})
+    return sink.getvalue(), note
+
+
+def _schema(schema: Any) -> Any:
+    """Return the shard's schema with TAGS in their place or at the end, without a note."""
+    for field_ in TAGS:
+        at = schema.get_field_index(field_.name)
+        schema = schema.append(field_) if at < 0 else schema.set(at, field_)
+    kept = {k: v for k, v in (schema.metadata or {}).items() if k != NOTE}
+    return schema.with_metadata(kept or None)
+
+
+def _tags(id: str, data: bytes | None, tagger: Any, note: Note) -> list[Tag]:
+    try:
+        if data is None:
+            raise InputError("there is no picture")
+        tags: list[Tag] = tagger(read(data, name="the picture").pixels)
+    except (OptionError, WeightsError):
+        raise  # the next one would fail as well
+    except Exception as error:  # torch, codecs and models have their own ways
+        note["errors"][str(id)] = reason(error)
+        return []
+    note["tagged"] += bool(tags)
+    return tags
+
+
+def _with_tags(group: pa.Table, tags: list[list[Tag]], schema: Any) -> pa.Table:
+    names = pa.array([[tag.name for tag in row] for row in tags], TAGS[0].type)
+    scores = pa.array([[tag.score for tag in row] for row in tags], TAGS[1].type)
+    new = {"tags": names, "tag_scores": scores}
+    columns = [new[n] if n in new else group.column(n) for n in schema.names]
+    return pa.table(columns, schema=schema)

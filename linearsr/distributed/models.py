@@ -1,0 +1,43 @@
+"""Load weights by a bundled name, from a local folder, or from an s3:// one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from linearsr import weights
+from linearsr.config import ModelConfig
+from linearsr.errors import WeightsError
+from linearsr.pipeline.upscaler import Upscaler
+from linearsr.storage.location import locate
+
+
+def load_upscaler(
+    model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
+) -> Upscaler:
+    """Do as `Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
+    if not model.startswith("s3://"):
+        return Upscaler.load(model, device, only, compiled=compiled)
+    with locate(model).local(".safetensors") as folder:
+        return Upscaler.load(folder, device, only, compiled=compiled)
+
+
+def read_config(model: str) -> ModelConfig:
+    """Read a model's config; a local model's tensors stay unread. Raises WeightsError."""
+    if not model.startswith("s3://"):
+        return weights.read_config(model)
+    with locate(model).local(".safetensors") as folder:
+        return weights.read_config(folder)
+
+
+def absolute(model: str) -> str:
+    """Make a model's folder absolute, as workers have their own; a bundled name stays as it is."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+def check_model(model: str) -> None:
+    """Raise WeightsError for a path without a bundle; loads nothing, so any driver can run it."""
+    if not model.startswith("s3://"):
+        weights.read_config(model)
+    elif not any(file.name.endswith(".safetensors") for file in locate(model).files()):
+        raise WeightsError(f"{model}: no .safetensors file in this folder")

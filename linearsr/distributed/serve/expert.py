@@ -1,0 +1,150 @@
+"""The experts of a model as replicas: each takes its steps on batches of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from ray import serve
+from ray.serve import metrics
+
+from linearsr.config import ModelConfig, Options
+from linearsr.diffusion.experts import Segment, ranges
+from linearsr.distributed.models import load_upscaler
+from linearsr.distributed.serve.config import ServeConfig
+from linearsr.distributed.serve.retry import StaleModel, WeightsChanged
+from linearsr.errors import WeightsError
+from linearsr.imaging.files import Picture
+from linearsr.pipeline.state import DenoiseState
+from linearsr.pipeline.upscaler import Upscaler
+
+# Upper bounds of the histograms' buckets.
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A request on its way from expert to expert, and the milliseconds it has spent so far."""
+
+    state: DenoiseState
+    # The model that the router planned for, and the weights of the first expert.
+    config: ModelConfig
+    weights: str | None = None
+    queue: float = 0.0
+    # By the experts' names.
+    denoise: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Item:
+    """A request in an expert's queue."""
+
+    handoff: Handoff
+    segment: Segment
+    arrival: float
+    wanted: bool = True
+
+
+class Experts:
+    """A replica with some experts of a model. Each call names the steps to take."""
+
+    def __init__(self, config: ServeConfig, experts: tuple[int, ...]) -> None:
+        self.weights = config.model
+        self.upscaler = load_upscaler(config.model, config.device, only=experts)
+        self.forwards = 0
+        for expert in experts:
+            self_check(self.upscaler, expert)
+            self.upscaler.experts[expert].register_forward_hook(self._count)
+        # Always the same thread: each thread that computes starts an OpenMP team of its own.
+        self.thread = ThreadPoolExecutor(1)
+        # As a decorator, `serve.batch` would make one queue for the whole class.
+        batch = serve.batch(
+            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s
+        )
+        self.queues = {expert: batch(self._denoise) for expert in experts}
+        histogram = partial(metrics.Histogram, boundaries=MILLISECONDS, tag_keys=("expert",))
+        self.queue_ms = histogram("linearsr_queue_ms", "time from arrival to the batch")
+        self.step_ms = histogram("linearsr_step_ms", "mean time of a forward pass in a batch")
+        self.batch_size = histogram("linearsr_batch_size", "requests in a batch", boundaries=SIZES)
+
+    async def denoise(self, handoff: Handoff, segment: Segment) -> Handoff:
+        """Return the request after the steps of `segment`, taken by one of this replica's experts.
+
+        Raises StaleModel if it was planned for another model, and WeightsChanged if an earlier
+        expert had other weights.
+        """
+        check_same_model(self.upscaler, handoff)
+        if handoff.weights not in (None, self.weights):
+            raise WeightsChanged("the experts are being replaced by ones with other weights")
+        item = _Item(handoff, segment, time.perf_counter())
+        try:
+            result: Handoff | Exception = await self.queues[segment.expert](item)
+        except asyncio.CancelledError:
+            item.wanted = False
+            raise
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def ready(self) -> bool:
+        """Answer a health check: a replica starts only if its model passes the self-check."""
+        return True
+
+    async def _denoise(self, items: list[_Item]) -> list[Handoff | Exception]:
+        """Take a batch's steps with one expert.
+
+        If the batch fails, its requests are tried one by one, so that only the one at fault fails.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.thread, self._denoise_batch, items)
+        except Exception as error:
+            # The frames of the traceback would keep the tensors of the batch alive.
+            failure = error.with_traceback(None)
+        if len(items) == 1:
+            return [failure]
+        return [(await self._denoise([item]))[0] for item in items]
+
+    def _denoise_batch(self, items: list[_Item]) -> list[Handoff | Exception]:
+        start, self.forwards = time.perf_counter(), 0
+        batch = [(item.handoff.state, item.segment) for item in items]
+        states = self.upscaler.denoise_batch(batch, wanted=lambda i: items[i].wanted)
+        duration = 1000 * (time.perf_counter() - start)
+        name = self.upscaler.expert_name(items[0].segment.expert)
+        tags = {"expert": name}
+        self.batch_size.observe(sum(item.wanted for item in items), tags)
+        if self.forwards:
+            self.step_ms.observe(duration / self.forwards, tags)
+        results: list[Handoff | Exception] = []
+        for item, state in zip(items, states, strict=True):
+            wait = 1000 * (start - item.arrival)
+            self.queue_ms.observe(wait, tags)
+            denoise = {**item.handoff.denoise, name: duration}
+            queue = item.handoff.queue + wait
+            results.append(Handoff(state, item.handoff.config, self.weights, queue, denoise))
+        return results
+
+    def _count(self, *_: object) -> None:
+        self.forwards += 1
+
+
+def check_same_model(upscaler: Upscaler, handoff: Handoff) -> None:
+    """Raise StaleModel if the request was planned for another model than this replica has."""
+    if handoff.config != upscaler.config:
+        raise StaleModel("the model that the request was planned for is being replaced")
+
+
+def self_check(upscaler: Upscaler, expert: int) -> None:
+    """Take one step of an expert on a tiny picture. Raises WeightsError unless it stays finite."""
+    picture = Picture(torch.full((3, 8, 8), 0.5))
+    low, high = ranges(upscaler.config.sampling.boundaries)[expert]
+    state = replace(upscaler.prepare(picture, Options(steps=1)), timesteps=(high, low))
+    (latent,) = upscaler.denoise(state, Segment(expert, 0, 1)).latents
+    if not torch.isfinite(latent).all():
+        name = upscaler.expert_name(expert)
+        raise WeightsError(f"{upscaler.config.name}: expert {name} gives NaN; replace its weights")

@@ -1,0 +1,89 @@
+"""`linearsr serve`: start Ray, or join a cluster, and serve until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from linearsr.distributed.compat import delete_application
+from linearsr.distributed.models import read_config
+from linearsr.distributed.resources import ResourceRequest, check_feasible
+from linearsr.distributed.serve.build import build_app
+from linearsr.distributed.serve.config import ServeConfig
+from linearsr.errors import LinearSRError, OptionError, one_line
+
+APPLICATION = "linearsr"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(config: ServeConfig, host: str, port: int) -> None:
+    """Serve until SIGINT or SIGTERM, then finish the requests in flight.
+
+    Raises OptionError if the cluster is too small, the port is taken or the config has several
+    ingresses, and LinearSRError if a deployment does not start.
+    """
+    if config.ingresses != 1:
+        raise OptionError("this command runs one ingress; deploy more with ray_jobs/serve.yaml")
+    app = build_app(config)
+    model = read_config(config.model)
+    resources = config.resources(model)
+    _check_port(host, port)
+    # On a busy machine the proxy needs more than 5 s to start, after which Serve would replace it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # All replicas share this machine's cores, so Ray gets as many logical CPUs as they reserve. The
+    # address "local" leaves any other Ray on this machine alone.
+    here = {"address": "local", "num_cpus": math.ceil(resources.cpus), "include_dashboard": False}
+    cluster = {} if os.environ.get("RAY_ADDRESS") else here
+    ray.init(log_to_driver=False, logging_level="ERROR", **cluster)
+    advice = "use fewer --replicas, or lower --expert-cpus and --expert-gpus"
+    replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
+    check_feasible("the endpoint", resources, replica, advice)
+    stop = threading.Event()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: stop.set())
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(app, name=APPLICATION)
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise LinearSRError(f"the endpoint did not start: {one_line(error)}") from error
+    print(f"Serving {model.name} at http://{host}:{port}/ (press Ctrl-C to stop)", flush=True)
+    stop.wait()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    print("Finishing in-flight requests. Press Ctrl-C again to stop now.", flush=True)
+    _drain(config.limits.seconds)
+    ray.shutdown()
+
+
+def _drain(seconds: float) -> None:
+    """Wait for the requests in flight, then delete this application; others on the cluster stay."""
+    drained = False
+    with contextlib.suppress(KeyboardInterrupt, TimeoutError, RayServeException, RayError):
+        serve.get_app_handle(APPLICATION).drain.remote().result(timeout_s=seconds)
+        drained = True
+    with contextlib.suppress(KeyboardInterrupt, TimeoutError):
+        # The proxy still sends the last bytes of drained requests: wait for it.
+        delete_application(APPLICATION, wait=drained)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise OptionError if the port is taken: Serve would wait for it for ever."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OptionError(
+                f"{host}:{port} cannot be used ({error.strerror}); choose another --port or --host"
+            ) from error

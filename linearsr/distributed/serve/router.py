@@ -1,0 +1,133 @@
+"""The router: it decodes and plans a request, sends it through the experts, and encodes the result.
+
+    prepare ─▶ experts, by `plan()`: each result goes straight to the next one ─▶ finish
+
+The latents do not come back to the router in between: each call receives the previous call's
+future.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from linearsr.distributed.models import load_upscaler
+from linearsr.distributed.serve.config import ServeConfig
+from linearsr.distributed.serve.expert import Handoff
+from linearsr.distributed.serve.finisher import Finisher
+from linearsr.distributed.serve.retry import ReplicaDied, WeightsChanged, unwrap, with_retries
+from linearsr.pipeline.codec import read_tagged
+from linearsr.pipeline.memory import OutOfMemory
+from linearsr.pipeline.state import UpscaleState
+from linearsr.web.service import Events, Progress, UpscaleRequest
+
+Value = TypeVar("Value")
+
+
+class Router:
+    """A replica that decodes, plans, routes and encodes; it holds no expert.
+
+    groups: the experts behind each handle of `experts`.
+    finisher: the deployment that decodes a learned latent; None if the router does it itself.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        groups: Sequence[Sequence[int]],
+        experts: Sequence[DeploymentHandle],
+        finisher: DeploymentHandle | None,
+    ) -> None:
+        # On the CPU: a router reserves no GPU.
+        self.upscaler = load_upscaler(config.model, "cpu", only=())
+        self.local = Finisher(config, "cpu") if finisher is None else None
+        self.finisher = finisher
+        self.experts = {
+            expert: handle
+            for group, handle in zip(groups, experts, strict=True)
+            for expert in group
+        }
+        self.threads = ThreadPoolExecutor(config.max_ongoing_requests)
+
+    async def upscale(self, request: UpscaleRequest) -> Events:
+        """Yield progress, then the result: see `linearsr.web.service.Service`.
+
+        If an expert runs out of memory, the request is planned again with smaller tiles. Raises
+        StaleModel if the experts have a new model: the ingress knows the new routers.
+        """
+        start = time.perf_counter()
+        picture, options = await self._in_thread(
+            read_tagged, self.upscaler, request.data, request.options, request.files
+        )
+        for tile in self.upscaler.tile_sizes(picture, options):
+            with contextlib.suppress(OutOfMemory):
+                state = await self._in_thread(self.upscaler.prepare, picture, options, tile)
+                prepared = 1000 * (time.perf_counter() - start)
+                send = partial(self._send, state, request, prepared)
+                async with aclosing(with_retries(send, ReplicaDied, WeightsChanged)) as events:
+                    async for event in events:
+                        yield event
+                return
+        raise OutOfMemory("an expert ran out of memory; try a smaller picture or tile")
+
+    async def _send(
+        self, state: UpscaleState, request: UpscaleRequest, prepared: float, _attempt: int
+    ) -> Events:
+        """Send a planned request through its experts, once.
+
+        All calls are made at once: each waits for the previous one by itself. While an expert has
+        no replica, Serve keeps its calls until there is one. prepared: milliseconds spent so far.
+        """
+        start = time.perf_counter()
+        responses: list[DeploymentResponse] = []
+        for segment in state.segments:
+            handoff = (
+                responses[-1] if responses else Handoff(state.denoise_state(), self.upscaler.config)
+            )
+            responses.append(self.experts[segment.expert].denoise.remote(handoff, segment))
+        if request.progress:
+            async for progress in self._progress(state, responses):
+                yield progress
+        try:
+            if self.local is not None:
+                result = await self.local.finish(state, await responses[-1], request.files)
+            else:
+                assert self.finisher is not None
+                result = await self.finisher.finish.remote(state, responses[-1], request.files)
+        except (ray.exceptions.RayError, RayServeException) as error:
+            raise unwrap(error) from error
+        travel = 1000 * (time.perf_counter() - start) - sum(result.timing.values())
+        yield replace(result, timing={"prepare": prepared, **result.timing, "travel": travel})
+
+    async def _progress(
+        self, state: UpscaleState, responses: Sequence[DeploymentResponse]
+    ) -> Events:
+        """Yield progress as each expert begins and ends; stop at a failure.
+
+        The failure itself is raised by the last response, which depends on all others.
+        """
+        for segment, response in zip(state.segments, responses, strict=True):
+            expert = self.upscaler.expert_name(segment.expert)
+            yield Progress(expert, segment.start, state.steps)
+            try:
+                # Wait for the result without fetching it, as Serve does for a call's arguments.
+                await (await response._to_object_ref())._ready()
+            except Exception:
+                return
+            yield Progress(expert, segment.stop, state.steps)
+
+    async def _in_thread(self, work: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
+        """Run `work` in a thread, so that the router goes on to answer other requests."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, partial(work, *args, **kwargs))

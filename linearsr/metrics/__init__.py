@@ -1,0 +1,1 @@
+"""Quality metrics of pictures, through pyiqa and lpips."""

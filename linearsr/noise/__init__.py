@@ -1,1 +1,0 @@
-"""Noise: the path between picture and noise, who denoises which part of it, and the sampler."""

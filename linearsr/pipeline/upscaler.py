@@ -1,0 +1,333 @@
+"""Picture in, picture out: prepare -> denoise (per expert) -> finish.
+
+    prepare(picture, options) -> UpscaleState    tiles, noise from the seed, tag embeddings
+    denoise(state, segment) -> UpscaleState      one expert takes its run of steps on every tile
+    finish(state) -> Picture                     decode, blend tiles, colour, final size, metadata
+
+The state between two stages is plain data, so the stages may run in one process (as in
+`Upscaler.upscale`) or on different machines. Knows nothing of Ray, HTTP or files on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from linearsr import __version__, weights
+from linearsr.config import Options
+from linearsr.diffusion.experts import Segment, plan
+from linearsr.diffusion.schedule import schedule
+from linearsr.errors import OptionError, WeightsError
+from linearsr.imaging.colour import fix_colour
+from linearsr.imaging.files import Picture, from_pil, to_pil
+from linearsr.imaging.resample import resize
+from linearsr.imaging.tiles import Canvas, tile_grid
+from linearsr.latent import Autoencoder, load_autoencoder
+from linearsr.pipeline import batching
+from linearsr.pipeline.device import best_dtype, pick_device
+from linearsr.pipeline.memory import OutOfMemory, check_memory, keep_freed_memory, memory_errors
+from linearsr.pipeline.sizes import output_size, requested_scale, scaled_size
+from linearsr.pipeline.state import AnyState, UpscaleState
+from linearsr.tags import load_tagger
+from linearsr.tags.base import Tagger, TaggerConfig
+from linearsr.tags.encoder import tag_encoder
+
+# Latent cells. Tiles bound memory; large ones spend few cells on the overlap, which is twice what
+# the convolutions of eight blocks can see. Outputs of up to 1280 pixels need no tiles (tiny).
+AUTO_TILE = 320
+OVERLAP = 16
+SMALLEST_TILE = 32
+# Latent cells of several requests that go through a model at once. More would leave a CPU's caches:
+# 8 requests of 64 x 64 cells together took 1.5 times as long as in turn, of 16 x 16 half as long.
+CPU_BATCH = 2048
+GPU_BATCH = 192**2
+
+Progress = Callable[[str, int, int], None]
+
+DEFAULTS = Options()
+
+
+class Upscaler:
+    """A loaded model that upscales pictures. Threads may share it: they take turns."""
+
+    def __init__(self, bundle: weights.Bundle, device: str | torch.device = "cpu") -> None:
+        self.config = bundle.config
+        self.device = torch.device(device)
+        self.experts = bundle.experts
+        self.provenance = bundle.provenance
+        self.encoder = tag_encoder(self.config, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        # One picture is denoised while others are read and written.
+        self._turn = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_folder: str | Path = "linearsr-tiny",
+        device: str = "auto",
+        only: Collection[int] | None = None,
+        *,
+        compiled: bool = False,
+    ) -> Upscaler:
+        """Load a bundled model by name, or a folder of safetensors, onto a device.
+
+        device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device.
+        only: the experts to load, all by default; see `linearsr.weights.load`.
+        compiled: let torch.compile fuse the blocks, on CUDA; see `LinearSR.compile_blocks`.
+        Raises WeightsError or OptionError.
+        """
+        chosen = pick_device(device)
+        if compiled and chosen.type != "cuda":
+            raise OptionError(f"compile is for CUDA; on {chosen.type} it would be slower")
+        upscaler = cls(weights.load(name_or_folder, chosen, best_dtype(chosen), only), chosen)
+        if compiled:
+            for expert in upscaler.experts:
+                expert.compile_blocks()
+        if only is None:
+            _ = upscaler.autoencoder  # fails here, before any work, if it cannot be loaded
+        return upscaler
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The latent space, loaded at first use: planning and some denoisers do without it."""
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return load_autoencoder(self.config.latent, self.device, dtype)
+
+    @cached_property
+    def _tagger(self) -> Tagger:
+        return load_tagger(TaggerConfig(), str(self.device))
+
+    def __call__(self, image: Image.Image, scale: float = 4, **options: object) -> Image.Image:
+        """Upscale a PIL image: `upscaler(image, scale=4, steps=..., seed=..., tags=...)`.
+
+        `options` are the fields of `Options`. Raises InputError, OptionError, OutOfMemory or
+        TooLarge.
+        """
+        return to_pil(self.upscale(from_pil(image), Options.parse(scale=scale, **options)))
+
+    def upscale(
+        self, picture: Picture, options: Options = DEFAULTS, progress: Progress | None = None
+    ) -> Picture:
+        """Upscale a picture; `progress(expert, steps_done, steps)` is called after each segment.
+
+        If memory runs out, tiles of half the size are tried, unless `options` fix the tile.
+        Raises OptionError, OutOfMemory or TooLarge.
+        """
+        return self.upscale_tagged(picture, self.with_tags(picture, options), progress)
+
+    def upscale_tagged(
+        self, picture: Picture, options: Options, progress: Progress | None = None
+    ) -> Picture:
+        """Do the same as `upscale`, with options that `with_tags` returned."""
+        for tile in self.tile_sizes(picture, options):
+            with contextlib.suppress(OutOfMemory):
+                state = self.prepare(picture, options, tile)
+                for segment in state.segments:
+                    state = self.denoise(state, segment)
+                    if progress:
+                        progress(self.expert_name(segment.expert), segment.stop, state.steps)
+                return self.finish(state)
+        hint = "choose a smaller --tile" if options.tile != "auto" else "free some of its memory"
+        raise OutOfMemory(f"out of memory on {self.device}: {hint}")
+
+    def with_tags(self, picture: Picture, options: Options) -> Options:
+        """Return `options` with the tags that guide the picture; "auto" asks the tagger for them.
+
+        Raises OptionError for tags on a model trained without: they would change nothing.
+        """
+        if options.tags and self.encoder is None:
+            raise OptionError(f"{self.config.name} was trained without tags; leave out --tags")
+        if options.tags != "auto":
+            return options
+        with memory_errors():
+            tags = self._tagger(picture.pixels[:3])
+        return options.model_copy(update={"tags": tuple(tag.name for tag in tags)})
+
+    def network_scale(self, picture: Picture, options: Options) -> float:
+        """How many times larger the network makes the picture.
+
+        This is the requested scale if the model was trained for it, else the nearest one that it
+        was trained for, whose result is resampled.
+        """
+        height, width = picture.pixels.shape[-2:]
+        return self.config.trained_scale(requested_scale(height, width, options))
+
+    def tile_sizes(self, picture: Picture, options: Options) -> Iterator[int | None]:
+        """Tile sides to try, in latent cells; None is the whole picture at once."""
+        if options.tile == "off":
+            yield None
+        elif options.tile != "auto":
+            scale = self.network_scale(picture, options)
+            yield max(SMALLEST_TILE // 4, round(options.tile * scale / self.config.latent.factor))
+        else:
+            size = AUTO_TILE
+            while size >= SMALLEST_TILE:
+                yield size
+                size //= 2
+
+    def expert_name(self, expert: int) -> str:
+        """The paper's name of an expert, or its number in models with other than four."""
+        return weights.expert_names(self.config)[expert]
+
+    def describe(self, options: Options) -> dict[str, str]:
+        """Provenance for a result's metadata: what made it, so that it can be made again.
+
+        `options` are those that `with_tags` returned.
+        """
+        changed = options.model_dump(exclude_defaults=True, exclude={"tags", "scale"})
+        size = {} if options.width or options.height else {"scale": f"{options.scale:g}"}
+        sampling = self.config.sampling
+        steps, solver = options.steps or sampling.steps, options.solver or sampling.solver
+        record = {"model": self.config.name, **size, **changed, "steps": steps, "solver": solver}
+        record["seed"] = options.seed
+        if options.tags:
+            record["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
+        return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in record.items()}}
+
+    @memory_errors()
+    @torch.inference_mode()
+    def prepare(
+        self, picture: Picture, options: Options, tile: int | None = AUTO_TILE
+    ) -> UpscaleState:
+        """Do everything that comes before the first step.
+
+        options: those that `with_tags` returned. tile: side in latent cells; None for no tiles.
+        Raises TooLarge if main memory cannot hold the result, and ValueError for tags "auto".
+        """
+        if options.tags == "auto":
+            raise ValueError("prepare takes the options that with_tags returns, not tags='auto'")
+        sampling = self.config.sampling
+        # The first step's own answer is that of one step, so without detail no more are taken.
+        timesteps = schedule(sampling, options.steps if options.detail else 1)
+        scale = self.network_scale(picture, options)
+        height, width = picture.pixels.shape[-2:]
+        size = scaled_size(height, width, scale)
+        check_memory(picture, options, size, tiled=bool(tile))
+        # At least two cells: oneDNN's bfloat16 convolution with stride 2 is wrong if its result is
+        # one wide.
+        rows, columns = (max(2, -(-n // self.config.latent.factor)) for n in size)
+        side, overlap = (tile, min(OVERLAP, tile // 4)) if tile else (max(rows, columns), 0)
+        tiles = tile_grid(rows, columns, side, overlap)
+        # One field for the whole picture, which overlapping tiles share. It is drawn on the CPU, so
+        # that every device gets the same noise.
+        shape = (1, self.config.denoiser.latent_channels, rows, columns)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
+        return UpscaleState(
+            picture=picture,
+            options=options,
+            steps=len(timesteps) - 1,
+            scale=scale,
+            lr=picture.pixels[None] * 2 - 1,
+            size=size,
+            tiles=tuple(tiles),
+            # Copies, so that a tile that travels does not take the whole field along.
+            latents=tuple(t.crop(noise).clone() for t in tiles),
+            timesteps=tuple(timesteps),
+            segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
+            tags=self._tag_embeddings(options),
+            solver=options.solver or sampling.solver,
+            blends=0 < options.detail < 1 and len(timesteps) > 2,
+        )
+
+    def _tag_embeddings(self, options: Options) -> Tensor | None:
+        """Embeddings (1, T, tag_dim) of the tags; None without tags."""
+        if self.encoder is None or not isinstance(options.tags, tuple):
+            return None
+        encoded = self.encoder([options.tags])
+        return encoded.embeddings.cpu() if encoded.mask.all() else None
+
+    def denoise(self, state: AnyState, segment: Segment) -> AnyState:
+        """Let one expert take a segment of steps on every tile."""
+        return self.denoise_batch([(state, segment)])[0]
+
+    @memory_errors()
+    @torch.inference_mode()
+    def denoise_batch(
+        self,
+        batch: Sequence[tuple[AnyState, Segment]],
+        cells: int | None = None,
+        wanted: Callable[[int], bool] = lambda _: True,
+    ) -> list[AnyState]:
+        """Let one expert take its steps on several requests, each with its own timesteps.
+
+        Tiles of one shape with as many steps go through the model together: one tile of each
+        request, and at most `cells` latent cells (or one tile; the default suits the device). So
+        memory does not grow with the batch, and a request alone gets the same bits as from
+        `denoise`.
+        wanted: called with a request's index in the batch before each of its tiles; a request that
+        is no longer wanted comes back unchanged.
+        Raises ValueError for segments of several experts, WeightsError for an expert that is not
+        loaded, OutOfMemory.
+        """
+        experts = {segment.expert for _, segment in batch}
+        if len(experts) != 1:
+            raise ValueError(f"a batch is for one expert, not for {sorted(experts)}")
+        number = experts.pop()
+        model = self.experts[number]
+        if model.embed.weight.is_meta:
+            raise WeightsError(f"the expert {self.expert_name(number)} is not loaded here")
+        if cells is None:
+            cells = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
+        factor = self.config.latent.factor
+        with self._turn:
+            encode = self.autoencoder.condition if model.config.condition_latent else None
+            return batching.denoise_batch(
+                model, batch, factor=factor, encode=encode, cells=cells, wanted=wanted
+            )
+
+    def finish(self, state: UpscaleState) -> Picture:
+        """Decode, join tiles, fix colour, and crop or resample to the requested size.
+
+        Pictures are joined on the device, or on the CPU if the device has too little memory.
+        """
+        if self.device.type != "cpu":
+            # One picture at a time, and never beside a denoiser.
+            with contextlib.suppress(OutOfMemory), self._turn:
+                return self._finish_on(state, self.device)
+        return self._finish_on(state, torch.device("cpu"))
+
+    @memory_errors()
+    @torch.inference_mode()
+    def _finish_on(self, state: UpscaleState, device: torch.device) -> Picture:
+        """Decode tiles where the autoencoder is, and join the picture on `device`."""
+        factor = self.config.latent.factor
+        canvas = Canvas((t.scaled(factor) for t in state.tiles), 3, device=device)
+        for number, (tile, latent) in enumerate(zip(state.tiles, state.latents, strict=True)):
+            lr = state.enlarged_lr(tile, factor, self.device)
+            if state.blends:
+                latent = torch.lerp(state.guess[number], latent, state.options.detail)
+            canvas.add(tile.scaled(factor), self.autoencoder.decode(latent.to(lr), lr)[0])
+        restored = canvas.result()[None]
+        height, width = state.size
+        source = resize(state.lr.to(device), height, width)
+        restored = fix_colour(restored[..., :height, :width], source, state.options.colour_fix)
+        return _final_picture(state, restored)
+
+
+def _final_picture(state: UpscaleState, restored: Tensor) -> Picture:
+    """The result at its final size, in [0, 1] in main memory, with the input's alpha and metadata.
+
+    restored: (1, 3, H, W) in [-1, 1]. It is changed in place.
+    """
+    picture = state.picture
+    height, width = picture.pixels.shape[-2:]
+    height, width = output_size(height, width, state.options)
+    pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1)
+    if pixels.device.type == "cpu" or picture.bits > 8:
+        pixels = pixels.cpu()
+    else:  # as bytes, since the file has no more
+        pixels = pixels.mul_(255).round_().byte().cpu().float().div_(255)
+    alpha = picture.alpha
+    if alpha is not None:
+        # Not in place: at equal size, `resize` returns the picture's own alpha.
+        alpha = resize(alpha[None], height, width)[0].clamp(0, 1)
+    return dataclasses.replace(picture, pixels=pixels, alpha=alpha)

@@ -1,1 +1,0 @@
-"""Quality: metrics of pictures, through pyiqa."""

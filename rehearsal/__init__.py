@@ -1,1 +1,0 @@
-"""The whole story through `ray job submit`, on this machine or on a real cluster."""

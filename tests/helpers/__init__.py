@@ -1,0 +1,1 @@
+"""Functions and classes that several test modules or conftest files share."""

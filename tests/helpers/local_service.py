@@ -1,0 +1,154 @@
+"""The HTTP API without a cluster: a service in this process, and a real server on a free port.
+
+Use both together: `with served(Local(upscaler)) as url: ...`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from linearsr.diffusion.experts import Segment
+from linearsr.pipeline.codec import encode_result, read_tagged
+from linearsr.pipeline.state import UpscaleState
+from linearsr.pipeline.upscaler import Upscaler
+from linearsr.web.api import create_app
+from linearsr.web.service import (
+    Events,
+    Full,
+    Limits,
+    ModelInfo,
+    NotReady,
+    Progress,
+    Result,
+    Service,
+    UpscaleRequest,
+    model_info,
+)
+
+# A test that waits longer than this for something to happen fails.
+PATIENCE = 60
+
+
+class Local:
+    """A `linearsr.web.service.Service` that runs the stages of an upscaler in threads.
+
+    slots: the number of concurrent requests; more are refused with Full.
+    works: whether the service is ready.
+    """
+
+    def __init__(self, upscaler: Upscaler, slots: int = 4) -> None:
+        self.upscaler = upscaler
+        self.slots = self.free = slots
+        self._gate = threading.Event()
+        self._gate.set()
+        self.works = True
+        self.requests = 0
+        self.segments = 0
+        self._changed = threading.Condition()
+
+    def models(self) -> list[ModelInfo]:
+        return [model_info(self.upscaler.config)]
+
+    async def ready(self) -> None:
+        if not self.works:
+            raise NotReady("not every expert has loaded; try again soon")
+
+    async def upscale(self, request: UpscaleRequest) -> Events:
+        if self.free == 0:
+            raise Full(2)
+        self.requests += 1
+        self._take(1)
+        try:
+            job, prepared = await _timed(self._prepare, request)
+            timing = {"prepare": prepared, "queue": 0.0}
+            for segment in job.segments:
+                expert = self.upscaler.expert_name(segment.expert)
+                if request.progress:
+                    yield Progress(expert, segment.start, job.steps)
+                job, timing[expert] = await _timed(self._denoise, job, segment)
+                if request.progress:
+                    yield Progress(expert, segment.stop, job.steps)
+            picture, timing["decode"] = await _timed(self.upscaler.finish, job)
+            result, timing["encode"] = await _timed(
+                encode_result, self.upscaler, picture, job.options, request.files
+            )
+            model, seed = self.upscaler.config.name, job.options.seed
+            yield Result(*result, model, seed, job.steps, job.scale, timing)
+        finally:
+            self._take(-1)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make requests wait before their next expert."""
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
+
+    def wait_for(self, free: int) -> None:
+        """Return when this number of slots is free."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.free == free, PATIENCE), self.free
+
+    def _take(self, slots: int) -> None:
+        with self._changed:
+            self.free -= slots
+            self._changed.notify_all()
+
+    def _prepare(self, request: UpscaleRequest) -> UpscaleState:
+        picture, options = read_tagged(self.upscaler, request.data, request.options, request.files)
+        return self.upscaler.prepare(
+            picture, options, next(self.upscaler.tile_sizes(picture, options))
+        )
+
+    def _denoise(self, job: UpscaleState, segment: Segment) -> UpscaleState:
+        assert self._gate.wait(PATIENCE)
+        self.segments += 1
+        return self.upscaler.denoise(job, segment)
+
+
+async def _timed(work: Callable[..., object], *arguments: object) -> tuple:  # type: ignore[type-arg]
+    """Run `work` in a thread; return its result and its duration in milliseconds."""
+    began = time.perf_counter()
+    result = await asyncio.to_thread(work, *arguments)
+    return result, 1000 * (time.perf_counter() - began)
+
+
+class _Server(uvicorn.Server):
+    """A server with an event for when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
+
+
+@contextlib.contextmanager
+def served(
+    service: Service, limits: Limits | None = None, token: str | None = None
+) -> Iterator[str]:
+    """Run a server in a thread; yield its address, without a slash at the end."""
+    app = create_app(service, limits or Limits(), token)
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
+    server = _Server(config)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            assert server.listens.wait(PATIENCE)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)

@@ -1,0 +1,1 @@
+"""All jobs in order through `ray job submit`, on this machine or on a real cluster."""
