@@ -10,7 +10,15 @@ import math
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from linearsr.errors import OptionError
@@ -226,10 +234,21 @@ class Options(Config):
         return tuple(tag.strip() for tag in tags.split(",") if tag.strip())
 
 
+def _format_name(value: object) -> object:
+    """Return the name that we use for a format: jpeg, JPG and .jpg are all jpg."""
+    if not isinstance(value, str):
+        return value
+    name = value.lower().removeprefix(".")
+    return {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
+
+
+Format = Annotated[Literal["png", "jpg", "webp", "tif"], BeforeValidator(_format_name)]
+
+
 class FileOptions(Config):
     """How picture files are read and written; the same fields everywhere, as with `Options`."""
 
-    format: Literal["png", "jpg", "webp", "tif"] | None = None
+    format: Format | None = None
     """Format of the results; by default that of each input, or PNG if it cannot be written."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG and WebP files, 1 to 100."""

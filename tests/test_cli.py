@@ -164,6 +164,19 @@ def test_format_sets_the_suffix_of_results(run, photos: Path, tmp_path: Path) ->
     assert Image.open(tmp_path / "out/trip/b.webp").format == "WEBP"
 
 
+@pytest.mark.parametrize("name", ["jpeg", "JPG", ".jpg"])
+def test_format_is_known_by_its_usual_spellings(  # type: ignore[no-untyped-def]
+    run, photos: Path, tmp_path: Path, name: str
+) -> None:
+    assert run(photos / "a.png", "-o", tmp_path / "out", "--format", name)[0] == 0
+    assert Image.open(tmp_path / "out/a.jpg").format == "JPEG"
+
+
+def test_unknown_format_is_refused_with_the_known_ones(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run(photos / "a.png", "-o", tmp_path / "out", "--format", "bmp")
+    assert code == 2 and "'png', 'jpg', 'webp' or 'tif'" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

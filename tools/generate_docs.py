@@ -118,6 +118,8 @@ def _accepted(action: argparse.Action, known: Mapping[str, Schema]) -> str:
         return ""
     if action.choices:
         return ", ".join(f"`{choice}`" for choice in action.choices)
+    if isinstance(action.metavar, str) and action.metavar.startswith("{"):
+        return ", ".join(f"`{choice}`" for choice in action.metavar.strip("{}").split(","))
     if isinstance(action.metavar, str):
         return f"`{action.metavar}`"
     if action.dest in known:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from linearsr.config import Config
 
@@ -48,15 +49,17 @@ def add_fields(
         elif field.is_required():
             parser.add_argument(flag, required=True, help=text)
         else:
+            # Shown, not enforced: the config may take other spellings of them.
             choices = _choices(field.annotation)
-            parser.add_argument(flag, default=field.default, choices=choices, help=text)
+            metavar = f"{{{','.join(choices)}}}" if choices else None
+            parser.add_argument(flag, default=field.default, metavar=metavar, help=text)
 
 
 def _choices(annotation: Any) -> tuple[str, ...] | None:
-    """The words of a Literal, or of a Literal that may also be None; else None."""
-    options = [kind for kind in (get_args(annotation) or ()) if kind is not type(None)]
-    if get_origin(annotation) is not Literal:
-        if len(options) != 1 or get_origin(options[0]) is not Literal:
-            return None
-        options = list(get_args(options[0]))
-    return tuple(options)
+    """The words of a Literal, also of one with validators or that may be None; else None."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if get_origin(annotation) in (Union, UnionType) and len(kinds) == 1:
+        annotation = kinds[0]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_args(annotation) if get_origin(annotation) is Literal else None

@@ -29,9 +29,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
+from python_multipart.multipart import parse_options_header
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linearsr import __version__
 from linearsr.imaging.files import WRITE_SUFFIXES
@@ -124,6 +126,7 @@ def create_app(service: Service, limits: Limits, token: str | None = None) -> Fa
     app.openapi = partial(_document, app.openapi)  # type: ignore[method-assign]
     app.state.service, app.state.limits, app.state.token = service, limits, token
     handle_problems(app)
+    app.add_middleware(_HeadAsGet)
     if token:
         app.include_router(uploads, dependencies=[Depends(_check_token)], responses=UNAUTHORISED)
     else:
@@ -139,6 +142,22 @@ def _document(generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     for model in (Problem, Upload):
         document["components"]["schemas"][model.__name__] = model.model_json_schema()
     return document
+
+
+class _HeadAsGet:
+    """Answers HEAD with the headers of GET and no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_headers(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, send_headers)
+        else:
+            await self.app(scope, receive, send)
 
 
 uploads = APIRouter()
@@ -166,7 +185,7 @@ async def upscale(request: Request) -> Response:
     # The form is read here: FastAPI would read all of it before it checks the token.
     upload = receive(request, state.limits, state.service.models()[0])
     checked, name = await _before(deadline, upload)
-    stream = EVENTS in request.headers.get("Accept", "")
+    stream = _accepts_events(request.headers.get("Accept", ""))
     events = _in_time(state.service.upscale(replace(checked, progress=stream)), deadline)
     if stream:
         # A failure before the first event still gets its own status.
@@ -193,6 +212,16 @@ async def healthz(request: Request) -> dict[str, str]:
 async def page() -> FileResponse:
     """Return the page."""
     return FileResponse(PAGE / "index.html", headers=HEADERS)
+
+
+def _accepts_events(accept: str) -> bool:
+    """Return whether an Accept header names the stream of events, with a quality above 0."""
+    for part in accept.split(","):
+        media_type, parameters = parse_options_header(part)
+        if media_type == EVENTS.encode():
+            quality = parameters.get(b"q", b"1").strip()
+            return quality.strip(b"0.") != b""
+    return False
 
 
 async def _before(deadline: float, work: Awaitable[Value]) -> Value:

@@ -12,9 +12,10 @@ from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from linearsr.config import FileOptions, Options, Solver
+from linearsr.config import FileOptions, Format, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
 from linearsr.imaging.files import check_fits, measure, result_format
 from linearsr.pipeline.sizes import output_size
@@ -64,7 +65,7 @@ class Upload(BaseModel):
     """Side of a tile in input pixels; auto chooses one, off uses no tiles."""
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
     """How the result gets the colours of the picture."""
-    format: Literal["png", "jpg", "webp", "tif"] | Absent = None
+    format: Format | Absent = None
     """File format of the result; by default that of the upload, or PNG if it cannot be written."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG and WebP."""
@@ -123,12 +124,38 @@ async def _form(request: Request, max_bytes: int) -> FormData:
     if length.isdecimal() and float(length) > max_bytes + FORM_OVERHEAD:
         raise TooLarge(f"the upload has {length} bytes, more than the limit of {max_bytes}")
     limited = Request(request.scope, _limited(request.receive, max_bytes))
-    fields = {"max_files": 1, "max_fields": len(Upload.model_fields)}
+    form = _Form(
+        request.headers,
+        limited.stream(),
+        max_files=1,
+        max_fields=len(Upload.model_fields),
+        max_part_size=MAX_FIELD_BYTES,
+    )
     try:
-        return await limited.form(**fields, max_part_size=MAX_FIELD_BYTES)
+        return await form.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from error
     except ValueError as error:
         # The form names a character set and then does not use it.
         raise HTTPException(400, "the form cannot be decoded; send it as UTF-8") from error
+
+
+class _Form(MultiPartParser):
+    """Refuses a form without its last boundary; Starlette would drop the field before it."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        """Note that the last boundary has come."""
+        self.ended = True
+
+    async def parse(self) -> FormData:
+        """Return the form. Raises MultiPartException."""
+        form = await super().parse()
+        if not self.ended:
+            await form.close()
+            raise MultiPartException("the form ends before its last boundary; send all of it")
+        return form
 
 
 def _limited(receive: Callable[[], Awaitable[Any]], max_bytes: int) -> Callable[[], Awaitable[Any]]:
