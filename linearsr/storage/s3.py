@@ -81,6 +81,18 @@ class S3Path(NamedTuple):
         self.client.download_fileobj(self.bucket, self.key, buffer, Config=_transfer())
         return buffer.getvalue()
 
+    def head(self, size: int) -> bytes:
+        """Return the first bytes of an object, at most `size`."""
+        try:
+            answer = self.client.get_object(
+                Bucket=self.bucket, Key=self.key, Range=f"bytes=0-{size - 1}"
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("InvalidRange", "416"):  # it is empty
+                return b""
+            raise
+        return bytes(answer["Body"].read())
+
     def download(self, path: str) -> None:
         """Write an object to a local file."""
         self.client.download_file(self.bucket, self.key, path, Config=_transfer())
