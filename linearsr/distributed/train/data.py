@@ -61,7 +61,7 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
     Tags come from the folder's tags.jsonl, or from the shards' column `tags`, if there is one.
     Raises InputError, with the reason, if there is nothing to train on.
     """
-    pictures, shards = choose(locate(path).files(), locate(path), "hr")
+    pictures, shards = choose(locate(path), "hr")
     if shards:
         return Shards(shards, config, seed)
     if not pictures:
