@@ -15,6 +15,7 @@ from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
 from linearsr.errors import OptionError, OutputError, require
 from linearsr.storage import atomic
+from linearsr.storage.targets import TargetCheck
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -197,6 +198,7 @@ def _folder(output: str) -> Path:
         raise OutputError(
             f"{output}: cannot be created ({error.strerror}); choose another"
         ) from error
+    TargetCheck().folder(output)
     return Path(output)
 
 
