@@ -38,7 +38,7 @@ def pair_files(
     if skip_existing:
         pairs = [pair for pair in pairs if not os.path.exists(pair.target)]
     check = TargetCheck()
-    if len(pairs) > 1 and os.path.isdir(output):
+    if len(pairs) > 1:
         check.folder(output)
     writable = [pair for pair in pairs if _is_writable(pair.target, check)]
     return writable, failed + len(pairs) - len(writable)

@@ -142,7 +142,8 @@ def _low(
     if request.lr is None:
         shards = any(source.column for source in hr.values())
         if shards and request.hr:
-            return None, list_pictures(request.hr, "lr")
+            # The folder is listed again, and its notes are known.
+            return None, list_pictures(request.hr, "lr", notes=Notes())
         return "clean" if hr else None, {}
     if "://" not in request.lr and not os.path.isdir(request.lr):
         names = ", ".join(DEGRADATIONS)

@@ -19,6 +19,7 @@ from linearsr.imaging.sources import choose, list_inputs, read_input
 from linearsr.storage.location import locate
 from linearsr.storage.walk import Notes
 from tests.helpers.permissions import permissions_hold
+from tests.storage.faults import Faults
 from tests.storage.fixtures import Server
 
 
@@ -196,6 +197,17 @@ def test_first_bytes_of_objects_are_read_alone(s3: Server) -> None:
     (place / "a").write(b"abcdef")
     (place / "empty").write(b"")
     assert (place / "a").head(3) == b"abc" and (place / "empty").head(3) == b""
+
+
+def test_bodies_that_break_off_hide_no_picture(s3: Server) -> None:
+    place = locate(s3.bucket())
+    names = [f"scan.{number:03}" for number in range(20)]
+    for name in names:
+        (place / name).write(JPEG)
+    with s3.proxy(seed=1) as proxy:
+        proxy.faults = Faults(slow_down=0.1, cut=0.2)
+        table = list_inputs(locate(f"s3://{place.path}"), "lr")
+    assert proxy.injected["cut"] and table.column("id").to_pylist() == names
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,18 @@ def test_shards_cost_a_row_for_an_id_that_leads_out_of_the_output(
     assert set(errors) == set(ids[1:]) and "outside the output" in errors["../up.png"]
 
 
+def test_a_result_too_wide_for_its_format_fails_before_the_first_step(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("linearsr.pipeline.upscaler.Upscaler.upscale_tagged")
+    Image.new("RGB", (4200, 2)).save(tmp_path / "pano.webp")
+    config = _upscaling(tmp_path, tmp_path / "out", small_bundle)
+    worker = upscale._Worker(config, locate(tmp_path), locate(tmp_path / "out"))
+    (row,) = list_inputs(locate(tmp_path), "lr").to_pylist()
+    (failure,) = worker([{**row, "target": "pano.webp"}])
+    assert failure.error.startswith("16800x8 is too large for webp")
+
+
 def test_keys_keep_their_empty_parts_in_the_names_of_results() -> None:
     assert target_name("/ok.gif", FileOptions(), local=False) == "/ok.png"
     assert target_name("a//v1.2", FileOptions(), local=False) == "a//v1.2.png"
@@ -229,7 +241,10 @@ def test_shards_are_built_of_a_folder_as_people_have_it(
     with permissions_hold():
         result = build_shards(config)
     assert result.manifest["counts"]["accepted"] == 2
-    assert result.unreadable == [f"in/caf\\xe9.png: {NOT_UTF8}", f"in/lost+found: {NOT_LISTED}"]
+    assert sorted(result.unreadable) == [
+        f"in/caf\\xe9.png: {NOT_UTF8}",
+        f"in/lost+found: {NOT_LISTED}",
+    ]
     assert set(_errors(tmp_path / "out")) == {r"in/caf\xe9.png", "in/lost+found"}
     assert "1 HEIC picture (in/b.heic)" in capsys.readouterr().err
     with (tmp_path / "out" / "rejects.csv").open() as file:
