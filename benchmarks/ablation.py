@@ -272,7 +272,7 @@ def _values(
 ) -> dict[str, float]:
     """The means of these metrics over pictures whose LR is clean."""
     config = ValidationConfig(metrics=metrics, knee={metrics[0]: True}, size=size)
-    return validate(bundle, pictures, config)[0]
+    return validate(bundle.config, bundle.experts.__getitem__, pictures, config)[0]
 
 
 def _pictures(folder: Path, setting: Setting) -> tuple[Pictures, Pictures]:

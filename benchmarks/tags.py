@@ -13,10 +13,11 @@ with 95% bootstrap intervals.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from linearsr import Options, Upscaler, weights
-from linearsr.config import ModelConfig, TagEncoderConfig
+from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.imaging.degradation import CLEAN, degrade
 from linearsr.imaging.files import Picture, read
@@ -35,13 +36,15 @@ from linearsr.latent import load_autoencoder
 from linearsr.metrics.measure import measure
 from linearsr.tags import load_tagger
 from linearsr.tags.base import Tagger, TaggerConfig
-from linearsr.tags.encoder import tag_encoder
+from linearsr.tags.encoder import EncodedTags
 from linearsr.training import loop
 from linearsr.training.data import Batches, Photo, Photos, Tags, as_bytes, same
 from linearsr.training.engine import TorchEngine
 from linearsr.training.recipes import tiny_cpu
 
 TAG_DIM, SCALE, SIDE = 64, 4, 256
+# The lengths of fastText's character n-grams.
+NGRAM_LENGTHS = (3, 4, 5)
 METRICS = ("psnr", "ssim", "niqe", "piqe")
 COUNTS = (1, 4)
 
@@ -53,6 +56,56 @@ class Case(NamedTuple):
     lr: Tensor
     tags: Tags
     others: Tags
+
+
+class HashedEncoder:
+    """An encoder with one vector per tag, made from its letters.
+
+    This is fastText (arXiv 1607.04606) with fixed vectors, so it needs no download. Similar
+    spellings get similar vectors; words of similar meaning do not. Channels have a variance near
+    one, as the layers after them expect.
+    """
+
+    def __init__(self, dim: int, device: str | torch.device = "cpu") -> None:
+        self.dim, self.device = dim, device
+
+    def __call__(self, tags: Sequence[Sequence[str]]) -> EncodedTags:
+        """Return one embedding per tag."""
+        rows = [[tag for tag in map(_plain, row) if tag] for row in tags]
+        embeddings = torch.zeros(len(rows), max([1, *map(len, rows)]), self.dim)
+        mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool)
+        for i, row in enumerate(rows):
+            for j, tag in enumerate(row):
+                embeddings[i, j] = torch.from_numpy(_hashed(tag, self.dim))
+                mask[i, j] = True
+        return EncodedTags(embeddings.to(self.device), mask.to(self.device))
+
+
+def _plain(tag: str) -> str:
+    return " ".join(tag.lower().split())
+
+
+@lru_cache(maxsize=10_000)
+def _hashed(tag: str, dim: int) -> np.ndarray:
+    """Return a vector (dim,) float32 of length sqrt(dim)."""
+    total = np.sum([_signs(ngram, dim) for ngram in _ngrams(tag)], axis=0, dtype=np.float32)
+    # Signs may cancel out, so the length could be zero, though hardly ever.
+    return total * (dim**0.5 / max(float(np.linalg.norm(total)), 1e-6))
+
+
+def _ngrams(tag: str) -> set[str]:
+    """Return the words of a tag, with marked ends, and their character n-grams."""
+    words = {f"<{word}>" for word in tag.split()}
+    return words | {
+        word[i : i + n] for word in words for n in NGRAM_LENGTHS for i in range(len(word) - n + 1)
+    }
+
+
+def _signs(ngram: str, dim: int) -> np.ndarray:
+    """Return (dim,) of -1 and 1 from a hash, which unlike a generator never changes."""
+    digest = hashlib.shake_128(ngram.encode()).digest(-(-dim // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8))[:dim]
+    return bits.astype(np.float32) * 2 - 1
 
 
 def main() -> int:
@@ -87,7 +140,7 @@ def _tagged(path: Path, tagger: Tagger) -> Photo:
     picture = read(path)
     height, width = (max(1, n // SCALE) for n in picture.pixels.shape[1:])
     small = resize(picture.pixels[None, :3], height, width)[0].clamp(0, 1)
-    return Photo(as_bytes(picture)[:3], tuple(tag.name for tag in tagger(small)))
+    return Photo(as_bytes(picture.pixels)[:3], tuple(tag.name for tag in tagger(small)))
 
 
 def _exchanged(tags: Sequence[Tags]) -> list[Tags]:
@@ -120,8 +173,7 @@ def _judged(photos: list[Photo], cases: list[Case], steps: Sequence[int]) -> Val
     """Metric values of each picture, by variant."""
     bundled = weights.load("linearsr-tiny")
     denoiser = bundled.config.denoiser.model_copy(update={"tag_dim": TAG_DIM})
-    tags = {"denoiser": denoiser, "tags": TagEncoderConfig(kind="hashed")}
-    guided = bundled.config.model_copy(update=tags)
+    guided = bundled.config.model_copy(update={"denoiser": denoiser})
     tagged = [photo for photo in photos if photo.tags]
     others = iter(_exchanged([photo.tags for photo in tagged]))
     wrong = [photo._replace(tags=next(others)) if photo.tags else photo for photo in photos]
@@ -151,7 +203,13 @@ def _trained(config: ModelConfig, photos: list[Photo], steps: Sequence[int]) -> 
         if i < len(steps):
             model.load_state_dict(_fine_tuned(model, config, photos, i, steps[i]))
         models.append(model.to(torch.bfloat16).requires_grad_(False).eval())
-    return Upscaler(weights.Bundle(config, models, {}))
+    upscaler = Upscaler(weights.Bundle(config, models, {}))
+    upscaler.encoder = _encoder(config)
+    return upscaler
+
+
+def _encoder(config: ModelConfig) -> HashedEncoder | None:
+    return None if config.denoiser.tag_dim is None else HashedEncoder(config.denoiser.tag_dim)
 
 
 def _fine_tuned(
@@ -164,7 +222,7 @@ def _fine_tuned(
     )
     engine = TorchEngine(model, train, torch.device("cpu"))
     autoencoder = load_autoencoder(config.latent, "cpu")
-    stage = loop.TrainState.start(engine, autoencoder, train, tag_encoder(config))
+    stage = loop.TrainState.start(engine, autoencoder, train, _encoder(config))
     batches = iter(Batches(Photos([partial(same, p) for p in photos], recipe.data, index), 0))
     return loop.run(stage, batches, _print_report).ema.average
 

@@ -109,20 +109,13 @@ class TagEncoderConfig(Config):
     """How tags become the embeddings that a model's cross-attention was trained on.
 
     "gemma": the last hidden states of Gemma 2 for the tags joined by ", ", as Sana encodes its
-    captions. "hashed": a vector per tag that is computed from its letters alone; it needs no model,
-    and has no meaning except the one that training gives it.
+    captions.
     """
 
-    kind: Literal["gemma", "hashed"]
+    kind: Literal["gemma"]
     """Kind of embedding."""
-    source: str | None = None
+    source: str
     """Folder or hub id of Gemma, for transformers."""
-
-    @model_validator(mode="after")
-    def _source_fits(self) -> TagEncoderConfig:
-        if (self.kind == "gemma") != (self.source is not None):
-            raise ValueError("kind gemma needs a source, and kind hashed takes none")
-        return self
 
 
 class SamplingConfig(Config):
@@ -141,14 +134,10 @@ class SamplingConfig(Config):
     from 1.0 down. Other numbers of steps take the shifted schedule."""
 
     @model_validator(mode="after")
-    def _boundaries_rise(self) -> SamplingConfig:
+    def _in_order(self) -> SamplingConfig:
         edges = (0.0, *self.boundaries, 1.0)
         if any(low >= high for low, high in pairwise(edges)):
             raise ValueError(f"boundaries must rise strictly inside (0, 1), not {self.boundaries}")
-        return self
-
-    @model_validator(mode="after")
-    def _plans_fall(self) -> SamplingConfig:
         for plan in self.plans:
             if not 1 <= len(plan) <= 50 or plan[0] != 1:
                 raise ValueError(f"a plan must have 1 to 50 timesteps and start at 1.0: {plan}")
@@ -211,13 +200,13 @@ class Options(Config):
     height: int | None = Field(default=None, ge=1, le=65535)
     """Height of the result in pixels, instead of a scale; alone, it keeps the aspect ratio."""
     steps: int | None = Field(default=None, ge=1, le=50)
-    """Number of steps, 1 to 50; by default the model's own. 1 is closest to the truth (the
-    conditional mean); more give one plausible, sharper picture."""
+    """Number of steps, 1 to 50; by default the model's own. 1 gives the average of
+    all plausible pictures, which is closest to the truth but soft; more give one sharp picture."""
     detail: float = Field(default=1.0, ge=0, le=1)
     """Share of the added detail: 0 is the picture of one step, 1 keeps all that later steps add."""
     solver: Solver | None = None
-    """Solver that takes the steps, by default the model's own; dpm and adams get further with the
-    same number of steps (docs/design/sampling.md)."""
+    """Solver that takes the steps, by default the model's own; dpm and adams are more accurate
+    than euler with the same number of steps (docs/design/sampling.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed for the noise; the same seed gives the same pixels."""
     tags: Literal["auto"] | tuple[str, ...] = ()

@@ -80,6 +80,14 @@ def require(extra: str, *packages: str) -> None:
         )
 
 
+def reason(error: Exception) -> str:
+    """Return an error's message on one line, with its class if it is none of ours."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
+
+
 def one_line(error: Exception) -> str:
     """Return the message of a library's error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""Shared by all tests: no hub, fixed seeds, a tiny real model on disk, a real photograph."""
+"""Fixtures that all tests share: tiny models on disk, a photograph, an S3 server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Kernels run on the CPU. Read where @triton.jit decorates, so it is set before anything imports
+# Kernels run on the CPU. @triton.jit reads this, so it is set before anything imports
 # Triton: torch itself does, for some of its modules.
 os.environ["TRITON_INTERPRET"] = "1"
+# Ray and its processes read these when Ray is imported, so they are set before anything imports it:
+# clients need no token, Train reports quickly, and a slow machine has time to start workers.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 
 import numpy as np
 import pytest
@@ -19,9 +24,11 @@ from PIL import Image
 
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
-from linearsr.denoiser import LinearSR
-from linearsr.metrics import lpips, measure
-from tests.storage.fixtures import s3, s3_port  # noqa: F401
+from linearsr.metrics import measure
+from tests.helpers.experts import random_experts
+from tests.helpers.s3 import Server
+from tests.helpers.tag_models import save_gemma
+from tools import s3_server
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
 SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")
@@ -29,7 +36,7 @@ SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a cluster or a browser, and keep together what shares fixtures.
+    """Mark the tests that need a cluster or a browser, and group tests that share fixtures.
 
     With pytest-xdist's `--dist loadgroup` a group runs in one process. The groups are all tests of
     a cluster, and otherwise the tests of one file.
@@ -45,16 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-def real_lpips_trunk() -> Path | None:
-    """SqueezeNet's own weights: the file that the environment names, or the one beside the project.
-
-    None where there is neither; tests that need them are skipped then.
-    """
-    beside = Path(__file__).parents[2] / "shared" / "data" / "iqa" / "squeezenet1_1-features.pth"
-    found = [Path(os.environ.get(lpips.TRUNK_VARIABLE) or beside), beside]
-    return next((path for path in found if path.is_file()), None)
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -62,7 +59,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def fresh_metrics() -> Iterator[None]:
-    """No metric that was made before this test, nor one of its own after it."""
+    """Forget the metrics that were loaded before this test, and those of the test after it."""
     measure._metric.cache_clear()
     yield
     measure._metric.cache_clear()
@@ -70,7 +67,7 @@ def fresh_metrics() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_config() -> ModelConfig:
-    """Like linearsr-tiny, but small enough for a test to train and run many times."""
+    """A model like linearsr-tiny, but small enough for a test to train and run many times."""
     return ModelConfig(
         name="small",
         denoiser=DenoiserConfig(
@@ -84,18 +81,6 @@ def small_config() -> ModelConfig:
         ),
         latent=LatentConfig(kind="space-to-depth", factor=4, scale=0.12),
     )
-
-
-def random_experts(config: ModelConfig, count: int) -> list[LinearSR]:
-    """Denoisers that start with no layer at zero, so that every weight matters; all different."""
-    torch.manual_seed(1)
-    models = [LinearSR(config.denoiser) for _ in range(count)]
-    for model in models:
-        torch.nn.init.normal_(model.out.weight, std=0.05)
-        torch.nn.init.normal_(model.out.bias, std=0.05)
-        for attention in model._tag_attentions():
-            torch.nn.init.normal_(attention.out.weight, std=0.5)
-    return models
 
 
 @pytest.fixture(scope="session")
@@ -118,10 +103,14 @@ def scaling_bundle(small_config: ModelConfig, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def tagged_config(small_config: ModelConfig) -> ModelConfig:
-    """The same, guided by tags."""
+def tagged_config(
+    small_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> ModelConfig:
+    """The small config with cross-attention to tags."""
     denoiser = small_config.denoiser.model_copy(update={"tag_dim": 16, "tag_heads": 2})
-    tags = TagEncoderConfig(kind="hashed")
+    words = ["cat", "dog", "grass", "woman", "space", "suit", ","]
+    gemma = save_gemma(tmp_path_factory.mktemp("gemma"), 16, words)
+    tags = TagEncoderConfig(kind="gemma", source=str(gemma))
     return small_config.model_copy(update={"name": "tagged", "denoiser": denoiser, "tags": tags})
 
 
@@ -133,10 +122,33 @@ def photograph() -> Image.Image:
 
 @pytest.fixture(scope="session")
 def lpips_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of SqueezeNet's shapes with random weights: a distance, if not that of people."""
+    """A file of SqueezeNet's shapes with random weights, enough for a distance between pictures."""
     from torchvision.models import squeezenet1_1
 
     torch.manual_seed(2)
     path = tmp_path_factory.mktemp("lpips") / "squeezenet.pth"
     torch.save(squeezenet1_1().features.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of `s3`, known to this process and all that it starts; nothing listens there yet.
+
+    Ray's workers have the variables that their cluster was started with. So the cluster needs
+    the address, and only the tests that use S3 pay for the server.
+    """
+    port = s3_server.free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment(port).items():
+            patch.setenv(name, value)
+        for name in ("ENDPOINT_URL_S3", "SESSION_TOKEN", "PROFILE", "MAX_ATTEMPTS", "RETRY_MODE"):
+            patch.delenv(f"AWS_{name}", raising=False)
+        yield port
+
+
+@pytest.fixture(scope="session")
+def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server; see `Server`. Its pages are small, so that tests need fewer files."""
+    with s3_server.running(tmp_path_factory.mktemp("swift"), s3_port, page=100):
+        yield Server(s3_port)

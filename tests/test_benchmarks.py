@@ -1,4 +1,4 @@
-"""The command that measures: what it writes, what it leaves out, and what it refuses to time."""
+"""The benchmarks: the tables that they write, their limits, and their accuracy gate."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from benchmarks import ablation, attention, gate
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
+from benchmarks.tags import HashedEncoder
 from benchmarks.timing import Expected, in_turn
 from linearsr.denoiser import cpu_block as strips
 from linearsr.errors import OptionError
@@ -28,10 +29,10 @@ CPU = torch.device("cpu")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> int:
-    """`python -m benchmarks`, small, in this process."""
+    """Run `python -m benchmarks` with small sizes in this process."""
     small = ["--device", "cpu", "--sides", "32", "64", "--rounds", "1", "--compiled-up-to", "0"]
-    given = ["benchmarks", *small, "--output", str(output), "--name", "here", *arguments]
-    monkeypatch.setattr(sys, "argv", given)
+    argv = ["benchmarks", *small, "--output", str(output), "--name", "here", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
     return command.main()
 
 
@@ -62,7 +63,7 @@ def test_measuring_one_section_keeps_the_others(
     assert page.index("## The attention operator") < page.index("## What was measured before")
 
 
-def test_numerically_wrong_way_is_not_timed(
+def test_a_numerically_wrong_implementation_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = strips.forward_
@@ -77,7 +78,7 @@ def test_numerically_wrong_way_is_not_timed(
 
 
 def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> Tensor:
-    """Linear attention that adds up its tokens in the order in which rounding errs most."""
+    """Linear attention that adds its tokens one by one, the order with the largest error."""
     query, key, value = (x.to(sums) for x in (q.relu(), k.relu(), v))
     state = torch.zeros(*q.shape[:1], *q.shape[2:], q.shape[-1], dtype=sums)
     total = torch.zeros(*q.shape[:1], *q.shape[2:], dtype=sums)
@@ -89,7 +90,7 @@ def one_after_the_other(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gate_allows_any_order_of_sums_but_no_shorter_numbers(dtype: torch.dtype) -> None:
+def test_accuracy_gate_allows_any_order_of_sums_but_no_lower_precision(dtype: torch.dtype) -> None:
     machine = Machine("any", CPU, dtype, threads=1, memory=0, peak=0.0)
     gate.check_operator(lambda q, k, v: one_after_the_other(q, k, v, torch.float32), machine)
     with pytest.raises(GateError, match="linear attention"):
@@ -104,7 +105,7 @@ def test_run_beyond_the_limit_is_not_started() -> None:
     assert not expected.within("a", 2048)
 
 
-def test_runs_take_turns_after_a_warm_up() -> None:
+def test_timed_runs_take_turns_after_a_warm_up() -> None:
     order: list[str] = []
     timed = in_turn({name: lambda n=name: order.append(n) for name in "ab"}, CPU, rounds=2)
     assert "".join(order) == "aabb" + "abab"
@@ -155,7 +156,7 @@ TINY = {
 def ablate(
     tmp_path: Path, lpips_trunk: Path, monkeypatch: pytest.MonkeyPatch, fresh_metrics: None
 ) -> Callable[..., None]:
-    """`python -m benchmarks.ablation`, tiny, in this process, into OUT of its folder."""
+    """Run a tiny `python -m benchmarks.ablation` in this process, into OUT of its folder."""
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     for name, left in (("photos/a.png", 0), ("data/b.png", 200), ("data/c.png", 300)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -171,7 +172,7 @@ def ablate(
     return run
 
 
-def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(
+def test_an_interrupted_ablation_continues_and_gives_the_same_results(
     ablate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ablate()
@@ -183,7 +184,7 @@ def test_the_ablation_goes_on_from_its_results_and_comes_to_the_same(
     judged = {r["part"]: r["values"] for r in map(json.loads, lines[1:])}
     assert len(lines) == 1 + len(ablation.ARMS) and json.loads(lines[0])["last"] == 20
     trained = [judged[arm.name]["psnr@4"] for arm in ablation.ARMS if arm.start == "knee"]
-    assert len(set(trained)) == len(trained), "arms that are one and the same"
+    assert len(set(trained)) == len(trained), "two arms are the same"
     second = ablation.ARMS[1].name
     kept = [line for line in lines if json.loads(line)["part"] != second]
     file.write_text("\n".join(kept) + "\n")
@@ -207,3 +208,33 @@ def test_the_ablation_pairs_its_differences_by_seed(tmp_path: Path) -> None:
     assert f"| {names[0]} | 25.0000 ± 5.0000 |" in text
     assert f"| {names[1]} | **+0.5000 ± 0.0000** |" in text
     assert f"| {names[2]} | **+1.0500 ± 0.0500** |" in text
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a, b, dim=0).item()
+
+
+def test_hashed_tags_have_unit_variance_and_mask_what_is_missing() -> None:
+    embeddings, mask = HashedEncoder(64)([("golden retriever", "grass"), (), ("sky",)])
+    assert embeddings.shape == (3, 2, 64) and embeddings.dtype == torch.float32
+    assert mask.tolist() == [[True, True], [False, False], [True, False]]
+    torch.testing.assert_close(embeddings.square().mean(dim=-1), mask.float())
+
+
+def test_hashed_embeddings_never_change() -> None:
+    """Stored weights were trained on these numbers, so no version may change them."""
+    embedding = HashedEncoder(8)([("cat",)]).embeddings[0, 0]
+    expected = torch.tensor([0, 0, 0, -1, -1, 0, 0, 1]) * (8 / 3) ** 0.5
+    torch.testing.assert_close(embedding, expected)
+
+
+def test_hashed_tags_are_similar_only_if_spelt_alike() -> None:
+    encode = HashedEncoder(256)
+    cat, cats, dog, again = encode([("cat", "cats", "dog", " Cat ")]).embeddings[0]
+    assert torch.equal(cat, again)
+    assert _cosine(cat, cats) > 0.3 > abs(_cosine(cat, dog)) + 0.1
+
+
+def test_hashed_encoder_needs_no_tags() -> None:
+    embeddings, mask = HashedEncoder(8)([(), ("",)])
+    assert embeddings.shape == (2, 1, 8) and not mask.any()

@@ -1,4 +1,4 @@
-"""The weights in the package, on a photograph they were not trained on."""
+"""The bundled weights on a photograph that they were not trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tiny() -> Upscaler:
 
 @pytest.fixture(scope="module")
 def truth() -> torch.Tensor:
-    """A face and a flag, (1, 3, 256, 256)."""
+    """A picture of a face and a flag, (1, 3, 256, 256)."""
     photo = torch.from_numpy(np.asarray(skimage.data.astronaut())).permute(2, 0, 1)
     return photo[None, :, :256, 64:320].float() / 255
 
@@ -60,7 +60,7 @@ def test_default_steps_reach_half_a_photographs_sharpness(
 
 
 def test_tiles_leave_no_seam(tiny: Upscaler, small: Picture) -> None:
-    """Where tiles meet, neighbouring pixels differ no more than the untiled result's do."""
+    """At tile edges, neighbouring pixels differ no more than in the result without tiles."""
     whole, tiled = (tiny.upscale(small, Options(tile=tile)).pixels for tile in ("off", 32))
     assert (whole - tiled).abs().mean() < 1.5 / 255
     for axis in (1, 2):
@@ -69,7 +69,7 @@ def test_tiles_leave_no_seam(tiny: Upscaler, small: Picture) -> None:
 
 
 def test_flat_areas_stay_flat(tiny: Upscaler) -> None:
-    """Sky and skin: a smooth gradient must not gain speckle at the default steps."""
+    """A smooth gradient, as in sky and skin, must not gain speckle at the default steps."""
     ramp = torch.linspace(0.5, 0.6, 48).expand(3, 48, 48)
     result = tiny.upscale(Picture(ramp, None, 8, False, None, None, "png")).pixels
     inner = result[:, 16:-16, 16:-16]

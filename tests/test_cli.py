@@ -1,4 +1,4 @@
-"""The command as a user types it: outputs, exit codes, one line per error, nothing half-written."""
+"""The command as a user types it: outputs, exit codes, one line per error, no partial file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def photos(tmp_path: Path, photograph: Image.Image) -> Path:
 
 @pytest.fixture
 def run(small_bundle: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Calls `linearsr upscale` with the small model; returns exit code, stdout, stderr."""
+    """Call `linearsr upscale` with the small model; return exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         common = ["upscale", "--model", small_bundle, "--steps", 1, "--device", "cpu"]
@@ -53,19 +53,19 @@ def test_upscale_writes_one_file_with_provenance(run, photos: Path, tmp_path: Pa
 
 def test_solver_is_used_and_recorded(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for solver in ("euler", "dpm", "adams"):
-        asked = ("--steps", 4, "--solver", solver)
-        assert run(photos / "a.png", "-o", tmp_path / f"{solver}.png", *asked)[0] == 0
+        flags = ("--steps", 4, "--solver", solver)
+        assert run(photos / "a.png", "-o", tmp_path / f"{solver}.png", *flags)[0] == 0
         provenance = read_provenance(tmp_path / f"{solver}.png")
         assert provenance is not None and provenance["solver"] == solver
-    made = [np.asarray(Image.open(tmp_path / f"{s}.png")) for s in ("euler", "dpm", "adams")]
-    assert not any(np.array_equal(a, b) for a, b in combinations(made, 2))
+    pictures = [np.asarray(Image.open(tmp_path / f"{s}.png")) for s in ("euler", "dpm", "adams")]
+    assert not any(np.array_equal(a, b) for a, b in combinations(pictures, 2))
 
 
 def test_scale_and_detail_are_used_and_recorded(  # type: ignore[no-untyped-def]
     run, photos: Path, tmp_path: Path, scaling_bundle: Path
 ) -> None:
-    asked = ("--model", scaling_bundle, "--steps", 4, "--scale", 1.5, "--detail", 0.5)
-    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *asked)
+    flags = ("--model", scaling_bundle, "--steps", 4, "--scale", 1.5, "--detail", 0.5)
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *flags)
     assert code == 0 and "96x72" in out and "computed" not in out
     provenance = read_provenance(tmp_path / "out.png")
     assert provenance is not None
@@ -73,23 +73,23 @@ def test_scale_and_detail_are_used_and_recorded(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("asked", "note"),
+    ("flags", "note"),
     [
         (("--scale", 2), "x4, then shrunk"),
         (("--width", 300), "x4, then enlarged"),
     ],
 )
 def test_untrained_scale_is_noted(  # type: ignore[no-untyped-def]
-    run, photos: Path, tmp_path: Path, asked: tuple[object, ...], note: str
+    run, photos: Path, tmp_path: Path, flags: tuple[object, ...], note: str
 ) -> None:
-    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *asked)
+    code, out, _ = run(photos / "a.png", "-o", tmp_path / "out.png", *flags)
     assert code == 0 and f"computed at {note}" in out
 
 
 def test_output_folder_keeps_the_inputs_structure(run, photos: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run(photos, "-o", tmp_path / "out", "--scale", 2)[0] == 0
-    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
-    assert found == {"a.png", "trip/b.jpg"}
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert names == {"a.png", "trip/b.jpg"}
     assert Image.open(tmp_path / "out/trip/b.jpg").size == (128, 96)
 
 
@@ -142,10 +142,10 @@ def test_failed_write_names_the_target(run, photos) -> None:  # type: ignore[no-
 
 
 def test_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    def exhausted(self: object, *_: object) -> None:
+    def exhausted(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.pipeline.upscaler.Upscaler._noise", exhausted)
+    monkeypatch.setattr("linearsr.pipeline.upscaler.tile_grid", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err

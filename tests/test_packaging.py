@@ -1,6 +1,6 @@
-"""The distributions: what is in them, and what the wheel does alone in a clean environment.
+"""The contents of the distributions, and the wheel alone in a clean environment.
 
-Needs the package registry, as `make` does.
+These tests need the package registry, as `make` does.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from PIL import Image
 
 from linearsr.errors import LinearSRError, MissingExtra, require
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = {"sana", "quality", "tags", "data", "train", "serve", "all", "demo", "bench", "dev"}
-# Of what git knows; the rest of the top level is for users.
+# Tracked files at the top level that are not for users; all others are.
 NOT_FOR_USERS = {".ci", ".pre-commit-config.yaml"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """This one's, without what would lead Python elsewhere."""
+    """Return this process's environment without Python's own variables."""
     return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | more
 
 
@@ -52,13 +54,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(built: Path) -> Path:
-    (found,) = built.glob("*.whl")
-    return found
+    (path,) = built.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
 def about(wheel: Path) -> Metadata:
-    """The wheel's metadata, refused by the index's own rules where it breaks them."""
+    """The metadata of the wheel, parsed by the rules of the index."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         return Metadata.from_email(archive.read(name), validate=True)
@@ -66,7 +68,7 @@ def about(wheel: Path) -> Metadata:
 
 @pytest.fixture(scope="module")
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment that has the wheel, without extras, in today's versions."""
+    """The programs of an environment with the wheel, without extras, in current versions."""
     folder = tmp_path_factory.mktemp("clean")
     versions = {d.name: d.version.partition("+")[0] for d in metadata.distributions()}
     versions.pop("linearsr", None)
@@ -74,7 +76,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     constraints.write_text("".join(f"{name}=={v}\n" for name, v in versions.items()))
     _uv("venv", "--python", sys.executable, folder / "venv")
     programs = folder / "venv" / "bin"
-    # torch with CUDA takes gigabytes: linked, they are neither copied nor in a /tmp of memory.
+    # torch with CUDA takes gigabytes; with links they are neither copied nor held in memory.
     how = ("--link-mode", "symlink", "--constraint", constraints)
     _uv("pip", "install", "--python", programs / "python", *how, wheel)
     return programs
@@ -82,7 +84,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(clean: Path, tmp_path: Path) -> Run:
-    """Runs a program of the clean environment, away from the sources."""
+    """A function that runs a program of the clean environment, away from the sources."""
 
     def call(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [clean / program, *map(str, arguments)]
@@ -94,14 +96,14 @@ def run(clean: Path, tmp_path: Path) -> Run:
 
 
 def _tracked() -> set[str]:
-    """The top level as git knows it."""
+    """Return the tracked names at the top level."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     return {line.partition("/")[0] for line in listed.stdout.splitlines()}
 
 
-def test_the_source_distribution_holds_all_that_is_for_users(built: Path) -> None:
+def test_the_source_distribution_holds_every_file_for_users(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
@@ -122,7 +124,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in about)
 
 
-def test_the_metadata(about: Metadata) -> None:
+def test_wheel_metadata_has_licence_python_version_extras_and_readme(about: Metadata) -> None:
     assert about.license_expression == "Apache-2.0"
     assert about.requires_python is not None and "3.10.0" in about.requires_python
     assert set(about.provides_extra or []) == EXTRAS
@@ -131,15 +133,15 @@ def test_the_metadata(about: Metadata) -> None:
 
 
 def _brought(about: Metadata, extra: str) -> set[str]:
-    """Packages that the extra names, by itself or by others of ours."""
-    found: set[str] = set()
+    """Return the packages that an extra brings, also through other extras."""
+    packages: set[str] = set()
     for requirement in about.requires_dist or []:
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
-        found.add(canonicalize_name(requirement.name))
+        packages.add(canonicalize_name(requirement.name))
         if requirement.name == "linearsr":
-            found |= {name for other in requirement.extras for name in _brought(about, other)}
-    return found
+            packages |= {name for other in requirement.extras for name in _brought(about, other)}
+    return packages
 
 
 def test_extras_keep_the_base_small(about: Metadata) -> None:
@@ -155,7 +157,7 @@ def test_extras_keep_the_base_small(about: Metadata) -> None:
 
 
 def _asked() -> Iterator[tuple[str, list[str]]]:
-    """What every `require("extra", "package", ...)` of the package says."""
+    """Yield the arguments of every `require("extra", "package", ...)` of the package."""
     for path in (ROOT / "linearsr").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
@@ -165,16 +167,18 @@ def _asked() -> Iterator[tuple[str, list[str]]]:
 
 def test_advice_names_an_extra_that_brings_the_package(about: Metadata) -> None:
     homes = metadata.packages_distributions()
-    asked = list(_asked())
-    assert {"sana", "quality", "tags", "data", "train", "serve"} <= {extra for extra, _ in asked}
-    for extra, packages in asked:
+    requirements = list(_asked())
+    assert {"sana", "quality", "tags", "data", "train", "serve"} <= {
+        extra for extra, _ in requirements
+    }
+    for extra, packages in requirements:
         brought = _brought(about, extra)
         for package in packages:
             names = {canonicalize_name(Requirement(name).name) for name in homes[package]}
             assert names & brought, f"linearsr[{extra}] does not bring {package}"
 
 
-def test_a_package_that_is_there_but_broken_speaks_for_itself(
+def test_require_passes_on_the_error_of_a_broken_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_here.py").write_text("import nowhere_at_all\n")
@@ -190,13 +194,13 @@ def test_importing_is_quick_and_loads_neither_torch_nor_ray(run: Run) -> None:
         "import sys, time; began = time.perf_counter(); import linearsr; "
         "print(time.perf_counter() - began, 'torch' in sys.modules, 'ray' in sys.modules)"
     )
-    said = [run("python", "-c", code).stdout.split() for _ in range(3)]
-    assert [loaded for _, *loaded in said] == [["False", "False"]] * 3
-    # The promise; it takes a twentieth of that, so no busy machine makes this fail by chance.
-    assert min(float(seconds) for seconds, *_ in said) < 0.3
+    lines = [run("python", "-c", code).stdout.split() for _ in range(3)]
+    assert [loaded for _, *loaded in lines] == [["False", "False"]] * 3
+    # This is the documented bound; an import takes a twentieth of it, even if the machine is busy.
+    assert min(float(seconds) for seconds, *_ in lines) < 0.3
 
 
-def test_the_base_install_upscales_as_this_one_does(
+def test_the_base_install_upscales_to_the_same_bytes(
     run: Run, photograph: Image.Image, tmp_path: Path
 ) -> None:
     photograph.save(tmp_path / "photo.png")

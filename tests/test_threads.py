@@ -1,4 +1,4 @@
-"""How threads wait: set before torch is loaded, and left as the user has it."""
+"""The setting of how threads wait is made before torch loads and leaves the user's own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from linearsr.threads import CHOSEN, SPIN_ROUNDS
 TELL = "import os; print(os.environ.get('GOMP_SPINCOUNT'))"
 
 
-def told(code: str, **chosen: str) -> str:
-    """What a fresh interpreter prints whose user has set `chosen` and nothing else of this."""
+def printed_by(code: str, **chosen: str) -> str:
+    """Return the output of a fresh interpreter whose user has set only `chosen`."""
     environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     run = subprocess.run(
         [sys.executable, "-c", f"{code}; {TELL}"],
@@ -36,7 +36,7 @@ def told(code: str, **chosen: str) -> str:
     ],
 )
 def test_threads_spin_briefly_in_every_entry_point(module: str) -> None:
-    assert told(f"import {module}") == SPIN_ROUNDS
+    assert printed_by(f"import {module}") == SPIN_ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_threads_spin_briefly_in_every_entry_point(module: str) -> None:
     [({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_settings_of_the_user_are_kept(chosen: dict[str, str], left: str) -> None:
-    assert told("import linearsr", **chosen) == left
+    assert printed_by("import linearsr", **chosen) == left
 
 
 def test_process_that_has_loaded_torch_is_left_alone() -> None:
-    assert told("import torch, linearsr") == "None"
+    assert printed_by("import torch, linearsr") == "None"
 
 
 def test_openmp_reads_the_setting_when_torch_loads() -> None:
-    """GNU OpenMP tells its settings as it loads, which is when it reads them."""
+    """GNU OpenMP prints its settings when it loads, which is also when it reads them."""
     code = "import linearsr.pipeline.upscaler"
     environment = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     run = subprocess.run(

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
-from linearsr.errors import OptionError, OutputError, require
-from linearsr.storage import atomic
-from linearsr.storage.targets import TargetCheck
+from linearsr.errors import OptionError, require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -169,9 +167,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from linearsr.evaluation.judge import Judge, load_model
     from linearsr.evaluation.run import ModelViews, finish, plan
     from linearsr.evaluation.sources import list_pictures, read_source
+    from linearsr.storage.location import check_writable, locate
 
     evaluation = plan(request, list_pictures)
-    output = _folder(arguments.output)
+    output = locate(arguments.output)
+    check_writable(output)
     judge = Judge(
         evaluation.settings, read_source, lambda model: load_model(model, arguments.device)
     )
@@ -179,7 +179,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         evaluation,
         _scores(evaluation, judge),
         lambda items: ModelViews(judge.describe(), [judge.example(item) for item in items]),
-        lambda name, data: _write(output / name, data),
+        lambda name, data: (output / name).write(data),
     )
     return print_report(report, arguments.output)
 
@@ -189,21 +189,3 @@ def _scores(evaluation: Evaluation, judge: Judge) -> list[Score]:
 
     bar = tqdm(evaluation.items, unit="picture", desc="evaluate", file=sys.stderr)
     return [score for item in bar for score in judge.scores(item)]
-
-
-def _folder(output: str) -> Path:
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be created ({error.strerror}); choose another"
-        ) from error
-    TargetCheck().folder(output)
-    return Path(output)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        atomic.write(path, data)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -15,13 +15,13 @@ from linearsr.errors import (
     LinearSRError,
     OptionError,
     WeightsError,
-    one_line,
     printable,
+    reason,
 )
 from linearsr.tags.base import TAGGERS, TaggerConfig, check_used
 
 if TYPE_CHECKING:
-    from linearsr.tags.base import Tag, Tagger
+    from linearsr.tags.base import Tagger
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -118,21 +118,15 @@ def _print_tags(tagger: Tagger, path: Path, as_json: bool) -> bool:
         tags = tagger(read(path).pixels)
     except (OptionError, WeightsError):
         raise  # the next picture would fail as well
-    except LinearSRError as error:
-        complain(error, SOME_FAILED)
-        return False
     except Exception as error:  # torch, codecs and models raise errors of many kinds
-        message = f"{path}: {type(error).__name__}: {one_line(error)}"
-        complain(LinearSRError(message), SOME_FAILED)
+        ours = isinstance(error, LinearSRError)
+        complain(error if ours else LinearSRError(f"{path}: {reason(error)}"), SOME_FAILED)
         return False
-    print(_json(path, tags) if as_json else printable(f"{path}: {_line(tags)}"), flush=True)
+    if as_json:
+        named = [{"name": tag.name, "score": round(tag.score, 4)} for tag in tags]
+        line = json.dumps({"file": str(path), "tags": named})
+    else:
+        found = ", ".join(f"{tag.name} {tag.score:.2f}" for tag in tags)
+        line = f"{path}: {found or 'no tags'}"
+    print(printable(line), flush=True)
     return True
-
-
-def _line(tags: list[Tag]) -> str:
-    return ", ".join(f"{tag.name} {tag.score:.2f}" for tag in tags) or "no tags"
-
-
-def _json(path: Path, tags: list[Tag]) -> str:
-    named = [{"name": tag.name, "score": round(tag.score, 4)} for tag in tags]
-    return json.dumps({"file": str(path), "tags": named})

@@ -91,17 +91,13 @@ def _run(arguments: argparse.Namespace) -> int:
         except (LinearSRError, MemoryError) as error:
             failed += 1
             path = target if isinstance(error, OutputError) else source
-            complain(_with_name(path, error), SOME_FAILED)
+            message = str(error) or "out of memory"
+            named = message if str(path) in message else f"{path}: {message}"
+            complain(LinearSRError(named), SOME_FAILED)
     if failed and len(pairs) > 1:
         written = "; the others are written" if failed < len(pairs) else ""
         print(f"linearsr: {failed} failed{written}", file=sys.stderr)
     return SOME_FAILED if failed else OK
-
-
-def _with_name(path: Path, error: Exception) -> Exception:
-    """Put the file's name before a message that lacks it."""
-    message = str(error) or "out of memory"
-    return LinearSRError(message if str(path) in message else f"{path}: {message}")
 
 
 def _upscale_file(
@@ -122,7 +118,13 @@ def _upscale_file(
     def on_stage(stage: str, picture: Picture) -> None:
         nonlocal note
         if stage == "upscale":
-            _make_folder(target.parent)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"the folder {target.parent} cannot be created ({error.strerror}); choose "
+                    "another"
+                ) from error
             note = _resampling(upscaler, picture, options)
 
     result = upscale_encoded(
@@ -149,15 +151,6 @@ def _resampling(upscaler: Upscaler, picture: Picture, options: Options) -> str:
     if requested == scale:
         return ""
     return f"  computed at x{scale:g}, then {'enlarged' if requested > scale else 'shrunk'}"
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {folder} cannot be created ({error.strerror}); choose another"
-        ) from error
 
 
 class _Line:

@@ -29,9 +29,8 @@ def suit(x: Tensor) -> bool:
 
     Autocast would give the parts of a sum different types.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    return x.device.type == "cpu"
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    return plain and x.device.type == "cpu"
 
 
 def forward_(
@@ -241,28 +240,22 @@ class _Half(NamedTuple):
 
     def __call__(self, x: Tensor, edge: int) -> Tensor:
         """(B, n, W, C) -> (B, n - 2 + 2 edge, W, hidden), with `edge` rows of zero padding."""
-        x = _linear_silu(x, *self.expand)
+        fuses, channels = _fuses(x.dtype), len(self.depthwise[0])
+        if fuses:
+            x = torch.ops.mkldnn._linear_pointwise(x, *self.expand, "swish", [], "")
+        else:
+            x = F.silu(F.linear(x, *self.expand), inplace=True)
         # Views: NHWC memory seen as channels_last NCHW.
-        x = _depthwise(x.permute(0, 3, 1, 2), *self.depthwise, edge, silu=self.is_gate)
+        x = x.permute(0, 3, 1, 2)
+        if fuses and self.is_gate:
+            ones, padding = [1, 1], [edge, 1]
+            x = torch.ops.mkldnn._convolution_pointwise(
+                x, *self.depthwise, padding, ones, ones, channels, "swish", [], ""
+            )
+        else:
+            x = F.conv2d(x, *self.depthwise, padding=(edge, 1), groups=channels)
+            x = F.silu(x, inplace=True) if self.is_gate else x
         return x.permute(0, 2, 3, 1)
-
-
-def _linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if _fuses(x.dtype):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish", [], "")
-        return out
-    return F.silu(F.linear(x, weight, bias), inplace=True)
-
-
-def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor, edge: int, silu: bool) -> Tensor:
-    if silu and _fuses(x.dtype):
-        ones, padding = [1, 1], [edge, 1]
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, kernel, bias, padding, ones, ones, len(kernel), "swish", [], ""
-        )
-        return out
-    x = F.conv2d(x, kernel, bias, padding=(edge, 1), groups=len(kernel))
-    return F.silu(x, inplace=True) if silu else x
 
 
 def _fuses(dtype: torch.dtype) -> bool:

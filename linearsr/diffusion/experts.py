@@ -43,8 +43,11 @@ def boundaries(
 ) -> tuple[float, float, float]:
     """Return three boundaries by hierarchical bisection in log-SNR, ascending in t.
 
-    `anchor` splits [low, high]; the log-SNR midpoint of each half maps back to t. The defaults give
-    the paper's [0.223, 0.875, 0.939]. Raises OptionError unless 0 < low < anchor < high < 1.
+    A model's own boundaries are `SamplingConfig.boundaries`; this is where their default comes
+    from. `anchor` splits [low, high]; the log-SNR midpoint of each half maps back to t. The
+    defaults give the paper's [0.223, 0.875, 0.939].
+
+    Raises OptionError unless 0 < low < anchor < high < 1.
     """
     if not 0 < low < anchor < high < 1:
         raise OptionError(f"need 0 < low < anchor < high < 1: {low}, {anchor}, {high}")

@@ -17,29 +17,6 @@ from linearsr.diffusion.path import clean_guess, euler_step
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def euler(
-    denoise: Denoise,
-    latent: Tensor,
-    timesteps: Sequence[float] | Tensor,
-    start: int = 0,
-    stop: int | None = None,
-) -> Tensor:
-    """Take steps `start` to `stop` (exclusive) of `timesteps` from `latent` (B, C, h, w).
-
-    timesteps: (steps + 1,) for the whole batch, or (steps + 1, B) for each sample.
-    denoise: a function of the latent and t (B,) that returns the velocity.
-
-    One step from t = 1 lands on the conditional mean (fidelity); more steps move towards one
-    plausible picture (perception).
-    """
-    stop = len(timesteps) - 1 if stop is None else stop
-    t = torch.as_tensor(timesteps, device=latent.device)
-    t = t if t.ndim == 2 else t[:, None].expand(-1, latent.shape[0])
-    for i in range(start, stop):
-        latent = euler_step(latent, denoise(latent, t[i]), t[i], t[i + 1])
-    return latent
-
-
 class SolverState(NamedTuple):
     """The result of the steps so far, and all that the next step needs.
 
@@ -66,9 +43,13 @@ def sample(
 ) -> SolverState:
     """Take steps `start` to `stop` (exclusive) of `timesteps` with the solver of that name.
 
-    The other arguments are those of `euler`. If `state.previous` is set, `timesteps` must include
-    the step before `start`. Segments in turn give the bits of one run if each continues from the
-    state of the one before.
+    denoise: a function of the latent and t (B,) that returns the velocity.
+    timesteps: (steps + 1,) for the whole batch, or (steps + 1, B) for each sample. If
+        `state.previous` is set, they must include the step before `start`. Segments in turn give
+        the bits of one run if each continues from the state of the one before.
+
+    One step from t = 1 lands on the conditional mean (fidelity); more steps move towards one
+    plausible picture (perception).
 
     Both solvers of second order take Euler's step and correct it by the change since the step
     before, so they call `denoise` no more often:
@@ -78,12 +59,15 @@ def sample(
         half-log-SNR. That is infinite at both ends, so the first two steps and the last are
         Euler's.
     """
-    if solver == "euler":
-        return SolverState(euler(denoise, state.latent, timesteps, start, stop))
     stop = len(timesteps) - 1 if stop is None else stop
     latent, previous = state.latent, state.previous
     t = torch.as_tensor(timesteps)
     t = t if t.ndim == 2 else t[:, None].expand(-1, latent.shape[0])
+    if solver == "euler":
+        t = t.to(latent.device)
+        for i in range(start, stop):
+            latent = euler_step(latent, denoise(latent, t[i]), t[i], t[i + 1])
+        return SolverState(latent)
     weights = _weights(solver, t).to(latent.dtype).to(latent.device)
     t = t.to(latent.device)
     for i in range(start, stop):

@@ -19,7 +19,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import (
-    ProcessContext,
     ProcessExitedException,
     ProcessRaisedException,
     start_processes,
@@ -77,25 +76,20 @@ def check_all_reduce(ranks: int, backend: str = "nccl", seconds: float = 120.0) 
         group = start_processes(
             _all_reduce, arguments, nprocs=ranks, join=False, start_method=START
         )
+        end = time.monotonic() + seconds
         try:
-            _wait(group, backend, seconds)
+            while not group.join(timeout=max(0.0, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    raise LinearSRError(f"{backend} all-reduce did not finish within {seconds:g} s")
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            last_line = str(error).strip().rpartition("\n")[2].strip()  # below the rank's stack
+            raise LinearSRError(
+                f"{backend} does not work between this node's ranks: {last_line}"
+            ) from error
         finally:
             for process in group.processes:
                 process.kill()
                 process.join()
-
-
-def _wait(group: ProcessContext, backend: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    try:
-        while not group.join(timeout=max(0.0, end - time.monotonic())):
-            if time.monotonic() >= end:
-                raise LinearSRError(f"{backend} all-reduce did not finish within {seconds:g} s")
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        last_line = str(error).strip().rpartition("\n")[2].strip()  # below the rank's stack
-        raise LinearSRError(
-            f"{backend} does not work between this node's ranks: {last_line}"
-        ) from error
 
 
 def _all_reduce(rank: int, ranks: int, backend: str, meet: str, seconds: float) -> None:

@@ -12,14 +12,6 @@ from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import locate
 
 
-def load_bundle(path: str, only: Collection[int] | None = None) -> weights.Bundle:
-    """Load a weights bundle, or `only` some of its experts. Raises WeightsError."""
-    if path in weights.available():
-        return weights.load(path, only=only)
-    with locate(path).local(".safetensors") as folder:
-        return weights.load(folder, only=only)
-
-
 def load_upscaler(
     model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
 ) -> Upscaler:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.config import Options
-from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
+from linearsr.errors import InputError, LinearSRError, WeightsError, reason
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
 from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
 from linearsr.evaluation.drawing import details
@@ -62,7 +62,7 @@ def seeded_lr(hr: Tensor, name: str, scale: int, config: Degradation) -> Tensor:
 
 def upscaled(upscaler: Upscaler, lr: Tensor, options: Options) -> Tensor:
     """Return the model's picture (3, H, W) in [0, 1] of LR (3, h, w) in [0, 1]."""
-    return upscaler.upscale(Picture(lr, None, 8, False, None, None, "png"), options).pixels
+    return upscaler.upscale(Picture(lr), options).pixels
 
 
 def load_model(model: str, device: str = "auto") -> Upscaler | Checkpoint:
@@ -91,12 +91,12 @@ class Judge:
         try:
             hr, methods = self._methods(item)
         except Exception as error:  # torch and codecs raise errors of many kinds
-            return [Score(item.id, "", "", None, _reason(error))]
+            return [Score(item.id, "", "", None, reason(error))]
         for name, make in methods.items():
             try:
                 scores += list(self._measured(item, name, make(), hr))
             except Exception as error:
-                scores.append(Score(item.id, name, "", None, _reason(error)))
+                scores.append(Score(item.id, name, "", None, reason(error)))
         return list(dict.fromkeys(scores))
 
     def _measured(
@@ -119,12 +119,19 @@ class Judge:
     def example(self, item: Item) -> Example:
         """Cut the detail of most contrast in the truth, or in the last result without a truth."""
         hr, methods = self._methods(item)
-        pictures = dict(_succeeding(methods))
+        pictures: dict[str, Tensor] = {}
+        for name, make in methods.items():
+            with contextlib.suppress(Exception):  # the scores report it
+                pictures[name] = make().clamp(0, 1)
         shown = hr if hr is not None else list(pictures.values())[-1]
         top, left = details(shown, DETAIL, 1)[0]
         if hr is not None:  # at the right, after the results that should look like it
             pictures[TRUTH] = pictures.pop(TRUTH)
-        return Example(item.id, [(n, _cropped(p, top, left)) for n, p in pictures.items()])
+        parts = {
+            name: picture[:, top : top + DETAIL, left : left + DETAIL]
+            for name, picture in pictures.items()
+        }
+        return Example(item.id, [(name, to_pil(Picture(part))) for name, part in parts.items()])
 
     def _methods(self, item: Item) -> tuple[Tensor | None, dict[str, Method]]:
         """The truth, and a function for each method's picture; all pictures have one size."""
@@ -197,19 +204,6 @@ class Judge:
         return {name: _described(model) for name, model in self.models.items()}
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
-    return kind + one_line(error)
-
-
-def _succeeding(methods: dict[str, Method]) -> Iterator[tuple[str, Tensor]]:
-    for name, make in methods.items():
-        with contextlib.suppress(Exception):  # the scores report it
-            yield name, make().clamp(0, 1)
-
-
 def _same(picture: Tensor) -> Tensor:
     return picture
 
@@ -217,11 +211,6 @@ def _same(picture: Tensor) -> Tensor:
 @torch.inference_mode()
 def _bicubic(lr: Tensor, height: int, width: int) -> Tensor:
     return resize(lr[None], height, width)[0]
-
-
-def _cropped(pixels: Tensor, top: int, left: int) -> Image.Image:
-    part = pixels[:, top : top + DETAIL, left : left + DETAIL]
-    return to_pil(Picture(part, None, 8, False, None, None, "png"))
 
 
 def _described(model: Upscaler | Checkpoint) -> str:

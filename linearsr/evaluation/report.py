@@ -175,7 +175,7 @@ def parquet(report: Report) -> bytes:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Pictures from best to worst, by one metric of one method."""
+    """One method's results, sorted from best to worst by one metric."""
 
     method: str
     metric: str
@@ -215,7 +215,8 @@ def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count
     ranks = ranking.ends(count)
     rows = []
     for example in examples:
-        rows.append(_heading(example, ranking, ranks[example.id]))
+        heading = f"{ranks[example.id]} by {ranking.metric} of {ranking.method}: {example.id}"
+        rows.append(Row([heading], [Image.new("RGB", (1, 1), "white")]))
         lines = math.ceil(len(example.details) / COLUMNS)
         columns = math.ceil(len(example.details) / lines)
         for first in range(0, len(example.details), columns):
@@ -225,11 +226,6 @@ def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count
     buffer = io.BytesIO()
     sheet(rows, DETAIL).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
-
-
-def _heading(example: Example, ranking: Ranking, rank: str) -> Row:
-    text = f"{rank} by {ranking.metric} of {ranking.method}: {example.id}"
-    return Row([text], [Image.new("RGB", (1, 1), "white")])
 
 
 def _label(report: Report, metric: str, id: str, method: str) -> str:

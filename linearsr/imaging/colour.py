@@ -40,31 +40,22 @@ def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> tor
         # so restored - low(restored) + low(source) needs it only once, for the difference.
         return restored + _low_pass(source - restored)
     if method == "adain":
-        return _match_statistics(restored, source)
+        restored_mean, restored_std = _statistics(restored)
+        source_mean, source_std = _statistics(source)
+        return (restored - restored_mean) * (source_std / restored_std) + source_mean
     return restored
 
 
 def _low_pass(picture: torch.Tensor) -> torch.Tensor:
     """Blur (B, C, H, W) with the a-trous kernel [1 2 1] / 4, dilated by 1, 2, 4, 8, 16."""
     for level in range(_LEVELS):
-        for axis in (-2, -1):
-            picture = _blur_axis(picture, axis, 2**level)
+        step = 2**level
+        for axis, pad in ((-2, (0, 0, step, step)), (-1, (step, step, 0, 0))):
+            padded, length = F.pad(picture, pad, mode="replicate"), picture.shape[axis]
+            picture = padded.narrow(axis, step, length) * 0.5
+            picture.add_(padded.narrow(axis, 0, length), alpha=0.25)
+            picture.add_(padded.narrow(axis, 2 * step, length), alpha=0.25)
     return picture
-
-
-def _blur_axis(picture: torch.Tensor, axis: int, step: int) -> torch.Tensor:
-    pad = [0, 0, step, step] if axis == -2 else [step, step, 0, 0]
-    padded = F.pad(picture, pad, mode="replicate")
-    length = picture.shape[axis]
-    blurred = padded.narrow(axis, step, length) * 0.5
-    blurred.add_(padded.narrow(axis, 0, length), alpha=0.25)
-    return blurred.add_(padded.narrow(axis, 2 * step, length), alpha=0.25)
-
-
-def _match_statistics(restored: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    restored_mean, restored_std = _statistics(restored)
-    source_mean, source_std = _statistics(source)
-    return (restored - restored_mean) * (source_std / restored_std) + source_mean
 
 
 def _statistics(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

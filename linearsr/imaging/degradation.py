@@ -210,12 +210,6 @@ def _through(picture: Tensor, kind: str, quality: int) -> Tensor:
     return decoded.permute(2, 0, 1)[None].float() / 255
 
 
-def _resize_factor(stage: Stage, rng: np.random.Generator) -> float:
-    low, high = stage.resize_range
-    way = rng.choice(3, p=stage.resize_up_down_keep)
-    return (rng.uniform(1, max(high, 1)), rng.uniform(low, min(high, 1)), 1.0)[way]
-
-
 def _apply(
     picture: Tensor, stage: Stage, size: int, lr_sides: list[int], rng: np.random.Generator
 ) -> Tensor:
@@ -223,7 +217,9 @@ def _apply(
         sinc = rng.random() < stage.sinc_probability
         kernel = _random_sinc(size, rng) if sinc else _gaussian_kernel(size, rng, stage.blur_sigma)
         picture = _filter(picture, kernel)
-    factor = _resize_factor(stage, rng)
+    low, high = stage.resize_range
+    way = rng.choice(3, p=stage.resize_up_down_keep)
+    factor = (rng.uniform(1, max(high, 1)), rng.uniform(low, min(high, 1)), 1.0)[way]
     before = lr_sides if stage.resize_from_lr else picture.shape[-2:]
     height, width = (max(1, round(n * factor)) for n in before)
     picture = resize(picture, height, width)

@@ -86,7 +86,7 @@ def descriptive_exif(data: bytes) -> bytes | None:
 
 
 def pil_exif(image: Image) -> tuple[bytes | None, int]:
-    """Return the EXIF of a loaded PIL image and its orientation: None and 1 if broken."""
+    """Return the EXIF and orientation of a loaded PIL image; None and 1 without usable EXIF."""
     try:
         exif = image.getexif()
         data = exif.tobytes() if len(exif) else None

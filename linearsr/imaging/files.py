@@ -85,22 +85,22 @@ class Picture:
     pixels: torch.Tensor
     """float32 (3, H, W) in [0, 1]: RGB as encoded (gamma), in the colour space of `icc`."""
 
-    alpha: torch.Tensor | None
+    alpha: torch.Tensor | None = None
     """float32 (1, H, W) in [0, 1], not premultiplied."""
 
-    bits: int
+    bits: int = 8
     """8 or 16, the depth of the samples in the file."""
 
-    grey: bool
+    grey: bool = False
     """Whether the file had one colour channel; it is written with one if the format allows it."""
 
-    icc: bytes | None
+    icc: bytes | None = None
     """The colour profile of the file: an RGB one, or a grey one if `grey` is set."""
 
-    exif: bytes | None
+    exif: bytes | None = None
     """EXIF starting with `Exif\\0\\0`; its orientation is 1, as it has been applied."""
 
-    format: str
+    format: str = "png"
     """The format of the file: png, jpeg, webp, tiff, avif or gif."""
 
 
@@ -124,7 +124,12 @@ def read(
     format = _sniff(data, name)
     with _as_input_error(name):
         image = _LOADERS[format](data, access="sequential", fail_on="error")
-        _check_size(image, name, max_pixels)
+        pixels = image.width * image.height
+        if pixels > max_pixels:
+            raise TooLarge(
+                f"{name}: {image.width}x{image.height} is {pixels} pixels, more than the limit of "
+                f"{max_pixels}; raise --max-pixels to allow it."
+            )
         exif = descriptive_exif(data) if format == "tiff" else _blob(image, "exif-data")
         return _decode(image, exif, format, name)
 
@@ -197,15 +202,6 @@ _LOADERS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-def _check_size(image: pyvips.Image, name: str, max_pixels: int) -> None:
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise TooLarge(
-            f"{name}: {image.width}x{image.height} is {pixels} pixels, more than the limit of "
-            f"{max_pixels}; raise --max-pixels to allow it."
-        )
-
-
 def _decode(image: pyvips.Image, exif: bytes | None, format: str, name: str) -> Picture:
     """Decode a libvips image, which is lazy until now, into a Picture."""
     if image.format not in ("uchar", "ushort"):
@@ -223,24 +219,15 @@ def _decode(image: pyvips.Image, exif: bytes | None, format: str, name: str) -> 
         raise InputError(f"{name}: holds {image.interpretation} colours; convert it to RGB.")
     if not colours <= image.bands <= colours + 1:
         raise InputError(f"{name}: has {image.bands} channels; convert it to RGB or RGBA.")
-    samples = _samples(_upright(image))
+    if "orientation" in image.get_fields() and image.get("orientation") != 1:
+        # Turning needs the rows in another order than the decoder delivers them.
+        image = image.copy_memory().autorot()
+    array = image.numpy().reshape(image.height, image.width, image.bands)
+    samples = torch.from_numpy(array).permute(2, 0, 1)
     pixels = _unit_range(samples[:colours], 3)
     alpha = _unit_range(samples[colours:], 1) if image.bands > colours else None
     profile = icc if _fits(icc, grey) else None
     return Picture(pixels, alpha, bits, grey, profile, upright_exif(exif), format)
-
-
-def _upright(image: pyvips.Image) -> pyvips.Image:
-    if "orientation" not in image.get_fields() or image.get("orientation") == 1:
-        return image
-    # Turning needs the rows in another order than the decoder delivers them.
-    return image.copy_memory().autorot()
-
-
-def _samples(image: pyvips.Image) -> torch.Tensor:
-    """Return the integer samples (bands, H, W), a view of (H, W, bands)."""
-    array = image.numpy().reshape(image.height, image.width, image.bands)
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _unit_range(samples: torch.Tensor, channels: int) -> torch.Tensor:
@@ -332,8 +319,13 @@ def _save(
     """Encode with these metadata fields, or with fewer if libvips refuses them."""
     profile = {key: value for key, value in fields.items() if key == "icc-profile-data"}
     for attempt in (fields, profile, {}):
+        labelled = image.copy()
+        for field, value in attempt.items():
+            is_text = isinstance(value, str)
+            kind = pyvips.GValue.gstr_type if is_text else pyvips.GValue.blob_type
+            labelled.set_type(kind, field, value)
         try:
-            return bytes(_SAVERS[format](_with_fields(image, attempt), quality))
+            return bytes(_SAVERS[format](labelled, quality))
         except _VIPS_ERRORS as error:
             reason = _reason(error)
     raise OutputError(f"the picture cannot be encoded as {format} ({reason}).")
@@ -352,15 +344,6 @@ _SAVERS: Final[dict[str, Callable[[pyvips.Image, int], Any]]] = {
     "webp": _save_webp,
     "tiff": lambda image, _: image.tiffsave_buffer(compression="deflate", predictor="horizontal"),
 }
-
-
-def _with_fields(image: pyvips.Image, fields: Mapping[str, bytes | str]) -> pyvips.Image:
-    image = image.copy()
-    for field, value in fields.items():
-        is_text = isinstance(value, str)
-        kind = pyvips.GValue.gstr_type if is_text else pyvips.GValue.blob_type
-        image.set_type(kind, field, value)
-    return image
 
 
 def _metadata(

@@ -71,6 +71,7 @@ _CAMERAS: Final = """
 """
 _RAW_SUFFIXES: Final = frozenset(_CAMERAS.split())
 UNKNOWN: Final = Kind("file that cannot be read", "files that cannot be read")
+NAME_FAULT: Final = "the file's name is not UTF-8; rename it"
 NOT_TEXT: Final = Kind("file whose name is not UTF-8", "files whose names are not UTF-8")
 
 
@@ -153,7 +154,7 @@ def choose_pictures(
         elif not text or is_text(name):
             pictures += [name] if verdict else []
         elif verdict:
-            notes.failures[printable(name)] = "the file's name is not UTF-8; rename it"
+            notes.failures[printable(name)] = NAME_FAULT
         if not verdict and not is_text(name):
             notes.leave_out(NOT_TEXT, name)
     return pictures

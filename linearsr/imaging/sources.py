@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from linearsr.errors import InputError, one_line
-from linearsr.imaging.listing import HEAD_BYTES, choose_pictures, litter
+from linearsr.errors import InputError, is_text, one_line, printable
+from linearsr.imaging.listing import HEAD_BYTES, NAME_FAULT, choose_pictures, litter
 from linearsr.storage.location import Location, explained, is_plain
 from linearsr.storage.walk import Notes
 
@@ -65,6 +65,13 @@ def list_inputs(
     return _unique(pa.table([names, names, none, none], schema=INPUTS), folder)
 
 
+def _unique(table: pa.Table, folder: Location) -> pa.Table:
+    counts = table.column("id").value_counts().to_pylist()
+    if repeated := [c["values"] for c in counts if c["counts"] > 1]:
+        raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
+    return table
+
+
 def choose(
     folder: Location,
     *columns: str,
@@ -82,15 +89,21 @@ def choose(
     if without is not None and without.is_below(folder):
         files = [file for file in files if not file.is_below(without)]
     pictures = list_pictures(files, folder, seen)
+    tables = [file for file in files if is_shard_name(file.relative_to(folder))]
+    for name in [file.relative_to(folder) for file in tables]:
+        if not is_text(name):
+            seen.failures[printable(name)] = NAME_FAULT
+    tables = [file for file in tables if is_text(file.relative_to(folder))]
     if notes is None:
         seen.check(folder.path)
-    tables = [file for file in files if is_shard_name(file.relative_to(folder))]
     if not pictures:
         return [], tables
     shards = [
         table
-        for table, names in zip(tables, map_files(tables, _column_names), strict=True)
-        if names.issuperset(columns)
+        for table, names in zip(
+            tables, map_files(tables, lambda file: open_shard(file).schema_arrow.names), strict=True
+        )
+        if {*columns} <= {*names}
     ]
     if shards:
         raise InputError(
@@ -168,10 +181,6 @@ def _check_column(file: Location, schema: pa.Schema, column: str) -> None:
         )
 
 
-def _column_names(file: Location) -> set[str]:
-    return set(open_shard(file).schema_arrow.names)
-
-
 def map_files(files: list[Location], function: Callable[[Location], Any]) -> list[Any]:
     """Return the results of a function for each file, in order, from several threads."""
     with ThreadPoolExecutor(OPENED) as pool:
@@ -189,14 +198,6 @@ def _shard_rows(file: Location, name: str, column: str) -> pa.Table:
     rows = [row for size in sizes for row in range(size)]
     columns = {"id": ids.cast(pa.string()), "file": [name] * len(ids), "group": groups, "row": rows}
     return pa.table(columns, schema=INPUTS)
-
-
-def _unique(table: pa.Table, folder: Location) -> pa.Table:
-    counts = table.column("id").value_counts()
-    repeated = [c["values"] for c in counts.to_pylist() if c["counts"] > 1]
-    if repeated:
-        raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
-    return table
 
 
 class _RowGroup:
@@ -218,11 +219,7 @@ class _RowGroup:
             return self.column_data
 
 
-@lru_cache(maxsize=GROUPS_KEPT)
-def _cached_group(file: Location, number: int, column: str) -> _RowGroup:
-    return _RowGroup(file, number, column)
-
-
+_cached_group = lru_cache(maxsize=GROUPS_KEPT)(_RowGroup)
 _cache_lock = Lock()
 
 

@@ -69,16 +69,13 @@ class DCAutoencoder:
         self.scale = config.scale
         self.model = model.requires_grad_(False).eval()
 
-    def _encode(self, picture: Tensor) -> Tensor:
+    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
         latent: Tensor = self.model.encode(picture.to(self._dtype)).latent  # type: ignore[operator]
         return latent.to(picture.dtype) * self.scale
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
-
-    def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
-        return self._encode(picture)
 
     def decode(self, latent: Tensor, lr_picture: Tensor) -> Tensor:
         cells, overlap = DECODE_TILE // self.factor, DECODE_OVERLAP // self.factor
@@ -99,7 +96,7 @@ class DCAutoencoder:
         return picture.to(latent.dtype)
 
     def condition(self, lr_picture: Tensor) -> Tensor:
-        return self._encode(lr_picture)
+        return self.encode(lr_picture, lr_picture)
 
 
 def load_autoencoder(

@@ -102,10 +102,7 @@ def _downloaded() -> dict[str, Tensor]:
             return dict(
                 SqueezeNet1_1_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
             )
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # no network, or a wrong hash
+    except (OSError, RuntimeError) as error:  # no network, or a wrong hash
         raise WeightsError(f"lpips: {how_to_get()} (download: {one_line(error)})") from error
 
 

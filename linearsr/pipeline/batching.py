@@ -114,7 +114,14 @@ def denoise_batch(
             ):
                 results[task.owner].append(result)
     return [
-        _after_segment(state, tiles) if len(tiles) == len(state.tiles) else state
+        dataclasses.replace(
+            state,
+            latents=tuple(tile.latent for tile in tiles),
+            previous=tuple(tile.previous for tile in tiles if tile.previous is not None),
+            guess=tuple(tile.guess for tile in tiles if tile.guess is not None),
+        )
+        if len(tiles) == len(state.tiles)  # otherwise the request is no longer wanted
+        else state
         for (state, _), tiles in zip(batch, results, strict=True)
     ]
 
@@ -200,12 +207,3 @@ def _split(together: SolverState, group: Sequence[TileTask]) -> list[SolverState
             )
         )
     return states
-
-
-def _after_segment(state: AnyState, tiles: Sequence[SolverState]) -> AnyState:
-    return dataclasses.replace(
-        state,
-        latents=tuple(tile.latent for tile in tiles),
-        previous=tuple(tile.previous for tile in tiles if tile.previous is not None),
-        guess=tuple(tile.guess for tile in tiles if tile.guess is not None),
-    )

@@ -68,9 +68,9 @@ def check_memory(picture: Picture, options: Options, size: tuple[int, int], *, t
 def keep_freed_memory() -> None:
     """Let this process keep up to 62 MiB of freed memory per heap for the next layer.
 
-    Otherwise page faults take up to 16 % of the time of a small picture: glibc returns free memory
-    at the end of a heap to Linux once it exceeds twice the largest block that was freed so far, and
-    it ignores blocks of 32 MiB and more. Freeing a block of 31 MiB raises that limit. Other
-    allocators are not affected.
+    Otherwise page faults take up to 16 % of the time of a small picture. glibc returns the free
+    memory at the end of a heap to Linux once there is more of it than twice the largest block freed
+    so far, not counting blocks of 32 MiB or more. Freeing one block of 31 MiB sets this limit to
+    62 MiB. Other allocators are not affected.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -23,14 +23,13 @@ from torch import Tensor
 
 from linearsr import __version__, weights
 from linearsr.config import Options
-from linearsr.denoiser.model import LinearSR
 from linearsr.diffusion.experts import Segment, plan
 from linearsr.diffusion.schedule import schedule
 from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
-from linearsr.imaging.tiles import Canvas, Tile, tile_grid
+from linearsr.imaging.tiles import Canvas, tile_grid
 from linearsr.latent import Autoencoder, load_autoencoder
 from linearsr.pipeline import batching
 from linearsr.pipeline.device import best_dtype, pick_device
@@ -216,8 +215,12 @@ class Upscaler:
         # At least two cells: oneDNN's bfloat16 convolution with stride 2 is wrong if its result is
         # one wide.
         rows, columns = (max(2, -(-n // self.config.latent.factor)) for n in size)
-        tiles = _grid(rows, columns, tile)
-        noise = self._noise(rows, columns, options.seed)
+        side, overlap = (tile, min(OVERLAP, tile // 4)) if tile else (max(rows, columns), 0)
+        tiles = tile_grid(rows, columns, side, overlap)
+        # One field for the whole picture, which overlapping tiles share. It is drawn on the CPU, so
+        # that every device gets the same noise.
+        shape = (1, self.config.denoiser.latent_channels, rows, columns)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
         return UpscaleState(
             picture=picture,
             options=options,
@@ -241,14 +244,6 @@ class Upscaler:
             return None
         encoded = self.encoder([options.tags])
         return encoded.embeddings.cpu() if encoded.mask.all() else None
-
-    def _noise(self, height: int, width: int, seed: int) -> Tensor:
-        """One field (1, C, height, width) for the whole picture, which overlapping tiles share.
-
-        It is drawn on the CPU, so that every device gets the same noise.
-        """
-        shape = (1, self.config.denoiser.latent_channels, height, width)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def denoise(self, state: AnyState, segment: Segment) -> AnyState:
         """Let one expert take a segment of steps on every tile."""
@@ -276,7 +271,10 @@ class Upscaler:
         experts = {segment.expert for _, segment in batch}
         if len(experts) != 1:
             raise ValueError(f"a batch is for one expert, not for {sorted(experts)}")
-        model = self._expert(experts.pop())
+        number = experts.pop()
+        model = self.experts[number]
+        if model.embed.weight.is_meta:
+            raise WeightsError(f"the expert {self.expert_name(number)} is not loaded here")
         if cells is None:
             cells = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         factor = self.config.latent.factor
@@ -285,12 +283,6 @@ class Upscaler:
             return batching.denoise_batch(
                 model, batch, factor=factor, encode=encode, cells=cells, wanted=wanted
             )
-
-    def _expert(self, expert: int) -> LinearSR:
-        model = self.experts[expert]
-        if model.embed.weight.is_meta:
-            raise WeightsError(f"the expert {self.expert_name(expert)} is not loaded here")
-        return model
 
     def finish(self, state: UpscaleState) -> Picture:
         """Decode, join tiles, fix colour, and crop or resample to the requested size.
@@ -319,12 +311,6 @@ class Upscaler:
         source = resize(state.lr.to(device), height, width)
         restored = fix_colour(restored[..., :height, :width], source, state.options.colour_fix)
         return _final_picture(state, restored)
-
-
-def _grid(height: int, width: int, tile: int | None) -> list[Tile]:
-    if tile is None:
-        return [Tile(0, 0, height, width)]
-    return tile_grid(height, width, tile, min(OVERLAP, tile // 4))
 
 
 def _final_picture(state: UpscaleState, restored: Tensor) -> Picture:

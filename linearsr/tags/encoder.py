@@ -6,13 +6,11 @@ encodes its first tag.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +21,6 @@ Tags = Sequence[str]
 
 # Sana's limit on the tokens of a text.
 MAX_TOKENS = 300
-# The lengths of fastText's character n-grams.
-NGRAM_LENGTHS = (3, 4, 5)
 
 
 class EncodedTags(NamedTuple):
@@ -54,60 +50,7 @@ def tag_encoder(config: ModelConfig, device: str | torch.device = "cpu") -> TagE
         return None
     dim = config.denoiser.tag_dim
     assert dim is not None
-    if config.tags.kind == "hashed":
-        return HashedEncoder(dim, device)
-    assert config.tags.source is not None
     return GemmaEncoder(config.tags.source, dim, device)
-
-
-class HashedEncoder:
-    """An encoder with one vector per tag, made from its letters.
-
-    This is fastText (arXiv 1607.04606) with fixed vectors, so it needs no download. Similar
-    spellings get similar vectors; words of similar meaning do not. Channels have a variance near
-    one, as the layers after them expect.
-    """
-
-    def __init__(self, dim: int, device: str | torch.device = "cpu") -> None:
-        self.dim, self.device = dim, device
-
-    def __call__(self, tags: Sequence[Tags]) -> EncodedTags:
-        """Return one embedding per tag."""
-        rows = [[tag for tag in map(_plain, row) if tag] for row in tags]
-        embeddings = torch.zeros(len(rows), max([1, *map(len, rows)]), self.dim)
-        mask = torch.zeros(embeddings.shape[:2], dtype=torch.bool)
-        for i, row in enumerate(rows):
-            for j, tag in enumerate(row):
-                embeddings[i, j] = torch.from_numpy(_hashed(tag, self.dim))
-                mask[i, j] = True
-        return EncodedTags(embeddings.to(self.device), mask.to(self.device))
-
-
-def _plain(tag: str) -> str:
-    return " ".join(tag.lower().split())
-
-
-@lru_cache(maxsize=10_000)
-def _hashed(tag: str, dim: int) -> np.ndarray:
-    """Return a vector (dim,) float32 of length sqrt(dim)."""
-    total = np.sum([_signs(ngram, dim) for ngram in _ngrams(tag)], axis=0, dtype=np.float32)
-    # Signs may cancel out, so the length could be zero, though hardly ever.
-    return total * (dim**0.5 / max(float(np.linalg.norm(total)), 1e-6))
-
-
-def _ngrams(tag: str) -> set[str]:
-    """Return the words of a tag, with marked ends, and their character n-grams."""
-    words = {f"<{word}>" for word in tag.split()}
-    return words | {
-        word[i : i + n] for word in words for n in NGRAM_LENGTHS for i in range(len(word) - n + 1)
-    }
-
-
-def _signs(ngram: str, dim: int) -> np.ndarray:
-    """Return (dim,) of -1 and 1 from a hash, which unlike a generator never changes."""
-    digest = hashlib.shake_128(ngram.encode()).digest(-(-dim // 8))
-    bits = np.unpackbits(np.frombuffer(digest, np.uint8))[:dim]
-    return bits.astype(np.float32) * 2 - 1
 
 
 class GemmaEncoder:
@@ -122,7 +65,8 @@ class GemmaEncoder:
     @torch.no_grad()
     def __call__(self, tags: Sequence[Tags]) -> EncodedTags:
         """Return one embedding per token."""
-        texts = [", ".join(filter(None, map(_plain, row))) for row in tags]
+        plain = ([" ".join(tag.lower().split()) for tag in row] for row in tags)
+        texts = [", ".join(filter(None, row)) for row in plain]
         if not any(texts):  # Without tags the model is not needed.
             empty = torch.zeros(len(texts), 1, self.dim, device=self.device)
             return EncodedTags(

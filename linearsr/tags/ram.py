@@ -47,7 +47,13 @@ class RamTagger:
         require("tags", "timm")
         tensors = _read(config.source)
         if config.adapter is not None:
-            tensors = merge_lora({**tensors, **_lora(config.adapter)})
+            update = _read(config.adapter)
+            if not any(LORA in name for name in update):
+                raise WeightsError(
+                    f"{config.adapter}: no LoRA weights in it; give the file of an adapter like "
+                    "DAPE"
+                )
+            tensors = merge_lora({**tensors, **update})
         self.device = device
         self.model = _build(tensors, config.source).to(device)
         names, thresholds = _lists(Path(config.source).parent, len(self.model.label_embed))
@@ -78,7 +84,10 @@ class Ram(nn.Module):
         self.image_proj = _linear(tensors, "image_proj")
         self.wordvec_proj = _linear(tensors, "wordvec_proj")
         self.label_embed = nn.Parameter(torch.empty_like(tensors["label_embed"]))
-        layers = nn.ModuleList(_Layer(tensors, prefix) for prefix in _layers(tensors))
+        pattern = re.compile(r"(tagging_head\.encoder\.layer\.(\d+)\.)")
+        numbers = {m[1]: int(m[2]) for m in map(pattern.match, tensors) if m}
+        prefixes = sorted(numbers, key=numbers.__getitem__)
+        layers = nn.ModuleList(_Layer(tensors, prefix) for prefix in prefixes)
         self.tagging_head = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
         self.fc = _linear(tensors, "fc")
 
@@ -135,13 +144,6 @@ def _output(tensors: Tensors, prefix: str) -> nn.ModuleDict:
 def _linear(tensors: Tensors, name: str) -> nn.Linear:
     width_out, width_in = tensors[f"{name}.weight"].shape
     return nn.Linear(width_in, width_out)
-
-
-def _layers(tensors: Tensors) -> list[str]:
-    """Return the prefixes of the head's layers, in order."""
-    pattern = re.compile(r"(tagging_head\.encoder\.layer\.(\d+)\.)")
-    numbers = {m[1]: int(m[2]) for m in map(pattern.match, tensors) if m}
-    return sorted(numbers, key=numbers.__getitem__)
 
 
 def _swin(tensors: Tensors) -> tuple[int, nn.Module]:
@@ -239,13 +241,6 @@ def _updated(tensors: Tensors, name: str) -> Tensor:
     if update.shape != weight.shape:  # Adding would broadcast one to the other.
         raise ValueError(f"an update of {tuple(update.shape)} for {tuple(weight.shape)}")
     return weight + update
-
-
-def _lora(path: str) -> Tensors:
-    tensors = _read(path)
-    if not any(LORA in name for name in tensors):
-        raise WeightsError(f"{path}: no LoRA weights in it; give the file of an adapter like DAPE")
-    return tensors
 
 
 def _read(path: str) -> Tensors:

@@ -35,7 +35,9 @@ class ZeroShotTagger:
         self.model, self.processor = _load(config.source, device)
         self.siglip = hasattr(self.model, "logit_bias")
         default = SIGLIP_THRESHOLD if self.siglip else CLIP_THRESHOLD
-        words = list(_vocabulary(config))
+        objects = resources.files("linearsr.tags").joinpath("objects.txt")
+        with resources.as_file(objects) as default_path:
+            words = list(read_vocabulary(config.vocabulary or default_path))
         self.vocabulary = Vocabulary(words, config, default)
         self.words = self._embed(words)
 
@@ -54,26 +56,18 @@ class ZeroShotTagger:
     @torch.inference_mode()
     def _embed(self, words: list[str]) -> Tensor:
         """Return unit vectors (number of words, channels)."""
-        batches = (words[i : i + WORDS_AT_ONCE] for i in range(0, len(words), WORDS_AT_ONCE))
-        return torch.cat([self._embed_batch(batch) for batch in batches])
-
-    def _embed_batch(self, words: list[str]) -> Tensor:
-        # SigLIP was trained on padded text and has no mask: shorter text means something else.
-        tokens = self.processor.tokenizer(
-            [PROMPT.format(word) for word in words],
-            padding="max_length" if self.siglip else True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return _unit(self.model.get_text_features(**tokens.to(self.device)))
-
-
-def _vocabulary(config: TaggerConfig) -> dict[str, float | None]:
-    if config.vocabulary is not None:
-        return read_vocabulary(config.vocabulary)
-    with resources.as_file(resources.files("linearsr.tags").joinpath("objects.txt")) as path:
-        return read_vocabulary(path)
+        vectors = []
+        for first in range(0, len(words), WORDS_AT_ONCE):
+            # SigLIP was trained on padded text and has no mask: shorter text means something else.
+            tokens = self.processor.tokenizer(
+                [PROMPT.format(word) for word in words[first : first + WORDS_AT_ONCE]],
+                padding="max_length" if self.siglip else True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                truncation=True,
+                return_tensors="pt",
+            )
+            vectors.append(_unit(self.model.get_text_features(**tokens.to(self.device))))
+        return torch.cat(vectors)
 
 
 def _load(source: str, device: str) -> tuple[Any, Any]:

@@ -153,7 +153,9 @@ def _latest(out: Path, stage: str, index: int) -> Path:
 def _reporter(folder: Path) -> Callable[[loop.TrainState, loop.Report], None]:
     def report(state: loop.TrainState, r: loop.Report) -> None:
         if r.step % state.config.checkpoint_every == 0 or state.finished:
-            _save(state, folder)
+            # It replaces the checkpoint before only when it is complete.
+            with atomic.replace_folder(folder) as temporary:
+                state.save(temporary)
         minutes = "" if state.config.minutes is None else f" of {state.config.minutes:g}"
         print(
             f"{folder.name} {r.step}/{state.config.steps}  "
@@ -165,12 +167,6 @@ def _reporter(folder: Path) -> Callable[[loop.TrainState, loop.Report], None]:
         )
 
     return report
-
-
-def _save(state: loop.TrainState, folder: Path) -> None:
-    """Write a checkpoint; it replaces the one before only when it is complete."""
-    with atomic.replace_folder(folder) as temporary:
-        state.save(temporary)
 
 
 def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:

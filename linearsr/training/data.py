@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from linearsr.config import Config
 from linearsr.errors import InputError, one_line
 from linearsr.imaging.degradation import PRESETS, Preset, degrade
-from linearsr.imaging.files import Picture, read
+from linearsr.imaging.files import read
 from linearsr.imaging.listing import find_images
 from linearsr.imaging.resample import resize
 from linearsr.storage.walk import Notes
@@ -136,8 +136,10 @@ class DataConfig(Config):
             raise ValueError(f"scales {self.scales} must lie from 1 to the scale, {self.scale}")
         if self.patch % self.scale or self.margin % self.scale:
             raise ValueError(f"patch and margin must be multiples of the scale {self.scale}")
-        if abs(sum(self.degradations.values()) - 1) > 1e-6 or set(self.degradations) - set(PRESETS):
-            raise ValueError(f"degradations must be among {list(PRESETS)} and sum to one")
+        if unknown := set(self.degradations) - set(PRESETS):
+            raise ValueError(f"no degradation {min(unknown)!r}; choose from {', '.join(PRESETS)}")
+        if abs((total := sum(self.degradations.values())) - 1) > 1e-6:
+            raise ValueError(f"the shares of the degradations sum to {total:g}; they must sum to 1")
         return self
 
 
@@ -157,18 +159,21 @@ class Photos:
 
     def pair(self, number: int) -> Pair:
         """Return pair `number`."""
-        rng = np.random.default_rng([self.seed, number])
-        scale = self.config.scale_of(self.seed, number)
-        return cut_pair(
-            lambda: self.photos[int(rng.integers(len(self.photos)))](), self.config, scale, rng
-        )
+        return cut_pair(self._photo, self.config, self.seed, number)
+
+    def _photo(self, rng: np.random.Generator) -> Photo:
+        return self.photos[int(rng.integers(len(self.photos)))]()
 
 
 def cut_pair(
-    photo: Callable[[], Photo], config: DataConfig, scale: float, rng: np.random.Generator
+    photo: Callable[[np.random.Generator], Photo], config: DataConfig, seed: int, number: int
 ) -> Pair:
-    """Cut a pair from the photograph that `photo()` returns; scale: from `config.scale_of`."""
-    crop, tags = _crop(photo, config, rng)
+    """Cut pair `number` from the photographs that `photo` returns, which may draw at random."""
+    rng = np.random.default_rng([seed, number])
+    scale = config.scale_of(seed, number)
+    # Half the time the busier of two crops.
+    crops = [_random_crop(photo(rng), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
+    crop, tags = max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
     hr = _augment(crop, rng)
     presets = config.presets_at(scale)
     preset = rng.choice(list(presets), p=list(presets.values()))
@@ -177,16 +182,11 @@ def cut_pair(
     hr, lr = _centre(hr, config.margin, config.patch), _centre(lr, inner, side)
     # Drawn last, so that pixels are the same with and without tags.
     dropped = rng.random() < config.tag_dropout
-    return Pair(_as_bytes(hr), _as_bytes(lr), () if dropped else tags)
-
-
-def _crop(photo: Callable[[], Photo], config: DataConfig, rng: np.random.Generator) -> Photo:
-    """Return a crop (3, size, size) in [0, 1]; half the time the busier of two."""
-    crops = [_random_crop(photo(), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
-    return max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
+    return Pair(as_bytes(hr), as_bytes(lr), () if dropped else tags)
 
 
 def _random_crop(photo: Photo, config: DataConfig, rng: np.random.Generator) -> Photo:
+    """Return a crop (3, size, size) in [0, 1]."""
     pixels, size = photo.pixels, config.needs
     low, high = np.log(config.shrink)
     shrink = max(np.exp(rng.uniform(low, high)), size / min(pixels.shape[1:]))
@@ -231,7 +231,7 @@ def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
     sidecar = folder / SIDECAR
     tags = read_tags(sidecar.read_bytes(), str(sidecar), names) if sidecar.is_file() else {}
     decoded = [
-        Photo(as_bytes(read(path)), tags.get(name, ()))
+        Photo(as_bytes(read(path).pixels), tags.get(name, ()))
         for path, name in zip(paths, names, strict=True)
     ]
     large = [photo for photo in decoded if min(photo.pixels.shape[1:]) >= config.needs]
@@ -279,12 +279,8 @@ def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, 
     return tags
 
 
-def as_bytes(picture: Picture) -> Tensor:
-    """Return pixels (3, H, W) as uint8."""
-    return _as_bytes(picture.pixels)
-
-
-def _as_bytes(pixels: Tensor) -> Tensor:
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Return pixels (3, H, W) in [0, 1] as uint8."""
     return (pixels * 255).round().byte()
 
 

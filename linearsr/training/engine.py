@@ -29,7 +29,7 @@ from linearsr.errors import WeightsError, one_line
 from linearsr.pipeline.device import best_dtype
 from linearsr.training.config import TrainConfig
 
-# DeepSpeed's folder inside a checkpoint, and how many ranks wrote it.
+# DeepSpeed's folder inside a checkpoint, followed by the number of ranks that wrote it.
 TAG = "zero-of-"
 
 UNREAD = "{}: cannot be resumed from: another rank could not read it"
@@ -256,12 +256,6 @@ class ZeroEngine:
         if not copies[first]:
             raise WeightsError(UNREAD.format(saved))
         return Path(copies[first])
-
-    def optimizer_bytes(self) -> int:
-        """Return the bytes of AdamW's state that this rank holds."""
-        states: Sequence[dict[str, Any]] = list(self.zero.optimizer.optimizer.state.values())
-        tensors = [v for state in states for v in state.values() if torch.is_tensor(v)]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model and free its buffers."""

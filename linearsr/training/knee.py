@@ -66,11 +66,12 @@ class KneeState(NamedTuple):
 class KneeDetector:
     """Finds the knee from one `update` per validated checkpoint; a replay gives the same states.
 
-    `higher_is_better`: the direction of each metric, at least one. `noise` in (0, 0.5): what a
-    metric is expected to jitter during the rise, as a share of the rise; learned from the data, so
-    a factor of two is harmless. `patience` >= 3: checkpoints of plateau before a confirmation.
-    `confidence` in (0.5, 1): the required probability of the plateau, and, until it is twice
-    `patience` long, of the knee's place too. Raises OptionError outside these ranges.
+    `higher_is_better`: the direction of each metric, at least one. `noise` in (0, 0.5): a first
+    guess of a metric's jitter during the rise, as a share of the rise; the data correct it, so an
+    error of a factor of two is harmless. `patience` >= 3: checkpoints of plateau before a
+    confirmation. `confidence` in (0.5, 1): the required probability that there is a plateau; while
+    it is shorter than twice `patience`, the knee's position must reach it too. Raises OptionError
+    outside these ranges.
     """
 
     def __init__(
@@ -103,7 +104,10 @@ class KneeDetector:
         that does not rise, an undeclared metric, and a metric without any value after
         `patience` + 1 updates; the first two leave the detector as it was.
         """
-        self._check(step, metrics)
+        if self._last is not None and step <= self._last:
+            raise OptionError(f"steps must rise: {step} after {self._last}")
+        if unknown := sorted(set(metrics) - set(self._signs)):
+            raise OptionError(f"unknown metrics {unknown}: expected {sorted(self._signs)}")
         self._last, self._updates = step, self._updates + 1
         row = [sign * metrics.get(name, math.nan) for name, sign in self._signs.items()]
         row = [value if math.isfinite(value) else math.nan for value in row]
@@ -129,18 +133,15 @@ class KneeDetector:
             (int(s), float(v)) for s, v in zip(steps, np.nanmedian(present, axis=0), strict=True)
         ]
 
-    def _check(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._last is not None and step <= self._last:
-            raise OptionError(f"steps must rise: {step} after {self._last}")
-        if unknown := sorted(set(metrics) - set(self._signs)):
-            raise OptionError(f"unknown metrics {unknown}: expected {sorted(self._signs)}")
-
     def _check_presence(self) -> None:
         if self._updates <= self._patience:
             return
         measured = ~np.isnan(np.array(self._rows).reshape(-1, len(self._signs))).all(axis=0)
         if absent := [name for name, ok in zip(self._signs, measured, strict=True) if not ok]:
-            raise OptionError(f"no value of {absent} in {self._updates} updates: is it measured?")
+            raise OptionError(
+                f"none of {self._updates} checkpoints has a value of {', '.join(absent)}; measure "
+                "it in validation, or leave it out of the knee's metrics"
+            )
 
     def _scaled(self) -> tuple[Array, Array]:
         """Return values in units of their range and weights, 0 where missing: (metrics, n) each."""

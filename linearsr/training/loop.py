@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,48 +84,31 @@ class Losses(NamedTuple):
     t: Tensor
 
 
-class Objective(Protocol):
-    """The objective that a stage minimises, and whatever learns beside the model for it."""
+class Objective:
+    """The objective that a stage minimises, and whatever learns beside the model for it.
+
+    This one is that of most stages: `flow_loss`, and nothing learns beside the model.
+    """
 
     def losses(self, state: TrainState, batch: Batch) -> Losses:
         """Return the losses of this rank's part of a global batch, in the engine's precision."""
-        ...
-
-    def learn(self, state: TrainState, fraction: float) -> float:
-        """Take one step beside the model, after the model's own, and return its loss.
-
-        fraction: learning rate of the step as a share of the config's. Raises Diverged, on all
-        ranks alike.
-        """
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the state that is learned beside the model; only the first rank calls it."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read that state back, on every rank. Raises WeightsError."""
-        ...
-
-
-class FlowMatching:
-    """The objective of most stages: `flow_loss`; nothing learns beside the model."""
-
-    def losses(self, state: TrainState, batch: Batch) -> Losses:
-        """Return the flow-matching losses, which are minimised and reported alike."""
         model, autoencoder = state.engine.module, state.autoencoder
         losses, t = flow_loss(model, autoencoder, batch, state.config, state.encoder)
         return Losses(losses, losses, t)
 
     def learn(self, state: TrainState, fraction: float) -> float:  # noqa: ARG002
-        """Return 0: nothing learns beside the model."""
+        """Take one step beside the model, after the model's own, and return its loss, 0 if none.
+
+        fraction: learning rate of the step as a share of the config's. Raises Diverged, on all
+        ranks alike.
+        """
         return 0.0
 
     def save(self, folder: Path) -> None:
-        """Write nothing."""
+        """Write the state that is learned beside the model; only the first rank calls it."""
 
     def load(self, folder: Path) -> None:
-        """Read nothing."""
+        """Read that state back, on every rank. Raises WeightsError."""
 
 
 @dataclass
@@ -142,7 +125,7 @@ class TrainState:
     guard: Guard
     progress: Progress
     encoder: TagEncoder | None = None
-    objective: Objective = field(default_factory=FlowMatching)
+    objective: Objective = field(default_factory=Objective)
     clock: Callable[[], float] = time.monotonic
 
     @classmethod
@@ -161,7 +144,7 @@ class TrainState:
         """
         ema = EMA(engine.module, config.ema, engine.rank, engine.world)
         guard, progress = Guard(config.guard), Progress(world=engine.world)
-        objective = objective or FlowMatching()
+        objective = objective or Objective()
         return cls(engine, autoencoder, config, ema, guard, progress, encoder, objective)
 
     @property
@@ -256,7 +239,12 @@ class Conditions(NamedTuple):
         """Return the conditions of all pairs of the batch; call it without gradients."""
         lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
         joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
-        return cls(lr_picture, joined, *_encoded(batch, encoder, model.embed.weight.dtype))
+        if encoder is None:
+            return cls(lr_picture, joined, None, None)
+        # Encoded even if no pair has a tag: all ranks must use the same parameters.
+        embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
+        tags = embeddings.to(batch.hr.device, model.embed.weight.dtype)
+        return cls(lr_picture, joined, tags, mask.to(batch.hr.device))
 
     def only(self, chosen: Tensor) -> Conditions:
         """Return the conditions of the pairs that the mask `chosen` (B,) keeps."""
@@ -296,16 +284,6 @@ def flow_loss(
         distance = (guess - batch.hr[near]).abs().mean(dim=(1, 2, 3))
         losses = losses.index_add(0, near.nonzero()[:, 0], config.pixel_weight * distance)
     return losses, t
-
-
-def _encoded(
-    batch: Batch, encoder: TagEncoder | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Encode the tags, even if no pair has one: all ranks must use the same parameters."""
-    if encoder is None:
-        return None, None
-    embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
-    return embeddings.to(batch.hr.device, dtype), mask.to(batch.hr.device)
 
 
 class _Largest:
@@ -356,12 +334,15 @@ def run(
     finite, after it if one has grown too much.
     """
     config, progress = state.config, state.progress
-    largest, sums, watch = _Largest(state.engine.module), _Sums(), _Watch(state)
+    largest, sums = _Largest(state.engine.module), _Sums()
+    minutes, began = progress.minutes, state.clock()
     try:
         while not state.finished:
             rate = learning_rate(progress.step, config, progress.attempt, progress.minutes)
             sums.add(*_step(state, next(batches), largest, rate), state.engine.world)
-            watch.update()
+            progress.minutes = minutes + (state.clock() - began) / 60
+            if config.minutes is not None:  # all ranks must end together
+                _, progress.minutes = state.engine.share(0.0, progress.minutes)
             if progress.step % config.report_every == 0 or state.finished:
                 summary = sums.report(progress.step, rate)
                 progress.history.append(dict(summary._asdict(), attempt=progress.attempt))
@@ -371,20 +352,6 @@ def run(
     finally:
         largest.hook.remove()
     return state
-
-
-class _Watch:
-    """Adds the minutes that pass to a stage's progress, the same on all ranks."""
-
-    def __init__(self, state: TrainState) -> None:
-        self.state = state
-        self.before, self.began = state.progress.minutes, state.clock()
-
-    def update(self) -> None:
-        minutes = self.before + (self.state.clock() - self.began) / 60
-        if self.state.config.minutes is not None:  # all ranks must end together
-            _, minutes = self.state.engine.share(0.0, minutes)
-        self.state.progress.minutes = minutes
 
 
 def _step(

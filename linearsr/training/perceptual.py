@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from linearsr.training.data import Batch
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.engine import Engine, as_weights_error
 from linearsr.training.guard import Diverged
-from linearsr.training.loop import Conditions, Losses, TrainState, draw
+from linearsr.training.loop import Conditions, Losses, Objective, TrainState, draw
 
 DISCRIMINATOR = "discriminator.pt"
 
@@ -73,17 +72,8 @@ class Critic:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def state(self) -> dict[str, Any]:
-        """Return the state of model and optimizer: tensors and plain values only."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore a `state`. Raises RuntimeError or ValueError if it is another model's."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-class Perceptual:
+class Perceptual(Objective):
     """The objective of a perceptual stage of one expert.
 
     first: the expert that starts from noise; it is frozen. before: the expert before the trained
@@ -201,7 +191,8 @@ class Perceptual:
     def save(self, folder: Path) -> None:
         """Write the discriminator and its optimizer into one file of tensors."""
         if self.critic is not None:
-            torch.save(self.critic.state(), folder / DISCRIMINATOR)
+            model, optimizer = self.critic.model.state_dict(), self.critic.optimizer.state_dict()
+            torch.save({"model": model, "optimizer": optimizer}, folder / DISCRIMINATOR)
 
     def load(self, folder: Path) -> None:
         """Read the discriminator and its optimizer; only tensors are unpickled.
@@ -212,7 +203,8 @@ class Perceptual:
             with as_weights_error(folder):
                 path = folder / DISCRIMINATOR
                 state = torch.load(path, weights_only=True, map_location=self.device)
-                self.critic.restore(state)
+                self.critic.model.load_state_dict(state["model"])
+                self.critic.optimizer.load_state_dict(state["optimizer"])
 
 
 def check(config: PerceptualConfig) -> None:

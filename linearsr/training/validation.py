@@ -24,24 +24,13 @@ from linearsr.metrics.measure import measure
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.training.recipes import ValidationConfig, split_metric
+from linearsr.weights.bundle import placeholder
 
 # How many pictures the strip shows.
 STRIP = 3
 
 
 def validate(
-    bundle: weights.Bundle,
-    pictures: Sequence[tuple[str, Tensor]],
-    config: ValidationConfig,
-    device: str = "cpu",
-    skipped: Callable[[str], None] = print,
-) -> tuple[dict[str, float], Tensor]:
-    """Validate a bundle whose experts are all in memory; see `validate_experts`."""
-    load = bundle.experts.__getitem__
-    return validate_experts(bundle.config, load, pictures, config, device, skipped)
-
-
-def validate_experts(
     model: ModelConfig,
     load: Callable[[int], LinearSR],
     pictures: Sequence[tuple[str, Tensor]],
@@ -61,14 +50,15 @@ def validate_experts(
     """
     metrics = {name: split_metric(name) for name in config.metrics}
     steps = sorted({count for _, count in metrics.values()})
-    upscaler = Upscaler(weights.Bundle(model, _absent(model), {}), device)
+    absent = [placeholder(model) for _ in weights.expert_names(model)]
+    upscaler = Upscaler(weights.Bundle(model, absent, {}), device)
     truths: list[Tensor] = []
     states: list[UpscaleState] = []
     for name, hr in pictures:
         hr = _middle(hr, config.size, model.scale)
         truths.append(hr)
         lr = seeded_lr(hr, name, model.scale, PRESETS[config.degradation])
-        picture = Picture(lr, None, 8, False, None, None, "png")
+        picture = Picture(lr)
         tags: Literal["auto"] | tuple[str, ...] = "auto" if config.tags and model.tags else ()
         options = upscaler.with_tags(picture, Options(tags=tags))
         for count in steps:
@@ -110,12 +100,6 @@ def _denoise(
                 if segment.expert == number:
                     states[i] = upscaler.denoise(state, segment)
         upscaler.experts[number] = absent
-
-
-def _absent(model: ModelConfig) -> list[LinearSR]:
-    """Return a place without memory for each expert."""
-    with torch.device("meta"):
-        return [LinearSR(model.denoiser) for _ in weights.expert_names(model)]
 
 
 def _middle(hr: Tensor, size: int, scale: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The HTTP API: it turns uploads into requests, results into responses, and errors into problems.
+"""The HTTP API: its routes and responses. The form's fields are in upload.py.
 
     POST /v1/upscale   returns a picture, or server-sent events: progress, then the picture
     GET  /v1/models    returns the model and the limits
@@ -16,7 +16,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -114,21 +114,6 @@ class Served(BaseModel):
     token: bool = Field(description="whether uploads need a bearer token")
 
 
-@dataclass(frozen=True)
-class _State:
-    """The arguments of `create_app`, for the handlers."""
-
-    service: Service
-    limits: Limits
-    token: str | None
-
-
-def _state(request: Request) -> _State:
-    state: _State = request.app.state.linearsr
-    return state
-
-
-State = Annotated[_State, Depends(_state)]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
@@ -137,7 +122,7 @@ def create_app(service: Service, limits: Limits, token: str | None = None) -> Fa
     # FastAPIOffline serves the scripts of /docs itself; FastAPI would load them from a CDN.
     app = FastAPIOffline(title="LinearSR", version=__version__, description=ABOUT, redoc_url=None)
     app.openapi = partial(_document, app.openapi)  # type: ignore[method-assign]
-    app.state.linearsr = _State(service, limits, token)
+    app.state.service, app.state.limits, app.state.token = service, limits, token
     handle_problems(app)
     if token:
         app.include_router(uploads, dependencies=[Depends(_check_token)], responses=UNAUTHORISED)
@@ -160,10 +145,10 @@ uploads = APIRouter()
 router = APIRouter()
 
 
-async def _check_token(bearer: Bearer, state: State) -> None:
-    token = bearer.credentials if bearer else ""
+async def _check_token(bearer: Bearer, request: Request) -> None:
+    token, needed = bearer.credentials if bearer else "", request.app.state.token
     # Starlette decodes headers as Latin-1.
-    if state.token and not secrets.compare_digest(token.encode("latin-1"), state.token.encode()):
+    if needed and not secrets.compare_digest(token.encode("latin-1"), needed.encode()):
         challenge = {"WWW-Authenticate": "Bearer"}
         raise HTTPException(401, "send the right bearer token", headers=challenge)
 
@@ -174,8 +159,9 @@ async def _check_token(bearer: Bearer, state: State) -> None:
     responses={**PICTURE, **PROBLEMS},
     openapi_extra={"requestBody": FORM},
 )
-async def upscale(request: Request, state: State) -> Response:
+async def upscale(request: Request) -> Response:
     """Upscale one picture. The same picture, options and seed give the same pixels."""
+    state = request.app.state
     deadline = anyio.current_time() + state.limits.seconds
     # The form is read here: FastAPI would read all of it before it checks the token.
     upload = receive(request, state.limits, state.service.models()[0])
@@ -189,16 +175,17 @@ async def upscale(request: Request, state: State) -> Response:
 
 
 @router.get("/v1/models")
-async def models(state: State) -> Served:
+async def models(request: Request) -> Served:
     """Return the models, the limits, and whether uploads need a token."""
+    state = request.app.state
     token = state.token is not None
     return Served(models=state.service.models(), limits=state.limits, token=token)
 
 
 @router.get("/healthz", responses=NOT_READY)
-async def healthz(state: State) -> dict[str, str]:
+async def healthz(request: Request) -> dict[str, str]:
     """Return 200 when every expert has loaded and answers."""
-    await state.service.ready()
+    await request.app.state.service.ready()
     return {"status": "ready"}
 
 

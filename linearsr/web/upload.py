@@ -55,7 +55,7 @@ class Upload(BaseModel):
     detail: float = Field(default=1, ge=0, le=1)
     """How much of the detail added after the first step is kept; 0 equals steps=1."""
     solver: Solver | Absent = None
-    """Solver of the steps; dpm and adams get further than euler in as many steps."""
+    """Solver of the steps; dpm and adams are more accurate than euler with as many."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the noise; the same seed gives the same pixels."""
     tags: str = Field(default="", max_length=1000)

@@ -79,19 +79,14 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
     for number, name in enumerate(names):
-        _write(
-            folder / f"{name}.safetensors",
-            {k: v.detach().to(dtype).contiguous() for k, v in experts[number].items()},
-            {**metadata, "expert": name},
-        )
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        with atomic.replace_file(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+        path = folder / f"{name}.safetensors"
+        tensors = {k: v.detach().to(dtype).contiguous() for k, v in experts[number].items()}
+        try:
+            with atomic.replace_file(path) as temporary:
+                save_file(tensors, temporary, metadata={**metadata, "expert": name})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+        del tensors  # before the next expert is loaded
 
 
 def load(
@@ -102,8 +97,7 @@ def load(
 ) -> Bundle:
     """Load a bundle.
 
-    only: the numbers of the experts to load. The others are placeholders on the "meta" device,
-        which need no memory and cannot be run. None loads all.
+    only: the numbers of the experts to load; the others are a `placeholder`. None loads all.
 
     Raises WeightsError naming a file that is missing, damaged, of a wrong shape or not finite.
     """
@@ -111,13 +105,14 @@ def load(
     experts = [
         _load_expert(path, config).to(device, dtype)
         if only is None or number in only
-        else _placeholder(config)
+        else placeholder(config)
         for number, path in enumerate(files)
     ]
     return Bundle(config, experts, provenance)
 
 
-def _placeholder(config: ModelConfig) -> LinearSR:
+def placeholder(config: ModelConfig) -> LinearSR:
+    """Return an expert on the "meta" device: it needs no memory and cannot be run."""
     with torch.device("meta"):
         return LinearSR(config.denoiser).requires_grad_(False).eval()
 

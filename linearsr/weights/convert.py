@@ -31,91 +31,63 @@ from linearsr.denoiser.conditioning import LRStem
 from linearsr.errors import LinearSRError, OutputError, WeightsError, one_line
 from linearsr.weights.bundle import expert_names, save
 
-# Each of our keys, and the keys whose tensors are concatenated for it; {} is a block's number.
+# Each of our layers and bare parameters, and those whose tensors are concatenated for it; {} is a
+# block's number. Weights and biases have these names in every layout.
 _DIFFUSERS: dict[str, tuple[str, ...]] = {
-    "embed.weight": ("patch_embed.proj.weight",),
-    "embed.bias": ("patch_embed.proj.bias",),
-    "time.hidden.weight": ("time_embed.emb.timestep_embedder.linear_1.weight",),
-    "time.hidden.bias": ("time_embed.emb.timestep_embedder.linear_1.bias",),
-    "time.embed.weight": ("time_embed.emb.timestep_embedder.linear_2.weight",),
-    "time.embed.bias": ("time_embed.emb.timestep_embedder.linear_2.bias",),
-    "time.modulation.weight": ("time_embed.linear.weight",),
-    "time.modulation.bias": ("time_embed.linear.bias",),
-    "tags.hidden.weight": ("caption_projection.linear_1.weight",),
-    "tags.hidden.bias": ("caption_projection.linear_1.bias",),
-    "tags.out.weight": ("caption_projection.linear_2.weight",),
-    "tags.out.bias": ("caption_projection.linear_2.bias",),
-    "tags.norm.weight": ("caption_norm.weight",),
+    "embed": ("patch_embed.proj",),
+    "time.hidden": ("time_embed.emb.timestep_embedder.linear_1",),
+    "time.embed": ("time_embed.emb.timestep_embedder.linear_2",),
+    "time.modulation": ("time_embed.linear",),
+    "tags.hidden": ("caption_projection.linear_1",),
+    "tags.out": ("caption_projection.linear_2",),
+    "tags.norm": ("caption_norm",),
     "blocks.{}.modulation": ("transformer_blocks.{}.scale_shift_table",),
-    "blocks.{}.attention.qkv.weight": (
-        "transformer_blocks.{}.attn1.to_q.weight",
-        "transformer_blocks.{}.attn1.to_k.weight",
-        "transformer_blocks.{}.attn1.to_v.weight",
+    "blocks.{}.attention.qkv": (
+        "transformer_blocks.{}.attn1.to_q",
+        "transformer_blocks.{}.attn1.to_k",
+        "transformer_blocks.{}.attn1.to_v",
     ),
-    "blocks.{}.attention.norm_q.weight": ("transformer_blocks.{}.attn1.norm_q.weight",),
-    "blocks.{}.attention.norm_k.weight": ("transformer_blocks.{}.attn1.norm_k.weight",),
-    "blocks.{}.attention.out.weight": ("transformer_blocks.{}.attn1.to_out.0.weight",),
-    "blocks.{}.attention.out.bias": ("transformer_blocks.{}.attn1.to_out.0.bias",),
-    "blocks.{}.tag_attention.q.weight": ("transformer_blocks.{}.attn2.to_q.weight",),
-    "blocks.{}.tag_attention.q.bias": ("transformer_blocks.{}.attn2.to_q.bias",),
-    "blocks.{}.tag_attention.kv.weight": (
-        "transformer_blocks.{}.attn2.to_k.weight",
-        "transformer_blocks.{}.attn2.to_v.weight",
+    "blocks.{}.attention.norm_q": ("transformer_blocks.{}.attn1.norm_q",),
+    "blocks.{}.attention.norm_k": ("transformer_blocks.{}.attn1.norm_k",),
+    "blocks.{}.attention.out": ("transformer_blocks.{}.attn1.to_out.0",),
+    "blocks.{}.tag_attention.q": ("transformer_blocks.{}.attn2.to_q",),
+    "blocks.{}.tag_attention.kv": (
+        "transformer_blocks.{}.attn2.to_k",
+        "transformer_blocks.{}.attn2.to_v",
     ),
-    "blocks.{}.tag_attention.kv.bias": (
-        "transformer_blocks.{}.attn2.to_k.bias",
-        "transformer_blocks.{}.attn2.to_v.bias",
-    ),
-    "blocks.{}.tag_attention.norm_q.weight": ("transformer_blocks.{}.attn2.norm_q.weight",),
-    "blocks.{}.tag_attention.norm_k.weight": ("transformer_blocks.{}.attn2.norm_k.weight",),
-    "blocks.{}.tag_attention.out.weight": ("transformer_blocks.{}.attn2.to_out.0.weight",),
-    "blocks.{}.tag_attention.out.bias": ("transformer_blocks.{}.attn2.to_out.0.bias",),
-    "blocks.{}.ffn.expand.weight": ("transformer_blocks.{}.ff.conv_inverted.weight",),
-    "blocks.{}.ffn.expand.bias": ("transformer_blocks.{}.ff.conv_inverted.bias",),
-    "blocks.{}.ffn.depthwise.weight": ("transformer_blocks.{}.ff.conv_depth.weight",),
-    "blocks.{}.ffn.depthwise.bias": ("transformer_blocks.{}.ff.conv_depth.bias",),
-    "blocks.{}.ffn.project.weight": ("transformer_blocks.{}.ff.conv_point.weight",),
+    "blocks.{}.tag_attention.norm_q": ("transformer_blocks.{}.attn2.norm_q",),
+    "blocks.{}.tag_attention.norm_k": ("transformer_blocks.{}.attn2.norm_k",),
+    "blocks.{}.tag_attention.out": ("transformer_blocks.{}.attn2.to_out.0",),
+    "blocks.{}.ffn.expand": ("transformer_blocks.{}.ff.conv_inverted",),
+    "blocks.{}.ffn.depthwise": ("transformer_blocks.{}.ff.conv_depth",),
+    "blocks.{}.ffn.project": ("transformer_blocks.{}.ff.conv_point",),
     "modulation": ("scale_shift_table",),
-    "out.weight": ("proj_out.weight",),
-    "out.bias": ("proj_out.bias",),
+    "out": ("proj_out",),
 }
 
 _SANA: dict[str, tuple[str, ...]] = {
-    "embed.weight": ("x_embedder.proj.weight",),
-    "embed.bias": ("x_embedder.proj.bias",),
-    "time.hidden.weight": ("t_embedder.mlp.0.weight",),
-    "time.hidden.bias": ("t_embedder.mlp.0.bias",),
-    "time.embed.weight": ("t_embedder.mlp.2.weight",),
-    "time.embed.bias": ("t_embedder.mlp.2.bias",),
-    "time.modulation.weight": ("t_block.1.weight",),
-    "time.modulation.bias": ("t_block.1.bias",),
-    "tags.hidden.weight": ("y_embedder.y_proj.fc1.weight",),
-    "tags.hidden.bias": ("y_embedder.y_proj.fc1.bias",),
-    "tags.out.weight": ("y_embedder.y_proj.fc2.weight",),
-    "tags.out.bias": ("y_embedder.y_proj.fc2.bias",),
-    "tags.norm.weight": ("attention_y_norm.weight",),
+    "embed": ("x_embedder.proj",),
+    "time.hidden": ("t_embedder.mlp.0",),
+    "time.embed": ("t_embedder.mlp.2",),
+    "time.modulation": ("t_block.1",),
+    "tags.hidden": ("y_embedder.y_proj.fc1",),
+    "tags.out": ("y_embedder.y_proj.fc2",),
+    "tags.norm": ("attention_y_norm",),
     "blocks.{}.modulation": ("blocks.{}.scale_shift_table",),
-    "blocks.{}.attention.qkv.weight": ("blocks.{}.attn.qkv.weight",),
-    "blocks.{}.attention.norm_q.weight": ("blocks.{}.attn.q_norm.weight",),
-    "blocks.{}.attention.norm_k.weight": ("blocks.{}.attn.k_norm.weight",),
-    "blocks.{}.attention.out.weight": ("blocks.{}.attn.proj.weight",),
-    "blocks.{}.attention.out.bias": ("blocks.{}.attn.proj.bias",),
-    "blocks.{}.tag_attention.q.weight": ("blocks.{}.cross_attn.q_linear.weight",),
-    "blocks.{}.tag_attention.q.bias": ("blocks.{}.cross_attn.q_linear.bias",),
-    "blocks.{}.tag_attention.kv.weight": ("blocks.{}.cross_attn.kv_linear.weight",),
-    "blocks.{}.tag_attention.kv.bias": ("blocks.{}.cross_attn.kv_linear.bias",),
-    "blocks.{}.tag_attention.norm_q.weight": ("blocks.{}.cross_attn.q_norm.weight",),
-    "blocks.{}.tag_attention.norm_k.weight": ("blocks.{}.cross_attn.k_norm.weight",),
-    "blocks.{}.tag_attention.out.weight": ("blocks.{}.cross_attn.proj.weight",),
-    "blocks.{}.tag_attention.out.bias": ("blocks.{}.cross_attn.proj.bias",),
-    "blocks.{}.ffn.expand.weight": ("blocks.{}.mlp.inverted_conv.conv.weight",),
-    "blocks.{}.ffn.expand.bias": ("blocks.{}.mlp.inverted_conv.conv.bias",),
-    "blocks.{}.ffn.depthwise.weight": ("blocks.{}.mlp.depth_conv.conv.weight",),
-    "blocks.{}.ffn.depthwise.bias": ("blocks.{}.mlp.depth_conv.conv.bias",),
-    "blocks.{}.ffn.project.weight": ("blocks.{}.mlp.point_conv.conv.weight",),
+    "blocks.{}.attention.qkv": ("blocks.{}.attn.qkv",),
+    "blocks.{}.attention.norm_q": ("blocks.{}.attn.q_norm",),
+    "blocks.{}.attention.norm_k": ("blocks.{}.attn.k_norm",),
+    "blocks.{}.attention.out": ("blocks.{}.attn.proj",),
+    "blocks.{}.tag_attention.q": ("blocks.{}.cross_attn.q_linear",),
+    "blocks.{}.tag_attention.kv": ("blocks.{}.cross_attn.kv_linear",),
+    "blocks.{}.tag_attention.norm_q": ("blocks.{}.cross_attn.q_norm",),
+    "blocks.{}.tag_attention.norm_k": ("blocks.{}.cross_attn.k_norm",),
+    "blocks.{}.tag_attention.out": ("blocks.{}.cross_attn.proj",),
+    "blocks.{}.ffn.expand": ("blocks.{}.mlp.inverted_conv.conv",),
+    "blocks.{}.ffn.depthwise": ("blocks.{}.mlp.depth_conv.conv",),
+    "blocks.{}.ffn.project": ("blocks.{}.mlp.point_conv.conv",),
     "modulation": ("final_layer.scale_shift_table",),
-    "out.weight": ("final_layer.linear.weight",),
-    "out.bias": ("final_layer.linear.bias",),
+    "out": ("final_layer.linear",),
 }
 
 # Keys of Sana's layout that no output depends on: the position buffer (all zeros unless positions
@@ -234,11 +206,13 @@ def _convert(
     tensors, wrong = dict(stem), []
     for key, parts in recipe.items():
         shape = _source_shape(key, expected[key], len(parts), config)
-        misfits = [part for part in parts if not _fits(source[part], shape)]
+        fitting = (shape, (*shape, 1, 1)) if len(shape) == 2 else (shape,)
+        misfits = [part for part in parts if tuple(source[part].shape) not in fitting]
         wrong += [f"{part} is {tuple(source[part].shape)}, not {shape}" for part in misfits]
         if not wrong:
             joined = torch.cat([source[part].float().reshape(shape) for part in parts])
-            tensors[key] = _widen(joined, expected[key])
+            # Zero columns, so that `embed` at first ignores the stem and the encoded LR picture.
+            tensors[key] = F.pad(joined, (0, expected[key][-1] - joined.shape[-1]))
     if wrong:
         raise WeightsError(f"{where}: {len(wrong)} tensors of a wrong shape: {_some(wrong)}")
     fresh = (*stem, "embed.weight: zeros for what joins the latent")
@@ -246,10 +220,11 @@ def _convert(
 
 
 def _sources(key: str, table: Mapping[str, tuple[str, ...]]) -> list[str]:
-    number = re.match(r"blocks\.(\d+)\.", key)
-    if number is None:
-        return list(table[key])
-    return [part.format(number[1]) for part in table[re.sub(r"\d+", "{}", key, count=1)]]
+    """Return the source's keys for our `key`: a layer's weight or bias, or a bare parameter."""
+    layer, dot, end = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
+    number = re.search(r"\d+", layer)
+    parts = table[re.sub(r"\d+", "{}", layer, count=1)]
+    return [part.format(number and number[0]) + dot + end for part in parts]
 
 
 def _source_shape(
@@ -259,15 +234,6 @@ def _source_shape(
     if key == "embed.weight":
         return (shape[0], config.latent_channels)
     return (shape[0] // parts, *shape[1:])
-
-
-def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    return tuple(tensor.shape) in (shape, (*shape, 1, 1) if len(shape) == 2 else shape)
-
-
-def _widen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Add zero columns, so that `embed` at first ignores the stem and the encoded LR picture."""
-    return F.pad(tensor, (0, shape[-1] - tensor.shape[-1]))
 
 
 def _fresh_stem(config: DenoiserConfig) -> dict[str, Tensor]:
@@ -520,7 +486,8 @@ def _bundle(source: Path, out: Path, name: str | None) -> None:
     channels = LINEARSR_1_6B.denoiser.latent_channels
     if config.latent_channels != channels:
         raise WeightsError(
-            f"{source}: latents of {config.latent_channels} channels; DC-AE f32c32 makes {channels}"
+            f"{source}: these weights take latents of {config.latent_channels} channels, and DC-AE "
+            f"f32c32 makes {channels}; convert a Sana model that was trained for it"
         )
     sampling = SamplingConfig(steps=LINEARSR_1_6B.sampling.steps, boundaries=())
     # A folder's name may hold dots ("SANA1.5"), a file's ends in one.

@@ -7,7 +7,7 @@ import torch
 from linearsr.denoiser import blocks
 
 
-def test_modulation_of_one_sample_equals_its_part_of_a_batch() -> None:
+def test_modulate_gives_a_sample_alone_its_part_of_a_batch() -> None:
     shapes = (3, 4, 5, 8), (3, 1, 1, 8), (3, 1, 1, 8)
     x, shift, scale = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     batch = blocks.modulate(x, shift, scale)
@@ -16,8 +16,8 @@ def test_modulation_of_one_sample_equals_its_part_of_a_batch() -> None:
         torch.testing.assert_close(one[0], batch[i], atol=1e-12, rtol=1e-12)
 
 
-def test_the_length_of_a_query_cancels() -> None:
-    """Why the query's RMS is never computed: with it, the result is the same."""
+def test_linear_attention_does_not_depend_on_the_length_of_a_query() -> None:
+    """The query's RMS is never computed, because the result is the same without it."""
     attention = blocks.LinearAttention(32, 16, qk_norm=True).double()
     torch.nn.init.uniform_(attention.norm_q.weight, 0.5, 1.5)
     x = torch.randn(1, 3, 4, 32, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Strips of rows: the function of the plain block, whatever the height, on rounding's terms."""
+"""The CPU block computes strips of rows; it equals the plain block up to rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = tuple(CLOSE)
 def block_of(
     batch: int, dtype: torch.dtype, qk_norm: bool = True, local: int = 0
 ) -> tuple[Block, list[Tensor]]:
-    """A block, and a picture of 7 rows of 9 with its modulation and two tags."""
+    """Return a block and its inputs: a picture of 7 rows of 9, its modulation, two tags."""
     torch.manual_seed(0)
     block = Block(16, 8, 2.5, qk_norm=qk_norm, tag_heads=2, local_kernel=local).eval()
     if qk_norm:
@@ -24,15 +24,15 @@ def block_of(
         for part in (block.attention, block.tag_attention):
             for norm in (part.norm_q, part.norm_k):
                 torch.nn.init.uniform_(norm.weight, -0.5, 1.5)
-                norm.weight.data[3] = 0  # and all of a head
+                norm.weight.data[3] = 0  # one channel, and then all of a head
                 norm.weight.data[8:] = 0
-    given = [torch.randn(batch, 7, 9, 16), torch.randn(batch, 6, 16), torch.randn(batch, 2, 16)]
-    return block.to(dtype), [x.to(dtype) for x in given]
+    inputs = [torch.randn(batch, 7, 9, 16), torch.randn(batch, 6, 16), torch.randn(batch, 2, 16)]
+    return block.to(dtype), [x.to(dtype) for x in inputs]
 
 
-def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the block gives, and what it gives strip by strip."""
-    x, modulation, tags = given
+def both(block: Block, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the results of the plain block and of the CPU block."""
+    x, modulation, tags = inputs
     assert block.tag_attention is not None
     keys = block.tag_attention.keys_values(tags)
     return block(x, modulation, keys), strips.forward_(block, x.clone(), modulation, keys)
@@ -44,7 +44,7 @@ def both(block: Block, given: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("local", [0, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_strips_equal_the_plain_block(
+def test_cpu_block_equals_the_plain_block(
     monkeypatch: pytest.MonkeyPatch,
     cached: int,
     batch: int,
@@ -52,9 +52,9 @@ def test_strips_equal_the_plain_block(
     local: int,
     dtype: torch.dtype,
 ) -> None:
-    block, given = block_of(batch, dtype, qk_norm, local)
+    block, inputs = block_of(batch, dtype, qk_norm, local)
     monkeypatch.setattr(strips, "CACHED_TOKENS", cached * batch)
-    whole, result = both(block, given)
+    whole, result = both(block, inputs)
     torch.testing.assert_close(result, whole, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
@@ -62,7 +62,7 @@ def test_strips_equal_the_plain_block(
 @pytest.mark.parametrize("cached", [1, 10**9])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_strips_equal_the_plain_block_on_tiny_pictures(
+def test_cpu_block_equals_the_plain_block_on_tiny_pictures(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, cached: int, dtype: torch.dtype
 ) -> None:
     block, (x, *rest) = block_of(1, dtype, local=5)
@@ -72,30 +72,30 @@ def test_strips_equal_the_plain_block_on_tiny_pictures(
 
 
 @torch.inference_mode()
-def test_result_is_the_same_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, given = block_of(1, torch.float32)
+def test_cpu_block_gives_the_same_result_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, inputs = block_of(1, torch.float32)
     monkeypatch.setattr(strips, "_fuses", lambda dtype: False)
-    whole, result = both(block, given)
+    whole, result = both(block, inputs)
     torch.testing.assert_close(result, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_activations_are_fused_where_onednn_is() -> None:
+def test_cpu_block_fuses_activations_if_onednn_is_available() -> None:
     fused = torch.backends.mkldnn.is_available()
     assert strips._fuses(torch.float32) == fused and not strips._fuses(torch.float64)
 
 
-@pytest.mark.parametrize("tags", [1, 8, 9])  # up to as many as a head is wide, and more
+@pytest.mark.parametrize("tags", [1, 8, 9])  # a head has 8 channels
 @pytest.mark.parametrize("qk_norm", [True, False])
 @torch.inference_mode()
-def test_strips_equal_the_plain_block_for_any_number_of_tags(tags: int, qk_norm: bool) -> None:
+def test_cpu_block_equals_the_plain_block_for_any_number_of_tags(tags: int, qk_norm: bool) -> None:
     block, (x, modulation, _) = block_of(2, torch.float64, qk_norm)
-    given = [x, modulation, torch.randn(2, tags, 16, dtype=torch.float64)]
-    whole, result = both(block, given)
+    inputs = [x, modulation, torch.randn(2, tags, 16, dtype=torch.float64)]
+    whole, result = both(block, inputs)
     torch.testing.assert_close(result, whole, atol=1e-12, rtol=1e-12)
 
 
 @torch.inference_mode()
-def test_padding_tags_change_nothing() -> None:
+def test_cpu_block_ignores_padding_tags() -> None:
     block, (x, modulation, tags) = block_of(2, torch.float64)
     assert block.tag_attention is not None
     keys, mask = (
@@ -108,7 +108,7 @@ def test_padding_tags_change_nothing() -> None:
 
 
 @torch.inference_mode()
-def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
+def test_cpu_block_gives_the_bias_for_a_query_without_positive_values() -> None:
     block, (x, modulation, _) = block_of(1, torch.float64)
     block.attention.qkv.weight[:16] = 0
     result = strips.forward_(block, x.clone(), modulation)
@@ -120,15 +120,15 @@ def test_a_query_with_nothing_above_zero_gives_the_bias() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cached", [1, 18, 10**9])
 @torch.inference_mode()
-def test_strips_round_no_worse_in_bfloat16(
+def test_cpu_block_rounds_no_worse_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, cached: int
 ) -> None:
-    """Against float64, on weights and inputs that bfloat16 holds exactly."""
+    """The truth is float64, on weights and inputs that bfloat16 holds exactly."""
     monkeypatch.setattr(strips, "CACHED_TOKENS", cached)
     block, (x, *rest) = block_of(batch, torch.bfloat16)
-    given = [x[:, :height, :width], *rest]
-    rounded = both(block, given)
-    exact, _ = both(block.double(), [part.double() for part in given])
+    inputs = [x[:, :height, :width], *rest]
+    rounded = both(block, inputs)
+    exact, _ = both(block.double(), [part.double() for part in inputs])
     plain, ours = ((part.double() - exact).norm() / exact.norm() for part in rounded)
     assert 0 < plain < 0.02
     assert ours < 2 * plain

@@ -1,4 +1,4 @@
-"""LinearSR as a function: equal to diffusers' Sana, steered by its conditions, trainable whole."""
+"""LinearSR equals diffusers' Sana, depends on its conditions, and can be trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXACT = 1e-10
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Every parameter random, so that no zero bias or unit norm hides a mistake."""
+    """Make every parameter random, so that no zero bias or unit norm hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 class Pair:
-    """A diffusers Sana of random weights and what our converter made of its folder."""
+    """A diffusers Sana of random weights, and the model that our converter made from its folder."""
 
     def __init__(self, folder: Path, qk_norm: str | None, **options: Any) -> None:
         diffusers: Any = pytest.importorskip("diffusers")
@@ -101,18 +101,18 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1234, 0.875, 1.0])
-def test_converted_model_is_diffusers_sana(pair: Pair, t: float) -> None:
+def test_converted_model_equals_diffusers_sana(pair: Pair, t: float) -> None:
     assert pair.error(normal(1, 6, 6, 9), torch.tensor([t]), normal(1, 5, 24)) < 1e-4
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 7), (6, 9)])
-def test_batch_with_its_own_timesteps_is_diffusers_sana(pair: Pair, h: int, w: int) -> None:
+def test_batch_with_a_timestep_per_sample_equals_diffusers_sana(pair: Pair, h: int, w: int) -> None:
     t = torch.tensor([0.9, 0.04])
     assert pair.error(normal(2, 6, h, w), t, normal(2, 5, 24)) < 1e-4
 
 
-def test_tag_mask_is_diffusers_mask(pair: Pair) -> None:
-    """Real tags of 2 and 5, the padding large enough to show if it were attended to."""
+def test_tag_mask_works_as_diffusers_mask(pair: Pair) -> None:
+    """Two samples have 2 and 5 tags; the padding is so large that attention to it would show."""
     mask = torch.tensor([[True] * 2 + [False] * 3, [True] * 5])
     tags = normal(2, 5, 24).masked_fill(~mask[..., None], 50.0)
     latent, t = normal(2, 6, 6, 9), torch.tensor([0.3, 0.7])
@@ -132,7 +132,7 @@ def test_timestep_scale_of_the_source_is_kept(tmp_path: Path) -> None:
     assert pair.config.timestep_scale == pytest.approx(1.0)
 
 
-def test_converted_stem_is_silent(pair: Pair) -> None:
+def test_converted_stem_adds_nothing(pair: Pair) -> None:
     latent, t, tags = normal(1, 6, 6, 9), torch.tensor([0.5]), normal(1, 5, 24)
     pictures = normal(1, 3, 192, 288, seed=2), 100 * normal(1, 3, 192, 288, seed=3)
     with torch.no_grad():
@@ -169,20 +169,20 @@ def test_without_tags_no_part_of_tag_attention_runs() -> None:
     assert ran
     ran.clear()
     model(latent, t, condition)
-    # Keys and values were made once, in condition(): a step only asks.
+    # condition() has computed keys and values; a step computes queries only.
     names = {module: name for name, module in model.named_modules()}
     again = {names[module].split("tag_attention")[-1] for module in ran}
     assert again == {"", ".q", ".norm_q", ".out"}
 
 
-def test_tags_on_a_model_without_are_refused() -> None:
+def test_tags_are_refused_by_a_model_without_tag_attention() -> None:
     model = small(tag_dim=None)
     assert not any("tag" in name for name, _ in model.named_parameters())
     with pytest.raises(OptionError, match="trained without tags"):
         model.condition(normal(1, 3, 16, 20), tags=normal(1, 3, 10))
 
 
-def test_missing_lr_latent_is_refused_and_present_one_steers() -> None:
+def test_lr_latent_is_required_and_changes_the_output() -> None:
     model = small(condition_latent=True)
     picture, latent, t = normal(1, 3, 16, 20), normal(1, 6, 4, 5), torch.tensor([0.4])
     with pytest.raises(OptionError, match="lr_latent"):
@@ -192,8 +192,8 @@ def test_missing_lr_latent_is_refused_and_present_one_steers() -> None:
     assert relative(a, b) > 1e-3
 
 
-def test_preconditioned_prediction_is_the_formula() -> None:
-    """The same weights as a bare network give F; skip, scale and input follow EDM by hand."""
+def test_preconditioned_prediction_equals_the_formula() -> None:
+    """The weights give F as a bare network; skip, scale and input follow EDM, written out here."""
     bare, model = small().double(), small(prediction="preconditioned").double()
     latent, picture = normal(3, 6, 4, 5).double(), normal(3, 3, 16, 20).double()
     t = torch.tensor([0.0, 0.35, 1.0], dtype=torch.float64)
@@ -207,7 +207,7 @@ def test_preconditioned_prediction_is_the_formula() -> None:
     assert relative(ours, c.skip * latent + c.output_scale * inner) < EXACT
 
 
-def test_clean_estimate_at_t_one_does_not_see_the_noise() -> None:
+def test_clean_estimate_at_t_one_does_not_depend_on_the_noise() -> None:
     model = small(prediction="preconditioned").double()
     t = torch.ones(1, dtype=torch.float64)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_gradients_reach_every_parameter(prediction: str) -> None:
 
 
 def test_untrained_model_predicts_zero() -> None:
-    """Zero at the output, so that the first step starts from the path's own guess."""
+    """The output layer is zero, so that training starts from the path's own guess."""
     model = LinearSR(SMALL)
     out = model(normal(1, 6, 4, 5), torch.tensor([0.3]), model.condition(normal(1, 3, 16, 20)))
     assert not out.any()

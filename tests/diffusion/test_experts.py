@@ -1,4 +1,4 @@
-"""Routing: the paper's row, ties, loads, and that every step has exactly one expert."""
+"""Every step has exactly one expert; boundaries and steps per expert are those of the paper."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ from linearsr.errors import OptionError
 PAPER = (0.223, 0.875, 0.939)
 
 
-def test_bisection_gives_the_papers_boundaries() -> None:
+def test_snr_bisection_gives_the_papers_boundaries() -> None:
     assert boundaries() == pytest.approx(PAPER, abs=5e-4)
     assert SamplingConfig().boundaries == PAPER
 
 
-def test_log_snr_of_the_boundaries() -> None:
+def test_log_snr_at_the_boundaries_is_that_of_the_paper() -> None:
     assert [log_snr(t) for t in PAPER] == pytest.approx([2.497, -3.892, -5.468], abs=2e-3)
 
 
@@ -31,7 +31,9 @@ def test_timestep_inverts_log_snr(x: float) -> None:
     ("steps", "load"), [(20, [4, 2, 13, 1]), (28, [5, 4, 17, 2]), (50, [9, 6, 31, 4])]
 )
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_load_of_each_expert_with_shift_three(steps: int, load: list[int], dtype: type) -> None:
+def test_segments_with_shift_three_give_each_expert_its_steps(
+    steps: int, load: list[int], dtype: type
+) -> None:
     timesteps = [float(dtype(t)) for t in shifted(steps, 3.0)[:-1]]
     segments = plan(timesteps, PAPER)
     assert [s.expert for s in segments] == [0, 1, 2, 3]
@@ -50,7 +52,7 @@ def test_one_step_stays_with_the_first_expert() -> None:
     assert plan(shifted(1, 3.0)[:-1], PAPER) == [(0, 0, 1)]
 
 
-def test_no_boundaries_is_one_expert() -> None:
+def test_no_boundaries_give_one_expert() -> None:
     assert plan(shifted(7, 3.0)[:-1], ()) == [(0, 0, 7)]
 
 
@@ -68,11 +70,11 @@ def test_segments_cover_every_step_once_in_order_of_falling_noise(steps: int, sh
 
 
 @pytest.mark.parametrize("bad", [[], [0.5, 0.6], [1.0, 0.0], [1.2, 0.5], [0.5, 0.5]])
-def test_bad_timesteps_are_refused(bad: list[float]) -> None:
+def test_timesteps_out_of_range_are_refused(bad: list[float]) -> None:
     with pytest.raises(OptionError):
         plan(bad, PAPER)
 
 
-def test_bad_range_is_refused() -> None:
+def test_boundaries_with_an_anchor_out_of_range_are_refused() -> None:
     with pytest.raises(OptionError):
         boundaries(anchor=0.99)

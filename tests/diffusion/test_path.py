@@ -31,7 +31,7 @@ def test_euler_with_the_true_velocity_lands_anywhere_on_the_path() -> None:
 
 
 def test_preconditioning_is_the_best_linear_guess_completed_by_the_network() -> None:
-    """v = (z - z0) / t with z0 = (1-t)/D z + t/sqrt(D) F, for any F and any t above zero."""
+    """The formula is v = (z - z0) / t with z0 = (1-t)/D z + t/sqrt(D) F, for any F and t > 0."""
     t = torch.tensor([0.05, 0.5, 0.93, 1.0], dtype=torch.float64)
     z, f = (
         torch.randn(4, 2, 3, 3, dtype=torch.float64),

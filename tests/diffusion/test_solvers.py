@@ -15,14 +15,21 @@ from diffusers import (
 
 from linearsr.config import SamplingConfig, Solver
 from linearsr.diffusion.schedule import schedule, shifted
-from linearsr.diffusion.solvers import SolverState, euler, looks_back, sample
+from linearsr.diffusion.solvers import Denoise, SolverState, looks_back, sample
 from linearsr.errors import OptionError
 
 SECOND_ORDER: tuple[Solver, ...] = ("dpm", "adams")
 
 
+def euler(
+    denoise: Denoise, z: torch.Tensor, timesteps: list[float], start: int = 0, stop: int = -1
+) -> torch.Tensor:
+    stop = stop if stop >= 0 else len(timesteps) - 1
+    return sample("euler", denoise, SolverState(z), timesteps, start, stop).latent
+
+
 def _field(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """A velocity that is a line in nothing."""
+    """A velocity that is linear in neither the latent nor the time."""
     return torch.sin(3 * z) + t.view(-1, 1, 1, 1) ** 2
 
 
@@ -90,7 +97,7 @@ def test_plans_that_do_not_lead_from_noise_to_picture_are_refused(
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 20, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_dpm_equals_diffusers(steps: int, shift: float) -> None:
-    """On our sigmas, ends included. diffusers computes a step in float32."""
+    """Both use our sigmas, ends included; diffusers computes a step in float32."""
     theirs = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", final_sigmas_type="zero"
     )
@@ -100,14 +107,14 @@ def test_dpm_equals_diffusers(steps: int, shift: float) -> None:
     z = start = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     for i, t in enumerate(theirs.timesteps):
         z = theirs.step(_field(z, ours[i].expand(2)), t, z).prev_sample
-    found = sample("dpm", _field, SolverState(start), ours).latent
-    torch.testing.assert_close(found, z, atol=1e-5, rtol=1e-5)
+    latent = sample("dpm", _field, SolverState(start), ours).latent
+    torch.testing.assert_close(latent, z, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 20, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_adams_equals_diffusers(steps: int, shift: float) -> None:
-    """Its linear multistep method of order two, which walks along whatever it is given."""
+    """The reference is diffusers' linear multistep method of order two, on our timesteps."""
     theirs = LMSDiscreteScheduler()
     theirs.set_timesteps(steps)
     ours = torch.tensor(shifted(steps, shift), dtype=torch.float64)
@@ -116,8 +123,8 @@ def test_adams_equals_diffusers(steps: int, shift: float) -> None:
     for i, t in enumerate(theirs.timesteps):
         theirs.scale_model_input(z, t)
         z = theirs.step(_field(z, ours[i].expand(2)), t, z, order=2).prev_sample
-    found = sample("adams", _field, SolverState(start), ours).latent
-    torch.testing.assert_close(found, z, atol=1e-10, rtol=1e-10)
+    latent = sample("adams", _field, SolverState(start), ours).latent
+    torch.testing.assert_close(latent, z, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +132,13 @@ def test_adams_equals_diffusers(steps: int, shift: float) -> None:
     [
         ("euler", 1, 1.0, 0.0),
         ("adams", 2, 1.0, 0.0),
-        ("dpm", 2, 0.9, 0.1),  # its clock is infinite at both ends, where it takes Euler's steps
+        ("dpm", 2, 0.9, 0.1),  # log SNR is infinite at both ends, where DPM takes Euler's steps
     ],
 )
-def test_order_of_convergence_where_the_flow_is_known(
+def test_solvers_converge_at_their_order_on_a_known_flow(
     solver: Solver, order: int, first: float, last: float
 ) -> None:
-    """Clean latents that are normal: then so is every z_t, and only its mean and spread move."""
+    """Clean latents are normal, so every z_t is normal and the flow is known exactly."""
     mean, spread = 0.7, 0.3
 
     def field(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -144,8 +151,8 @@ def test_order_of_convergence_where_the_flow_is_known(
     errors = []
     for steps in (160, 640, 2560):
         t = torch.linspace(first, last, steps + 1, dtype=torch.float64)
-        found = sample(solver, field, SolverState(begin), t).latent
-        errors.append((found - end).abs().max().item())
+        latent = sample(solver, field, SolverState(begin), t).latent
+        errors.append((latent - end).abs().max().item())
     slopes = [math.log(a / b, 4) for a, b in pairwise(errors)]
     assert slopes == pytest.approx([order] * 2, abs=0.1), errors
 
@@ -153,7 +160,7 @@ def test_order_of_convergence_where_the_flow_is_known(
 def _in_turn(
     solver: Solver, start: torch.Tensor, timesteps: list[float], cuts: Iterable[int]
 ) -> torch.Tensor:
-    """Each run told no more than it needs: its own steps, and one before them if it looks back."""
+    """Run the segments in turn; each gets its own steps, and the previous one if it looks back."""
     walk, begin = SolverState(start), 0
     for end in (*cuts, len(timesteps) - 1):
         behind = int(looks_back(solver, timesteps, begin))
@@ -183,16 +190,16 @@ def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solve
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-def test_steps_that_need_the_previous_one() -> None:
+def test_looks_back_names_the_steps_that_need_the_previous_one() -> None:
     timesteps = shifted(5, 3.0)
     for solver, steps in (("euler", []), ("dpm", [2, 3]), ("adams", [1, 2, 3, 4])):
         assert [i for i in range(6) if looks_back(solver, timesteps, i)] == steps
 
 
 @pytest.mark.parametrize(("solver", "most"), [("dpm", 3), ("adams", 1)])
-def test_few_steps_equal_euler(solver: Solver, most: int) -> None:
+def test_multistep_solvers_equal_euler_for_few_steps(solver: Solver, most: int) -> None:
     z = torch.randn(1, 2, 3, 3)
     for steps in range(1, most + 2):
         timesteps = shifted(steps, 3.0)
-        found = sample(solver, _field, SolverState(z), timesteps).latent
-        assert torch.equal(found, euler(_field, z, timesteps)) == (steps <= most)
+        latent = sample(solver, _field, SolverState(z), timesteps).latent
+        assert torch.equal(latent, euler(_field, z, timesteps)) == (steps <= most)

@@ -1,4 +1,4 @@
-"""Pools of actors and tasks: real processes that die, and the items that they held."""
+"""Pools of actors and tasks whose processes really die; their items are not lost."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ray.cluster_utils import Cluster
 from linearsr.distributed import queue
 from linearsr.distributed.queue import ATTEMPTS, Pool, map_actors, map_tasks
 from linearsr.errors import InputError, LinearSRError, OptionError, OutputError
-from tests.distributed.conftest import until
+from tests.helpers.processes import until
 
 
 class Squares:
-    """Squares; 13 kills the process that gets it, and -1 is refused."""
+    """A worker that squares; 13 kills its process, and -1 is refused."""
 
     def __init__(self, offset: int) -> None:
         if offset < 0:
@@ -29,7 +29,7 @@ class Squares:
     def __call__(self, items: list[int]) -> list[int]:
         if 13 in items:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.offset == SLOW:  # still at work when 13 comes
+        if self.offset == SLOW:  # still running when 13 arrives
             time.sleep(1)
         if -1 in items:
             raise InputError("no square of -1")
@@ -51,7 +51,7 @@ def test_an_item_that_kills_its_worker_costs_only_itself(
 
 
 class Counted:
-    """Dies of "always" each time, and of "once" once; leaves a file for each death."""
+    """A worker that "always" kills every time and "once" kills once; each death leaves a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ def test_an_item_alone_is_tried_as_often_as_its_error_says(
 
 
 class Stillborn(Squares):
-    """Its model does not fit, say."""
+    """A worker that cannot start, as if its model did not fit."""
 
     def __init__(self, offset: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_an_error_of_a_worker_ends_the_job(cluster: Cluster, offset: int, items:
 
 
 class Overlap:
-    """Counts its calls under way, and returns the largest count."""
+    """A worker that counts its concurrent calls and returns the largest count."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -143,7 +143,7 @@ def test_a_task_whose_worker_dies_is_retried_a_few_times(
 
 
 def _alone(item: int, folder: Path) -> int:
-    """Refuses while another one is at work."""
+    """Raise if another call is running."""
     busy = folder / "busy"
     busy.touch(exist_ok=False)
     np.linalg.svd(np.random.default_rng(item).normal(size=(400, 400)))
@@ -152,13 +152,13 @@ def _alone(item: int, folder: Path) -> int:
 
 
 def _together(item: int, folder: Path) -> int:
-    """Waits for the other one."""
+    """Wait until the other call runs too."""
     (folder / str(item)).touch()
     until((folder / str(1 - item)).exists, "two tasks at once")
     return item
 
 
-def test_a_cluster_that_autoscales_is_asked_for_no_more_than_allowed(
+def test_map_tasks_on_an_autoscaling_cluster_uses_no_more_than_allowed(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = map_tasks([0, 1], partial(_together, folder=tmp_path), 0.5, 0.5)

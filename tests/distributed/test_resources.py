@@ -14,7 +14,7 @@ from linearsr.errors import OptionError
 
 @pytest.fixture
 def another_node(cluster: Cluster) -> Iterator[None]:
-    """Beside the head's four CPUs, two more."""
+    """A node with two CPUs beside the head with four."""
     node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
     cluster.wait_for_nodes()
     yield

@@ -1,4 +1,4 @@
-"""The pages of docs/reference say what the code does: its docstrings, flags and fields."""
+"""The pages of docs/reference agree with the docstrings, flags and fields of the code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from tools.generate_docs import FOLDER, JOBS, NOTICE, pages
 
 
-def test_pages_are_what_the_code_gives() -> None:
-    given = pages()
-    assert {path.stem for path in FOLDER.glob("*.md")} == set(given)
-    for name, text in given.items():
+def test_reference_pages_equal_the_output_of_the_generator() -> None:
+    texts = pages()
+    assert {path.stem for path in FOLDER.glob("*.md")} == set(texts)
+    for name, text in texts.items():
         assert (FOLDER / f"{name}.md").read_text() == text, (
             f"docs/reference/{name}.md: run `make docs`"
         )
@@ -21,12 +21,12 @@ def test_pages_are_what_the_code_gives() -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_is_explained_on_the_page_as_in_help(job: str) -> None:
     parser = import_module(f"ray_jobs.{job}").parser()
-    told = " ".join(parser.format_help().split())
+    help_text = " ".join(parser.format_help().split())
     flags = [line for line in pages()[job].splitlines() if line.startswith("| `")]
     assert len(flags) == len(parser._actions) - 1
     for flag in flags:
         explained = flag.split(" | ")[-1].removesuffix(" |")
-        assert explained and explained.replace("- ", "-") in told.replace("- ", "-"), flag
+        assert explained and explained.replace("- ", "-") in help_text.replace("- ", "-"), flag
 
 
 @pytest.mark.parametrize("name", ["serve", "recipe"])

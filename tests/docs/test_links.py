@@ -13,8 +13,8 @@ PAGES = [*DOCS.rglob("*.md"), ROOT / "README.md"]
 
 
 def _links(page: Path) -> set[Path]:
-    found = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
-    return {(page.parent / link).resolve() for link in found if "://" not in link}
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    return {(page.parent / link).resolve() for link in links if "://" not in link}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

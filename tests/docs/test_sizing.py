@@ -1,4 +1,4 @@
-"""docs/guides/sizing.md has the numbers that are counted, and they are counted right."""
+"""The numbers of docs/guides/sizing.md are those of `benchmarks.sizing`, which count right."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "sizing.md").read_text()
 
 
 @pytest.mark.parametrize("make", sizing.TABLES)
-def test_tables_are_what_is_counted(make: sizing.Table) -> None:
+def test_sizing_tables_equal_the_counts(make: sizing.Table) -> None:
     assert make() in PAGE, "run `python -m benchmarks.sizing` and copy its tables"
 
 
-def test_a_forward_is_that_of_diffusers_sana() -> None:
-    """With all 300 tokens, as Sana always has them; ours adds the LR stem."""
+def test_flops_of_a_forward_pass_equal_those_of_diffusers_sana() -> None:
+    """Both have all 300 tokens, as Sana always has; our model adds the LR stem."""
 
     def theirs() -> Callable[[], object]:
         sana = _sana(LINEARSR_1_6B.denoiser)
-        given = torch.randn(1, 32, 32, 32), torch.randn(1, 300, 2304), torch.rand(1)
-        return lambda: sana(*given)
+        inputs = torch.randn(1, 32, 32, 32), torch.randn(1, 300, 2304), torch.rand(1)
+        return lambda: sana(*inputs)
 
     ours = sum(sizing.denoiser(LINEARSR_1_6B, 1024, 300))
     assert ours == pytest.approx(counted(theirs), rel=0.01)
 
 
-def test_the_way_back_costs_twice_the_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the depthwise convolutions, whose way back PyTorch counts as if it had no groups."""
+def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Depthwise convolutions are left out: PyTorch counts their backward as if without groups."""
 
     def gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         passed, by = (hidden + weight[:, 0, 0, 0] + bias).chunk(2, dim=-1)
         return passed * by.sigmoid()
 
     def both() -> Callable[[], object]:
-        given = sizing.forward(TINY, 128)
-        return lambda: given.step(given.condition()).sum().backward()
+        inputs = sizing.forward(TINY, 128)
+        return lambda: inputs.step(inputs.condition()).sum().backward()
 
     monkeypatch.setattr(blocks, "depthwise_gate", gate)
     monkeypatch.setattr(blocks.LinearAttention, "neighbours", lambda _, values: values)
@@ -54,18 +56,18 @@ def test_the_way_back_costs_twice_the_way_there(monkeypatch: pytest.MonkeyPatch)
     assert counted(both) == pytest.approx(sizing.FORWARD_AND_BACKWARD * there, rel=0.05)
 
 
-def test_only_the_expert_below_the_bound_decodes_its_guess() -> None:
+def test_pair_flops_include_decoding_only_for_the_expert_below_the_bound() -> None:
     recipe = RECIPES["sana_0_6b"]()
     decode = sizing.autoencoder(recipe.model.latent, 1024)[1]
     costs = [sizing.pair_flops(recipe, stage) for stage in recipe.finetune]
     assert [cost - costs[0] for cost in costs] == [0, 0, 0, 2 * decode]
 
 
-def test_what_is_kept_for_the_way_back_is_what_a_real_step_keeps() -> None:
+def test_kept_memory_equals_that_of_a_real_step() -> None:
     assert sizing.kept(TINY, 64) == sizing.saved(TINY, 64) > 0
 
 
-def test_numbers_in_other_pages_are_not_told_twice() -> None:
+def test_other_pages_link_to_the_sizing_numbers_and_do_not_repeat_them() -> None:
     for name in ("training", "datasets"):
         page = (Path(__file__).parents[2] / "docs" / "guides" / f"{name}.md").read_text()
         assert "sizing.md" in page and not re.search(r"32\.1 GB|67\.8", page)

@@ -1,4 +1,4 @@
-"""What docs/guides/troubleshooting.md quotes is what the code says."""
+"""The messages that docs/guides/troubleshooting.md quotes exist in the code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUOTED = re.findall(r"^\| (?:\d{3} )?`([^`]+)` \|", OURS, re.M)
 
 
 def _text(node: ast.AST) -> str:
-    """A string with … for what is put in."""
+    """Return the text of a string, with … for each inserted value."""
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(value) for value in node.values)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -33,7 +33,7 @@ def _messages() -> list[str]:
 
 
 def said(quoted: str) -> bool:
-    """Whether one message of the package has all the pieces between …, in this order."""
+    """Return whether one message of the package has all the pieces between …, in this order."""
     pieces = [re.escape(piece) for piece in quoted.split("…") if piece.strip()]
     assert sum(map(len, pieces)) > 10, f"{quoted}: too little to be found by"
     pattern = re.compile(".*".join(pieces), re.S)
@@ -41,16 +41,16 @@ def said(quoted: str) -> bool:
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_messages_are_those_of_the_code(quoted: str) -> None:
+def test_quoted_messages_exist_in_the_code(quoted: str) -> None:
     assert said(quoted)
 
 
-def test_messages_that_nobody_says_are_found_out() -> None:
+def test_quoted_messages_that_do_not_exist_are_detected() -> None:
     assert len(QUOTED) > 40 and RAYS
     assert not said("…: not a picture this program likes; give PNG")
     assert not said("allowed than the … more bytes, has the upload")
 
 
-def test_every_row_of_ours_quotes_a_message() -> None:
+def test_every_row_about_this_project_quotes_a_message() -> None:
     rows = [r for r in OURS.splitlines() if r.startswith("| ") and " message |" not in r]
     assert len(rows) == len(QUOTED)

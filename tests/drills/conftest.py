@@ -1,101 +1,21 @@
-"""The rehearsal's own cluster: raylets for machines, an autoscaler that replaces them, S3."""
+"""The rehearsal's cluster: raylets stand for machines, an autoscaler replaces them, S3."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shlex
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-
-import psutil
 import pytest
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.job_submission import JobStatus
-from ray.util.state import list_actors, list_nodes
 
-from tests.distributed.conftest import ROOT, Jobs, until
+from tests.helpers.cluster import Jobs
+from tests.helpers.rehearsal_fleet import Fleet
 from tools import s3_server as swift
-from tools.rehearsal.machine import Target, machine
-
-__all__ = ["ROOT", "Fleet", "until"]
-
-
-class Fleet(NamedTuple):
-    """The cluster, as its users and the spot market see it."""
-
-    place: Target
-    jobs: Jobs
-
-    def start(self, command: str, environment: Mapping[str, str] | None = None) -> str:
-        """A job of ray_jobs/; its id."""
-        return self.jobs.submit(["python", *shlex.split(command)], environment)
-
-    def end(self, job: str) -> str:
-        """What a job told that succeeded."""
-        status, _, told = self.jobs.end(job)
-        assert status == JobStatus.SUCCEEDED, told
-        return told
-
-    def settle(self) -> None:
-        """Wait until Ray knows which machines are gone, and Serve has put everything on others."""
-        until(lambda: not self.gone(), "news of the nodes that are gone")
-        serve = ServeSubmissionClient(self.place.dashboard)
-        until(lambda: all_well(serve.get_serve_details()), "healthy deployments")
-
-    def gone(self) -> set[str]:
-        """Nodes that Ray takes for alive, and whose raylet is not there."""
-        nodes = list_nodes(address=self.place.dashboard, limit=1000)
-        alive = {node.node_id for node in nodes if node.state == "ALIVE"}
-        return {node for node in alive if not any(is_raylet(p, {node}) for p in processes())}
-
-    def nodes_of(self, actor: str) -> set[str]:
-        """Where actors live whose class has this in its name."""
-        alive = list_actors(
-            address=self.place.dashboard, filters=[("state", "=", "ALIVE")], limit=1000
-        )
-        return {a.node_id for a in alive if actor in a.class_name}
-
-    def lose_node_of(self, actor: str) -> None:
-        """A machine where such actors live is gone, with all that ran on it."""
-        until(lambda: bool(self.nodes_of(actor)), f"an actor of {actor}")
-        nodes = self.nodes_of(actor)
-        raylet = next(p for p in processes() if is_raylet(p, nodes))
-        everything = [raylet, *raylet.children(recursive=True)]
-        for act in (psutil.Process.suspend, psutil.Process.kill):  # none is to see another die
-            for process in everything:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    act(process)
-        psutil.wait_procs(everything, timeout=30)
-
-
-def processes() -> Iterator[psutil.Process]:
-    """All of this machine, with their command lines."""
-    yield from psutil.process_iter(["cmdline"])
-
-
-def all_well(told: dict[str, Any]) -> bool:
-    """Whether each deployment is healthy: its replicas are all there."""
-    states = [
-        deployment["status"]
-        for application in told["applications"].values()
-        for deployment in application["deployments"].values()
-    ]
-    return bool(states) and set(states) == {"HEALTHY"}
-
-
-def is_raylet(process: psutil.Process, nodes: set[str]) -> bool:
-    command = process.info["cmdline"] or [""]
-    return command[0].endswith("/raylet") and any(f"--node_id={n}" in command for n in nodes)
+from tools.rehearsal.machine import machine
 
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in swift.environment(0):  # that `machine` sets
+        for name in swift.environment(0):  # `machine` sets these
             patch.setenv(name, "")
         with machine(tmp_path_factory.mktemp("fleet") / "ray.log") as place:
             yield Fleet(place, Jobs(place.dashboard))

@@ -1,4 +1,4 @@
-"""A job that fills the object store of every node, and more, and holds on to it all."""
+"""A job that overfills the object store of every node and keeps the objects alive."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-# Small ones at the end leave no room for a latent of 150 kB.
+# Small objects at the end leave no room for a latent of 150 kB.
 LARGE, SMALL = 2**20, 2**16
 
 
 @ray.remote(num_cpus=0)
 class Holder:
-    """Arrays that are mapped where they lie: what is read cannot be spilled."""
+    """An actor with arrays mapped from the object store; they cannot be spilled while mapped."""
 
     def __init__(self) -> None:
         self.held: list[np.ndarray] = []
 
     def fill(self, size: int) -> int:
-        """Bytes that are held in the end: more than `size`, so the last ones are on the disk."""
+        """Return the bytes that are held: more than `size`, so the last ones are on the disk."""
         pieces = [LARGE] * (size // LARGE + 1) + [SMALL] * (LARGE // SMALL)
         for piece in pieces:
             self.held.append(ray.get(ray.put(np.ones(piece, np.uint8))))
@@ -28,7 +28,7 @@ class Holder:
 
 
 def main() -> None:
-    """Fill, tell, wait."""
+    """Fill every store, print the sizes, and wait."""
     ray.init()
     fillings = []
     holders = []

@@ -1,6 +1,6 @@
-"""What goes wrong on a fleet, one thing at a time: nothing is lost, and no request fails.
+"""One fault of a fleet at a time: nothing is lost, and no request fails.
 
-Ten times each, as it was done by hand: `for n in $(seq 10); do pytest tests/drills; done`.
+To repeat each ten times: `for n in $(seq 10); do pytest tests/drills; done`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from linearsr.storage.location import Location, locate
 from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.training import loop
-from tests.distributed.conftest import SMALL, reported
-from tests.distributed.serve.test_serve import (
+from tests.helpers.endpoint import (
     Answer,
     Case,
     Endpoint,
@@ -40,10 +39,12 @@ from tests.distributed.serve.test_serve import (
     in_session,
     pixels_of,
 )
-from tests.drills.conftest import Fleet, until
-from tests.storage.faults import Faults, proxy
+from tests.helpers.processes import until
+from tests.helpers.rehearsal_fleet import Fleet
+from tests.helpers.runs import SMALL, reported
+from tests.helpers.s3_faults import Faults, proxy
 
-# So many steps that there is work left when something has gone wrong.
+# There are enough steps that work is left after the fault.
 PICTURES, SAMPLING = 24, 20
 STEPS = 24
 TRAINING = (
@@ -51,7 +52,7 @@ TRAINING = (
     *(f"pretrain.steps={STEPS}", "pretrain.warmup=2", "pretrain.report_every=1"),
     "pretrain.checkpoint_every=6",
 )
-# Two actors of so many CPUs do not fit on one node.
+# Two such actors do not fit on one node.
 APART = "--actors 2 --actor-cpus 3"
 
 
@@ -81,13 +82,15 @@ def names(folder: str, suffix: str) -> dict[str, Location]:
 
 
 def written(folder: str, suffix: str) -> dict[str, int]:
-    """When each file was written."""
-    found = names(folder, suffix)
-    return {n: f.filesystem.get_file_info(f.path).mtime_ns for n, f in found.items()}
+    """Return the time when each file was written."""
+    files = names(folder, suffix)
+    return {n: f.filesystem.get_file_info(f.path).mtime_ns for n, f in files.items()}
 
 
-def test_a_node_is_lost_while_training(fleet: Fleet, photos: str) -> None:
-    """It goes on from the last checkpoint: all steps, and none of them twice."""
+def test_training_continues_from_a_checkpoint_when_a_node_is_lost(
+    fleet: Fleet, photos: str
+) -> None:
+    """The run has all steps, and none of them twice."""
     runs = f"{fleet.place.storage}/runs"
     settings = shlex.join([part for field in TRAINING for part in ("--set", field)])
     job = fleet.start(
@@ -99,21 +102,23 @@ def test_a_node_is_lost_while_training(fleet: Fleet, photos: str) -> None:
     fleet.lose_node_of("RayTrainWorker")
     assert STEPS not in steps(run), "it had ended before"
     fleet.end(job)
-    assert [told["step"] for told in reported(run)] == [6, 12, 18, 24], "a checkpoint was lost"
-    (last,) = (found for found in checkpoints(run) if found["step"] == STEPS)
+    assert [metrics["step"] for metrics in reported(run)] == [6, 12, 18, 24], (
+        "a checkpoint was lost"
+    )
+    (last,) = (progress for progress in checkpoints(run) if progress["step"] == STEPS)
     assert [point["step"] for point in last["history"]] == list(range(1, STEPS + 1))
 
 
 def checkpoints(run: str) -> list[dict[str, Any]]:
-    """The progress of each."""
+    """Return the progress of each checkpoint."""
     return [json.loads(f.read()) for f in locate(run).files() if f.name == loop.PROGRESS]
 
 
 def steps(run: str) -> list[int]:
-    return [found["step"] for found in checkpoints(run)]
+    return [progress["step"] for progress in checkpoints(run)]
 
 
-def test_a_node_is_lost_while_tagging(fleet: Fleet, photos: str) -> None:
+def test_tagging_finishes_when_a_node_is_lost(fleet: Fleet, photos: str) -> None:
     shards, tagged = f"{fleet.place.storage}/shards", f"{fleet.place.storage}/tagged"
     filters = "--min-sharpness 0 --duplicate-distance -1 --min-size 64"
     fleet.end(
@@ -149,7 +154,7 @@ def table(shard: Location) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(photos: str, small_bundle: Path) -> dict[str, np.ndarray]:
-    """What must come out, as this process makes it."""
+    """The expected results, made in this process."""
     upscaler, options = Upscaler.load(small_bundle, "cpu"), Options(steps=SAMPLING)
     return {
         name: pixels_of(encode(upscaler.upscale(read(file.read()), options), "png"))
@@ -165,7 +170,7 @@ def upscaling(photos: str, model: str, output: str, pool: str = "--actors 1") ->
 
 
 def assert_complete(output: str, results: dict[str, np.ndarray], before: dict[str, int]) -> None:
-    """All there and right; what was there `before` has not been written again."""
+    """Assert that all results are right, and that those of `before` were not written again."""
     after = written(output, ".png")
     assert set(after) == set(results)
     assert {name: after[name] for name in before} == before
@@ -173,7 +178,7 @@ def assert_complete(output: str, results: dict[str, np.ndarray], before: dict[st
         assert np.abs(pixels_of(file.read()) - results[name]).max() <= 1
 
 
-def test_a_node_is_lost_while_upscaling(
+def test_upscaling_finishes_when_a_node_is_lost(
     fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
 ) -> None:
     output = f"{fleet.place.storage}/lost-node"
@@ -186,7 +191,7 @@ def test_a_node_is_lost_while_upscaling(
     assert_complete(output, results, before)
 
 
-def test_the_driver_is_killed_while_upscaling(
+def test_upscaling_finishes_when_the_driver_is_killed(
     fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
 ) -> None:
     output = f"{fleet.place.storage}/lost-driver"
@@ -202,10 +207,10 @@ def test_the_driver_is_killed_while_upscaling(
     assert_complete(output, results, before)
 
 
-def test_storage_is_slow(
+def test_upscaling_finishes_when_storage_is_slow(
     fleet: Fleet, photos: str, model: str, results: dict[str, np.ndarray]
 ) -> None:
-    """Every request takes 0.2 s longer, and one in ten is told to come again."""
+    """Every request takes 0.2 s longer, and one in ten gets a 503 SlowDown."""
     output = f"{fleet.place.storage}/slow"
     with proxy(fleet.place.s3_port, seed=1) as between:
         between.faults = Faults(slow_down=0.1, delay=0.2)
@@ -217,7 +222,7 @@ def test_storage_is_slow(
 
 @pytest.fixture(scope="module")
 def endpoint(fleet: Fleet, model: str) -> Endpoint:
-    """Two replicas of each expert, too many for one node; what clients talk to is on the head."""
+    """Two replicas of each expert, too many for one node; the ingress is on the head."""
     port = fleet.place.endpoint.rsplit(":", 1)[1]
     fleet.end(
         fleet.start(
@@ -233,8 +238,10 @@ def cases(small_bundle: Path) -> list[Case]:
     return answered_by(small_bundle)
 
 
-def test_a_node_is_lost_while_serving(fleet: Fleet, endpoint: Endpoint, cases: list[Case]) -> None:
-    """Nobody's request fails, and everybody gets their own picture."""
+def test_serving_fails_no_request_when_a_node_is_lost(
+    fleet: Fleet, endpoint: Endpoint, cases: list[Case]
+) -> None:
+    """Every request gets its own picture."""
 
     async def work(session: aiohttp.ClientSession) -> list[Answer]:
         answers = await crowd(session, endpoint, cases, len(cases))
@@ -247,13 +254,15 @@ def test_a_node_is_lost_while_serving(fleet: Fleet, endpoint: Endpoint, cases: l
     check(in_session(work), cases)
 
 
-def test_the_object_store_is_full(fleet: Fleet, endpoint: Endpoint, cases: list[Case]) -> None:
-    """On every node something else holds on to all of it: latents go by the disk."""
+def test_serving_fails_no_request_when_the_object_store_is_full(
+    fleet: Fleet, endpoint: Endpoint, cases: list[Case]
+) -> None:
+    """Another job holds all object stores, so latents are passed through the disk."""
     fleet.settle()
     job = fleet.start("-m tests.drills.fill")
-    told = partial(fleet.jobs.client.get_job_logs, job)
-    until(lambda: "all are full" in told() or fleet.jobs.has_ended(job), "full object stores")
-    assert not fleet.jobs.has_ended(job), told()
+    output = partial(fleet.jobs.client.get_job_logs, job)
+    until(lambda: "all are full" in output() or fleet.jobs.has_ended(job), "full object stores")
+    assert not fleet.jobs.has_ended(job), output()
     try:
         answers = in_session(lambda session: crowd(session, endpoint, cases, 2 * len(cases)))
         check(answers, cases)

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs as contestants: small real ones, and files that are refused."""
+"""Checkpoints of other programs as models to compare: small real ones, and refused files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _compact(scale: int, channels: int = 3) -> Compact:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random models as they are published: bare tensors, or a dictionary around them."""
+    """Random models in the published forms: bare tensors, or a dictionary around them."""
     folder = tmp_path_factory.mktemp("checkpoints")
     save_file(_compact(4).state_dict(), folder / "four.safetensors")
     torch.save({"params_ema": _compact(2).state_dict()}, folder / "two.pth")
@@ -58,31 +58,31 @@ def test_checkpoint_gives_the_networks_picture(files: Path) -> None:
     lr = torch.rand(3, 20, 17)
     with torch.no_grad():
         expected = _compact(4)(lr[None])[0].clamp(0, 1)
-    found = Checkpoint.load(files / "four.safetensors", "cpu").upscale(lr, 4)
-    assert found.shape == (3, 80, 68) and torch.allclose(found, expected, atol=1e-5)
+    picture = Checkpoint.load(files / "four.safetensors", "cpu").upscale(lr, 4)
+    assert picture.shape == (3, 80, 68) and torch.allclose(picture, expected, atol=1e-5)
 
 
 def test_checkpoint_of_another_scale_is_resized_by_bicubic(files: Path) -> None:
     lr = torch.rand(3, 20, 17)
     with torch.no_grad():
         own = _compact(2)(lr[None]).clamp(0, 1)
-    found = Checkpoint.load(files / "two.pth", "cpu").upscale(lr, 4)
-    assert torch.allclose(found, resize(own, 80, 68)[0].clamp(0, 1), atol=1e-5)
-    assert found.min() >= 0 and found.max() <= 1
+    picture = Checkpoint.load(files / "two.pth", "cpu").upscale(lr, 4)
+    assert torch.allclose(picture, resize(own, 80, 68)[0].clamp(0, 1), atol=1e-5)
+    assert picture.min() >= 0 and picture.max() <= 1
 
 
 def test_tiles_give_the_picture_without_tiles(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lr = Checkpoint.load(files / "four.safetensors", "cpu"), torch.rand(3, 40, 70)
-    whole, seen = model.upscale(lr, 4), []
+    whole, sizes = model.upscale(lr, 4), []
     monkeypatch.setattr(checkpoint, "TILE", 32)
     monkeypatch.setattr(checkpoint, "OVERLAP", 16)
     run = model.descriptor._call_fn
     monkeypatch.setattr(
-        model.descriptor, "_call_fn", lambda net, x: seen.append(x.shape) or run(net, x)
+        model.descriptor, "_call_fn", lambda net, x: sizes.append(x.shape) or run(net, x)
     )
     tiled = model.upscale(lr, 4)
-    assert len(seen) > 3 and max(shape[-1] for shape in seen) <= 32
-    # The network sees 4 pixels far, and where that meets a tile's edge the next tile counts more.
+    assert len(sizes) > 3 and max(shape[-1] for shape in sizes) <= 32
+    # The network's reach is 4 pixels; there, blending gives the neighbouring tile more weight.
     assert (tiled - whole).abs().mean() < 1e-3
     assert torch.allclose(tiled[:, :40, :40], whole[:, :40, :40], atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_file_with_code_is_refused_and_not_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reason"),
     [
         ("other.pth", nn.Linear(2, 2).state_dict(), "spandrel does not know this architecture"),
         ("grey.pth", _compact(4, 1).state_dict(), "takes 1 channels and returns 1"),
@@ -109,14 +109,14 @@ def test_file_with_code_is_refused_and_not_run(
     ],
 )
 def test_unusable_file_is_named_with_the_reason(
-    name: str, content: object, told: str, tmp_path: Path
+    name: str, content: object, reason: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(WeightsError, match=f"{name}: .*{told}"):
+    with pytest.raises(WeightsError, match=f"{name}: .*{reason}"):
         Checkpoint.load(path, "cpu")
 
 
@@ -165,10 +165,15 @@ def test_contact_sheet_shows_methods_pixel_by_pixel(
     ranking = rank(report)
     assert ranking is not None and columns <= COLUMNS
     example = Example("a", [(name, image) for name in names])
-    made = Image.open(io.BytesIO(contact(report, ranking, [example], 1)))
-    assert made.width == columns * (DETAIL + GAP) + GAP
-    assert lines * DETAIL < made.height < lines * DETAIL + 100
-    last = made.crop(
-        (made.width - GAP - DETAIL, made.height - GAP - DETAIL, made.width - GAP, made.height - GAP)
+    sheet = Image.open(io.BytesIO(contact(report, ranking, [example], 1)))
+    assert sheet.width == columns * (DETAIL + GAP) + GAP
+    assert lines * DETAIL < sheet.height < lines * DETAIL + 100
+    last = sheet.crop(
+        (
+            sheet.width - GAP - DETAIL,
+            sheet.height - GAP - DETAIL,
+            sheet.width - GAP,
+            sheet.height - GAP,
+        )
     )
     assert np.abs(np.asarray(last, int) - np.asarray(image, int)).mean() < 8, "HR, not enlarged"

@@ -1,4 +1,4 @@
-"""`linearsr evaluate` on small pictures with a small model: numbers, ranks, failures, codes."""
+"""`linearsr evaluate` on small pictures with a small model: values, ranks, failures, exit codes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _values(output: Path) -> dict[tuple[str, str, str], float]:
 
 
 def _bicubic_psnr(photo: Path) -> float:
-    """By Pillow and float64 from the file on, as a reader of the report would check it."""
+    """Return the PSNR of bicubic by Pillow and float64, as a reader would check it."""
     hr = Image.open(photo)
     hr = hr.crop((0, 0, hr.width // 4 * 4, hr.height // 4 * 4))
     lr = hr.resize((hr.width // 4, hr.height // 4), Image.Resampling.BICUBIC)
@@ -55,7 +55,7 @@ def _bicubic_psnr(photo: Path) -> float:
 def whole(
     photos: Path, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
-    """One evaluation that nothing is wrong with."""
+    """One evaluation without failures."""
     output = tmp_path_factory.mktemp("report")
     words = f"evaluate --hr {photos} --models small={small_bundle} --steps 1 2 --device cpu"
     code = main([*words.split(), "--metrics", "psnr", "ssim", "piqe", "-o", str(output)])
@@ -67,20 +67,20 @@ def test_bicubic_psnr_equals_pillow_in_float64(whole: tuple[int, Path], photos: 
     assert code == 0
     values = _values(output)
     for name in SIZES:
-        found = values[f"{name}.png", "bicubic", "psnr"]
+        value = values[f"{name}.png", "bicubic", "psnr"]
         # Pillow computes in fixed point.
-        assert found == pytest.approx(_bicubic_psnr(photos / f"{name}.png"), abs=0.03)
+        assert value == pytest.approx(_bicubic_psnr(photos / f"{name}.png"), abs=0.03)
 
 
-def test_methods_have_all_metrics_and_hr_those_without_reference(
+def test_methods_have_all_metrics_and_hr_only_those_without_a_reference(
     whole: tuple[int, Path],
 ) -> None:
     _, output = whole
-    found = set(_values(output))
+    keys = set(_values(output))
     methods = {"bicubic", "small, 1 step", "small, 2 steps"}
     wanted = {(m, metric) for m in methods for metric in ("psnr", "ssim", "piqe")}
     wanted.add(("HR", "piqe"))
-    assert found == {(f"{name}.png", *one) for name in SIZES for one in wanted}
+    assert keys == {(f"{name}.png", *one) for name in SIZES for one in wanted}
 
 
 def test_parquet_table_records_settings_and_directions(whole: tuple[int, Path]) -> None:
@@ -98,8 +98,8 @@ def test_report_has_conventions_means_and_provenance(whole: tuple[int, Path]) ->
     mean = sum(values[f"{name}.png", "bicubic", "psnr"] for name in SIZES) / 3
     row = next(line for line in text.splitlines() if line.startswith("| bicubic"))
     assert f" 3 | {mean:.4f} " in row
-    for told in ("pyiqa 0.", "both with scale pixels cropped", "CRC-32", "licence: test"):
-        assert told in text
+    for note in ("pyiqa 0.", "both with scale pixels cropped", "CRC-32", "licence: test"):
+        assert note in text
 
 
 def test_contact_sheet_has_a_column_per_method(whole: tuple[int, Path]) -> None:
@@ -123,9 +123,9 @@ def test_failed_picture_is_named_and_the_others_are_judged(
     Image.new("RGB", (8, 8)).save(lows / "nobody.png")
     words = f"evaluate --hr {hr} --lr {lows} --models --metrics psnr -o {output}"
     assert main(words.split()) == 1
-    told = capsys.readouterr().err
-    assert "coffee.png: LR is 16x13; at x4 HR of 67x50 needs 16x12" in told
-    assert "broken.png: damaged or truncated" in told and "nobody.png (LR)" in told
+    message = capsys.readouterr().err
+    assert "coffee.png: LR is 16x13; at x4 HR of 67x50 needs 16x12" in message
+    assert "broken.png: damaged or truncated" in message and "nobody.png (LR)" in message
     assert {id for id, *_ in _values(output)} == {"astronaut.png", "chelsea.png"}
     assert "nobody.png" in (output / "report.md").read_text()
 
@@ -176,8 +176,8 @@ def test_solvers_flag_adds_a_row_per_solver(
 ) -> None:
     output = tmp_path / "out"
     words = f"evaluate --hr {photos} --models small={small_bundle} --steps 3 --every 3"
-    asked = ["--solvers", "euler", "adams", "--metrics", "psnr", "--device=cpu"]
-    assert main([*words.split(), *asked, "-o", str(output)]) == 0
+    flags = ["--solvers", "euler", "adams", "--metrics", "psnr", "--device=cpu"]
+    assert main([*words.split(), *flags, "-o", str(output)]) == 0
     euler, adams = (
         _values(output)["astronaut.png", f"small, 3 {solver} steps", "psnr"]
         for solver in ("euler", "adams")
@@ -202,8 +202,8 @@ def test_wrong_request_exits_with_2_before_any_work(
     words: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    given = words.replace("HR", str(photos)).split()
-    assert main(["evaluate", *given, "-o", str(output)]) == 2
+    arguments = words.replace("HR", str(photos)).split()
+    assert main(["evaluate", *arguments, "-o", str(output)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not list(output.glob("*"))
 
@@ -235,11 +235,11 @@ def test_mean_covers_pictures_with_a_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [(MemoryError(), "out of memory"), (TypeError("odd"), "TypeError: odd")],
 )
 def test_failing_model_costs_only_its_row(
-    photos: Path, small_bundle: Path, error: Exception, told: str
+    photos: Path, small_bundle: Path, error: Exception, message: str
 ) -> None:
     class Full(Upscaler):
         def upscale(self, *_: object, **__: object) -> object:  # type: ignore[override]
@@ -250,14 +250,14 @@ def test_failing_model_costs_only_its_row(
     item = Item(id="astronaut.png", hr=list_pictures(str(photos), "hr")["astronaut.png"])
     scores = judge.scores(item)
     assert [(s.method, s.metric) for s in scores] == [("bicubic", "psnr"), ("small, 1 step", "")]
-    assert scores[-1].failed and scores[-1].error == told
+    assert scores[-1].failed and scores[-1].error == message
     assert [name for name, _ in judge.example(item).details] == ["bicubic", "HR"]
 
 
 def test_metric_missing_on_a_worker_fails_once_per_picture(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request left out what nobody has; what is missing now, another node has."""
+    """The driver has the metric, so the request lists it; this worker does not have it."""
 
     def lost(name: str, crop: int) -> object:
         return WeightsError("piqe: not here") if name == "piqe" else known(name, crop)

@@ -1,4 +1,4 @@
-"""deploy/aws/account.yaml: CloudFormation accepts it, and it makes what cluster.yaml asks for."""
+"""CloudFormation accepts deploy/aws/account.yaml, which makes the roles that cluster.yaml needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from cfnlint.api import ManualArgs, lint
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
-from tests.fleet.files import TOP, read
+from tests.helpers.fleet_files import TOP, read
 
 TEXT = (TOP / "deploy" / "aws" / "account.yaml").read_text()
 TEMPLATE = cfnlint.decode.cfn_yaml.loads(TEXT)
@@ -17,12 +17,12 @@ CLUSTER = {"Ref": "ClusterName"}
 
 
 def faults(text: str) -> list[str]:
-    """What the linter, which knows every resource and every right, has against a template."""
+    """Return the messages of the linter, which knows every resource and every permission."""
     return [match.message for match in lint(text, config=ManualArgs(regions=["us-west-2"]))]
 
 
 def of_type(kind: str) -> list[dict[str, Any]]:
-    """The properties of all such resources."""
+    """Return the properties of all resources of this type."""
     resources = TEMPLATE["Resources"].values()
     return [r["Properties"] for r in resources if r["Type"] == f"AWS::IAM::{kind}"]
 
@@ -31,35 +31,35 @@ ROLES = {role["RoleName"]: role for role in of_type("Role")}
 
 
 def statements(role: dict[str, Any]) -> list[dict[str, Any]]:
-    """What only this role may do."""
+    """Return the statements of the role's own policies."""
     documents = [policy["PolicyDocument"] for policy in role.get("Policies", [])]
     return [statement for document in documents for statement in document["Statement"]]
 
 
 def actions(statement: dict[str, Any]) -> set[str]:
-    told = statement["Action"]
-    return {told} if isinstance(told, str) else set(told)
+    names = statement["Action"]
+    return {names} if isinstance(names, str) else set(names)
 
 
-def test_cloudformation_accepts_it() -> None:
+def test_cloudformation_accepts_the_account_template() -> None:
     assert faults(TEXT) == []
 
 
 @pytest.mark.parametrize("word", ["BlockPublicAcls", "ec2:RunInstances", "UseBucket", "RoleName"])
-def test_a_misspelt_word_is_refused(word: str) -> None:
+def test_a_misspelt_word_in_the_account_template_is_refused(word: str) -> None:
     (fault, *_) = faults(TEXT.replace(word, f"{word}x", 1))
     assert f"{word.split(':')[-1]}x".lower() in fault.lower()
 
 
-def test_it_makes_the_profiles_that_the_cluster_names() -> None:
-    asked = read("cluster.yaml")["metadata"]
-    made = {
+def test_account_template_makes_the_profiles_that_cluster_yaml_names() -> None:
+    settings = read("cluster.yaml")["metadata"]
+    profiles = {
         profile["InstanceProfileName"]: profile["Roles"] for profile in of_type("InstanceProfile")
     }
-    assert set(made) == {asked["head_profile"]["Name"], asked["worker_profile"]["Name"]}
+    assert set(profiles) == {settings["head_profile"]["Name"], settings["worker_profile"]["Name"]}
 
 
-def test_only_the_head_launches_and_what_it_launches_is_a_worker() -> None:
+def test_only_the_head_role_may_launch_nodes_and_only_as_workers() -> None:
     worker, head = ROLES["linearsr-worker"], ROLES["linearsr-head"]
     assert statements(worker) == []
     assert {"ec2:RunInstances", "ec2:TerminateInstances"} < set.union(
@@ -67,13 +67,13 @@ def test_only_the_head_launches_and_what_it_launches_is_a_worker() -> None:
     )
     (passes,) = (s for s in statements(head) if "iam:PassRole" in actions(s))
     assert passes["Resource"] == {"Fn::GetAtt": ["WorkerRole", "Arn"]}
-    for role in ROLES.values():  # what both may do besides
+    for role in ROLES.values():  # permissions of both roles
         bucket, images = role["ManagedPolicyArns"]
         assert bucket == {"Ref": "UseBucket"}
         assert images["Fn::Sub"].endswith(":policy/AmazonEC2ContainerRegistryReadOnly")
 
 
-def test_the_head_ends_and_tags_no_machine_but_its_own() -> None:
+def test_the_head_role_may_end_and_tag_only_machines_of_its_cluster() -> None:
     for statement in statements(ROLES["linearsr-head"]):
         if actions(statement) & {"ec2:TerminateInstances", "ec2:CreateTags"}:
             assert statement["Condition"] in (

@@ -1,4 +1,4 @@
-"""cluster.yaml: Ray accepts it, EC2 knows its fields, and what a user sets is at its top."""
+"""Ray accepts cluster.yaml, EC2 knows its fields, and the user's settings are at its top."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from tests.fleet.files import TOP, read
+from tests.helpers.fleet_files import TOP, read
 
 TEXT = (TOP / "cluster.yaml").read_text()
 TYPES = ("head", "gpu", "cpu")
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` makes of it before it talks to AWS."""
-    made: dict[str, Any] = prepare_config(config)
-    validate_config(made)
-    return made
+    """Return the config as `ray up` completes it before any request to AWS."""
+    complete: dict[str, Any] = prepare_config(config)
+    validate_config(complete)
+    return complete
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def config() -> dict[str, Any]:
     return copy.deepcopy(read("cluster.yaml"))
 
 
-def test_ray_accepts_it(config: dict[str, Any]) -> None:
-    made = prepared(config)
-    assert made["head_node_type"] == "head"
-    assert set(made["available_node_types"]) == set(TYPES)
-    # Nothing of Ray's defaults that would install something is left in it.
-    assert made["head_setup_commands"] == made["worker_setup_commands"] == []
+def test_ray_accepts_cluster_yaml(config: dict[str, Any]) -> None:
+    complete = prepared(config)
+    assert complete["head_node_type"] == "head"
+    assert set(complete["available_node_types"]) == set(TYPES)
+    # No default of Ray's that would install something is left.
+    assert complete["head_setup_commands"] == complete["worker_setup_commands"] == []
 
 
 @pytest.mark.parametrize(
@@ -45,25 +45,27 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
     [(), ("docker",), ("auth",), ("available_node_types", "gpu")],
     ids=lambda place: ".".join(place) or "top",
 )
-def test_ray_refuses_a_misspelt_field(config: dict[str, Any], place: tuple[str, ...]) -> None:
-    found = config
+def test_ray_refuses_a_misspelt_field_of_cluster_yaml(
+    config: dict[str, Any], place: tuple[str, ...]
+) -> None:
+    section = config
     for key in place:
-        found = found[key]
-    *_, key = found
-    found[f"{key}x"] = found.pop(key)
+        section = section[key]
+    *_, key = section
+    section[f"{key}x"] = section.pop(key)
     with pytest.raises(ValidationError, match=f"{key}x"):
         prepared(config)
 
 
 def launch(config: dict[str, Any], kind: str) -> str:
-    """What botocore has against starting such a node."""
+    """Return botocore's complaints about the request that starts such a node."""
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     request = {"MinCount": 1, "MaxCount": 1, **config["available_node_types"][kind]["node_config"]}
     return str(ParamValidator().validate(request, shape).generate_report())
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_ec2_knows_every_field(config: dict[str, Any], kind: str) -> None:
+def test_ec2_knows_every_field_of_cluster_yaml(config: dict[str, Any], kind: str) -> None:
     assert launch(config, kind) == ""
     config["available_node_types"][kind]["node_config"]["MetadataOptions"]["HttpToken"] = "required"
     assert "HttpToken" in launch(config, kind)
@@ -79,7 +81,9 @@ def test_the_head_takes_no_work_and_workers_start_from_none(config: dict[str, An
     assert config["provider"]["cache_stopped_nodes"] is False
 
 
-def test_what_a_user_sets_is_at_the_top_and_nowhere_else(config: dict[str, Any]) -> None:
+def test_settings_of_the_user_are_at_the_top_of_cluster_yaml_and_nowhere_else(
+    config: dict[str, Any],
+) -> None:
     assert next(iter(config)) == "metadata"
     top, rest = re.split(r"^(?=cluster_name:)", TEXT, maxsplit=1, flags=re.M)
     for anchor in re.findall(r"&(\w+)", top):
@@ -97,7 +101,7 @@ def _after_a_comment(text: str, line: str) -> bool:
     return text.split(line)[0].rstrip("\n").splitlines()[-1].lstrip().startswith("#")
 
 
-def test_no_key_is_in_it_and_roles_are() -> None:
+def test_cluster_yaml_has_roles_and_no_keys() -> None:
     assert not re.search(r"AKIA|aws_secret|ssh_private_key|AWS_ACCESS_KEY|AWS_SECRET", TEXT, re.I)
     types = read("cluster.yaml")["available_node_types"]
     profiles = [types[kind]["node_config"]["IamInstanceProfile"] for kind in TYPES]
@@ -112,7 +116,8 @@ def test_every_start_flag_is_one_of_ray_start(config: dict[str, Any], node: str)
     assert used and set(used) <= known
 
 
-def test_the_dashboard_answers_on_the_head_alone(config: dict[str, Any]) -> None:
+def test_the_dashboard_listens_on_the_head_only(config: dict[str, Any]) -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
-    assert "security_group" not in config["provider"]  # Ray's lets in SSH and the cluster's nodes
+    # Ray's own security group admits only SSH and the nodes of the cluster.
+    assert "security_group" not in config["provider"]
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]

@@ -1,4 +1,4 @@
-"""The check of a node, as far as it goes without a GPU: gloo stands in for NCCL."""
+"""The check of a node without a GPU: gloo stands in for NCCL."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from linearsr.errors import LinearSRError
 
 
 def says(*lines: str) -> tuple[str, ...]:
-    """A stand-in for nvidia-smi."""
+    """Return a command that stands in for nvidia-smi and prints these lines."""
     return (sys.executable, "-c", f"print({chr(10).join(lines)!r})")
 
 
-def test_gloo_adds_up_over_two_ranks() -> None:
+def test_check_all_reduce_passes_over_two_ranks_of_gloo() -> None:
     health.check_all_reduce(2, backend="gloo")
 
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Ranks that start at once, with what the test has put in place."""
+    """Ranks start by fork, so that they see the patches of the test."""
     monkeypatch.setattr(health, "START", "fork")
     return monkeypatch
 
@@ -48,13 +48,13 @@ def test_ranks_that_hang_are_killed_after_the_deadline(forked: pytest.MonkeyPatc
     assert not multiprocessing.active_children()
 
 
-def test_a_wrong_sum_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_check_all_reduce_reports_a_wrong_sum(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers[7:9].add_(1))
     with pytest.raises(RuntimeError, match=r"^2 of \d+ sums are not 1$"):
         health._all_reduce(0, 1, "gloo", f"file://{tmp_path}/meet", 30.0)
 
 
-def test_all_gpus_must_be_there() -> None:
+def test_check_driver_refuses_a_missing_gpu() -> None:
     assert health.check_driver(2, says("L40S, 580", "L40S, 580")) == ["L40S, 580", "L40S, 580"]
     with pytest.raises(LinearSRError, match="shows 1 of 2 GPUs"):
         health.check_driver(2, says("L40S, 580"))

@@ -1,4 +1,4 @@
-"""One fleet in three forms: cluster.yaml, deploy/kubernetes/ and the Dockerfile say the same."""
+"""cluster.yaml, deploy/kubernetes/ and the Dockerfile describe the same fleet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from linearsr.distributed.datasets.shards.config import ShardConfig
-from tests.fleet.files import MANIFESTS, TOP, manifest, pinned, read, spec
+from tests.helpers.fleet_files import MANIFESTS, TOP, manifest, pinned, read, spec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,12 +30,12 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 
 
 def aws() -> dict[str, Any]:
-    """cluster.yaml as the autoscaler takes it."""
+    """Return cluster.yaml as the autoscaler sees it."""
     return dict(prepare_config(read("cluster.yaml")))
 
 
 def kubernetes() -> dict[str, Any]:
-    """raycluster.yaml as the autoscaler takes it: Ray's own translation."""
+    """Return raycluster.yaml in Ray's own translation for the autoscaler."""
     cluster = manifest("raycluster")
     cluster["metadata"]["namespace"] = "default"
     config = dict(derive(cluster))
@@ -44,7 +44,7 @@ def kubernetes() -> dict[str, Any]:
 
 
 def groups(name: str = "raycluster") -> dict[str, dict[str, Any]]:
-    """Each group's pod spec, by its name in cluster.yaml."""
+    """Return the pod spec of each group, by its name in cluster.yaml."""
     cluster = spec(name)
     workers = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     named = {"head": cluster["headGroupSpec"], **workers}
@@ -56,13 +56,13 @@ def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def environment(name: str = "raycluster") -> dict[str, str]:
-    """Variables of all Ray containers, which must be the same."""
-    found = [
+    """Return the variables of the Ray containers, after checking that all have the same."""
+    environments = [
         {v["name"]: str(v.get("value", "")) for v in pod["containers"][0]["env"]}
         for pod in groups(name).values()
     ]
-    assert all(one == found[0] for one in found)
-    return found[0]
+    assert all(one == environments[0] for one in environments)
+    return environments[0]
 
 
 def test_groups_have_the_same_resources_and_bounds() -> None:
@@ -71,7 +71,7 @@ def test_groups_have_the_same_resources_and_bounds() -> None:
     assert set(ours) == set(theirs)
     for name, group in ours.items():
         other = theirs[name]
-        other["resources"].pop("memory")  # of pods only: Ray finds out a machine's own
+        other["resources"].pop("memory")  # set for pods only; Ray measures the memory of a machine
         for field in ("resources", "min_workers", "max_workers"):
             assert group[field] == other[field], (name, field)
 
@@ -86,18 +86,18 @@ MACHINES = {"m7i.2xlarge": (8, 32), "g6e.12xlarge": (48, 384), "m7i.8xlarge": (3
 
 
 def test_a_pod_fits_on_the_machine_that_it_stands_for() -> None:
-    """And leaves some of it to Kubernetes."""
+    """Some of the machine is left to Kubernetes."""
     for name, pod in groups().items():
         instance = aws()["available_node_types"][name]["node_config"]["InstanceType"]
         cpus, memory = MACHINES[instance]
         for container in containers(pod):
-            asked = container["resources"]["requests"]
-            assert 0 < float(asked["cpu"]) < cpus, name
-            assert 0 < int(asked["memory"].removesuffix("Gi")) < 0.95 * memory, name
+            requests = container["resources"]["requests"]
+            assert 0 < float(requests["cpu"]) < cpus, name
+            assert 0 < int(requests["memory"].removesuffix("Gi")) < 0.95 * memory, name
 
 
 def test_work_without_gpus_asks_for_the_cpu_workers_and_no_more() -> None:
-    """Nodes with GPUs would be next."""
+    """A larger request would start nodes with GPUs."""
     group = aws()["available_node_types"]["cpu"]
     room = group["max_workers"] * group["resources"]["CPU"]
     assert ShardConfig.model_fields["max_cpus"].default == room
@@ -115,7 +115,7 @@ def test_every_manifest_has_the_same_cluster(name: str) -> None:
 def test_processes_have_the_same_environment() -> None:
     options = aws()["docker"]["run_options"]
     ours = dict(option.removeprefix("--env ").split("=", 1) for option in options)
-    # The token's way to the node: a file there, the operator's Secret here.
+    # The token reaches a node of AWS in a file, and a pod in the operator's Secret.
     assert ours.pop("RAY_AUTH_MODE") == spec("raycluster")["authOptions"]["mode"] == "token"
     mounted = ours.pop("RAY_AUTH_TOKEN_PATH").replace("/home/ray/", "~/")
     assert mounted in aws()["file_mounts"]
@@ -143,7 +143,7 @@ def test_heads_start_with_the_same_flags() -> None:
     assert theirs.items() <= ours.items()
 
 
-def test_all_run_the_one_image_with_its_versions() -> None:
+def test_all_nodes_run_one_image_with_the_pinned_versions() -> None:
     image = aws()["docker"]["image"]
     pods = [pod for name in MANIFESTS for pod in groups(name).values()]
     assert {c["image"] for pod in pods for c in containers(pod)} == {image}
@@ -154,12 +154,12 @@ def test_all_run_the_one_image_with_its_versions() -> None:
     assert f"FROM rayproject/ray:{pinned('ray')}-py311-gpu\n" in DOCKERFILE
 
 
-def test_the_image_has_the_pinned_versions_of_what_the_project_asks_for() -> None:
+def test_the_image_installs_the_pinned_versions_of_the_requirements() -> None:
     extras = PROJECT["optional-dependencies"]
     (install,) = re.findall(r"pip install .*", DOCKERFILE)
     assert "--constraint constraints.txt" in install
-    (asked,) = re.findall(r'"\.\[([\w,]+)\]"', install)
-    assert asked == "all"
+    (extra,) = re.findall(r'"\.\[([\w,]+)\]"', install)
+    assert extra == "all"
     assert '; python_version >= "3.11"' in (TOP / "constraints.txt").read_text()
     lines = itertools.chain(PROJECT["dependencies"], *extras.values())
     for requirement in map(Requirement, lines):
@@ -167,7 +167,7 @@ def test_the_image_has_the_pinned_versions_of_what_the_project_asks_for() -> Non
             assert pinned(requirement.name) in requirement.specifier
 
 
-def test_the_image_is_not_roots_and_has_what_its_build_reads() -> None:
+def test_the_image_runs_without_root_and_its_build_context_is_complete() -> None:
     assert re.findall(r"^USER (.*)", DOCKERFILE, re.M)[-1] == "1000"
     kept = re.findall(r"^!(.*)", (TOP / "deploy/Dockerfile.dockerignore").read_text(), re.M)
     needed = {"linearsr", "ray_jobs", "pyproject.toml", "constraints.txt"}
@@ -175,7 +175,7 @@ def test_the_image_is_not_roots_and_has_what_its_build_reads() -> None:
     assert all((TOP / name).exists() for name in kept)
 
 
-def test_a_linter_reads_the_dockerfile(tmp_path: Path) -> None:
+def test_hadolint_accepts_the_dockerfile(tmp_path: Path) -> None:
     hadolint = shutil.which("hadolint") or shutil.which(
         "hadolint", path=Path(sys.executable).parent
     )

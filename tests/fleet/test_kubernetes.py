@@ -1,4 +1,4 @@
-"""The manifests of deploy/kubernetes/ against the APIs of KubeRay and Kubernetes."""
+"""The manifests of deploy/kubernetes/ fit the APIs of KubeRay and Kubernetes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from linearsr.cli import job
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.training.recipes import RECIPES
-from tests.fleet.files import MANIFESTS, TOP, manifest, read, spec
-from tests.fleet.kuberay import validator
+from tests.helpers.fleet_files import MANIFESTS, TOP, manifest, read, spec
+from tests.helpers.kuberay import validator
 
 KINDS = dict(zip(MANIFESTS, ("RayCluster", "RayJob", "RayService"), strict=True))
 # Mappings whose keys are the user's own.
@@ -24,7 +24,7 @@ FREE = {"annotations", "rayStartParams", "requests", "limits"}
 
 
 def levels(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Paths to all mappings of API fields."""
+    """Yield the paths to all mappings of API fields."""
     if isinstance(value, dict) and (not path or path[-1] not in FREE):
         yield path
         for key, inner in value.items():
@@ -35,18 +35,18 @@ def levels(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
 
 
 def at(document: dict[str, Any], path: tuple[str | int, ...]) -> Any:
-    """What lies at a path."""
+    """Return the value at a path."""
     return functools.reduce(operator.getitem, path, document)
 
 
 def faults(name: str, document: dict[str, Any]) -> list[str]:
-    """What the API has against a manifest."""
+    """Return the API's complaints about a manifest."""
     errors = validator(KINDS[name]).iter_errors(document)
     return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in errors]
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_every_field_is_in_the_api(name: str) -> None:
+def test_every_field_of_a_manifest_is_in_the_api(name: str) -> None:
     assert faults(name, manifest(name)) == []
 
 
@@ -57,10 +57,10 @@ def test_every_field_is_in_the_api(name: str) -> None:
 )
 def test_a_misspelt_field_is_refused(name: str, path: tuple[str | int, ...]) -> None:
     document = manifest(name)
-    found = at(document, path)
-    first = next(iter(found))
-    # Aliases are one object: it is misspelt wherever it is used.
-    found[f"{first}x"] = found.pop(first)
+    section = at(document, path)
+    first = next(iter(section))
+    # YAML aliases are one object, so the field is misspelt wherever it is used.
+    section[f"{first}x"] = section.pop(first)
     assert any(f"{first}x" in fault for fault in faults(name, document))
 
 
@@ -76,7 +76,7 @@ def test_a_misspelt_field_is_refused(name: str, path: tuple[str | int, ...]) -> 
         (("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0), "name"),
     ],
 )
-def test_a_field_that_must_be_there_is_missed(path: tuple[str | int, ...], required: str) -> None:
+def test_a_missing_required_field_is_refused(path: tuple[str | int, ...], required: str) -> None:
     document = manifest("raycluster")
     del at(document, path)[required]
     assert faults("raycluster", document) != []
@@ -92,7 +92,7 @@ def test_a_value_of_another_type_is_refused(field: str, wrong: object) -> None:
     assert faults("raycluster", document) != []
 
 
-def test_the_account_is_one_of_kubernetes_and_that_of_all_pods() -> None:
+def test_the_service_account_is_valid_and_used_by_all_pods() -> None:
     account = read("deploy/kubernetes/account.yaml")
     assert list(validator("V1ServiceAccount").iter_errors(account)) == []
     cluster = spec("raycluster")
@@ -107,10 +107,10 @@ def test_every_start_flag_is_one_of_ray_start() -> None:
         assert set(group["rayStartParams"]) <= known
 
 
-def test_the_job_is_one_of_ours_and_fits_a_gpu_worker() -> None:
+def test_the_rayjob_runs_an_existing_job_and_fits_a_gpu_worker() -> None:
     program, script, *arguments = manifest("rayjob")["spec"]["entrypoint"].split()
     assert program == "python"
-    # The image's folder: see the deploy/Dockerfile.
+    # The folder of the image is set in deploy/Dockerfile.
     assert (TOP / script.removeprefix("/home/ray/linearsr/")).is_file()
     options = job.parser("").parse_args(arguments)
     workers = int(options.workers)
@@ -120,13 +120,13 @@ def test_the_job_is_one_of_ours_and_fits_a_gpu_worker() -> None:
     assert workers * (float(options.worker_cpus) + float(options.data_cpus)) < int(gpu["num-cpus"])
 
 
-def test_the_service_serves_what_serve_yaml_says() -> None:
+def test_the_rayservice_has_the_config_of_serve_yaml() -> None:
     served = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
     ours = read("ray_jobs/serve.yaml")
     ServeDeploySchema.model_validate(served)
     arguments = served["applications"][0]["args"]
     assert ServeConfig.parse(**arguments).expert_gpus == 0.25
-    # All that may differ: pods are reached from outside, and there are GPUs.
+    # Only these may differ: pods are reached from outside, and have GPUs.
     assert served["http_options"].pop("host") == "0.0.0.0"
     assert ours["http_options"].pop("host") == "127.0.0.1"
     assert arguments.pop("ingress_node") == "head"
@@ -135,12 +135,12 @@ def test_the_service_serves_what_serve_yaml_says() -> None:
 
 
 def test_no_two_resources_have_the_same_services() -> None:
-    """KubeRay names them after the resource alone, and takes over what is there."""
+    """KubeRay names services after the resource alone, and takes over existing ones."""
     names = [manifest(name)["metadata"]["name"] for name in MANIFESTS]
     assert len(set(names)) == len(names)
 
 
-def test_the_endpoint_of_pods_wants_a_token() -> None:
+def test_the_endpoint_of_the_rayservice_requires_a_token() -> None:
     head = spec("rayservice")["headGroupSpec"]["template"]["spec"]["containers"][0]
     token = next(v for v in head["env"] if v["name"] == "LINEARSR_TOKEN")
     assert "optional" not in token["valueFrom"]["secretKeyRef"]

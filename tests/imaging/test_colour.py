@@ -15,7 +15,7 @@ def random_picture(seed: int, *shape: int) -> torch.Tensor:
 
 
 def reference_decomposition(picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low frequencies, level by level with the 3x3 kernel, as the paper's code does."""
+    """Return high and low frequencies, level by level with the 3x3 kernel, as the paper's code."""
     line = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(line, line).expand(3, 1, 3, 3)
     high = torch.zeros_like(picture)
@@ -29,7 +29,9 @@ def reference_decomposition(picture: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("size", [(64, 48), (7, 90), (3, 5), (1, 1)])
-def test_wavelet_is_high_of_restored_plus_low_of_source(size: tuple[int, int]) -> None:
+def test_wavelet_joins_detail_of_the_restored_with_colour_of_the_source(
+    size: tuple[int, int],
+) -> None:
     restored, source = random_picture(0, 2, 3, *size), random_picture(1, 2, 3, *size)
     expected = reference_decomposition(restored)[0] + reference_decomposition(source)[1]
     torch.testing.assert_close(fix_colour(restored, source, "wavelet"), expected, rtol=0, atol=2e-6)

@@ -14,7 +14,7 @@ HR = PHOTO[:, 100:228, 150:310]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_same_seed_same_pixels_in_range_and_size(name: str) -> None:
+def test_degrade_gives_the_same_pixels_for_a_seed_in_range_and_size(name: str) -> None:
     runs = [degrade(HR, 4, PRESETS[name], np.random.default_rng(7)) for _ in range(2)]
     assert torch.equal(*runs)
     assert runs[0].shape == (3, 32, 40)
@@ -36,7 +36,7 @@ def test_the_picture_stays_recognisable_and_in_place(name: str) -> None:
     assert errors[(0, 0)] < 0.01
 
 
-def test_clean_is_bicubic_in_eight_bits() -> None:
+def test_clean_preset_is_bicubic_in_eight_bits() -> None:
     expected = (resize(HR[None], 32, 40)[0].clamp(0, 1) * 255).round() / 255
     assert torch.equal(degrade(HR, 4, CLEAN, np.random.default_rng(0)), expected)
 
@@ -64,7 +64,9 @@ def test_sides_must_be_multiples_of_the_scale() -> None:
 
 
 @pytest.mark.parametrize(("scale", "sides"), [(1, (128, 160)), (128 / 60, (60, 75)), (2, (64, 80))])
-def test_any_scale_that_leaves_whole_pixels_will_do(scale: float, sides: tuple[int, int]) -> None:
+def test_degrade_accepts_any_scale_that_leaves_whole_pixels(
+    scale: float, sides: tuple[int, int]
+) -> None:
     for name, preset in PRESETS.items():
         lr = degrade(HR, scale, preset, np.random.default_rng(3))
         assert lr.shape[1:] == sides, name
@@ -73,13 +75,13 @@ def test_any_scale_that_leaves_whole_pixels_will_do(scale: float, sides: tuple[i
 
 
 def _resized_only(**changes: object) -> Degradation:
-    """A stage that does nothing but resize."""
+    """Return a stage that only resizes."""
     nothing = {"blur_probability": 0.0, "noise_probability": 0.0, "jpeg_probability": 0.0}
     return Degradation(stages=(Stage.model_validate({**nothing, **changes}),))
 
 
 def test_a_stage_may_resize_to_the_size_of_lr_whatever_the_scale() -> None:
-    """A fixed quarter would leave a blurred picture at x2."""
+    """At x2, a resize to a fixed quarter would leave a blurred picture."""
     down = {"resize_up_down_keep": (0, 1, 0)}
     to_lr = _resized_only(resize_range=(1, 1), resize_from_lr=True, **down)
     quarter = _resized_only(resize_range=(0.25, 0.25), **down)
@@ -95,26 +97,26 @@ def test_a_stage_may_resize_to_the_size_of_lr_whatever_the_scale() -> None:
 def test_web_pictures_are_compressed_at_their_own_size_and_most_of_them_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[tuple[int, str, int, tuple[int, ...]]] = []
+    files: list[tuple[int, str, int, tuple[int, ...]]] = []
     through = module._through
 
     def note(picture: torch.Tensor, kind: str, quality: int) -> torch.Tensor:
-        found.append((draw, kind, quality, tuple(picture.shape[2:])))
+        files.append((draw, kind, quality, tuple(picture.shape[2:])))
         return through(picture, kind, quality)
 
     monkeypatch.setattr(module, "_through", note)
     for draw in range(150):
         degrade(HR, 4, WEB, np.random.default_rng(draw))
-    least = {kind: min(q for _, k, q, _ in found if k == kind) for kind in ("JPEG", "WEBP")}
-    assert 40 <= least["JPEG"] < 50 <= least["WEBP"] and max(q for _, _, q, _ in found) <= 95
-    assert 150 + 85 < len(found) < 150 + 125
-    last = {draw: sides for draw, _, _, sides in found}
+    least = {kind: min(q for _, k, q, _ in files if k == kind) for kind in ("JPEG", "WEBP")}
+    assert 40 <= least["JPEG"] < 50 <= least["WEBP"] and max(q for _, _, q, _ in files) <= 95
+    assert 150 + 85 < len(files) < 150 + 125
+    last = {draw: sides for draw, _, _, sides in files}
     assert set(last.values()) == {(32, 40)}
-    assert len({sides for *_, sides in found}) > 20
+    assert len({sides for *_, sides in files}) > 20
 
 
 def test_jpegs_have_half_of_the_colour_resolution() -> None:
-    """Red and blue columns of one pixel become one purple, of four pixels they stay."""
+    """Red and blue columns of one pixel merge into purple; those of four pixels stay."""
     jpeg = Stage(
         blur_probability=0,
         resize_up_down_keep=(0, 0, 1),

@@ -1,4 +1,4 @@
-"""Picture files of every flavour in and out, and everything that can be wrong with one."""
+"""Picture files of every format and mode are read and written; damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from linearsr.errors import InputError, OptionError, OutputError
 from linearsr.imaging import files
 from linearsr.imaging.files import Picture
 
-# pytest shows what the package hides: PIL's complaints about broken tags.
+# pytest shows PIL's warnings about broken tags, which the package hides.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
@@ -48,7 +48,7 @@ GREY_PROFILE = SRGB[:16] + b"GRAY" + SRGB[20:]
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """A real photograph with a red mug, neither square nor of an even size."""
+    """A photograph with a red mug, neither square nor of an even size."""
     return Image.open(PHOTOGRAPHS / "coffee.png").convert("RGB").crop((60, 40, 183, 121))
 
 
@@ -82,7 +82,7 @@ def as_16_bits(plane: torch.Tensor) -> np.ndarray:
 
 
 def ramp(bits: int = 16, *, grey: bool = False, alpha: bool = False) -> Picture:
-    """Every value a 16 bit sample can take, in each channel in another order."""
+    """Return every value of a 16-bit sample, in another order in each channel."""
     values = torch.arange(65536, dtype=torch.float64).reshape(1, 256, 256) / 65535
     turned = torch.cat([values, values.transpose(1, 2), values.flip(1)]).float()
     pixels = values.float().repeat(3, 1, 1) if grey else turned
@@ -104,7 +104,7 @@ def exif_of(data: bytes) -> Image.Exif:
     return Image.open(io.BytesIO(data)).getexif()
 
 
-# Reading what others write
+# Files of other programs
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -185,11 +185,11 @@ def test_palette_and_grey_with_a_transparent_colour_have_alpha(photo: Image.Imag
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
 def test_cmyk_becomes_srgb_and_loses_its_profile(photo: Image.Image, format: str) -> None:
-    # A profile of the wrong kind must neither be used nor end up beside the sRGB pixels.
+    # A profile of the wrong kind must be neither used nor written beside the sRGB pixels.
     picture = files.read(saved(photo.convert("CMYK"), format, icc_profile=SRGB))
     assert picture.icc is None
     assert not picture.grey
-    # Inks are duller than light, so only roughly alike; inverted inks would be far off.
+    # Inks are duller than light, so the match is rough; inverted inks would be far off.
     assert np.abs(as_8_bits(picture).astype(int) - np.asarray(photo)).mean() < 40
     mug = (slice(30, 40), slice(80, 90))
     assert np.corrcoef(as_8_bits(picture)[mug].ravel(), np.asarray(photo)[mug].ravel())[0, 1] > 0.9
@@ -271,7 +271,7 @@ def test_exif_that_points_everything_at_one_large_block_is_read_in_no_time() -> 
     assert time.monotonic() - start < 5
 
 
-# What must be refused
+# Refusals
 
 
 def bomb() -> bytes:
@@ -288,7 +288,7 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     assert time.monotonic() - start < 1
 
 
-def test_the_pixel_limit_is_the_callers(photo: Image.Image, tmp_path: Path) -> None:
+def test_the_pixel_limit_is_set_by_the_caller(photo: Image.Image, tmp_path: Path) -> None:
     data = saved(photo, "WEBP")
     with pytest.raises(InputError, match="--max-pixels"):
         files.read(data, max_pixels=123 * 81 - 1)
@@ -317,7 +317,7 @@ def test_a_truncated_file_fails_wherever_it_was_cut(photo: Image.Image, format: 
             files.read(data[:length])
 
 
-def test_an_error_message_with_bytes_of_the_file_in_it_is_survived(photo: Image.Image) -> None:
+def test_an_error_message_with_bytes_of_the_file_becomes_an_input_error(photo: Image.Image) -> None:
     # Rename a property and call all of them essential: the decoder says which one it misses.
     data = bytearray(saved(photo, "AVIF").replace(b"pixi", b"pi\x90i"))
     associations = data.index(b"ipma") + 15
@@ -344,7 +344,7 @@ def test_an_error_message_with_bytes_of_the_file_in_it_is_survived(photo: Image.
         (b"II*\0\x08\0\0\0\0\0", "damaged or truncated"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> None:
+def test_a_file_that_is_no_picture_is_refused_in_one_line(data: bytes, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as error:
         files.read(data, name="thing.png")
     assert str(error.value).startswith("thing.png: ")
@@ -606,7 +606,7 @@ def test_provenance_is_in_png_text_too() -> None:
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
-def test_provenance_leaves_the_words_of_the_user(
+def test_provenance_keeps_the_text_of_the_user(
     photo: Image.Image, format: str, code: bytes, body: bytes, text: str
 ) -> None:
     exif = Image.Exif()
@@ -624,7 +624,7 @@ def test_provenance_leaves_the_words_of_the_user(
     assert comment.splitlines()[:-1] == ([text] if text else [])
 
 
-def test_provenance_of_anything_else_is_none(photo: Image.Image, tmp_path: Path) -> None:
+def test_provenance_of_a_foreign_file_is_none(photo: Image.Image, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[IFD.Exif] = {Base.UserComment: b'ASCII\0\0\0{"linearsr": 5}'}
     for data in (b"", b"junk", saved(photo, "PNG"), saved(photo, "JPEG", exif=exif.tobytes())):

@@ -19,8 +19,8 @@ from linearsr.imaging.sources import choose, list_inputs, read_input
 from linearsr.storage.location import locate
 from linearsr.storage.walk import Notes
 from tests.helpers.permissions import permissions_hold
-from tests.storage.faults import Faults
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import Faults
 
 
 def _picture(format: str) -> bytes:

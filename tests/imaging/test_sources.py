@@ -1,4 +1,4 @@
-"""What a job reads: which files count, in which order, and what shards must be like."""
+"""The inputs of a job: the files that count, their order, and the schema of shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from linearsr.errors import InputError
 from linearsr.imaging import sources as inputs
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
 from linearsr.storage.location import Location, locate
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
 
 
 def _shard(folder: Path | Location, name: str, ids: Any, pictures: Any, group: int = 2) -> None:
@@ -59,8 +59,8 @@ def test_only_an_output_inside_the_input_is_left_out_of_a_bucket(s3: Server) -> 
     place = locate(s3.bucket())
     for name in ("in/a.png", "in/out/a.png"):
         (place / name).write(b"")
-    found = (list_inputs(place / "in", "lr", out) for out in (place, place / "in/out"))
-    assert [table.num_rows for table in found] == [2, 1]
+    listings = (list_inputs(place / "in", "lr", out) for out in (place, place / "in/out"))
+    assert [table.num_rows for table in listings] == [2, 1]
     assert list_inputs(place, "lr", place / "in/out").column("id").to_pylist() == ["in/a.png"]
 
 
@@ -74,7 +74,7 @@ def test_results_of_an_earlier_job_beside_pictures_are_no_shards(tmp_path: Path)
         (tmp_path / name).parent.mkdir(parents=True)
         pq.write_table(pa.table(columns), tmp_path / name)
     assert _ids(tmp_path) == ["a.png"]
-    # Where they are all there is, they are what is meant, except the list of what failed.
+    # If there is nothing else, they are the input, except the list of failures.
     (tmp_path / "a.png").unlink()
     (tmp_path / "done/errors/errors.parquet").unlink()
     assert list_inputs(locate(tmp_path), "image").column("id").to_pylist() == ["x"]
@@ -139,7 +139,7 @@ def test_shards_of_other_types_are_refused(
 
 
 def test_columns_are_checked_again_when_a_picture_is_read(tmp_path: Path) -> None:
-    """A worker opens what lies there by then, which may be another file than was listed."""
+    """The file that a worker opens may be another than the one that was listed."""
     _shard(tmp_path, "0.parquet", ["x"], [b"x"])
     row = list_inputs(locate(tmp_path), "lr").to_pylist()[0]
     _shard(tmp_path, "0.parquet", ["x"], ["/etc/hostname"])
@@ -149,7 +149,7 @@ def test_columns_are_checked_again_when_a_picture_is_read(tmp_path: Path) -> Non
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that are opened from now on."""
+    """Return a list that grows by the name of each shard that is opened from now on."""
     names: list[str] = []
 
     def counted(file: Location, *columns: str, real: Callable[..., Any] = open_shard) -> Any:
@@ -161,7 +161,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_threads_fetch_a_row_group_once(tmp_path: Path, opened: list[str]) -> None:
-    """All that are kept, in turn, by threads that miss each of them at the same time."""
+    """Threads read all cached row groups in turn and miss each of them at the same time."""
     kept, threads = inputs.GROUPS_KEPT, 8
     pictures = [bytes([n]) * 100_000 for n in range(kept)]
     _shard(tmp_path, "0.parquet", [str(n) for n in range(kept)], pictures, group=1)
@@ -170,14 +170,14 @@ def test_threads_fetch_a_row_group_once(tmp_path: Path, opened: list[str]) -> No
     together = Barrier(threads)
 
     def read_all(_: int) -> list[bytes]:
-        found = []
+        pictures_read = []
         for row in rows * 2:
             together.wait()
-            found.append(read_input(locate(tmp_path), row, "lr"))
-        return found
+            pictures_read.append(read_input(locate(tmp_path), row, "lr"))
+        return pictures_read
 
     with ThreadPoolExecutor(threads) as pool:
-        assert all(found == pictures * 2 for found in pool.map(read_all, range(threads)))
+        assert all(result == pictures * 2 for result in pool.map(read_all, range(threads)))
     assert len(opened) == kept
 
 

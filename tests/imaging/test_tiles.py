@@ -1,4 +1,4 @@
-"""Tiles cover the picture, have equal shapes, and join without a trace."""
+"""Tiles cover the picture, have equal shapes, and are blended without seams."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_neighbours_share_at_least_the_overlap_with_the_fewest_tiles(
     assert all(rows >= overlap for rows in shared)
     # One tile fewer, at the largest step allowed, would not reach the end.
     assert len(tops) == 1 or tile + (len(tops) - 2) * (tile - overlap) < height
-    # Nor would tiles one shorter.
+    # Tiles that are one pixel shorter would not reach it either.
     assert len(tops) * (tiles[0].height - 1) - (len(tops) - 1) * overlap < height
 
 

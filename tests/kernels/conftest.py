@@ -1,6 +1,6 @@
-"""Makes unwritten memory show as NaN.
+"""Fixtures that fill unwritten memory with NaN and round bfloat16 as GPUs do.
 
-Knows nothing of what any kernel computes.
+They do not depend on what the kernels compute.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def unset_switch(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poison_empty_memory(monkeypatch):
-    """Memory straight from the allocator is often zero, which would hide an unwritten element."""
+    """New memory is often zero, which would hide an unwritten element."""
     for owner, name in [
         (torch, "empty"),
         (torch, "empty_like"),
@@ -35,7 +35,7 @@ def poison_empty_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def round_bfloat16(monkeypatch):
-    """The interpreter truncates fp32 to bfloat16; GPUs round to nearest even, and so do we here."""
+    """The interpreter truncates fp32 to bfloat16; GPUs round to nearest even, as this does."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     convert = interpreter._convert_float
 

@@ -14,7 +14,7 @@ from linearsr.errors import OptionError
 from linearsr.kernels import depthwise_gate, modulate
 
 BACKENDS = ["torch", "triton"]
-# B, H, W, C: lone rows and columns, tiles cut short, channels that fill no block.
+# B, H, W, C: single rows and columns, partial tiles, channels that fill no block.
 SHAPES = [(1, 1, 1, 16), (3, 1, 7, 33), (1, 7, 2, 33), (1, 5, 9, 16), (3, 2, 1, 240)]
 
 
@@ -55,7 +55,7 @@ both = pytest.mark.parametrize(("function", "plain", "inputs"), CASES)
 
 
 def error(result, plain, tensors):
-    """Largest error against float64, relative to the largest true value."""
+    """Return the largest error against float64, relative to the largest true value."""
     truth = plain(*(x.double() for x in tensors))
     assert result.shape == truth.shape and result.dtype == tensors[0].dtype
     assert result.isfinite().all()
@@ -63,7 +63,7 @@ def error(result, plain, tensors):
 
 
 def rounding(terms):
-    """As of attention: sums of so many terms in float32, in any processor's order."""
+    """Return the bound on the error of sums of `terms` terms in float32, in any order."""
     return (16 + 4 * math.sqrt(terms)) * torch.finfo(torch.float32).eps / 2
 
 
@@ -112,7 +112,7 @@ def test_any_strides_give_the_same_result(function, plain, inputs, backend):
 
 @both
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_kept(function, plain, inputs, backend):
+def test_nan_is_propagated(function, plain, inputs, backend):
     x, *others = inputs(2, 7, 9, 16)
     x[1, 3, 8, 5] = float("nan")
     out = function(x, *others, backend=backend).isnan()
@@ -128,14 +128,14 @@ def test_gates_far_from_zero_stay_finite(function, plain, inputs):
 
 
 @both
-def test_repeats_bit_for_bit(function, plain, inputs):
+def test_results_repeat_bit_for_bit(function, plain, inputs):
     tensors = inputs(2, 5, 3, 33)
     first, second = (function(*tensors, backend="triton") for _ in range(2))
     assert torch.equal(first, second)
 
 
 @both
-def test_gradients_by_finite_differences(function, plain, inputs):
+def test_gradients_match_finite_differences(function, plain, inputs):
     for batch in (1, 2):
         tensors = [x.double().requires_grad_() for x in inputs(batch, 2, 3, 2)]
         assert torch.autograd.gradcheck(function, tensors)
@@ -158,14 +158,14 @@ def test_triton_is_forward_only(function, plain, inputs):
 
 
 class OnGPU(torch.Tensor):
-    """A CPU tensor that says it is a CUDA one: what "auto" goes by."""
+    """A CPU tensor that claims to be on CUDA, which decides the choice of "auto"."""
 
     is_cuda = True
 
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Names of the implementations that ran, in order."""
+    """Return a list that grows by the name of each implementation that runs."""
     from linearsr.kernels import fused_ops as glue
 
     ran = []
@@ -231,7 +231,7 @@ def test_environment_does_not_change_training(monkeypatch, function, plain, inpu
 
 
 def test_environment_chooses_the_backend_of_attention(monkeypatch):
-    x = torch.ones(1, 4, 2, 24)  # D that Triton refuses
+    x = torch.ones(1, 4, 2, 24)  # a D that Triton refuses
     monkeypatch.setenv("LINEARSR_KERNELS", "triton")
     with pytest.raises(OptionError, match="not 24"):
         kernels.relu_linear_attention(x, x, x)

@@ -19,7 +19,7 @@ BACKENDS = ["torch", "triton"]
 
 
 def projection(tokens, dim, seed=0, batch=BATCH, heads=HEADS):
-    """One (B, N, 3 * H * D) projection, float32."""
+    """Return one (B, N, 3 * H * D) projection, float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, tokens, 3 * heads * dim, generator=generator)
 
@@ -30,7 +30,7 @@ def upstream(tokens, dim, seed=1):
 
 
 def plain_formula(q, k, v):
-    """Sana's formula, in float64, eps acting on magnitudes of one."""
+    """Sana's formula in float64, with eps added to sums of magnitude one."""
     q, k = q.relu(), k.relu()
     q = q / q.detach().amax(dim=-1, keepdim=True).clamp_min(1e-300)
     k = k / k.detach().amax(dim=(1, 3), keepdim=True).clamp_min(1e-300)
@@ -40,7 +40,7 @@ def plain_formula(q, k, v):
 
 
 def run(attention, packed, grad):
-    """Output and the gradients of q, k and v, all float64; q, k, v are views of packed."""
+    """Return the output and the gradients of q, k and v in float64; q, k, v are views of packed."""
     packed = packed.clone().requires_grad_()
     q, k, v = packed.unflatten(-1, (3, -1, grad.shape[-1])).unbind(2)
     out = attention(q, k, v)
@@ -55,7 +55,7 @@ def with_backend(backend):
 
 
 def errors(results, truths, least_scale=0.0):
-    """Largest error of each result, relative to the largest true value.
+    """Return the largest error of each result, relative to the largest true value.
 
     least_scale is for one token: its output is v whatever q and k are, so their true gradients are
     zero, as differences of terms of order one.
@@ -68,7 +68,7 @@ def errors(results, truths, least_scale=0.0):
 
 
 def rounding(tokens, dim=16):
-    """The error of float32 after sums over tokens and then channels, in any processor's order.
+    """Return the error of float32 sums over tokens and then channels, in any order.
 
     Rounding errors of n additions grow like sqrt(n) units (Higham and Mary, 2019); the largest of
     some thousand values lies within four deviations. 32 units are for all that is no sum.
@@ -101,13 +101,13 @@ def test_bfloat16_triton_rounds_no_worse_than_torch(tokens, dim):
         assert triton_error <= 2 * torch_error + 1e-5
 
 
-def test_largest_head_dim_and_several_chunks():
+def test_largest_head_dim_matches_float64_over_several_chunks():
     packed, grad = projection(300, 128, batch=1, heads=1), upstream(300, 128)[:1, :, :1]
     truths = run(plain_formula, packed.double(), grad.double())
     assert max(errors(run(with_backend("triton"), packed, grad), truths)) < rounding(300, 128)
 
 
-def test_repeats_bit_for_bit():
+def test_results_repeat_bit_for_bit():
     packed, grad = projection(300, 16), upstream(300, 16)
     first, second = (run(with_backend("triton"), packed, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -129,7 +129,7 @@ def test_any_strides_give_the_same_result(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("expanded_from", [(1, 1, 1, 1), (1, 20, 1, 16)])
-def test_expanded_output_gradient(expanded_from, backend):
+def test_expanded_output_gradient_matches_float64(expanded_from, backend):
     grad = upstream(20, 16)[tuple(slice(n) for n in expanded_from)].expand(BATCH, 20, HEADS, 16)
     packed = projection(20, 16)
     truths = run(plain_formula, packed.double(), grad.double())
@@ -149,7 +149,7 @@ def test_extreme_magnitudes_match_float64(q_scale, k_scale, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_with_nothing_above_zero(backend):
+def test_rows_without_positive_values_match_float64(backend):
     packed, grad = projection(20, 16), upstream(20, 16)
     q, k, _ = packed.unflatten(-1, (3, HEADS, 16)).unbind(2)
     q[0, 5].abs_().neg_()  # one query of every head
@@ -173,7 +173,7 @@ def test_queries_that_meet_no_key_give_zero_and_finite_gradients(scale, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_kept(backend):
+def test_nan_is_propagated(backend):
     q, k, v = projection(20, 16).unflatten(-1, (3, HEADS, 16)).unbind(2)
     q[0, 3, 0, 1] = k[1, 7, 2, 4] = float("nan")
     out = relu_linear_attention(q, k, v, backend=backend)
@@ -182,7 +182,7 @@ def test_nan_is_kept(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_diffusers_sana(backend):
+def test_relu_linear_attention_matches_diffusers_sana(backend):
     attention_processor = pytest.importorskip("diffusers.models.attention_processor")
     torch.manual_seed(0)
     module = attention_processor.Attention(
@@ -197,7 +197,7 @@ def test_matches_diffusers_sana(backend):
     torch.testing.assert_close(ours, module(x), rtol=1e-5, atol=1e-6)
 
 
-def test_reference_gradients_by_finite_differences():
+def test_reference_gradients_match_finite_differences():
     q, k, v = projection(5, 3).double().unflatten(-1, (3, HEADS, 3)).unbind(2)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     assert torch.autograd.gradcheck(relu_linear_attention, inputs)
@@ -217,8 +217,8 @@ def test_autocast_does_not_narrow_the_sums(backend):
     assert torch.equal(out, relu_linear_attention(q, k, v, backend=backend))
 
 
-def test_auto_is_torch_on_cpu():
-    q, k, v = projection(7, 12).unflatten(-1, (3, HEADS, 12)).unbind(2)  # D that Triton refuses
+def test_auto_backend_is_torch_on_cpu():
+    q, k, v = projection(7, 12).unflatten(-1, (3, HEADS, 12)).unbind(2)  # a D that Triton refuses
     auto = relu_linear_attention(q, k, v)
     assert torch.equal(auto, relu_linear_attention(q, k, v, backend="torch"))
 
@@ -273,7 +273,7 @@ def python(code, **environment):
     )
 
 
-def test_import_leaves_triton_alone():
+def test_import_does_not_load_triton():
     code = "import sys, linearsr.kernels; assert 'triton' not in sys.modules"
     result = python(code, PYTHONPATH=":".join(sys.path), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr

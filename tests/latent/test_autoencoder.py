@@ -1,4 +1,4 @@
-"""Latents: an exact fold, and DC-AE through diffusers with errors one can act on."""
+"""Latents: the exact space-to-depth fold, and DC-AE through diffusers with clear errors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def picture(seed: int, height: int = 16, width: int = 24) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_fold_returns_the_picture(factor: int) -> None:
-    # A scale that is a power of two and pictures of 8 bits leave nothing to rounding.
+def test_space_to_depth_decodes_to_the_same_picture(factor: int) -> None:
+    # With a scale that is a power of two and pictures of 8 bits, nothing is rounded.
     ae = load_autoencoder(LatentConfig(kind="space-to-depth", factor=factor, scale=0.125))
     hr, lr = ((p * 128).round() / 128 for p in (picture(0), picture(1)))
     latent = ae.encode(hr, lr)
@@ -107,7 +107,7 @@ def refusal(source: Path | str | None, factor: int = 4) -> str:
 
 
 def edited(dc_ae: tuple[Path, Any], folder: Path, **tensors: Tensor | None) -> Path:
-    """A copy of the folder with tensors replaced, added, or (None) taken out."""
+    """Return a copy of the folder with tensors replaced, added, or (None) removed."""
     content = {**load_file(dc_ae[0] / WEIGHTS), **tensors}
     kept = {key: x for key, x in content.items() if x is not None}
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
@@ -115,8 +115,8 @@ def edited(dc_ae: tuple[Path, Any], folder: Path, **tensors: Tensor | None) -> P
     return folder
 
 
-def test_tiles_of_a_decode_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that sees a few cells around gives what it gives of the whole at once."""
+def test_tiled_decode_equals_the_whole_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's reach is a few cells, so tiles with that overlap give the whole picture."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     sides = {"block_types": ("ResBlock",) * 2, "block_out_channels": (8, 16)}
@@ -147,7 +147,7 @@ def test_dc_ae_in_bfloat16_keeps_the_precision_of_pictures(dc_ae: tuple[Path, An
     assert 0 < (latent - truth).norm() < 0.05 * truth.norm()
 
 
-def test_dc_ae_is_diffusers_own_times_the_scale(dc_ae: tuple[Path, Any]) -> None:
+def test_dc_ae_latent_is_that_of_diffusers_times_the_scale(dc_ae: tuple[Path, Any]) -> None:
     folder, model = dc_ae
     ae = load_autoencoder(config(folder))
     hr, lr = picture(0), picture(1)
@@ -180,7 +180,7 @@ def test_missing_folder_and_unreachable_hub_id_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    # Another test file may have imported the hub before this one could set the variable.
+    # Another test module may have imported the hub before the variable was set.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source in (str(tmp_path / "nowhere"), "nobody-at-all/no-such-dc-ae"):
         message = refusal(source)

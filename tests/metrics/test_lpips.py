@@ -1,4 +1,4 @@
-"""LPIPS: the published value with the real trunk; with a random one how it is found and behaves."""
+"""LPIPS: the published value with the real trunk; search and properties with a random one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linearsr.errors import LinearSRError, WeightsError
 from linearsr.evaluation.run import Request, plan
 from linearsr.metrics import lpips
 from linearsr.metrics import measure as metrics
-from tests.conftest import real_lpips_trunk
+from tests.helpers.lpips_trunk import real_lpips_trunk
 
 REAL = real_lpips_trunk()
 needs_trunk = pytest.mark.skipif(REAL is None, reason=f"no trunk: set {lpips.TRUNK_VARIABLE}")
@@ -23,7 +23,7 @@ needs_trunk = pytest.mark.skipif(REAL is None, reason=f"no trunk: set {lpips.TRU
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_metrics: None) -> None:
-    """No trunk in a variable or in a cache, no network, and no metric made before."""
+    """There is no trunk in a variable or a cache, no network, and no loaded metric."""
 
     def unreachable(*_: object, **__: object) -> None:
         raise socket.gaierror("no network in this test")
@@ -51,7 +51,7 @@ def _pictures() -> tuple[Tensor, Tensor]:
 
 
 @needs_trunk
-def test_the_published_example_has_its_published_value() -> None:
+def test_lpips_of_the_published_example_has_the_published_value() -> None:
     model = lpips.load(REAL)
     torch.manual_seed(123)
     a, b = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
@@ -59,7 +59,7 @@ def test_the_published_example_has_its_published_value() -> None:
 
 
 @needs_trunk
-def test_the_metric_is_the_module_on_pictures_in_eight_bits(
+def test_lpips_metric_equals_the_module_on_pictures_in_eight_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(lpips.TRUNK_VARIABLE, str(REAL))
@@ -69,7 +69,7 @@ def test_the_metric_is_the_module_on_pictures_in_eight_bits(
     assert metrics.measure("lpips", picture, truth, 4) == pytest.approx(expected, abs=1e-6)
 
 
-def test_equal_pictures_are_at_no_distance_and_the_order_does_not_matter(trunk: Path) -> None:
+def test_lpips_is_zero_for_equal_pictures_and_symmetric(trunk: Path) -> None:
     model = lpips.load(trunk)
     a, b = _pictures()
     assert model(a, b).shape == (2, 1, 1, 1)
@@ -102,7 +102,7 @@ def test_whole_weights_and_features_alone_are_the_same_trunk(
     assert torch.equal(lpips.load(trunk)(a, b), lpips.load(tmp_path / "bare.pth")(a, b))
 
 
-def test_the_variable_comes_before_the_cache(
+def test_the_trunk_variable_comes_before_the_cache(
     trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert lpips.find_trunk() is None
@@ -117,12 +117,12 @@ def test_the_variable_comes_before_the_cache(
         lpips.load()
 
 
-def test_without_trunk_and_network_the_error_says_where_it_goes(tmp_path: Path) -> None:
+def test_a_missing_trunk_without_network_says_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         lpips.load()
-    told = str(caught.value)
-    assert f"squeezenet1_1-b8a52dc0.pth into {tmp_path / 'hub' / 'checkpoints'}" in told
-    assert "LINEARSR_LPIPS_TRUNK" in told and "no network in this test" in told
+    message = str(caught.value)
+    assert f"squeezenet1_1-b8a52dc0.pth into {tmp_path / 'hub' / 'checkpoints'}" in message
+    assert "LINEARSR_LPIPS_TRUNK" in message and "no network in this test" in message
 
 
 class _Code:
@@ -131,7 +131,7 @@ class _Code:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         (nn.Linear(2, 2).state_dict(), "is not torchvision's SqueezeNet 1.1"),
         ([1], "holds no state dict"),
@@ -139,11 +139,11 @@ class _Code:
     ],
 )
 def test_files_that_are_no_trunk_are_named(
-    content: object, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content, "other.pth")
-    with pytest.raises(WeightsError, match=rf"other\.pth: {told}"):
+    with pytest.raises(WeightsError, match=rf"other\.pth: {reason}"):
         lpips.load("other.pth")
     assert not Path("was-run").exists()
 
@@ -161,13 +161,13 @@ def test_pictures_of_sixteen_pixels_are_too_small(
 def test_default_metric_is_measured_if_its_trunk_exists_and_never_downloaded(
     trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(*_: object, **__: object) -> None:
+    def download(*_: object, **__: object) -> None:
         raise AssertionError("a download was started")
 
     from linearsr.evaluation.config import Source
 
     monkeypatch.setattr(metrics, "DEFAULT", ("lpips", "psnr"))
-    monkeypatch.setattr(lpips, "_downloaded", asked)
+    monkeypatch.setattr(lpips, "_downloaded", download)
     request = Request(hr="photos")
     pictures = {"a.png": Source(folder="photos", file="a.png")}
     without = plan(request, lambda *_: pictures)

@@ -15,7 +15,7 @@ from linearsr.metrics.measure import conventions, measure
 
 
 def _y(picture: torch.Tensor, crop: int) -> np.ndarray:
-    """BT.601 luma, 16 to 235, of (1, 3, H, W) in [0, 1], without the border; float64."""
+    """Return the BT.601 luma, 16 to 235, of (1, 3, H, W) in [0, 1] without the border; float64."""
     red, green, blue = picture[0].double().numpy()
     y = 65.481 * red + 128.553 * green + 24.966 * blue + 16
     return y[crop:-crop, crop:-crop]
@@ -24,7 +24,7 @@ def _y(picture: torch.Tensor, crop: int) -> np.ndarray:
 def _noisy() -> tuple[torch.Tensor, torch.Tensor]:
     truth = (torch.rand(1, 3, 40, 48) * 255).round() / 255
     picture = (truth + 0.05 * torch.randn_like(truth)).clamp(0, 1)
-    picture[..., :4, :] = 0  # the border must not count
+    picture[..., :4, :] = 0  # in the border, which must not count
     return picture, truth
 
 
@@ -76,12 +76,12 @@ def test_a_metric_without_its_weights_is_named_with_the_reason(
     monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     metrics._metric.cache_clear()
-    found = metrics.unavailable(["psnr", "brisque"])
+    reasons = metrics.unavailable(["psnr", "brisque"])
     metrics._metric.cache_clear()
-    assert list(found) == ["brisque"]
-    assert found["brisque"].startswith("its weights cannot be had here (")
-    assert "no network in this test" in found["brisque"]
-    assert not capsys.readouterr().out, "downloads are told on stderr"
+    assert list(reasons) == ["brisque"]
+    assert reasons["brisque"].startswith("its weights cannot be had here (")
+    assert "no network in this test" in reasons["brisque"]
+    assert not capsys.readouterr().out, "downloads are announced on stderr"
 
 
 def test_a_picture_too_small_for_a_metric_is_an_error_that_names_both() -> None:
@@ -90,6 +90,6 @@ def test_a_picture_too_small_for_a_metric_is_an_error_that_names_both() -> None:
         measure("ms_ssim", picture, truth, 4)
 
 
-def test_higher_is_better_as_pyiqa_says() -> None:
+def test_higher_is_better_agrees_with_pyiqa() -> None:
     assert metrics.higher_is_better("psnr") and not metrics.higher_is_better("niqe")
     assert metrics.has_reference("gmsd") and not metrics.has_reference("piqe")

@@ -1,205 +1,51 @@
-"""One user for all pages: a clone with pictures in it, a cluster, S3, and a shell."""
+"""The fixture of the user who follows all pages."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import diffusers
-import numpy as np
 import pytest
-import skimage.data
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-from spandrel.architectures.Compact import Compact
 
-from linearsr.storage.location import locate
-from tests.distributed.conftest import _free_port, _start, until
-from tests.pages import tables
-from tests.pages.blocks import TOP, Block
-from tests.pages.program import end_serving
+from tests.helpers.cluster import start_cluster
+from tests.helpers.pages.program import end_serving
+from tests.helpers.pages.user import (
+    BUCKETS,
+    User,
+    install_programs,
+    make_clone,
+    place_belongings,
+    serve_bucket,
+)
 from tools import s3_server as swift
-
-SECONDS = 600
-# What a user has, and how large it is.
-FOLDERS = {
-    **dict.fromkeys(("PHOTOS", "s3://bucket/photos", "s3://photos/cities"), 256),
-    "s3://photos/nature": 512,
-    **dict.fromkeys(("VAL", "s3://bucket/validation", "s3://bucket/hr", "s3://data/DIV2K"), 96),
-    **dict.fromkeys(("Set5", "BSD100", "DIV2K_HR", "OTHER/results", "pictures"), 96),
-    **dict.fromkeys(("holiday", "DIV2K_LR_x4", "s3://bucket/in", "s3://photos/holiday"), 24),
-}
-BUCKETS = {*re.findall(r"s3://(\w+)", " ".join(FOLDERS)), "shards", "reports", "runs"}
-
-
-class User:
-    """Somebody who follows the pages, in a folder that is a clone of the project."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.clone, self.data = home / "linearsr", home / "data"
-        self.bin = self.clone / ".venv" / "bin"
-        self.port = _free_port()
-        self.places = {"data": str(self.data), "http": str(self.port), "s3": "", "dashboard": ""}
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_ADDRESS"))},
-            "HOME": str(home),
-            "TORCH_HOME": os.environ.get("TORCH_HOME", str(Path.home() / ".cache" / "torch")),
-            "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache/matplotlib")),
-            "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(Path.home() / ".cache" / "uv")),
-            "PATH": str(self.bin),
-            "OMP_NUM_THREADS": "1",
-            "RAY_TMPDIR": str(home),
-        }
-
-    def here(self, text: str) -> str:
-        """The text with the user's places in it."""
-        for pattern, place in tables.PLACES.items():
-            text = re.sub(pattern, place.format(**self.places), text, flags=re.M)
-        return text
-
-    def follow(self, block: Block) -> subprocess.CompletedProcess[str]:
-        """Run a block as it stands: in a new terminal, until something fails."""
-        text = self.here(block.text)
-        if block.language == "sh":
-            waits = '\nfor job in $(jobs -p); do wait "$job"; done\n'
-            command = ["bash", "-euo", "pipefail", "-c", text + waits]
-        else:
-            command = ["bash", "-c", 'python - <<< "$0"', text]
-        return subprocess.run(
-            command,
-            cwd=self.clone,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-
-
-def _clone(user: User) -> None:
-    def left_out(folder: str, names: list[str]) -> set[str]:
-        hidden = {n for n in names if n.startswith(".") and not n.endswith(("ignore", ".yaml"))}
-        return {*hidden, "__pycache__", "results", "runs", "demo", "build", "dist"}
-
-    shutil.copytree(TOP, user.clone, ignore=left_out)
-    subprocess.run(["git", "init", "-q", user.clone], check=True)
-    config = user.clone / "ray_jobs" / "serve.yaml"
-    config.write_text(user.here(config.read_text()))
-
-
-def _programs(user: User) -> None:
-    """PATH has nothing but these: a command that is not in the tables is not found."""
-    done = user.home / "done"
-    done.mkdir()
-    context = user.home / "context.json"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    told = {"path": path, "done": str(done), "http": user.port}
-    told |= {"added": tables.ADDED, "refuses": tables.REFUSES, "gpu": tables.GPU}
-    context.write_text(json.dumps({**told, "stand_ins": tables.STAND_INS}))
-    user.bin.mkdir(parents=True)
-    program = f"{sys.executable} {Path(__file__).with_name('program.py')} {context}"
-    for name in {*tables.REAL, *(stand_in.split()[0] for stand_in in tables.STAND_INS)}:
-        _script(user.bin / name, f'{program} {name} "$@"')
-    for name in (*tables.TOOLS, "bash", "cat"):
-        (user.bin / name).symlink_to(str(shutil.which(name)))
-
-
-def _script(path: Path, command: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\nexec {command}\n")
-    path.chmod(0o755)
-
-
-def _pictures(folder: Path, side: int) -> None:
-    folder.mkdir(parents=True)
-    for name in ("astronaut", "coffee"):
-        picture = Image.fromarray(np.asarray(getattr(skimage.data, name)()))
-        picture.crop((0, 0, 400, 400)).resize((side, side)).save(folder / f"{name}.png")
-
-
-def _belongings(user: User, weights: Path) -> None:
-    """Pictures of a few pixels, wherever a page takes some from."""
-    for name, side in FOLDERS.items():
-        made = user.data / name.replace("s3://", "s3/")
-        _pictures(made, side)
-        if name.startswith("s3://"):
-            locate(made).copy_to(locate(name))
-        elif name not in ("PHOTOS", "VAL", "OTHER/results"):  # those have places of their own
-            shutil.copytree(made, user.clone / name)
-    for suffix in ("jpg", "png"):
-        Image.open(user.data / "holiday/coffee.png").save(user.clone / f"photo.{suffix}")
-    locate(weights).copy_to(locate("s3://runs/experts/weights"))
-    compact = Compact(num_feat=8, num_conv=2, upscale=4).state_dict()
-    torch.save({"params_ema": compact}, user.clone / "RealESRGAN_x4plus.pth")
-    save_file(compact, user.clone / "4x-ClearRealityV1.safetensors")
-    small = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 1}
-    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 32}
-    widths = {"cross_attention_dim": 64, "caption_channels": 8, "mlp_ratio": 1.5}
-    diffusers.SanaTransformer2DModel(
-        **small, **cross, **widths, qk_norm="rms_norm_across_heads"
-    ).save_pretrained(user.data / "SANA_FOLDER")
-
-
-@contextlib.contextmanager
-def _bucket(user: User) -> Iterator[None]:
-    """`make s3`, as docs/guides/datasets.md has it, but on a port of its own."""
-    port, folder = swift.free_port(), user.clone / ".venv-s3"
-    user.places["s3"] = str(port)
-    python = swift._commands() / "python"
-    _script(folder / "bin" / "python", f'{python} "$@" --port {port}')
-    _script(user.bin / "uv", "false")
-    (folder / "stamp").touch()
-    server = subprocess.Popen(
-        ["make", "s3"],
-        cwd=user.clone,
-        env={**os.environ, "LINEARSR_SWIFT_BIN": str(python.parent)},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        until(lambda: swift._healthy(port) or server.poll() is not None, "make s3", 120)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        server.wait(60)
 
 
 @pytest.fixture(scope="module")
 def user(small_bundle: Path) -> Iterator[User]:
-    """Has all that a page takes for granted."""
+    """A user with everything that the pages presuppose: clone, pictures, cluster, S3, shell."""
     home = Path(tempfile.mkdtemp(prefix="lsr-"))  # a short path, for it holds sockets
-    made = User(home)
-    _clone(made)
-    _programs(made)
-    with _bucket(made), pytest.MonkeyPatch.context() as patch:
-        there = {**swift.environment(int(made.places["s3"]))}
+    reader = User(home)
+    make_clone(reader)
+    install_programs(reader)
+    with serve_bucket(reader), pytest.MonkeyPatch.context() as patch:
+        there = {**swift.environment(int(reader.places["s3"]))}
         there |= {"RAY_TMPDIR": str(home), "OMP_NUM_THREADS": "1"}
-        there["PATH"] = f"{made.bin}:{os.environ['PATH']}"
-        made.environment |= swift.environment(int(made.places["s3"]))
+        there["PATH"] = f"{reader.bin}:{os.environ['PATH']}"
+        reader.environment |= swift.environment(int(reader.places["s3"]))
         for name, value in there.items():
             patch.setenv(name, value)
         for bucket in BUCKETS:
             boto3.client("s3").create_bucket(Bucket=bucket)
-        _belongings(made, small_bundle)
-        cluster = _start(cpus=16)
-        made.places["dashboard"] = cluster.webui_url
-        made.environment["RAY_ADDRESS"] = cluster.address
-        made.environment["RAY_DASHBOARD_ADDRESS"] = f"http://{cluster.webui_url}"
-        yield made
+        place_belongings(reader, small_bundle)
+        cluster = start_cluster(cpus=16)
+        reader.places["dashboard"] = cluster.webui_url
+        reader.environment["RAY_ADDRESS"] = cluster.address
+        reader.environment["RAY_DASHBOARD_ADDRESS"] = f"http://{cluster.webui_url}"
+        yield reader
         end_serving(home / "done" / "serving")
         cluster.shutdown()
     shutil.rmtree(home, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""All by which a page's commands run otherwise here than they stand in the page."""
+"""All differences between the commands in the pages and the commands that the test runs."""
 
 from __future__ import annotations
 
-from tests.distributed.conftest import SMALL
+from tests.helpers.runs import SMALL
 
-# Another page comes before: what it makes is used.
+# Pages that use the results of another page, which therefore runs first.
 BEFORE = {
     "docs/guides/evaluation.md": "docs/guides/training.md",
     "docs/reference/finetune_experts.md": "docs/reference/pretrain.md",
@@ -12,7 +12,7 @@ BEFORE = {
     "docs/guides/storage.md": "docs/guides/fleet.md",
 }
 
-# Words of the pages that stand for a place of the user's, and that place: regular expressions.
+# Words of the pages that stand for a place of the user (regular expressions), and that place.
 PLACES = {
     r"127\.0\.0\.1:8000\b": "127.0.0.1:{http}",
     r"127\.0\.0\.1:8265\b": "{dashboard}",
@@ -20,8 +20,8 @@ PLACES = {
     r"^  port: 8000$": "  port: {http}",  # of ray_jobs/serve.yaml
     r"s3://BUCKET\b": "s3://bucket",
     r"(?<![\w/])(PHOTOS|VAL|RUNS|SHARDS|OTHER|SANA_FOLDER)\b": r"{data}/\1",
-    r"\bexpert_gpus=0\.25\b": "expert_gpus=0",  # no GPU is here
-    r"\breplicas=8\b": "replicas=4",  # two cores are
+    r"\bexpert_gpus=0\.25\b": "expert_gpus=0",  # there is no GPU
+    r"\breplicas=8\b": "replicas=4",  # there are two cores
 }
 
 _SHORT = [
@@ -31,15 +31,15 @@ _SHORT = [
 ]
 _TRAINING = [part for setting in (*SMALL, *_SHORT) for part in ("--set", setting)]
 
-# Flags after the page's own, so that a command is done in seconds. A flag given twice counts as the
-# last: those with a GPU use one CPU process instead of a GPU's many.
+# Flags after the page's own, so that a command ends in seconds. The last of two equal flags counts.
+# Commands with --gpu get one CPU process instead.
 ADDED = {
     "python ray_jobs/pretrain.py": _TRAINING,
     "python ray_jobs/finetune_experts.py": [
         *_TRAINING,
-        "--i-know-this-is-not-the-knee",  # so short a run has none
+        "--i-know-this-is-not-the-knee",  # such a short run has no knee
     ],
-    "python -m linearsr.training.accelerated": [
+    "python -m tools.train_bundled": [
         *("--patch=32", "--batch=2", "--shrinks=0", "--stages"),
         *(f"{name}=1" for name in ("pretrain", "structure", "texture", "polish", "refinement")),
     ],
@@ -52,22 +52,22 @@ ADDED = {
     "python -m benchmarks.serve": ["--count", "2", "--steps", "1", "--layouts", "together"],
     "python -m benchmarks.dataset": ["--pictures", "2"],
     "python -m benchmarks.tags": ["--steps", "1", "1", "1", "--threshold", "0"],
-    "python -m pytest": ["--collect-only", "--ignore-glob=*"],  # from inside itself
+    "python -m pytest": ["--collect-only", "--ignore-glob=*"],  # pytest would run itself
     "curl": ["--fail-with-body", "--silent", "--show-error"],
 }
-GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # the others have --actors
+GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # other jobs have --actors
 
-# What has to say no here, with which exit code and words: its flags are right if it comes that far.
+# Commands that must fail here, with their exit code and message. The flags are right if it appears.
 REFUSES = {
     "python -m linearsr.distributed.health": (1, "must not join"),  # no GPU
     "python -m benchmarks --device cuda": (2, "cannot be used"),  # no GPU
-    # Where lpips has no trunk.
-    "python -m linearsr.training.accelerated": (1, "SqueezeNet 1.1, is not on this machine"),
-    "linearsr tag photo.png --tagger ram": (2, "no readable checkpoint"),  # nobody has it
+    # LPIPS has no trunk here.
+    "python -m tools.train_bundled": (1, "SqueezeNet 1.1, is not on this machine"),
+    "linearsr tag photo.png --tagger ram": (2, "no readable checkpoint"),  # the user has none
     "python -m pytest": (5, "no tests"),
 }
 
-# Programs that cannot do their work here, and what is done instead (standins.py).
+# Programs that cannot run here, and the checks of their stand-ins (tests/helpers/pages/fakes.py).
 STAND_INS = {
     "pip": "would change the environment that the tests run in: uv resolves it",
     "make": "makes environments, and runs these tests: --dry-run",

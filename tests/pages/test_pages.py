@@ -1,19 +1,19 @@
-"""Every command of every page is run, as far as it can be: see tables.py."""
+"""Every command of every page is run, with the exceptions of tables.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.pages.blocks import TOP, Block, blocks, pages
-from tests.pages.conftest import User
+from tests.helpers.pages.blocks import TOP, Block, blocks, pages
+from tests.helpers.pages.user import User
 from tests.pages.tables import ADDED, BEFORE, REFUSES, STAND_INS
 
-TOLD = {page: list(blocks((TOP / page).read_text())) for page in pages()}
+BLOCKS = {page: list(blocks((TOP / page).read_text())) for page in pages()}
 _FOLLOWED: dict[str, str] = {}
 
 
 def follow(user: User, page: str) -> str:
-    """A page from top to bottom, once; what went wrong with it."""
+    """Run a page from top to bottom, once; return its first failure, or ""."""
     if page not in _FOLLOWED:
         if page in BEFORE:
             assert not follow(user, BEFORE[page])
@@ -22,7 +22,7 @@ def follow(user: User, page: str) -> str:
 
 
 def _fault(user: User, page: str) -> str:
-    for block in TOLD[page]:
+    for block in BLOCKS[page]:
         ran = user.follow(block)
         if ran.returncode:
             return (
@@ -31,8 +31,8 @@ def _fault(user: User, page: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", [page for page, found in TOLD.items() if found])
-def test_a_user_can_follow_the_page(user: User, page: str) -> None:
+@pytest.mark.parametrize("page", [page for page, content in BLOCKS.items() if content])
+def test_every_command_of_the_page_runs(user: User, page: str) -> None:
     if fault := follow(user, page):
         pytest.fail(fault, pytrace=False)
 
@@ -76,26 +76,26 @@ def test_a_user_can_follow_the_page(user: User, page: str) -> None:
         "cowsay hello",
     ],
 )
-def test_a_wrong_command_is_found_out(user: User, command: str) -> None:
+def test_a_wrong_command_fails(user: User, command: str) -> None:
     (block,) = blocks(f"# A page\n\n```sh\n{command}  # says who?\necho and on it goes\n```\n")
     ran = user.follow(block)
     assert ran.returncode != 0, ran.stdout
 
 
-def test_wrong_python_is_found_out(user: User) -> None:
+def test_wrong_python_fails(user: User) -> None:
     assert user.follow(Block("python", "from linearsr import Upscalers\n", 1)).returncode != 0
 
 
 @pytest.mark.parametrize(
     "hidden", ["```bash\nlinearsr models\n```", "    linearsr models\n", "```\nray up it\n```"]
 )
-def test_commands_where_no_test_sees_them_are_refused(hidden: str) -> None:
+def test_blocks_refuses_commands_outside_sh_and_python_fences(hidden: str) -> None:
     with pytest.raises(ValueError, match="line 1: commands are in"):
         list(blocks(hidden))
 
 
-def test_every_row_of_the_tables_is_of_a_command_of_a_page() -> None:
-    told = "\n".join(block.text for found in TOLD.values() for block in found)
+def test_every_row_of_the_tables_names_a_command_of_a_page() -> None:
+    text = "\n".join(block.text for content in BLOCKS.values() for block in content)
     for command in (*ADDED, *REFUSES, *STAND_INS):
-        assert f"{command} " in told, command
-    assert len(TOLD) > 25 and sum(map(len, TOLD.values())) > 40
+        assert f"{command} " in text, command
+    assert len(BLOCKS) > 25 and sum(map(len, BLOCKS.values())) > 40

@@ -1,4 +1,4 @@
-"""The command, the dataset job and the endpoint turn bytes into bytes in one way."""
+"""The command, the dataset job and the endpoint share one function from bytes to bytes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ def data(photograph: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_bytes_are_those_of_the_stages_by_hand(small: Upscaler, data: bytes) -> None:
+def test_upscale_encoded_equals_its_stages_run_by_hand(small: Upscaler, data: bytes) -> None:
     result = upscale_encoded(small, data, OPTIONS, FileOptions())
     by_hand = small.upscale(read(data), OPTIONS)
     assert result.data == encode(by_hand, "png", provenance=small.describe(OPTIONS))
     assert result[1:] == ("png", 256, 192)
 
 
-def test_both_ends_give_the_bytes_of_the_whole(small: Upscaler, data: bytes) -> None:
+def test_read_tagged_and_encode_result_give_the_bytes_of_upscale_encoded(
+    small: Upscaler, data: bytes
+) -> None:
     files = FileOptions(format="webp", quality=80)
     picture, options = read_tagged(small, data, OPTIONS, files)
     result = encode_result(small, small.upscale_tagged(picture, options), options, files)
@@ -59,7 +61,7 @@ def test_tags_are_resolved_once(
     assert calls == [OPTIONS]
 
 
-def test_stages_are_named_with_their_picture(small: Upscaler, data: bytes) -> None:
+def test_on_stage_gets_each_stage_with_its_picture(small: Upscaler, data: bytes) -> None:
     sizes: dict[str, int] = {}
     upscale_encoded(
         small,
@@ -71,6 +73,6 @@ def test_stages_are_named_with_their_picture(small: Upscaler, data: bytes) -> No
     assert sizes == {"upscale": 64, "encode": 256}
 
 
-def test_errors_call_the_picture_by_its_name(small: Upscaler, data: bytes) -> None:
+def test_errors_name_the_picture(small: Upscaler, data: bytes) -> None:
     with pytest.raises(InputError, match=r"cat\.png"):
         upscale_encoded(small, data[:200], OPTIONS, FileOptions(), name="cat.png")

@@ -1,4 +1,4 @@
-"""Picture in, picture out, with a tiny real model: sizes, seeds, tiles, stages, memory errors."""
+"""Upscaling with a tiny real model: sizes, seeds, tiles, stages, memory errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from linearsr.pipeline.device import best_dtype
 from linearsr.pipeline.memory import OutOfMemory, memory_errors
 from linearsr.pipeline.state import UpscaleState
 from linearsr.tags.base import Tag, TaggerConfig
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 SOLVERS: tuple[Solver | None, ...] = (None, "euler", "dpm", "adams")
 
@@ -59,7 +59,7 @@ def test_result_has_the_requested_size(
 
 @pytest.fixture(scope="module")
 def scaling(scaling_bundle: Path) -> Upscaler:
-    """Trained, so to say, for every scale from 1 to 4; in float32."""
+    """An upscaler whose config allows every scale from 1 to 4, in float32."""
     return Upscaler(weights.load(scaling_bundle, dtype=torch.float32))
 
 
@@ -83,11 +83,11 @@ def test_network_runs_at_the_nearest_trained_scale(
     size: tuple[int, int],
     scale: float,
 ) -> None:
-    asked = Options.parse(steps=1, **options)
-    job = scaling.prepare(picture, asked)
+    request = Options.parse(steps=1, **options)
+    job = scaling.prepare(picture, request)
     assert job.scale == scale and job.size == (round(48 * scale), round(64 * scale))
     assert job.latents[0].shape[-2:] == tuple(-(-side // 4) for side in job.size)
-    assert scaling.upscale(picture, asked).pixels.shape[1:] == size[::-1]
+    assert scaling.upscale(picture, request).pixels.shape[1:] == size[::-1]
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2, 2.37, 4])
@@ -108,7 +108,7 @@ def test_tile_sees_its_part_of_the_bicubic_picture_at_any_scale(
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2.37])
-def test_silent_model_gives_bicubic_at_any_scale_and_tile(
+def test_zero_model_gives_bicubic_at_any_scale_and_tile(
     scaling: Upscaler, picture: Picture, scale: float
 ) -> None:
     bundle = scaling.config, [silent(m) for m in scaling.experts]
@@ -134,11 +134,11 @@ def test_model_of_one_scale_shrinks_its_result(small: Upscaler, picture: Picture
 def test_detail_blends_the_first_steps_result_with_the_last(
     scaling: Upscaler, picture: Picture
 ) -> None:
-    """Latents are pixels here, so their blend is the pictures'; clamping apart."""
+    """Latents are pixels here, so a blend of latents is one of pictures, but for clamping."""
 
     def made(**options: object) -> torch.Tensor:
-        asked = Options.parse(scale=1.5, seed=5, tile=20, colour_fix="none", **options)
-        return scaling.upscale(grey, asked).pixels
+        request = Options.parse(scale=1.5, seed=5, tile=20, colour_fix="none", **options)
+        return scaling.upscale(grey, request).pixels
 
     grey = dataclasses.replace(picture, pixels=0.4 + picture.pixels / 5)
     for solver in ("euler", "adams"):
@@ -160,8 +160,10 @@ def test_detail_zero_takes_one_forward(small: Upscaler, picture: Picture) -> Non
     assert len(calls) == 1
 
 
-def test_guess_travels_only_with_requests_that_blend(small: Upscaler, picture: Picture) -> None:
-    """Side by side with others, some at their first step and some not."""
+def test_state_holds_the_first_guess_only_for_requests_that_blend(
+    small: Upscaler, picture: Picture
+) -> None:
+    """The batch holds requests at their first step and later ones."""
     details = (0.5, 1.0, 0.5)
     jobs = [
         small.prepare(picture, Options(seed=seed, steps=6, detail=detail), tile=20)
@@ -182,7 +184,7 @@ def test_guess_travels_only_with_requests_that_blend(small: Upscaler, picture: P
 
 
 def test_prepare_follows_the_models_plan(small: Upscaler, picture: Picture) -> None:
-    """Each expert once, at the timesteps that the config names."""
+    """The plan has each expert once, at the timesteps that the config names."""
     sampling = small.config.sampling.model_copy(update={"plans": ((1.0, 0.9, 0.5, 0.2),)})
     config = small.config.model_copy(update={"sampling": sampling})
     planned = Upscaler(weights.Bundle(config, small.experts, {}))
@@ -210,15 +212,15 @@ def test_seed_decides_the_pixels(small: Upscaler, picture: Picture) -> None:
 
 
 def test_threads_sharing_an_upscaler_get_the_same_pixels(small: Upscaler, picture: Picture) -> None:
-    asked = [Options(steps=2, seed=seed, tile=16) for seed in range(6)]
-    alone = [small.upscale(picture, options).pixels for options in asked]
+    requests = [Options(steps=2, seed=seed, tile=16) for seed in range(6)]
+    alone = [small.upscale(picture, options).pixels for options in requests]
     with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(lambda options: small.upscale(picture, options).pixels, asked))
+        together = list(pool.map(lambda options: small.upscale(picture, options).pixels, requests))
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_one_step_does_not_depend_on_the_seed(small: Upscaler, picture: Picture) -> None:
-    """The preconditioned network sees no noise at t = 1: the answer is the conditional mean."""
+    """At t = 1 the preconditioned network gets no noise: the result is the conditional mean."""
     a, b = (small.upscale(picture, Options(steps=1, seed=s)).pixels for s in (1, 2))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
@@ -239,14 +241,14 @@ def test_stages_by_hand_equal_one_call(
 
 
 def _segments(jobs: Sequence[UpscaleState], expert: int) -> list[tuple[UpscaleState, Segment]]:
-    """Each job with its segment of one expert."""
+    """Return each job with its segment of one expert."""
     return [(job, next(s for s in job.segments if s.expert == expert)) for job in jobs]
 
 
 def test_batch_gives_each_request_its_result_alone(tagged: Upscaler, picture: Picture) -> None:
-    """Other seeds, steps, shapes, tags and numbers of tiles, at timesteps of their own."""
+    """The requests differ in seed, steps, shape, tags, number of tiles and timesteps."""
     corner = dataclasses.replace(picture, pixels=picture.pixels[:, :16, :24])
-    asked: list[tuple[Picture, int | None, Options]] = [
+    requests: list[tuple[Picture, int | None, Options]] = [
         (picture, 20, Options(seed=1, steps=4)),
         (picture, 20, Options(seed=2, steps=5)),
         (picture, None, Options(seed=3, steps=4)),
@@ -255,7 +257,7 @@ def test_batch_gives_each_request_its_result_alone(tagged: Upscaler, picture: Pi
         (corner, None, Options(seed=6, steps=4)),
         (corner, None, Options(seed=7, steps=6)),
     ]
-    jobs = [tagged.prepare(of, options, tile) for of, tile, options in asked]
+    jobs = [tagged.prepare(of, options, tile) for of, tile, options in requests]
     for expert in (0, 2):
         batch = _segments(jobs, expert)
         together = tagged.denoise_batch(batch)
@@ -264,11 +266,11 @@ def test_batch_gives_each_request_its_result_alone(tagged: Upscaler, picture: Pi
             assert len(result.latents) == len(job.tiles)
             for ours, theirs in zip(result.latents, alone.latents, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=0)
-                assert ours.untyped_storage().nbytes() == ours.nbytes  # no neighbours along
+                assert ours.untyped_storage().nbytes() == ours.nbytes  # no other tokens beside it
 
 
 def test_batch_without_room_gives_the_same_bits_as_alone(small: Upscaler, picture: Picture) -> None:
-    """One cell at a time: everyone goes through the model alone."""
+    """The limit is one cell, so each request goes through the model alone."""
     jobs = [small.prepare(picture, Options(seed=seed), tile=20) for seed in (1, 2)]
     batch = _segments(jobs, 0)
     for (job, segment), result in zip(batch, small.denoise_batch(batch, cells=1), strict=True):
@@ -280,7 +282,7 @@ def test_batch_without_room_gives_the_same_bits_as_alone(small: Upscaler, pictur
 def test_segments_give_the_bits_of_one_run_with_any_solver(
     small: Upscaler, picture: Picture, solver: Solver
 ) -> None:
-    """The same expert each time; what it saw last travels with the work."""
+    """Each segment has the same expert; the previous step is part of the state."""
     job = small.prepare(picture, Options(steps=6, solver=solver), tile=20)
     whole = small.denoise(job, Segment(1, 0, 6))
     for first, last in pairwise((0, 1, 2, 4, 5, 6)):
@@ -288,7 +290,9 @@ def test_segments_give_the_bits_of_one_run_with_any_solver(
     assert all(map(torch.equal, job.latents, whole.latents))
 
 
-def test_previous_travels_only_if_the_next_step_needs_it(small: Upscaler, picture: Picture) -> None:
+def test_state_holds_the_previous_step_only_if_the_next_one_needs_it(
+    small: Upscaler, picture: Picture
+) -> None:
     kept = {}
     for solver in ("euler", "dpm", "adams"):
         job = small.prepare(picture, Options(steps=5, solver=solver), tile=20)
@@ -306,7 +310,7 @@ def test_previous_travels_only_if_the_next_step_needs_it(small: Upscaler, pictur
 
 
 def test_batch_does_not_mix_solvers(small_bundle: Path, picture: Picture) -> None:
-    """Works of every solver, some with a step behind them and some without, in one batch."""
+    """The batch holds requests of every solver, some at their first step and some later."""
     small = Upscaler(weights.load(small_bundle, dtype=torch.float32))
     jobs = [
         small.prepare(picture, Options(seed=seed, steps=steps, solver=solver), tile=20)
@@ -345,16 +349,16 @@ def test_batch_gives_up_unwanted_requests_between_tiles(small: Upscaler, picture
     batch = _segments(jobs, 0)
     forwards: list[int] = []
     hook = small.experts[0].register_forward_hook(lambda *_: forwards.append(1))
-    asked: list[int] = []
+    calls: list[int] = []
 
     def wanted(place: int) -> bool:
-        asked.append(place)
-        return place == 0 or asked.count(1) == 1
+        calls.append(place)
+        return place == 0 or calls.count(1) == 1
 
     kept, left = small.denoise_batch(batch, cells=1, wanted=wanted)
     hook.remove()
     tiles = len(jobs[0].tiles)
-    assert tiles > 2 and asked == [0, 1] * tiles
+    assert tiles > 2 and calls == [0, 1] * tiles
     assert len(forwards) == tiles + 1
     assert left is jobs[1]
     alone = small.denoise(*batch[0])
@@ -375,7 +379,7 @@ def test_tag_keys_are_computed_once_for_all_tiles_and_steps(
 
 
 def test_planning_and_some_denoisers_load_no_decoder(learned: Upscaler, picture: Picture) -> None:
-    """A denoiser without the encoded picture does without it; a whole upscaler loads it at once."""
+    """Without condition latent, a denoiser needs no decoder; a whole upscaler loads one."""
     folder = Path(str(learned.config.latent.source)).parent / "weights"
     assert "autoencoder" in vars(learned)
     part = Upscaler.load(folder, "cpu", only=[0])
@@ -411,7 +415,7 @@ def test_load_only_loads_the_chosen_experts(
 
 
 def test_each_segment_is_denoised_by_its_own_expert(small: Upscaler, picture: Picture) -> None:
-    """Silencing one expert changes the result exactly when the plan uses it."""
+    """Zeroing one expert changes the result exactly if the plan uses it."""
     before = small.upscale(picture, Options(steps=4)).pixels
     for expert, used in enumerate([True, True, True, False]):
         weight = small.experts[expert].out.weight
@@ -439,8 +443,8 @@ def test_tiles_share_noise_where_they_overlap(small: Upscaler, picture: Picture)
         assert torch.equal(latent, tile.crop(whole))
 
 
-def test_silent_model_gives_bicubic_for_any_tile(small: Upscaler, picture: Picture) -> None:
-    """With no residual predicted, tiling, blending and colour fix must add nothing."""
+def test_zero_model_gives_bicubic_for_any_tile(small: Upscaler, picture: Picture) -> None:
+    """If the predicted residual is zero, tiling, blending and colour fix must add nothing."""
     bundle = small.config, [silent(m) for m in small.experts]
     quiet = Upscaler(weights.Bundle(*bundle, {}))
     bicubic = resize(picture.pixels[None], 192, 256)[0].clamp(0, 1)
@@ -450,7 +454,7 @@ def test_silent_model_gives_bicubic_for_any_tile(small: Upscaler, picture: Pictu
 
 
 def silent(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose output layer is zero."""
+    """Return a copy whose output layer is zero."""
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     torch.nn.init.zeros_(copy.out.weight)
@@ -460,8 +464,8 @@ def silent(model: torch.nn.Module) -> torch.nn.Module:
 
 def test_result_keeps_alpha_and_metadata(small: Upscaler, picture: Picture) -> None:
     alpha = torch.linspace(0, 1, 64).expand(1, 48, 64)
-    given = dataclasses.replace(picture, alpha=alpha, bits=16, icc=None, exif=None)
-    result = small.upscale(given, Options(steps=1))
+    source = dataclasses.replace(picture, alpha=alpha, bits=16, icc=None, exif=None)
+    result = small.upscale(source, Options(steps=1))
     assert result.alpha is not None
     assert result.alpha.shape == (1, 192, 256)
     assert result.bits == 16
@@ -469,9 +473,9 @@ def test_result_keeps_alpha_and_metadata(small: Upscaler, picture: Picture) -> N
 
 
 def test_progress_names_the_experts(small: Upscaler, picture: Picture) -> None:
-    seen: list[tuple[str, int, int]] = []
-    small.upscale(picture, Options(steps=20), lambda *step: seen.append(step))
-    assert seen == [
+    steps: list[tuple[str, int, int]] = []
+    small.upscale(picture, Options(steps=20), lambda *step: steps.append(step))
+    assert steps == [
         ("structure", 4, 20),
         ("refinement", 6, 20),
         ("texture", 19, 20),
@@ -500,7 +504,7 @@ def test_out_of_memory_keeps_a_chosen_tile(
 def _limit_memory(
     small: Upscaler, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> list[int | None]:
-    """Torch's own allocator error for tiles above `largest`; the list fills with sizes tried."""
+    """Raise torch's own error for tiles above `largest`; return a list of the sizes tried."""
     tried: list[int | None] = []
     prepare = small.prepare
 
@@ -545,19 +549,19 @@ def test_finish_falls_back_to_the_cpu_when_the_device_is_full(
     job, whole = small.prepare(picture, Options(steps=1)), small.upscale(picture, Options(steps=1))
     for segment in job.segments:
         job = small.denoise(job, segment)
-    finished, asked = Upscaler._finish_on, []
+    finished, devices = Upscaler._finish_on, []
 
     def with_little_room(self: Upscaler, job: UpscaleState, device: torch.device) -> Picture:
-        asked.append(device.type)
+        devices.append(device.type)
         if device.type != "cpu":
             raise OutOfMemory
-        monkeypatch.setattr(self, "device", device)  # there is no other here
+        monkeypatch.setattr(self, "device", device)  # the only other device here
         return finished(self, job, device)
 
     monkeypatch.setattr(Upscaler, "_finish_on", with_little_room)
     monkeypatch.setattr(small, "device", torch.device("meta"))
     assert torch.equal(small.finish(job).pixels, whole.pixels)
-    assert asked == ["meta", "cpu"]
+    assert devices == ["meta", "cpu"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -592,7 +596,7 @@ def test_model_without_tags_refuses_tags(
 
 @pytest.fixture(scope="module")
 def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Upscaler:
-    """Guided by tags; from a disk, so that the encoder's config is what a bundle carries."""
+    """An upscaler with tags, loaded from a bundle, which holds the config of the encoder."""
     folder = tmp_path_factory.mktemp("tagged")
     experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
     weights.save(folder, tagged_config, experts, {}, dtype=torch.float32)
@@ -612,7 +616,8 @@ def test_tags_change_every_experts_result(tagged: Upscaler, picture: Picture) ->
     cat, dog, none = (
         tagged.prepare(corner, Options(steps=20, tags=tags)) for tags in (("cat",), ("dog",), ())
     )
-    assert cat.tags is not None and cat.tags.shape == (1, 1, 16) and none.tags is None
+    # The beginning of the text, and a word.
+    assert cat.tags is not None and cat.tags.shape == (1, 2, 16) and none.tags is None
     for segment in cat.segments:
         latents = [tagged.denoise(job, segment).latents[0] for job in (cat, dog, none)]
         assert len({float(latent.double().sum()) for latent in latents}) == 3
@@ -621,7 +626,7 @@ def test_tags_change_every_experts_result(tagged: Upscaler, picture: Picture) ->
 def test_denoising_needs_no_tag_encoder(
     tagged: Upscaler, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job carries its embeddings: stages may lie on machines without the text model."""
+    """The state carries the embeddings, so later stages may run without the text model."""
     options = Options(steps=2, tags=("cat", "grass"))
     whole = tagged.upscale(picture, options).pixels
     job = tagged.prepare(picture, options)
@@ -678,11 +683,11 @@ def test_best_dtype_is_bfloat16_only_with_hardware_support(
 
 
 def test_bfloat16_is_close_to_float32_and_finite(small: Upscaler, small_bundle: Path) -> None:
-    """The default on CUDA and on CPUs with AMX or AVX512-BF16."""
+    """bfloat16 is the default on CUDA and on CPUs with AMX or AVX512-BF16."""
     half = Upscaler(weights.load(small_bundle, dtype=torch.bfloat16))
     for size in [(1, 1), (7, 5), (40, 33)]:
-        given = from_pil(Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB"))
-        ours, theirs = (u.upscale(given, Options(steps=4)).pixels for u in (half, small))
+        source = from_pil(Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB"))
+        ours, theirs = (u.upscale(source, Options(steps=4)).pixels for u in (half, small))
         assert torch.isfinite(ours).all()
         torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
 

@@ -1,4 +1,4 @@
-"""Locations: files appear whole or not at all, and what cannot work is named. S3 is a real one."""
+"""Locations: files appear whole or not at all, and errors name the cause. S3 is a real server."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from linearsr.errors import (
 from linearsr.storage import atomic, location
 from linearsr.storage import s3 as s3_module
 from linearsr.storage.location import Location, check_writable, explained, locate, url
-from tests.storage.faults import INTERNAL_ERROR, SLOW_DOWN, Answer, Faults, Proxy
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import INTERNAL_ERROR, SLOW_DOWN, Answer, Faults, Proxy
 from tools import s3_server as swift
 
-# What AWS answers, where Swift knows one region only.
+# AWS answers like this to a request for another region; Swift has one region only.
 REDIRECT = Answer(
     301,
     "PermanentRedirect",
@@ -63,7 +63,7 @@ def test_written_files_are_read_back_without_leftovers(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def _full_disk(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes."""
+    """Let no file of this process grow beyond `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -135,7 +135,7 @@ def test_a_local_folder_is_used_where_it_lies(tmp_path: Path) -> None:
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers run in another folder."""
+    """Workers run in another folder, where a relative path would be another file."""
     monkeypatch.chdir(tmp_path)
     assert locate("runs").path == str(tmp_path / "runs")
 
@@ -187,7 +187,7 @@ def test_a_file_is_deleted_if_it_exists(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_s3_does_what_a_folder_does(s3: Server, tmp_path: Path) -> None:
+def test_s3_location_behaves_like_a_folder(s3: Server, tmp_path: Path) -> None:
     place = locate(s3.bucket()) / "runs"
     check_writable(place)
     assert not place.exists() and place.files() == []
@@ -201,7 +201,7 @@ def test_s3_does_what_a_folder_does(s3: Server, tmp_path: Path) -> None:
         (place / name).write(data)
         assert (place / name).read() == data
     assert place.exists() and (place / "deep").exists() and (place / "deep/er/b.txt").exists()
-    # Neither half a name nor one that goes on is a file or folder.
+    # A part of a name or a longer name is neither a file nor a folder.
     assert not (place / "dee").exists() and not (place / "a.txt/x").exists()
     assert [url(f).removeprefix(f"{url(place)}/") for f in place.files()] == sorted(contents)
     assert {f.path.removeprefix(f"{place.path}/"): n for f, n in place.sizes().items()} == {
@@ -247,7 +247,7 @@ def test_objects_whose_keys_lead_out_of_a_local_folder_are_not_copied(
 def test_more_files_than_one_answer_lists_are_all_found_and_deleted(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server lists 100 at a time; as many are to be deleted at a time."""
+    """The server lists 100 files at a time; as many are deleted at a time."""
     monkeypatch.setattr(s3_module, "DELETE_BATCH", 100)
     place = locate(s3.bucket()) / "many"
     names = [f"{number:05d}" for number in range(205)]
@@ -269,7 +269,7 @@ def test_folder_markers_of_pyarrow_are_no_files(s3: Server) -> None:
 def test_pickled_s3_locations_keep_their_retries(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pickled, pyarrow's own filesystem falls back to three attempts."""
+    """A pickled filesystem of pyarrow falls back to three attempts."""
     file = locate(s3.bucket()) / "file.bin"
     file.write(b"here")
     _attempts(monkeypatch, 4)
@@ -285,11 +285,11 @@ def test_pickled_s3_locations_keep_their_retries(
     assert swift.SECRET.encode() not in travelled
 
 
-# What goes wrong, by name
+# Errors and their causes
 
 
 def _uses(folder: Location) -> list[Callable[[], object]]:
-    """Whatever one does first on a storage."""
+    """Return the operations that may be the first on a storage."""
     return [
         (folder / "x").read,
         lambda: (folder / "x").write(b""),
@@ -387,7 +387,7 @@ def test_a_storage_that_does_not_recover_is_given_up(
         _refused(bucket, error, words)
 
 
-def test_bodies_that_always_break_off_are_never_taken_for_whole(
+def test_s3_bodies_that_always_break_off_are_never_taken_for_whole(
     s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = locate(s3.bucket())
@@ -410,7 +410,7 @@ def test_bodies_that_always_break_off_are_never_taken_for_whole(
                 use()
             assert proxy.injected["cut"] >= 2
     assert not list(tmp_path.iterdir())
-    # Nor is half of a new object ever put in place of the old one.
+    # A partial new object never replaces the old one either.
     assert locate(url(folder / "x")).read() == _bytes(0, 100_000)
 
 
@@ -420,19 +420,19 @@ def test_bad_number_of_attempts_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         locate("s3://bucket")
 
 
-# A bad day
+# Faulty storage
 
 
 @pytest.fixture
 def bad_day(s3: Server) -> Iterator[tuple[Location, Proxy]]:
-    """A bucket whose server answers 5% with 500 or 503, resets 1%, and cuts 1% of the bodies."""
+    """A bucket whose server answers 5% with 500 or 503, resets 1%, and cuts 1% of bodies."""
     bucket = s3.bucket()
     with s3.proxy(seed=7) as proxy:
         proxy.faults = Faults(slow_down=0.025, internal_error=0.025, reset=0.01, cut=0.01)
         yield locate(bucket) / "data", proxy
 
 
-def test_on_a_bad_day_no_object_is_lost_or_damaged(bad_day: tuple[Location, Proxy]) -> None:
+def test_faulty_s3_loses_and_damages_no_object(bad_day: tuple[Location, Proxy]) -> None:
     place, proxy = bad_day
     rng = np.random.default_rng(0)
     large = [int(size) for size in rng.integers(1 << 20, 8 << 20, 8)]
@@ -445,7 +445,7 @@ def test_on_a_bad_day_no_object_is_lost_or_damaged(bad_day: tuple[Location, Prox
         return (place / f"{number:04d}").read() == _bytes(number, sizes[number])
 
     numbers = range(len(sizes))
-    with ThreadPoolExecutor(16) as pool:  # most of them wait, to try again
+    with ThreadPoolExecutor(16) as pool:  # most of them wait before another attempt
         list(pool.map(write, numbers))
         assert list(place.sizes().values()) == sizes
         assert all(pool.map(whole, numbers))
@@ -457,7 +457,7 @@ def test_on_a_bad_day_no_object_is_lost_or_damaged(bad_day: tuple[Location, Prox
     _assert_bad(proxy)
 
 
-def test_on_a_bad_day_parquet_is_written_and_read_whole(bad_day: tuple[Location, Proxy]) -> None:
+def test_faulty_s3_writes_and_reads_parquet_whole(bad_day: tuple[Location, Proxy]) -> None:
     place, proxy = bad_day
     tables = [
         pa.table({"id": range(60), "hr": [_bytes(60 * n + i, 40_000) for i in range(60)]})
@@ -475,5 +475,5 @@ def test_on_a_bad_day_parquet_is_written_and_read_whole(bad_day: tuple[Location,
 
 
 def _assert_bad(proxy: Proxy) -> None:
-    """Every kind of fault has been there."""
+    """Assert that every kind of fault occurred."""
     assert {"SlowDown", "InternalError", "reset", "cut"} <= set(proxy.injected), proxy.injected

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from linearsr.storage.location import locate
-from tests.storage.faults import INTERNAL_ERROR, SLOW_DOWN, Faults
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import INTERNAL_ERROR, SLOW_DOWN, Faults
 from tools import s3_server as swift
 
 
@@ -28,15 +28,13 @@ def _store(folder: Path, patch: pytest.MonkeyPatch, *, new: bool) -> bytes:
         return b""
 
 
-def test_what_is_stored_outlives_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_objects_outlive_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _store(tmp_path, monkeypatch, new=True)
     assert _store(tmp_path, monkeypatch, new=False) == b"stored"
 
 
-def test_servers_end_with_whoever_started_them(tmp_path: Path) -> None:
-    """Killed, it cannot stop them."""
+def test_servers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """A process that is killed cannot stop its servers itself."""
     port = swift.free_port()
     command = [sys.executable, "-m", "tools.s3_server", f"--folder={tmp_path}", f"--port={port}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
@@ -66,7 +64,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
             pass
 
 
-def test_faults_come_as_often_as_asked_and_again_with_the_same_seed() -> None:
+def test_faults_have_their_rates_and_repeat_with_the_same_seed() -> None:
     faults = Faults(slow_down=0.1, internal_error=0.1, reset=0.2, cut=0.1)
 
     def draws(seed: int) -> list[object]:

@@ -1,27 +1,13 @@
-"""Photographs, and tiny random models in the layouts of the real ones."""
+"""Fixtures for tests of the taggers: a file of words, and tiny random CLIP and SigLIP models."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import skimage.data
 import torch
-from PIL import Image
-from torch import Tensor
 
-WORDS = ["cat", "cup", "grass", "sky", "brick wall"]
-
-
-def photo(name: str, shrink: int = 1) -> Tensor:
-    """A photograph of scikit-image's, (3, H, W) in [0, 1], that many times smaller."""
-    found = getattr(skimage.data, name)()
-    pixels = found[0] if isinstance(found, tuple) else found  # a stereo pair, and its disparity
-    image = Image.fromarray(np.asarray(pixels)).convert("RGB")
-    small = image.resize((image.width // shrink, image.height // shrink), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
+from tests.helpers.tag_models import WORDS, save_clip, save_siglip
 
 
 @pytest.fixture
@@ -31,56 +17,10 @@ def words(tmp_path: Path) -> Path:
     return path
 
 
-def _tokenizer(**more: Any) -> Any:
-    """A tokenizer of whole words, made here: no hub has to be asked."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    text = " ".join(["<pad> <s> </s> <unk> This is a photo of .", *WORDS]).split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(text))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", **more
-    )
-
-
-_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-_TEXT = {**_SIZES, "num_hidden_layers": 2, "vocab_size": 32, "max_position_embeddings": 64}
-_VISION = {**_SIZES, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
-
-
 @pytest.fixture(scope="session", params=["clip", "siglip"])
 def contrastive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random CLIP or SigLIP."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    (_clip if request.param == "clip" else _siglip)(folder)
+    (save_clip if request.param == "clip" else save_siglip)(folder)
     return folder
-
-
-def _clip(folder: Path) -> None:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    text = {**_TEXT, "bos_token_id": 1, "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    tokenizer = _tokenizer(model_max_length=64)
-    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-
-
-def _siglip(folder: Path) -> None:
-    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
-
-    model = SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=_VISION))
-    torch.nn.init.constant_(model.logit_scale, 2.0)
-    torch.nn.init.constant_(model.logit_bias, -1.0)
-    model.save_pretrained(folder)
-    image = SiglipImageProcessor(size={"height": 32, "width": 32})
-    names = ["input_ids"]  # as SigLIP's own: no mask
-    tokenizer = _tokenizer(model_max_length=64, model_input_names=names)
-    SiglipProcessor(image, tokenizer).save_pretrained(folder)

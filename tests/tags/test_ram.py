@@ -16,11 +16,11 @@ from linearsr.errors import LinearSRError, MissingExtra, OptionError, WeightsErr
 from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.tags.ram import RamTagger, merge_lora
-from tests.tags.conftest import photo
+from tests.helpers.pictures import photo
 
 NAMES = ["cat", "cup", "grass", "sky", "wall"]
 WIDTH, MEMORY, PATCHES = 16, 12, 16
-# transformers' names of Swin's parts -> Microsoft's, which RAM's checkpoints have.
+# Swin's parts in transformers -> their names at Microsoft, which RAM's checkpoints use.
 THEIRS = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "embeddings.norm": "patch_embed.norm",
@@ -45,7 +45,7 @@ def _swin() -> Any:
 
 
 def _microsoft(swin: Any) -> dict[str, Tensor]:
-    """The backbone's tensors under the names they have in a RAM checkpoint."""
+    """Return the backbone's tensors under their names in a RAM checkpoint."""
     theirs = dict(swin.state_dict())
     for name in [n for n in theirs if ".q_proj." in n]:
         parts = [theirs.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
@@ -66,18 +66,18 @@ def _head() -> dict[str, Tensor]:
         shapes[f"{layer}intermediate.dense"] = (32, WIDTH)
         shapes[f"{layer}output.dense"] = (WIDTH, 32)
         shapes[f"{layer}output.LayerNorm"] = (WIDTH,)
-    made = {f"{k}.weight": torch.randn(shape) for k, shape in shapes.items()}
-    made |= {f"{k}.bias": torch.randn(shape[:1]) for k, shape in shapes.items()}
-    return {**made, "label_embed": torch.randn(len(NAMES), MEMORY)}
+    layers = {f"{k}.weight": torch.randn(shape) for k, shape in shapes.items()}
+    layers |= {f"{k}.bias": torch.randn(shape[:1]) for k, shape in shapes.items()}
+    return {**layers, "label_embed": torch.randn(len(NAMES), MEMORY)}
 
 
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
-    made = {**_microsoft(_swin()), **_head()}
-    # What a released file has besides: buffers, and the half that writes captions.
-    made["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
-    made["text_decoder.bert.embeddings.word_embeddings.weight"] = torch.zeros(3, 3)
-    return made
+    checkpoint = {**_microsoft(_swin()), **_head()}
+    # A released file also holds buffers and the part that writes captions.
+    checkpoint["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+    checkpoint["text_decoder.bert.embeddings.word_embeddings.weight"] = torch.zeros(3, 3)
+    return checkpoint
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], names: list[str] = NAMES) -> TaggerConfig:
@@ -87,16 +87,16 @@ def _save(folder: Path, tensors: dict[str, Tensor], names: list[str] = NAMES) ->
 
 
 def _attention(tensors: dict[str, Tensor], layer: str) -> nn.MultiheadAttention:
-    """torch's own, with a layer's weights."""
+    """Return torch's attention with the weights of a layer."""
     look = [tensors[f"{layer}self.{k}.weight"] for k in ("query", "key", "value")]
-    made = nn.MultiheadAttention(WIDTH, 4, kdim=MEMORY, vdim=MEMORY, batch_first=True)
+    attention = nn.MultiheadAttention(WIDTH, 4, kdim=MEMORY, vdim=MEMORY, batch_first=True)
     q, k, v = (nn.Parameter(weight) for weight in look)
-    made.q_proj_weight, made.k_proj_weight, made.v_proj_weight = q, k, v
+    attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight = q, k, v
     bias = [tensors[f"{layer}self.{k}.bias"] for k in ("query", "key", "value")]
-    made.in_proj_bias = nn.Parameter(torch.cat(bias))
-    made.out_proj.weight = nn.Parameter(tensors[f"{layer}output.dense.weight"])
-    made.out_proj.bias = nn.Parameter(tensors[f"{layer}output.dense.bias"])
-    return made
+    attention.in_proj_bias = nn.Parameter(torch.cat(bias))
+    attention.out_proj.weight = nn.Parameter(tensors[f"{layer}output.dense.weight"])
+    attention.out_proj.bias = nn.Parameter(tensors[f"{layer}output.dense.bias"])
+    return attention
 
 
 def _norm(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -108,16 +108,16 @@ def _linear(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _expected(tensors: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """RAM's logits, with transformers' Swin and torch's attention."""
+    """Return RAM's logits, computed with transformers' Swin and torch's attention."""
     patches = _swin()(pictures).last_hidden_state
-    seen = torch.cat([patches.mean(1, keepdim=True), patches], 1)
-    seen = _linear(seen, tensors, "image_proj")
+    features = torch.cat([patches.mean(1, keepdim=True), patches], 1)
+    features = _linear(features, tensors, "image_proj")
     tags = _linear(tensors["label_embed"], tensors, "wordvec_proj").relu()
     tags = tags.expand(len(pictures), -1, -1)
     for i in range(2):
         layer = f"tagging_head.encoder.layer.{i}."
-        found = _attention(tensors, f"{layer}crossattention.")(tags, seen, seen)[0]
-        tags = _norm(found + tags, tensors, f"{layer}crossattention.output.LayerNorm")
+        output = _attention(tensors, f"{layer}crossattention.")(tags, features, features)[0]
+        tags = _norm(output + tags, tensors, f"{layer}crossattention.output.LayerNorm")
         hidden = F.gelu(_linear(tags, tensors, f"{layer}intermediate.dense"))
         out = _linear(hidden, tensors, f"{layer}output.dense")
         tags = _norm(out + tags, tensors, f"{layer}output.LayerNorm")
@@ -153,8 +153,8 @@ def test_thresholds_are_read_from_the_file_beside_the_checkpoint(
     scores = dict(load_tagger(config)(photo("coffee", 8)))
     own = [scores["cat"] - 0.01, *[1.0] * (len(NAMES) - 1)]
     (tmp_path / "ram_tag_list_threshold.txt").write_text("\n".join(map(str, own)))
-    told = load_tagger(config.model_copy(update={"threshold": None}))(photo("coffee", 8))
-    assert [tag.name for tag in told] == ["cat"]
+    tags = load_tagger(config.model_copy(update={"threshold": None}))(photo("coffee", 8))
+    assert [tag.name for tag in tags] == ["cat"]
 
 
 def test_merge_lora_updates_the_parts_it_names() -> None:
@@ -176,8 +176,8 @@ def test_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     lora = {f"{name}.lora_A": torch.ones(1, WIDTH), f"{name}.lora_B": torch.ones(WIDTH, 1)}
     torch.save(lora, tmp_path / "dape.pth")
     adapted = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "dape.pth")}))
-    found = adapted.model.state_dict()[f"{name}.weight"]
-    torch.testing.assert_close(found, tensors[f"{name}.weight"] + 1)
+    weight = adapted.model.state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(weight, tensors[f"{name}.weight"] + 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The default tagger on photographs, choosing names, and the command."""
+"""The choice of tags, the default tagger on photographs, and the command."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from linearsr.tags.base import Tag, Tagger, TaggerConfig
 from linearsr.tags.imagenet import CLASSES, groups
 from linearsr.tags.views import MAX_VIEWS, combine_views, square_views
 from linearsr.tags.vocabulary import Vocabulary
-from tests.tags.conftest import photo
+from tests.helpers.pictures import photo
 
 NAMES = ["cat", "cup", "grass"]
 
 
-# Choosing
+# Choice of tags
 
 
 def test_tags_above_their_thresholds_come_best_first_up_to_max_tags() -> None:
@@ -120,13 +120,13 @@ def test_groups_contain_existing_classes_only() -> None:
 
 
 def test_group_names_match_timm_class_names() -> None:
-    """Class numbers that slipped by one would call things by their neighbours' names."""
+    """Class numbers that are off by one would give the names of neighbouring classes."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
     single = [g for g in groups() if len(g.classes) == 1]
-    told = [info.index_to_description(g.classes[0], detailed=True).lower() for g in single]
-    same = sum(group.name.lower() in text for group, text in zip(single, told, strict=True))
+    descriptions = [info.index_to_description(g.classes[0], detailed=True).lower() for g in single]
+    same = sum(group.name.lower() in text for group, text in zip(single, descriptions, strict=True))
     assert same > 0.85 * len(single)
 
 
@@ -191,18 +191,18 @@ def test_command_continues_after_a_picture_the_tagger_fails_on(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Odd:
-        asked = 0
+        calls = 0
 
         def __call__(self, picture: torch.Tensor) -> list[Tag]:
-            self.asked += 1
-            if self.asked == 1:
+            self.calls += 1
+            if self.calls == 1:
                 raise TypeError("odd")
             return [Tag("thing", 0.5)]
 
     monkeypatch.setattr("linearsr.tags.load_tagger", lambda *_: Odd())
     assert cli.main(["tag", str(pictures)]) == 1
-    told = capsys.readouterr()
-    assert "chelsea/photo.png: TypeError: odd" in told.err and "thing 0.50" in told.out
+    output = capsys.readouterr()
+    assert "chelsea/photo.png: TypeError: odd" in output.err and "thing 0.50" in output.out
 
 
 # The command
@@ -226,9 +226,9 @@ def test_command_prints_tags(pictures: Path, capsys: pytest.CaptureFixture[str])
 
 def test_command_prints_json(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tag", "--json", "--max-tags", "1", str(pictures / "chelsea")]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["file"].endswith("photo.png")
-    assert [tag["name"] for tag in told["tags"]] == ["cat"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["file"].endswith("photo.png")
+    assert [tag["name"] for tag in answer["tags"]] == ["cat"]
 
 
 def test_command_names_bad_files_and_tags_the_rest(
@@ -238,9 +238,9 @@ def test_command_names_bad_files_and_tags_the_rest(
     (pictures / "empty").mkdir()
     inputs = [pictures, pictures / "empty", pictures / "gone.png"]
     assert cli.main(["tag", *map(str, inputs)]) == 1
-    told = capsys.readouterr()
-    assert len(told.out.splitlines()) == 2
-    errors = told.err.splitlines()
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 2
+    errors = output.err.splitlines()
     assert len(errors) == 3
     for name, line in zip(("bad.png", "empty", "gone.png"), errors, strict=True):
         assert name in line

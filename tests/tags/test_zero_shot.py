@@ -1,4 +1,4 @@
-"""CLIP and SigLIP say what transformers' own zero-shot pipeline says."""
+"""CLIP and SigLIP give the scores of transformers' own zero-shot pipeline."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from linearsr.errors import LinearSRError, OptionError, WeightsError
 from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.tags.zero_shot import _as_image
-from tests.tags.conftest import WORDS, photo
+from tests.helpers.pictures import photo
+from tests.helpers.tag_models import WORDS
 
 
-def test_as_the_pipeline(contrastive: Path, words: Path) -> None:
+def test_zero_shot_tagger_equals_the_transformers_pipeline(contrastive: Path, words: Path) -> None:
     from transformers import pipeline
 
-    picture = photo("chelsea")[:, :300, 100:400]  # square: one view, as the pipeline sees it
+    picture = photo("chelsea")[:, :300, 100:400]  # a square has one view, as in the pipeline
     config = TaggerConfig(
         kind="zero-shot", source=str(contrastive), vocabulary=str(words), threshold=0.0
     )
@@ -31,7 +32,9 @@ def test_as_the_pipeline(contrastive: Path, words: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 300), (300, 40), (8000, 10)])
-def test_any_size_is_answered(contrastive: Path, words: Path, size: tuple[int, int]) -> None:
+def test_zero_shot_tagger_accepts_any_size(
+    contrastive: Path, words: Path, size: tuple[int, int]
+) -> None:
     config = TaggerConfig(
         kind="zero-shot", source=str(contrastive), vocabulary=str(words), threshold=0.0, max_tags=3
     )
@@ -39,7 +42,7 @@ def test_any_size_is_answered(contrastive: Path, words: Path, size: tuple[int, i
     assert len(load_tagger(config)(picture)) == 3
 
 
-def test_the_bundled_vocabulary_fits_a_model(contrastive: Path) -> None:
+def test_bundled_vocabulary_fits_the_text_length_of_a_model(contrastive: Path) -> None:
     config = TaggerConfig(kind="zero-shot", source=str(contrastive), threshold=0.0, max_tags=100)
     assert len(load_tagger(config)(photo("coffee", 4))) == 100
 

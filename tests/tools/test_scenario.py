@@ -1,4 +1,4 @@
-"""The rehearsal's commands, checked by the jobs' own parsers and recipes. The rehearsal itself is
+"""The commands of the rehearsal fit the parsers and recipes of the jobs. The rehearsal itself is
 `make rehearse`.
 """
 
@@ -48,7 +48,7 @@ def test_each_step_reads_results_of_an_earlier_one() -> None:
         there.add(step.results)
 
 
-def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
+def test_the_rehearsal_machine_has_the_node_types_of_cluster_yaml(tmp_path: Path) -> None:
     cluster = yaml.safe_load(CLUSTER.read_text())
     config = prepare_config(scaled_down(cluster, "127.0.0.2:6379", tmp_path))
     validate_config(config)
@@ -59,7 +59,7 @@ def test_the_machine_is_the_cluster_of_cluster_yaml(tmp_path: Path) -> None:
 
 
 def test_the_table_names_a_failed_step(tmp_path: Path) -> None:
-    """Nobody listens there: `ray job submit` itself says so."""
+    """Nothing listens at the address, and `ray job submit` itself reports that."""
     step = Step(
         "tag", "tag_dataset.py --help", "s3://bucket/shards", lambda: Image.new("1", (1, 1))
     )

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1 over one and two ranks of gloo: it shares out, agrees, resumes and refuses."""
+"""DeepSpeed ZeRO-1 over one and two ranks of gloo: shards, equal results, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from linearsr.training.data import Batch
 from linearsr.training.ema import load_average
 from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, SAVED_AT = 4, 50, 25
-# Sixteen roundings' worth of bfloat16's eight bits.
+# Sixteen roundings of bfloat16's eight bits.
 BFLOAT16 = 16 * torch.finfo(torch.bfloat16).eps
-# What DeepSpeed imports of torch takes longer than all else here: a server imports it once, and
-# each rank is a fork of that server.
+# The imports of DeepSpeed take longer than all else here, so a server makes them once, and each
+# rank is a fork of that server.
 PRELOAD = ["torch._inductor.compile_fx"]
 
 Job = Callable[..., Any]
@@ -47,7 +47,7 @@ Job = Callable[..., Any]
 def _launch(
     folder: Path, job: Job, world: int, *arguments: object, path: str | None = None
 ) -> list[Any]:
-    """What `job(*arguments)` returned on each of `world` fresh ranks, which may compile nothing."""
+    """Return the results of `job(*arguments)` on `world` fresh ranks, which may compile nothing."""
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -86,7 +86,7 @@ def _rank(
 
 def _train(**changes: object) -> TrainConfig:
     base = {"steps": STEPS, "warmup": 2, "clip": 0.1, "report_every": 1, "checkpoint_every": 1}
-    # Curves are compared to within float32's rounding, on any processor.
+    # Curves are compared up to the rounding of float32, on any processor.
     base["bfloat16"] = False
     return TrainConfig.model_validate({**base, "learning_rate": 2e-3, **changes})
 
@@ -100,7 +100,7 @@ def _stage(
 
 
 def _batches(engine: Engine, start: int = 0) -> Iterator[Batch]:
-    """This rank's part of the global batches from pair `start` on."""
+    """Yield this rank's part of the global batches from pair `start` on."""
     mine = GLOBAL_BATCH // engine.world
     for first in itertools.count(start + engine.rank * mine, GLOBAL_BATCH):
         numbers = range(first, first + mine)
@@ -126,21 +126,25 @@ def _difference(losses: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
-# Jobs: these run on every rank.
+# Jobs, which run on every rank
 
 
 def _curve(model: ModelConfig, save_to: Path) -> dict[str, Any]:
     stage = _stage(model, _train(), ZeroEngine)
 
     def save(stage: loop.TrainState, report: loop.Report) -> None:
-        if report.step == SAVED_AT:  # as in Ray Train, to a folder of one's own; merged later
+        if report.step == SAVED_AT:
+            # Each rank writes to its own folder, as in Ray Train; they are merged later.
             own = save_to / str(stage.engine.rank)
             own.mkdir(parents=True)
             stage.save(own)
 
     loop.run(stage, _batches(stage.engine), save)
     assert isinstance(stage.engine, ZeroEngine)
-    return {"losses": _losses(stage), "bytes": stage.engine.optimizer_bytes()}
+    adamw = stage.engine.zero.optimizer.optimizer
+    tensors = [x for own in adamw.state.values() for x in own.values() if torch.is_tensor(x)]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # by this rank
+    return {"losses": _losses(stage), "bytes": held}
 
 
 def _resume(model: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def _resume(model: ModelConfig, folder: Path) -> dict[str, Any]:
 
 
 def _tagged(model: ModelConfig, engine: type[TorchEngine] | type[ZeroEngine]) -> dict[str, Any]:
-    """A run in which one pair of each global batch has tags, so one rank of two has none."""
+    """Run with tags for one pair of each global batch, so that one of two ranks has none."""
     stage = _stage(model, _train(steps=6), engine)
     stage.encoder = tag_encoder(model)
     batches = (
@@ -165,7 +169,7 @@ def _tagged(model: ModelConfig, engine: type[TorchEngine] | type[ZeroEngine]) ->
 def _perceptual(
     model: ModelConfig, engine: type[TorchEngine] | type[ZeroEngine], trunk: Path, folder: Path
 ) -> dict[str, Any]:
-    """A perceptual stage of eight steps, and its last four again, from a checkpoint."""
+    """Run a perceptual stage of eight steps, and its last four again from a checkpoint."""
     low, high = ranges(model.sampling.boundaries)[2]
     train = PerceptualConfig.model_validate(
         {
@@ -193,15 +197,15 @@ def _perceptual(
     again = begin()
     again.load(folder)
     loop.run(again, _batches(again.engine, again.progress.seen), _quiet)
-    told = {"losses": _losses(stage), "again": _losses(again)}
+    results = {"losses": _losses(stage), "again": _losses(again)}
     assert isinstance(stage.objective, perceptual.Perceptual) and stage.objective.critic
     critic = [p.detach().double().norm().item() for p in stage.objective.critic.model.parameters()]
     beside = [entry["discriminator"] for entry in stage.progress.history]
-    return {**told, "critic": critic, "discriminator": beside}
+    return {**results, "critic": critic, "discriminator": beside}
 
 
 def _timed(model: ModelConfig) -> dict[str, Any]:
-    """A budget of two minutes by clocks that differ: the second rank's is twice as fast."""
+    """Run with a budget of two minutes; the clock of the second rank is twice as fast."""
     stage = _stage(model, _train(minutes=2.0), ZeroEngine)
     pace = 10.0 * (1 + stage.engine.rank)
     stage.clock = map(pace.__mul__, itertools.count()).__next__
@@ -211,7 +215,7 @@ def _timed(model: ModelConfig) -> dict[str, Any]:
 
 
 def _stopped(stage: loop.TrainState, batches: Iterator[Batch]) -> dict[str, Any]:
-    """Where and why a run diverged, and whether its last step left the weights alone."""
+    """Return where and why a run diverged, and whether its last step kept the weights."""
     kept = {"weights": _weights(stage)}
 
     def keep(stage: loop.TrainState, report: loop.Report) -> None:
@@ -266,7 +270,7 @@ def _refusals(model: ModelConfig, broken: list[Path]) -> dict[str, Any]:
 
 
 def _bfloat16(model: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Ten steps, and the last five of them again by another engine, from a checkpoint."""
+    """Run ten steps, and the last five again by another engine from a checkpoint."""
     train = _train(steps=10, bfloat16=True)
     stage = _stage(model, train, ZeroEngine)
 
@@ -289,7 +293,7 @@ def _bfloat16(model: ModelConfig, folder: Path) -> dict[str, Any]:
 
 
 def _own_choice(model: ModelConfig) -> list[str]:
-    """The precision of "auto" where the first rank's processor alone multiplies bfloat16."""
+    """Return the precision of "auto" if only the first rank's processor multiplies bfloat16."""
     first = dist.get_rank() == 0
     with (
         mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=first),
@@ -299,11 +303,11 @@ def _own_choice(model: ModelConfig) -> list[str]:
     return sorted({str(p.dtype) for p in stage.engine.module.parameters()})
 
 
-# Tests: these look at what the ranks brought back.
+# Tests of the results of the ranks
 
 
 class Curves:
-    """One run on one rank, one on two; each with a checkpoint of its middle."""
+    """A run on one rank and a run on two, each with a checkpoint of its middle."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.model = model
@@ -311,7 +315,7 @@ class Curves:
         self.checkpoints: dict[int, Path] = {}
         for world in (1, 2):
             parts = folder / f"parts-of-{world}"
-            # Without a PATH there is no compiler.
+            # No compiler is found without a PATH.
             no_compiler = "" if world == 1 else None
             self.ranks[world] = _launch(
                 folder / f"run-{world}", _curve, world, model, parts, path=no_compiler
@@ -334,7 +338,7 @@ def test_two_ranks_hold_half_of_the_optimizer_each(curves: Curves) -> None:
     assert halves == pytest.approx([whole / 2] * 2, rel=0.1)
 
 
-def test_the_curve_is_the_same_of_one_rank_two_ranks_and_plain_torch(curves: Curves) -> None:
+def test_the_loss_curve_is_the_same_on_one_rank_two_ranks_and_plain_torch(curves: Curves) -> None:
     plain = _stage(curves.model, _train(), TorchEngine)
     loop.run(plain, _batches(plain.engine), _quiet)
     one, two = curves.losses(1), curves.losses(2)
@@ -354,7 +358,7 @@ def test_a_run_resumes_on_any_number_of_ranks(
         assert difference == 0 if saved == resumed else difference < 1e-3
 
 
-def test_two_ranks_average_as_one_does(curves: Curves) -> None:
+def test_two_ranks_keep_the_same_average_of_weights_as_one(curves: Curves) -> None:
     one, two = (load_average(curves.checkpoints[world]) for world in (1, 2))
     assert one.keys() == dict(LinearSR(curves.model.denoiser).named_parameters()).keys()
     assert one.keys() == two.keys()
@@ -363,7 +367,7 @@ def test_two_ranks_average_as_one_does(curves: Curves) -> None:
 
 
 def _broken(curves: Curves, folder: Path) -> list[Path]:
-    """Checkpoints with a shard cut short, of as many ranks as now and of fewer; one shard less."""
+    """Return checkpoints with a truncated shard, of two ranks and of one, or a missing one."""
     checkpoints = [curves.checkpoints[world] for world in (2, 1, 2)]
     copies = [shutil.copytree(c, folder / str(i)) for i, c in enumerate(checkpoints)]
     shards = [next(copy.glob("*/zero_pp_rank_0_*")) for copy in copies]
@@ -373,8 +377,8 @@ def _broken(curves: Curves, folder: Path) -> list[Path]:
     return copies
 
 
-def test_all_ranks_refuse_alike(curves: Curves, tmp_path: Path) -> None:
-    """NaNs and damage that one rank alone meets; a rate that is a thousand times too high."""
+def test_all_ranks_stop_for_a_fault_of_one_rank(curves: Curves, tmp_path: Path) -> None:
+    """One rank alone meets NaNs and damage; a rate is a thousand times too high."""
     broken = _broken(curves, tmp_path)
     first, second = _launch(tmp_path / "run", _refusals, 2, curves.model, broken)
     assert first["stops"] == second["stops"]
@@ -394,33 +398,33 @@ def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) 
         assert rank["dtypes"] == ["torch.bfloat16"]
         assert all(map(math.isfinite, rank["losses"])) and rank["losses"][-1] < rank["losses"][0]
         assert rank["again"] == rank["losses"]
-        # A run may go on where bfloat16 is slow; what its steps round is a part of their loss.
+        # A run may continue on a processor where bfloat16 is slow; its rounding changes the loss.
         assert rank["other"][:5] == rank["losses"][:5] and rank["other"] != rank["losses"]
         assert rank["other"] == pytest.approx(rank["losses"], rel=BFLOAT16)
     assert all(t.dtype == torch.float32 for t in load_average(folder).values())
 
 
-def test_one_slow_processor_decides_for_all_ranks(
+def test_bfloat16_is_off_on_all_ranks_if_one_processor_is_slow_at_it(
     small_config: ModelConfig, tmp_path: Path
 ) -> None:
     assert _launch(tmp_path / "run", _own_choice, 2, small_config) == [["torch.float32"]] * 2
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_what_the_processor_is_fast_at(
+def test_bfloat16_auto_chooses_the_dtype_that_the_processor_is_fast_at(
     small_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    made = TorchEngine(LinearSR(small_config.denoiser), _train(bfloat16="auto"), CPU)
-    with made.precision():
+    engine = TorchEngine(LinearSR(small_config.denoiser), _train(bfloat16="auto"), CPU)
+    with engine.precision():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_a_rank_without_tags_keeps_in_step_with_one_that_has_some(
     tagged_config: ModelConfig, tmp_path: Path
 ) -> None:
-    """Both reduce the same gradients, those of the cross-attention included."""
+    """Both ranks reduce the same gradients, also those of the cross-attention."""
     alone = _tagged(tagged_config, TorchEngine)["losses"]
     for rank in _launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
         assert _difference(rank["losses"], alone) < 1e-4
@@ -438,7 +442,7 @@ def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
     assert first == second and first["again"] == first["losses"]
     assert _difference(first["losses"], plain["losses"]) < 1e-3
     assert _difference(first["discriminator"], plain["discriminator"]) < 1e-3
-    assert _difference(first["critic"], plain["critic"]) < 1e-2  # of biases that are small
+    assert _difference(first["critic"], plain["critic"]) < 1e-2  # the biases are small
 
 
 def test_ranks_whose_clocks_differ_end_together(small_config: ModelConfig, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Curves(NamedTuple):
 
 
 def rise_to_one(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Concave from (0, 0) to (1, 1), flat after; slope at 1 from 1 (a line) to 0.03."""
+    """Return a concave rise from (0, 0) to (1, 1), then flat; the slope at 1 is 0.03 to 1."""
     a, b, c, d = (rng.uniform(*span) for span in ((1, 5), (0.3, 1), (1, 2.5), (2, 30)))
     shape = (
         lambda v: 1 - np.exp(-a * v),
@@ -45,7 +45,7 @@ def rise_to_one(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def swing(since: np.ndarray, rng: np.random.Generator, onset: str, half: bool) -> np.ndarray:
-    """Oscillation and drift of the plateau, `since` in thousands of steps after the knee.
+    """Return oscillation and drift of the plateau, `since` in thousands of steps after the knee.
 
     The amplitude grows between two draws from 5-14% of the rise (half of it with `half`). "jump":
     any phase, at once; "ramp": from zero over one period; "peak": the knee is on a crest, of which
@@ -66,7 +66,7 @@ def swing(since: np.ndarray, rng: np.random.Generator, onset: str, half: bool) -
 def observed(
     rng: np.random.Generator, scores: np.ndarray, outlier: bool, steps: np.ndarray, knee: float
 ) -> Curves:
-    """Scores (metrics, n), rise 1, with noise of 1-2% and perhaps an outlier, in the units."""
+    """Return scores (metrics, n) of rise 1 with noise of 1-2% and maybe an outlier, in units."""
     metrics, n = scores.shape
     noisy = scores + rng.uniform(0.01, 0.02, (metrics, 1)) * rng.standard_normal((metrics, n))
     if outlier:
@@ -85,7 +85,7 @@ def paper(
     steps: np.ndarray = STEPS,
     span: tuple[int, int] = (40, 64),
 ) -> Curves:
-    """A knee at 40-64 (`span`) of 224 parts of the run; in half of the seeds all swing alike."""
+    """Return curves with a knee at 40-64 (`span`) of 224; in half of the seeds all swing alike."""
     rng = np.random.default_rng([seed, metrics, outlier])
     time = steps / steps[-1] * 224
     knee, together, swing_seed = rng.uniform(*span), rng.random() < 0.5, rng.integers(2**31)
@@ -100,7 +100,7 @@ def paper(
 
 
 def rising(seed: int, metrics: int, outlier: bool = False) -> Curves:
-    """Lines, logarithms, powers, slow exponentials, slow power laws: no plateau in the range."""
+    """Return curves without a plateau: lines, logarithms, powers, slow exponentials, power laws."""
     rng = np.random.default_rng([seed, metrics, outlier, 7])
     x = STEPS / STEPS[-1]
     scores = []
@@ -125,7 +125,7 @@ def states(curves: Curves, **options: float) -> Iterator[KneeState]:
 
 
 def confirmed(curves: Curves, **options: float) -> tuple[int, int] | None:
-    """The knee's step, and how many updates it took; a confirmed state never changes (below)."""
+    """Return the knee's step and the number of updates; a confirmed state never changes (below)."""
     for count, state in enumerate(states(curves, **options), 1):
         if state.status == "confirmed":
             assert state.step is not None
@@ -134,14 +134,14 @@ def confirmed(curves: Curves, **options: float) -> tuple[int, int] | None:
 
 
 def checkpoint_before(curves: Curves) -> float:
-    """The true knee as defined: the last checkpoint before the plateau."""
+    """Return the true knee, by definition the last checkpoint before the plateau."""
     return float(curves.steps[curves.steps <= curves.knee][-1])
 
 
 def near(curves: Curves, **options: float) -> bool:
-    found = confirmed(curves, **options)
+    knee = confirmed(curves, **options)
     true = int(np.searchsorted(curves.steps, checkpoint_before(curves)))
-    return found is not None and abs(int(np.searchsorted(curves.steps, found[0])) - true) <= 1
+    return knee is not None and abs(int(np.searchsorted(curves.steps, knee[0])) - true) <= 1
 
 
 @pytest.mark.parametrize("outlier", [False, True])
@@ -159,14 +159,16 @@ def test_does_not_confirm_while_curves_rise() -> None:
     assert wrong / SEEDS <= 0.01
 
 
-def test_noise_alone_has_no_knee() -> None:
+def test_does_not_confirm_a_knee_in_noise() -> None:
     rng = np.random.default_rng(0)
     noise = [Curves(STEPS, rng.standard_normal((1, len(STEPS))), math.inf) for _ in range(25)]
     assert sum(confirmed(curves) is not None for curves in noise) <= 2
 
 
 @pytest.mark.parametrize(("n", "span"), [(12, (80, 110)), (18, (56, 90)), (30, (40, 64))])
-def test_other_scales_of_steps_and_irregular_spacing(n: int, span: tuple[int, int]) -> None:
+def test_confirms_the_knee_at_other_scales_of_steps_and_irregular_spacing(
+    n: int, span: tuple[int, int]
+) -> None:
     rng = np.random.default_rng(n)
     hits = 0
     for seed in range(25):
@@ -181,9 +183,9 @@ def test_agrees_with_kneed_on_clean_curves(knee: int, shape: str) -> None:
     x = np.minimum(np.arange(1.0, 29), knee)
     y = {"line": x, "root": np.sqrt(x), "exponential": -np.exp(-2 * x / knee)}[shape]
     theirs = KneeLocator(STEPS, y, curve="concave", direction="increasing").knee
-    found = confirmed(Curves(STEPS, y[None], math.nan))
-    assert found is not None and theirs is not None
-    assert abs(found[0] - theirs) <= EVERY
+    ours = confirmed(Curves(STEPS, y[None], math.nan))
+    assert ours is not None and theirs is not None
+    assert abs(ours[0] - theirs) <= EVERY
 
 
 def test_stays_confirmed_with_the_same_step_and_counts_the_updates_since() -> None:
@@ -199,7 +201,7 @@ def test_replay_gives_the_same_states() -> None:
     assert list(states(paper(3, 3))) == list(states(paper(3, 3)))
 
 
-def test_units_and_directions_do_not_matter() -> None:
+def test_the_knee_does_not_depend_on_units_and_directions() -> None:
     curves = paper(5, 1)
     up = confirmed(curves)
     detector = KneeDetector({"loss": False})
@@ -226,13 +228,13 @@ def test_missing_values_are_skipped() -> None:
     assert hits >= 18
 
 
-def test_a_constant_metric_does_no_harm() -> None:
+def test_a_constant_metric_does_not_move_the_knee() -> None:
     curves = paper(2, 1)
     detector = KneeDetector({"m0": True, "flat": True})
     for step, value in zip(curves.steps, curves.values[0], strict=True):
         state = detector.update(int(step), {"m0": float(value), "flat": 3.0})
-    found = confirmed(curves)
-    assert found is not None and state.step == found[0]
+    knee = confirmed(curves)
+    assert knee is not None and state.step == knee[0]
 
 
 def test_all_metrics_constant_is_rising() -> None:
@@ -255,9 +257,9 @@ def test_evidence_is_json_and_the_curve_rises() -> None:
     assert curve[0][1] < 0.7 < dict(curve)[state.step]
 
 
-def test_starts_rising_then_candidate() -> None:
-    seen = [state.status for state in states(paper(0, 3))]
-    assert seen[0] == "rising" and "candidate" in seen and seen[-1] == "confirmed"
+def test_status_goes_from_rising_over_candidate_to_confirmed() -> None:
+    statuses = [state.status for state in states(paper(0, 3))]
+    assert statuses[0] == "rising" and "candidate" in statuses and statuses[-1] == "confirmed"
     assert KneeDetector({"m": True}).update(0, {"m": 1.0}).step is None
 
 
@@ -276,7 +278,7 @@ def test_unknown_metrics_are_refused() -> None:
 
 
 @pytest.mark.parametrize("others", [{"m": 1.0}, {}])
-def test_a_metric_that_never_comes_is_reported(others: dict[str, float]) -> None:
+def test_a_metric_that_never_has_a_value_is_reported(others: dict[str, float]) -> None:
     detector = KneeDetector({"m": True, "lost": False}, patience=3)
     for step in range(3):
         detector.update(step, others)
@@ -288,7 +290,7 @@ def test_a_metric_that_never_comes_is_reported(others: dict[str, float]) -> None
     "options",
     [{"noise": 0}, {"noise": 0.5}, {"patience": 2}, {"confidence": 0.5}, {"confidence": 1}],
 )
-def test_options_out_of_range(options: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="need 0 < noise"):
         KneeDetector({"m": True}, **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="at least one metric"):
@@ -302,13 +304,13 @@ def table() -> None:
         hits, strict, delays = 0, 0, []
         for seed in range(10_000, 10_000 + SEEDS):
             curves = paper(seed, metrics, bool(outlier), onset, half)
-            found = confirmed(curves)
-            if found is None:
+            knee = confirmed(curves)
+            if knee is None:
                 continue
             true = checkpoint_before(curves)
-            hits += abs(found[0] - true) <= EVERY
-            strict += abs(found[0] - curves.knee) <= EVERY
-            delays.append(found[1] - true / EVERY)
+            hits += abs(knee[0] - true) <= EVERY
+            strict += abs(knee[0] - curves.knee) <= EVERY
+            delays.append(knee[1] - true / EVERY)
         quantiles = "/".join(f"{q:.0f}" for q in np.quantile(delays, [0.1, 0.5, 0.9, 1]))
         print(
             f"| {onset or 'mixed'}{' (half)' if half else ''} | {metrics} | {bool(outlier)} "

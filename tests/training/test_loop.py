@@ -1,4 +1,4 @@
-"""The training loop on a tiny real model: it learns, resumes exactly, and refuses to go NaN."""
+"""The training loop on a tiny real model: it learns, resumes exactly, and stops before NaN."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from linearsr.training.data import (
 from linearsr.training.ema import EMA, load_average
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 DATA = DataConfig(patch=32, batch=2, margin=8, degradations={"clean": 0.5, "mild": 0.5})
 
@@ -83,7 +83,7 @@ def test_batches_are_seeded_and_keep_their_contract(photos: Path) -> None:
 
 
 def test_a_pair_depends_on_its_number_only(photos: Path) -> None:
-    """Data order survives a restart, and is the same made by one process or by three."""
+    """The order of data survives a restart, and is the same from one process or three."""
     later = next(_batches(photos, start=4))
     fourth = list(itertools.islice(_batches(photos), 3))[2]
     assert torch.equal(later.hr, fourth.hr) and later.numbers.tolist() == [4, 5]
@@ -94,7 +94,7 @@ def test_a_pair_depends_on_its_number_only(photos: Path) -> None:
 
 @pytest.fixture
 def named(photos: Path, tmp_path: Path) -> Path:
-    """The photographs and what `linearsr tag --json` might say, if it knew of only one of them."""
+    """Photographs, and the output of `linearsr tag --json` for only one of them."""
     for path in photos.iterdir():
         shutil.copy(path, tmp_path)
     tags = [{"name": "face", "score": 0.9}, {"name": "flag", "score": 0.8}]
@@ -104,16 +104,16 @@ def named(photos: Path, tmp_path: Path) -> Path:
 
 
 def test_tags_come_with_their_photograph_and_change_no_pixel(named: Path, photos: Path) -> None:
-    """Of the two crops that a pair may be chosen from, the tags are those of the chosen one."""
+    """A pair is one of two crops; its tags are those of the photograph of that crop."""
     config = DATA.model_copy(update={"degradations": {"clean": 1.0}, "tag_dropout": 0.0})
     tagged, bare = (load_photos(folder, config, 0) for folder in (named, photos))
     astronaut = tagged.photos[0]()
     assert astronaut.tags == ("face", "flag")
-    found = [tagged.pair(n) for n in range(10)]
-    assert {pair.tags for pair in found} == {("face", "flag"), ()}
-    for number, pair in enumerate(found):
+    pairs = [tagged.pair(n) for n in range(10)]
+    assert {pair.tags for pair in pairs} == {("face", "flag"), ()}
+    for number, pair in enumerate(pairs):
         assert torch.equal(pair.lr, bare.pair(number).lr) and not bare.pair(number).tags
-    # A photograph's colours tell which of the two a pair is from; tags must agree with them.
+    # The colours tell which photograph a pair is from; its tags must agree.
     plain = [Photo(torch.full((3, 48, 48), s).byte(), (str(s),)) for s in (0, 255)]
     source = Photos([partial(same, photo) for photo in plain], config, 0)
     for pair in map(source.pair, range(20)):
@@ -140,16 +140,16 @@ def test_tags_are_dropped_as_often_as_asked_and_by_number(named: Path) -> None:
         ('{"file": "p/tronaut.png", "tags": ["cat"]}', "names none of the pictures"),
     ],
 )
-def test_a_sidecar_that_cannot_be_meant_is_refused(named: Path, sidecar: str, message: str) -> None:
+def test_an_invalid_tag_sidecar_is_refused(named: Path, sidecar: str, message: str) -> None:
     (named / "tags.jsonl").write_text(sidecar)
     with pytest.raises(InputError, match=rf"tags\.jsonl: {message}"):
         load_photos(named, DATA, 0)
 
 
-def test_tags_steer_training_and_their_absence_does_not(
+def test_tags_change_training_and_their_absence_does_not(
     tagged_config: ModelConfig, photos: Path
 ) -> None:
-    """A pair without tags costs what it would cost a model that is given none."""
+    """The loss of a pair without tags is that of a model that gets no tags."""
     [model], latent = random_experts(tagged_config, 1), SpaceToDepth(tagged_config.latent)
     batch, encoder = next(_batches(photos)), tag_encoder(tagged_config)
 
@@ -178,7 +178,7 @@ def test_cross_attention_learns_from_tags_only(
 
 
 def test_lr_lies_under_its_hr(photos: Path) -> None:
-    """Downscaling the HR patch gives the clean LR patch: no shift between the two."""
+    """The downscaled HR patch is the clean LR patch, so there is no shift between the two."""
     clean = DATA.model_copy(update={"degradations": {"clean": 1.0}})
     batch = next(iter(Batches(load_photos(photos, clean, 3), 0)))
     mean = torch.nn.functional.avg_pool2d(batch.hr, 4)
@@ -200,7 +200,7 @@ def test_a_batch_has_one_scale_that_its_number_alone_decides(photos: Path) -> No
     later = itertools.islice(stream(photos, MIXED, 0, start=20, workers=2), 10)
     for batch, same_batch in zip(ours[10:20], later, strict=True):
         assert torch.equal(batch.lr, same_batch.lr)
-    # Another number of pairs in a batch is another run: the largest scale alone is not changed.
+    # Another batch size is another run; only pairs of the largest scale stay the same.
     assert [MIXED.scale_of(0, n) for n in (0, 1)] == [4 * 8 / sides[0]] * 2
 
 
@@ -210,7 +210,7 @@ def test_scales_below_the_largest_are_even_in_their_logarithm() -> None:
     smaller = np.array([s for s in drawn if s < 4])
     assert len(smaller) / 4000 == pytest.approx(0.75, abs=0.02)
     assert set(np.round(96 / smaller, 6) % 6) == {0.0} and smaller.min() == 1
-    # Between 1 and 4 (edges of bins): half of them below 2.
+    # Half of the scales between 1 and 4 (edges of bins) are below 2.
     assert (smaller < 1.94).mean() == pytest.approx(0.5, abs=0.05)
 
 
@@ -225,8 +225,8 @@ def test_lr_lies_under_its_hr_at_every_scale(photos: Path) -> None:
         assert errors[0] == min(errors)
 
 
-def test_only_the_largest_scale_gives_the_pairs_of_before(photos: Path) -> None:
-    """The draws of a scale are no part of a pair's: crops and pixels stay what they were."""
+def test_at_largest_one_gives_the_pairs_of_a_single_scale(photos: Path) -> None:
+    """The draw of a scale is independent of the draws of a pair, so crops and pixels are equal."""
     alone, often = (
         load_photos(photos, config, 0)
         for config in (DATA, MIXED.model_copy(update={"at_largest": 1.0}))
@@ -422,7 +422,7 @@ def test_the_rate_follows_steps_or_minutes_whichever_is_further() -> None:
 
 
 def _clock(seconds: float) -> Callable[[], float]:
-    """Each look at it is so many seconds later."""
+    """Return a clock that advances by so many seconds at each call."""
     return map(seconds.__mul__, itertools.count()).__next__
 
 
@@ -450,7 +450,7 @@ def test_a_stage_ends_with_its_minutes_and_goes_on_with_what_is_left(
     assert resumed.progress.minutes == pytest.approx(4 / 3) and not resumed.finished
     loop.run(resumed, _batches(photos, start=resumed.progress.seen), _quiet)
     assert resumed.progress.step == 6 and torch.equal(_weights(whole), _weights(resumed))
-    # Nothing is left of the same budget, and something of a larger one.
+    # Nothing is left of the same budget; a larger one has time left.
     again = loop.run(resumed, iter(()), _quiet)
     assert again.progress.step == 6
     resumed.config = train.model_copy(update={"minutes": 2.5})
@@ -467,9 +467,9 @@ def test_a_stage_with_time_left_ends_with_its_steps(
 
 
 def test_checkpoints_without_minutes_are_read(small_config: ModelConfig, tmp_path: Path) -> None:
-    """Those that were written before there was a budget."""
+    """Such checkpoints were written before there was a budget."""
     _stage(small_config, _config()).save(tmp_path)
-    told = json.loads((tmp_path / loop.PROGRESS).read_text())
-    del told["minutes"]
-    (tmp_path / loop.PROGRESS).write_text(json.dumps(told))
+    progress = json.loads((tmp_path / loop.PROGRESS).read_text())
+    del progress["minutes"]
+    (tmp_path / loop.PROGRESS).write_text(json.dumps(progress))
     assert loop.read_progress(tmp_path).minutes == 0

@@ -32,14 +32,14 @@ SMALL = (
     "perceptual_data.patch=32",
     "perceptual_data.batch=2",
     "perceptual_data.margin=8",
-    # On CPUs without bfloat16 it is slow, and right.
+    # bfloat16 is correct on any CPU, but slow on some.
     *(f"{stage}.bfloat16=true" for stage in STAGES),
     *(f"{stage}.steps=2" for stage in STAGES),
     *(f"perceptual.{i}.channels=[8, 8, 8, 8, 8]" for i in range(3)),
 )
 
 
-def test_all_stages_and_the_bundle(
+def test_all_stages_run_in_turn_and_make_the_bundle(
     photograph: Image.Image,
     lpips_trunk: Path,
     tmp_path: Path,
@@ -84,7 +84,7 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     start = loop.TrainState.start
 
     def timed(*arguments: Any) -> loop.TrainState:
-        """By a clock that is 20 s later at each look."""
+        """Patch the clock so that it advances by 20 s at each call."""
         stage = start(*arguments)
         stage.clock = map((20.0).__mul__, itertools.count()).__next__
         return stage
@@ -100,7 +100,7 @@ def test_minutes_end_a_stage_and_are_counted_over_all_starts(
     assert steps == [6, 6, 9]
 
 
-def test_an_unknown_setting_is_one_line(
+def test_an_unknown_setting_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

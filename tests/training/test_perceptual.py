@@ -1,4 +1,4 @@
-"""The perceptual stage: its losses, where it starts from, and that it resumes like the others."""
+"""The perceptual stage: its losses, its starting points, and exact resuming."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
-from tests.conftest import random_experts, real_lpips_trunk
+from tests.helpers.experts import random_experts
+from tests.helpers.lpips_trunk import real_lpips_trunk
 
 CPU = torch.device("cpu")
 REAL_TRUNK = real_lpips_trunk()
-# Small, but with a discriminator and several detours in few steps.
+# A small config with a discriminator and several detours in few steps.
 QUICK = {
     "steps": 6,
     "warmup": 2,
@@ -93,7 +94,7 @@ def weights_of(stage: loop.TrainState) -> Tensor:
 # Losses
 
 
-def test_the_hinge_loss_is_its_formula() -> None:
+def test_hinge_loss_equals_its_formula() -> None:
     real, fake = (
         [torch.randn(3, 1, n, n, generator=torch.Generator().manual_seed(s)) for n in (4, 2)]
         for s in (0, 1)
@@ -111,11 +112,11 @@ def test_the_hinge_loss_is_its_formula() -> None:
     assert discriminator.hinge([torch.tensor([2.0])], [torch.tensor([-2.0])]) == 0
 
 
-def test_the_discriminator_is_spectrally_normalised_and_looks_at_two_scales() -> None:
+def test_discriminator_is_spectrally_normalised_and_judges_two_scales() -> None:
     torch.manual_seed(0)
     model = discriminator.Discriminator((48, 48, 96, 192, 192))
     pictures = torch.randn(2, 3, 96, 96), torch.randn(2, 3, 96, 96)
-    for _ in range(30):  # each pass in training comes closer to the largest singular value
+    for _ in range(30):  # each pass in training estimates the largest singular value better
         scores = model(*pictures)
     assert [tuple(s.shape) for s in scores] == [(2, 1, 12, 12), (2, 1, 6, 6)]
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -124,13 +125,13 @@ def test_the_discriminator_is_spectrally_normalised_and_looks_at_two_scales() ->
         matrix = convolution.weight.detach().double().flatten(1).numpy()
         assert np.linalg.svd(matrix, compute_uv=False)[0] == pytest.approx(1, rel=0.05)
     other = model(pictures[0], pictures[1].flip(0))
-    assert not torch.allclose(scores[0], other[0]), "the LR picture is looked at as well"
+    assert not torch.allclose(scores[0], other[0]), "the LR picture is an input too"
 
 
 def test_the_distance_is_weighted_l1_and_lpips(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
-    """Against LPIPS written out in float64 from the paper's formula (1)."""
+    """The truth is LPIPS in float64, written out from the paper's formula (1)."""
     config = config_of(small_config, 2, lpips_trunk, l1=3.0, lpips=0.5)
     objective = objective_of(stage_of(small_config, config))
     assert objective.lpips is not None
@@ -147,12 +148,12 @@ def test_the_distance_is_weighted_l1_and_lpips(
         lpips += (change * weights[None, :, None, None]).sum(1).mean((1, 2))
     l1 = (other - batch.hr).double().abs().flatten(1).mean(1)
     judge.float()
-    found = objective.distance(other, batch.hr)
+    distance = objective.distance(other, batch.hr)
     assert lpips.min() > 0
-    torch.testing.assert_close(found.double(), 3.0 * l1 + 0.5 * lpips, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distance.double(), 3.0 * l1 + 0.5 * lpips, rtol=1e-4, atol=1e-6)
 
 
-def test_the_discriminator_counts_more_and_more_until_its_warmup_ends(
+def test_gan_weight_grows_until_its_warmup_ends(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
     stage = stage_of(small_config, config_of(small_config, 2, lpips_trunk))
@@ -160,12 +161,12 @@ def test_the_discriminator_counts_more_and_more_until_its_warmup_ends(
     extra = {}
     for step in (0, 1, 4, 40):
         stage.progress.step = step
-        total, told, _ = objective.losses(stage, batch)
-        assert (told > 0).all()
+        total, parts, _ = objective.losses(stage, batch)
+        assert (parts > 0).all()
         assert objective.shown is not None and objective.critic is not None
         real, fake, lr_picture = objective.shown
         assert torch.equal(real, batch.hr) and not fake.requires_grad
-        extra[step] = (total - told).detach()
+        extra[step] = (total - parts).detach()
         with torch.no_grad():
             fooling = discriminator.fooled(objective.critic.model(fake, lr_picture))
         weight = 0.1 * min(1.0, step / 4)
@@ -173,7 +174,7 @@ def test_the_discriminator_counts_more_and_more_until_its_warmup_ends(
     assert not extra[0].any() and extra[4].abs().min() > extra[1].abs().min() > 0
 
 
-def test_the_discriminator_learns_to_tell_them_apart(
+def test_discriminator_learns_to_tell_real_from_generated(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
     critic = perceptual.Critic(
@@ -189,21 +190,21 @@ def test_the_discriminator_learns_to_tell_them_apart(
     assert all(torch.equal(a, b) for a, b in zip(still, critic.model.parameters(), strict=True))
 
 
-# Where the trained expert starts from
+# The starting points of the trained expert
 
 
 @pytest.mark.parametrize("expert", [1, 2, 3])
 def test_pairs_arrive_as_sampling_brings_them(
     small_config: ModelConfig, lpips_trunk: Path, expert: int
 ) -> None:
-    """Each way, taken again pair by pair: straight, by the expert before, by the trained one."""
+    """Each way is repeated pair by pair: direct, by the previous expert, by the trained one."""
     config = config_of(small_config, expert, lpips_trunk)
     stage, batch = stage_of(small_config, config, expert), next(batches(size=24))
     objective, experts = objective_of(stage), random_experts(small_config, 4)
     bounds = ranges(small_config.sampling.boundaries)
     with torch.no_grad():
-        given = loop.Conditions.of(batch, stage.engine.module, stage.autoencoder, None)
-        latent, t = objective.arrive(stage, batch, given)
+        conditions = loop.Conditions.of(batch, stage.engine.module, stage.autoencoder, None)
+        latent, t = objective.arrive(stage, batch, conditions)
         middle, by_before, by_itself = objective._detours(batch.numbers, t)
         drawn, noise = loop.draw(batch.numbers, latent.shape[1:], config)
         assert torch.equal(drawn, t) and t.unique().numel() == 24
@@ -212,7 +213,7 @@ def test_pairs_arrive_as_sampling_brings_them(
         assert 4 < (by_before | by_itself).sum() < 20 and not (by_before & by_itself).any()
         for i in range(24):
             z, at, end = noise[i : i + 1], torch.ones(1), t[i : i + 1]
-            condition = given.only(torch.arange(24) == i).encode
+            condition = conditions.only(torch.arange(24) == i).encode
             if by_before[i] or by_itself[i]:
                 other = expert if by_itself[i] else expert - 1
                 stop = middle[i : i + 1]
@@ -232,15 +233,15 @@ def test_the_picture_that_is_judged_is_the_decoded_guess(
     objective.losses(stage, batch)
     assert objective.shown is not None
     with torch.no_grad():
-        given = loop.Conditions.of(batch, model, stage.autoencoder, None)
-        latent, t = objective.arrive(stage, batch, given)
-        guess = clean_guess(latent, model(latent, t, given.encode(model)), t)
-        picture = stage.autoencoder.decode(guess, given.lr_picture)
+        conditions = loop.Conditions.of(batch, model, stage.autoencoder, None)
+        latent, t = objective.arrive(stage, batch, conditions)
+        guess = clean_guess(latent, model(latent, t, conditions.encode(model)), t)
+        picture = stage.autoencoder.decode(guess, conditions.lr_picture)
     torch.testing.assert_close(objective.shown[1], picture)
 
 
 def test_a_crop_is_judged_where_it_lies(small_config: ModelConfig, lpips_trunk: Path) -> None:
-    """With a lossless latent, the crop of the whole picture; another one for each pair."""
+    """With a lossless latent, the judged crop is that of the picture; each pair has its own."""
     whole, part = (
         stage_of(small_config, config_of(small_config, 2, lpips_trunk, crop=crop))
         for crop in (None, 5)
@@ -299,7 +300,7 @@ def test_gradients_reach_the_expert_through_a_frozen_dc_ae(lpips_trunk: Path) ->
 def test_bfloat16_leaves_no_weight_without_a_gradient(
     small_config: ModelConfig, lpips_trunk: Path
 ) -> None:
-    """The trained expert's own detour casts its weights without gradients first."""
+    """The expert's own detour casts its weights without gradients before the trained pass."""
     config = config_of(small_config, 1, lpips_trunk, bfloat16=True, detour=1.0)
     stage = stage_of(small_config, config, 1)
     with stage.engine.precision():
@@ -309,7 +310,7 @@ def test_bfloat16_leaves_no_weight_without_a_gradient(
     assert all(p.grad is not None for p in stage.engine.module.parameters())
 
 
-# A stage
+# Whole stages
 
 
 def test_only_the_trained_expert_and_the_discriminator_change(
@@ -331,7 +332,7 @@ def test_only_the_trained_expert_and_the_discriminator_change(
     assert all(0.5 < h["discriminator"] < 3 and h["loss"] > 0 for h in history)
 
 
-def test_the_loss_falls(small_config: ModelConfig, lpips_trunk: Path) -> None:
+def test_training_lowers_the_perceptual_loss(small_config: ModelConfig, lpips_trunk: Path) -> None:
     config = config_of(small_config, 2, lpips_trunk, steps=40, gan=0.03, learning_rate=3e-3)
     one = itertools.repeat(next(batches()))
     stage = loop.run(stage_of(small_config, config), one, quiet)
@@ -356,8 +357,8 @@ def test_resuming_gives_the_same_weights_as_never_stopping(
     loop.run(resumed, batches(resumed.progress.seen), quiet)
     assert torch.equal(weights_of(whole), weights_of(resumed))
     for key in ("loss", "discriminator"):
-        found, expected = ([h[key] for h in s.progress.history] for s in (resumed, whole))
-        assert found == expected
+        values, expected = ([h[key] for h in s.progress.history] for s in (resumed, whole))
+        assert values == expected
     for name, average in whole.ema.average.items():
         assert torch.equal(average, resumed.ema.average[name])
 
@@ -401,7 +402,7 @@ def test_a_discriminator_that_is_not_finite_ends_the_stage(
     assert torch.equal(weights_of(stage), before)
 
 
-def test_weights_of_zero_do_without_lpips_and_discriminator(
+def test_zero_weights_load_neither_lpips_nor_discriminator(
     small_config: ModelConfig, tmp_path: Path
 ) -> None:
     config = config_of(small_config, 1, tmp_path / "none", lpips=0, gan=0)
@@ -427,14 +428,16 @@ def test_tags_guide_frozen_experts_as_well(tagged_config: ModelConfig, lpips_tru
     for tags in (("cat",), ("dog",)):
         named = batch._replace(tags=(tags, ()))
         with torch.no_grad():
-            given = loop.Conditions.of(named, stage.engine.module, stage.autoencoder, stage.encoder)
-            latents.append(objective_of(stage).arrive(stage, named, given)[0])
+            conditions = loop.Conditions.of(
+                named, stage.engine.module, stage.autoencoder, stage.encoder
+            )
+            latents.append(objective_of(stage).arrive(stage, named, conditions)[0])
     assert not torch.allclose(latents[0][0], latents[1][0])
     torch.testing.assert_close(latents[0][1], latents[1][1])
 
 
 @pytest.mark.skipif(REAL_TRUNK is None, reason="needs the real trunk")
-def test_lpips_with_its_real_trunk_is_the_published_one(small_config: ModelConfig) -> None:
+def test_lpips_with_its_real_trunk_has_the_published_value(small_config: ModelConfig) -> None:
     objective = objective_of(stage_of(small_config, config_of(small_config, 2, REAL_TRUNK, l1=0)))
     torch.manual_seed(123)
     a, b = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))

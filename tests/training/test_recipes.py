@@ -1,4 +1,4 @@
-"""Recipes: complete, consistent, and overridable without surprises."""
+"""Recipes are complete and consistent, and every field can be overridden."""
 
 from __future__ import annotations
 

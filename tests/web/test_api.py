@@ -1,4 +1,4 @@
-"""The HTTP API as a client sees it: the command's pixels, progress, limits and refusals."""
+"""The HTTP API as a client sees it: pixels equal to the command's, progress, limits, refusals."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from linearsr.web.service import (
     model_info,
 )
 from linearsr.web.upload import FORM_OVERHEAD, MAX_FIELD_BYTES, Upload
-from tests.conftest import random_experts
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.helpers.local_service import PATIENCE, Local, served
 
 EVENTS = {"Accept": "text/event-stream"}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -67,8 +67,8 @@ def upload(
 
 def events(text: str) -> list[tuple[str, Any]]:
     """Return the names and data of server-sent events."""
-    found = re.findall(r"^event: (\w+)\r\ndata: (.*)\r\n\r\n", text, re.MULTILINE)
-    return [(name, json.loads(data)) for name, data in found]
+    matches = re.findall(r"^event: (\w+)\r\ndata: (.*)\r\n\r\n", text, re.MULTILINE)
+    return [(name, json.loads(data)) for name, data in matches]
 
 
 # Pixels
@@ -89,7 +89,7 @@ def described(image: Image.Image, format: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("source", "made", "options"),
+    ("source", "picture", "options"),
     [
         ("png", lambda i: saved(i, "png"), {}),
         ("png", lambda i: saved(i, "png"), {"steps": 4, "seed": 7, "scale": 2, "tile": 16}),
@@ -113,17 +113,20 @@ def test_response_has_the_bytes_of_the_command(
     tmp_path: Path,
     image: Image.Image,
     source: str,
-    made: Callable[[Image.Image], bytes],
+    picture: Callable[[Image.Image], bytes],
     options: dict[str, Any],
 ) -> None:
     """The files are equal: pixels, depth, alpha, profile, EXIF and provenance."""
     options = {"steps": 1, **options}
-    given, result = tmp_path / f"in.{source}", tmp_path / f"out.{options.get('format', source)}"
-    given.write_bytes(made(image))
+    source_file, result = (
+        tmp_path / f"in.{source}",
+        tmp_path / f"out.{options.get('format', source)}",
+    )
+    source_file.write_bytes(picture(image))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = ["upscale", str(given), "-o", str(result), "--model", str(small_bundle)]
+    command = ["upscale", str(source_file), "-o", str(result), "--model", str(small_bundle)]
     assert cli.main([*command, "--device=cpu", *flags]) == 0
-    answer = upload(client, given.read_bytes(), given.name, **options)
+    answer = upload(client, source_file.read_bytes(), source_file.name, **options)
     assert answer.status_code == 200, answer.text
     assert answer.content == result.read_bytes()
     assert result.suffix[1:] in answer.headers["Content-Disposition"]
@@ -133,9 +136,9 @@ def test_response_has_the_bytes_of_the_command_at_any_scale_and_detail(
     scaling_bundle: Path, png: bytes, tmp_path: Path
 ) -> None:
     client = TestClient(create_app(Local(Upscaler.load(scaling_bundle, "cpu")), Limits()))
-    given, result = tmp_path / "in.png", tmp_path / "out.png"
-    given.write_bytes(png)
-    command = ["upscale", str(given), "-o", str(result), "--model", str(scaling_bundle)]
+    source_file, result = tmp_path / "in.png", tmp_path / "out.png"
+    source_file.write_bytes(png)
+    command = ["upscale", str(source_file), "-o", str(result), "--model", str(scaling_bundle)]
     for options in ({"scale": 1}, {"scale": 1.5, "detail": 0.4, "tile": 16}, {"width": 31}):
         flags = [f"--{name}={value}" for name, value in options.items()]
         assert cli.main([*command, "--device=cpu", "--steps=4", *flags]) == 0
@@ -169,8 +172,8 @@ def test_format_that_cannot_be_written_becomes_png(client: TestClient, image: Im
 
 def test_response_headers_describe_the_result(client: TestClient, png: bytes) -> None:
     answer = upload(client, png, steps=20, seed=3)
-    told = {name: answer.headers[f"X-LinearSR-{name}"] for name in ("Model", "Seed", "Steps")}
-    assert told == {"Model": "small", "Seed": "3", "Steps": "20"}
+    headers = {name: answer.headers[f"X-LinearSR-{name}"] for name in ("Model", "Seed", "Steps")}
+    assert headers == {"Model": "small", "Seed": "3", "Steps": "20"}
     # The scale of the network, whatever size the result was shrunk to.
     assert upload(client, png, scale=2).headers["X-LinearSR-Scale"] == "4"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -214,7 +217,7 @@ def test_stream_sends_progress_then_the_result(client: TestClient, png: bytes) -
         ("polish", 19, 20, 95),
         ("polish", 20, 20, 100),
     ]
-    assert {told for told, _ in progress} == {"progress"} and name == "result"
+    assert {kind for kind, _ in progress} == {"progress"} and name == "result"
     assert base64.b64decode(result.pop("image")) == plain.content
     assert list(result.pop("timing"))[:3] == ["prepare", "queue", "structure"]
     assert result == {
@@ -242,7 +245,7 @@ def test_stream_refused_at_once_has_the_status_of_the_refusal(
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"scale": 5}, "scale: .*less than or equal to 4"),
         ({"scale": 0.9}, "scale: .*greater than or equal to 1"),
@@ -280,11 +283,11 @@ def test_stream_refused_at_once_has_the_status_of_the_refusal(
     ],
 )
 def test_error_names_the_bad_field(
-    client: TestClient, service: Local, png: bytes, fields: dict[str, Any], told: str
+    client: TestClient, service: Local, png: bytes, fields: dict[str, Any], message: str
 ) -> None:
     answer = detail(upload(client, png, **fields), 422)
-    assert re.match(told, answer, re.DOTALL), answer
-    assert len(answer) <= 300 and not service.asked
+    assert re.match(message, answer, re.DOTALL), answer
+    assert len(answer) <= 300 and not service.requests
 
 
 def test_empty_field_counts_as_absent(client: TestClient, png: bytes) -> None:
@@ -301,7 +304,7 @@ def test_form_has_the_fields_of_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "status", "message"),
     [
         (END, 422, "image: .*required"),
         (part("image", b"", "empty.png") + END, 415, "empty"),
@@ -324,9 +327,11 @@ def test_form_has_the_fields_of_the_command() -> None:
         (f"--{BOUNDARY}\r\nX: {'x' * 60_000}".encode(), 400, "multipart"),
     ],
 )
-def test_malformed_form_is_refused(client: TestClient, body: bytes, status: int, told: str) -> None:
+def test_malformed_form_is_refused(
+    client: TestClient, body: bytes, status: int, message: str
+) -> None:
     answer = detail(client.post("/v1/upscale", content=body, headers=FORM), status)
-    assert re.match(f"(?is).*{told}", answer), answer
+    assert re.match(f"(?is).*{message}", answer), answer
 
 
 @pytest.mark.parametrize(
@@ -386,7 +391,7 @@ def test_request_over_a_limit_is_refused(service: Local, png: bytes) -> None:
     more = png + b"\0"
     assert f"limit of {len(png)}" in detail(upload(client, more), 413)
     assert "steps: 5 is more than the limit of 4" in detail(upload(client, png, steps=5), 422)
-    asked = service.asked
+    before = service.requests
     client = limited(service, pixels=12 * 9 - 1)
     assert "the picture has 12x9 pixels" in detail(upload(client, png), 413)
     client = limited(service, output_pixels=48 * 36 - 1)
@@ -395,7 +400,7 @@ def test_request_over_a_limit_is_refused(service: Local, png: bytes) -> None:
     # The model takes four steps by default.
     client = limited(service, steps=3)
     assert "steps: 4 is more than the limit of 3" in detail(upload(client, png, steps=""), 422)
-    assert service.asked == asked + 1
+    assert service.requests == before + 1
 
 
 @pytest.mark.parametrize(("tile", "status"), [("off", 422), (18, 422), (17, 200), ("auto", 200)])
@@ -418,7 +423,7 @@ def test_huge_result_of_a_tiny_picture_is_refused_before_any_work(
 ) -> None:
     dot = saved(Image.new("RGB", (1, 1)), "png")
     assert "65535x65535" in detail(upload(client, dot, **size), 413)
-    assert not service.asked
+    assert not service.requests
 
 
 def test_size_limit_counts_the_picture_upright(service: Local, image: Image.Image) -> None:
@@ -432,9 +437,9 @@ def test_result_too_large_for_its_format_is_refused_before_any_work(
     client: TestClient, service: Local
 ) -> None:
     long = saved(Image.new("RGB", (5000, 1)), "webp")
-    told = detail(upload(client, long, "long.webp"), 422)
-    assert told.startswith("format: 20000x4 is too large for webp")
-    assert not service.asked
+    message = detail(upload(client, long, "long.webp"), 422)
+    assert message.startswith("format: 20000x4 is too large for webp")
+    assert not service.requests
 
 
 def test_decompression_bomb_is_refused_by_its_header(client: TestClient, service: Local) -> None:
@@ -442,7 +447,7 @@ def test_decompression_bomb_is_refused_by_its_header(client: TestClient, service
     bomb = png_of(60_000, 60_000, zlib.compress(bytes(60_000 * (60_000 // 8 + 1)), 1))
     assert len(bomb) < Limits().bytes
     assert "60000x60000" in detail(upload(client, bomb), 413)
-    assert not service.asked
+    assert not service.requests
 
 
 # The connection
@@ -489,7 +494,7 @@ def test_endless_upload_is_cut_at_the_limit(small: Upscaler, png: bytes) -> None
                 assert ready
                 connection.sendall(chunk)
             assert status_of(connection) == 413
-        assert not service.asked
+        assert not service.requests
         # One upload is a byte too large, and one fits.
         with httpx2.Client(base_url=url) as client:
             for size, status in ((100_001, 413), (100_000, 415)):
@@ -510,7 +515,7 @@ def test_stalled_upload_ends_at_the_deadline(small: Upscaler) -> None:
     with served(service, limits) as url, raw(url, KIND, "Content-Length: 1000") as connection:
         connection.sendall(part("steps", b"1"))
         assert status_of(connection) == 504
-    assert not service.asked
+    assert not service.requests
 
 
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
@@ -530,7 +535,7 @@ def test_disconnect_frees_the_slot(small: Upscaler, png: bytes, accept: str) -> 
     assert service.segments <= 5
 
 
-def test_disconnect_during_an_upload_leaves_nothing(small: Upscaler, png: bytes) -> None:
+def test_disconnect_during_an_upload_starts_no_request(small: Upscaler, png: bytes) -> None:
     service = Local(small)
     with served(service) as url:
         for _ in range(3):
@@ -538,7 +543,7 @@ def test_disconnect_during_an_upload_leaves_nothing(small: Upscaler, png: bytes)
                 connection.sendall(part("steps", b"1"))
         with httpx2.Client(base_url=url) as client:
             assert upload(client, png).status_code == 200
-    assert service.asked == 1
+    assert service.requests == 1
 
 
 # Slots
@@ -593,7 +598,7 @@ def test_models_lists_model_and_limits(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "status"),
+    ("header", "status"),
     [
         (None, 401),
         ("", 401),
@@ -608,16 +613,16 @@ def test_models_lists_model_and_limits(client: TestClient) -> None:
     ],
 )
 def test_upload_needs_the_right_token(
-    service: Local, png: bytes, given: str | None, status: int
+    service: Local, png: bytes, header: str | None, status: int
 ) -> None:
     client = TestClient(create_app(service, Limits(), "gehëim"), raise_server_exceptions=False)
-    headers: Any = {} if given is None else {"Authorization": given.encode()}
+    headers: Any = {} if header is None else {"Authorization": header.encode()}
     answer = upload(client, png, headers=headers)
     assert answer.status_code == status
     if status == 401:
         assert "bearer token" in detail(answer, 401)
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert service.asked == (status == 200)
+    assert service.requests == (status == 200)
 
 
 def test_everything_but_uploads_needs_no_token(service: Local) -> None:
@@ -664,14 +669,14 @@ def test_odd_file_name_is_cleaned(client: TestClient, png: bytes, name: str, ste
     answer = client.post("/v1/upscale", content=body, headers=FORM)
     assert answer.status_code == 200, answer.text
     disposition = answer.headers["Content-Disposition"]
-    found = re.fullmatch(r"inline; filename\*=UTF-8''([\w%.~-]+)", disposition, re.ASCII)
-    assert found and unquote(found[1]) == f"{stem}-48x36.png"
+    match = re.fullmatch(r"inline; filename\*=UTF-8''([\w%.~-]+)", disposition, re.ASCII)
+    assert match and unquote(match[1]) == f"{stem}-48x36.png"
     assert "Set-Cookie" not in answer.headers
     streamed = client.post("/v1/upscale", content=body, headers={**FORM, **EVENTS})
     assert events(streamed.text)[-1][1]["filename"] == f"{stem}-48x36.png"
 
 
-# The service behind it
+# Errors of the service
 
 
 class Scripted:
@@ -732,9 +737,9 @@ def test_service_error_becomes_a_problem(
     for headers in ({}, EVENTS):
         assert detail(upload(client, png, headers=headers), status) == str(error)
     client = TestClient(create_app(Scripted(small, raising(error, PROGRESS)), Limits()))
-    (first, _), (name, told) = events(upload(client, png, headers=EVENTS).text)
+    (first, _), (name, problem) = events(upload(client, png, headers=EVENTS).text)
     assert (first, name) == ("progress", "error")
-    assert (told["status"], told["detail"]) == (status, str(error))
+    assert (problem["status"], problem["detail"]) == (status, str(error))
     assert detail(upload(client, png), status) == str(error)
 
 
@@ -809,8 +814,8 @@ def test_request_is_cancelled_at_the_deadline(small: Upscaler, png: bytes) -> No
     detail(upload(client, png, headers=EVENTS), 504)
     service = Scripted(small, endless)
     client = TestClient(create_app(service, Limits(seconds=1)))
-    (first, _), (name, told) = events(upload(client, png, headers=EVENTS).text)
-    assert (first, name, told["status"]) == ("progress", "error", 504)
+    (first, _), (name, problem) = events(upload(client, png, headers=EVENTS).text)
+    assert (first, name, problem["status"]) == ("progress", "error", 504)
     assert service.closed.is_set()
 
 

@@ -20,10 +20,10 @@ from PIL import Image
 
 from linearsr import Upscaler
 from linearsr.web.service import Limits
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part, png_of, saved
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part, png_of, saved
+from tests.helpers.local_service import PATIENCE, Local, served
 
-# pytest shows what the package hides: PIL's complaints about broken tags.
+# pytest shows PIL's warnings about broken tags, which the package hides.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
 UPLOADS = 1000
@@ -264,7 +264,7 @@ def test_random_uploads_break_nothing_and_leave_nothing(
             send(warm)
         memory, files = settled()
         sent = 0
-        found = Counter(send(fuzz) for _ in range(UPLOADS))
+        statuses = Counter(send(fuzz) for _ in range(UPLOADS))
         # The connection of a refused upload is closed a little after the answer.
         for _ in range(1000):
             if settled()[1] <= files:
@@ -273,9 +273,9 @@ def test_random_uploads_break_nothing_and_leave_nothing(
         memory_after, files_after = settled()
         after = client.post("/v1/upscale", content=good, headers=FORM)
     assert before.status_code == 200 and after.content == before.content
-    assert {status for _, status in found} == {200, 400, 413, 415, 422}
-    assert {kind for kind, _ in found} == set(fuzz.kinds)
-    assert sum(count for (_, status), count in found.items() if status == 200) > 100
+    assert {status for _, status in statuses} == {200, 400, 413, 415, 422}
+    assert {kind for kind, _ in statuses} == set(fuzz.kinds)
+    assert sum(count for (_, status), count in statuses.items() if status == 200) > 100
     assert service.free == service.slots
     # If bodies, pictures or results leaked, most of the bytes sent would still be here; allocators
     # keep a little (2 MB of 85).

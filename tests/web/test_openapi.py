@@ -17,8 +17,8 @@ from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig
 from linearsr.web.api import create_app
 from linearsr.web.service import Limits
-from tests.conftest import random_experts
-from tests.web.local import Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.local_service import Local, served
 
 # A result can be too large although each field is in its range; a schema cannot express that.
 CONFIG = """
@@ -45,12 +45,15 @@ def test_server_behaves_as_its_openapi_document_says(
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     run = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
-    asked = ["--checks=all", "--max-examples=50", "--seed=1", "--generation-database=none"]
+    options = ["--checks=all", "--max-examples=50", "--seed=1", "--generation-database=none"]
     header = ["--header", f"Authorization: Bearer {token}"] if token else []
-    hooks = {"SCHEMATHESIS_HOOKS": "tests.web.hooks", "PYTHONPATH": str(Path(__file__).parents[2])}
+    hooks = {
+        "SCHEMATHESIS_HOOKS": "tests.helpers.schemathesis_hooks",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     with served(Local(tagged), Limits(output_pixels=10_000), token) as url:
         done = subprocess.run(
-            [*run, f"{url}/openapi.json", *asked, *header],
+            [*run, f"{url}/openapi.json", *options, *header],
             env={**os.environ, **hooks},
             cwd=tmp_path,
             capture_output=True,
@@ -66,20 +69,20 @@ def document(upscaler: Upscaler, token: str | None = None) -> dict[str, Any]:
 
 
 def test_openapi_document_lists_problems_and_security(small: Upscaler) -> None:
-    told = document(small)["paths"]["/v1/upscale"]["post"]
+    operation = document(small)["paths"]["/v1/upscale"]["post"]
     problems = {"400", "413", "415", "422", "429", "503", "504"}
-    assert told["responses"].keys() == {"200", *problems}
+    assert operation["responses"].keys() == {"200", *problems}
     for status in problems:
-        (kind, content), *others = told["responses"][status]["content"].items()
+        (kind, content), *others = operation["responses"][status]["content"].items()
         assert kind == "application/problem+json" and not others
         assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
-    assert told["responses"]["429"]["headers"]["Retry-After"]["required"]
-    assert "text/event-stream" in told["responses"]["200"]["content"]
-    assert "security" not in told
+    assert operation["responses"]["429"]["headers"]["Retry-After"]["required"]
+    assert "text/event-stream" in operation["responses"]["200"]["content"]
+    assert "security" not in operation
     guarded = document(small, "a-token")
-    told = guarded["paths"]["/v1/upscale"]["post"]
-    assert told["responses"].keys() == {"200", "401", *problems}
-    assert told["security"] == [{"HTTPBearer": []}]
+    operation = guarded["paths"]["/v1/upscale"]["post"]
+    assert operation["responses"].keys() == {"200", "401", *problems}
+    assert operation["security"] == [{"HTTPBearer": []}]
     assert guarded["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert "security" not in guarded["paths"]["/v1/models"]["get"]
 

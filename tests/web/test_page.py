@@ -20,8 +20,8 @@ from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig, Options
 from linearsr.imaging.files import encode, read, to_pil
 from linearsr.web.service import Events, Limits, NotReady, Progress, UpscaleRequest
-from tests.conftest import random_experts
-from tests.web.local import PATIENCE, Local, served
+from tests.helpers.experts import random_experts
+from tests.helpers.local_service import PATIENCE, Local, served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -181,10 +181,10 @@ def open_page(browser: Browser, visits: list[Visit]) -> Iterator[Open]:
     yield opened
     for context in contexts:
         context.close()
-    told = [text for visit in visits for text in visit.complaints]
+    complaints = [text for visit in visits for text in visit.complaints]
     expected = [f"the server responded with a status of {status} " for status in refused]
-    assert len(told) == len(expected), told
-    assert all(words in text for words, text in zip(expected, told, strict=True)), told
+    assert len(complaints) == len(expected), complaints
+    assert all(words in text for words, text in zip(expected, complaints, strict=True)), complaints
     for visit in visits:
         # Object URLs have no host.
         assert visit.hosts <= {urlsplit(visit.url).netloc, ""}
@@ -358,8 +358,8 @@ def test_slider_moves_by_arrows_mouse_and_touch(open_page: Open, url: str, photo
     for key, value in [("ArrowLeft", 49), ("PageUp", 59), ("Home", 0), ("End", 100)]:
         page.keyboard.press(key)
         expect(slider).to_have_value(str(value))
-        told = f"{value}% before, {100 - value}% after"
-        assert slider.get_attribute("aria-valuetext") == told
+        label = f"{value}% before, {100 - value}% after"
+        assert slider.get_attribute("aria-valuetext") == label
         # The upper photo is clipped to the right of the line.
         shown = page.get_by_alt_text("Before").locator("..")
         expect(shown).to_have_css("clip-path", f"inset(0px {100 - value}% 0px 0px)")
@@ -425,8 +425,8 @@ def test_progress_is_reported_step_by_step(open_page: Open, url: str, photo: Pat
     page.evaluate(COLLECT_STATUS)
     start(page)
     expect(page.get_by_text("Done in")).to_be_visible()
-    *said, done = page.evaluate("said")
-    assert said == [
+    *messages, done = page.evaluate("said")
+    assert messages == [
         "Sent. Waiting for its turn.",
         "0%, 0 of 4 steps: structure is running.",
         "25%, 1 of 4 steps: refinement is running.",
@@ -594,8 +594,8 @@ def test_chosen_format_is_downloaded(
     start(page)
     name, data = download(page)
     assert name == f"Eileen Collins-256x192.{format}"
-    made = small.upscale(read(photo.read_bytes()))
-    expected = encode(made, {"jpg": "jpeg", "webp": "webp"}[format])
+    large = small.upscale(read(photo.read_bytes()))
+    expected = encode(large, {"jpg": "jpeg", "webp": "webp"}[format])
     with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(expected)) as same:
         assert np.array_equal(np.asarray(image), np.asarray(same))
 
@@ -835,9 +835,9 @@ def test_every_control_has_an_accessible_name(open_page: Open, url: str, photo: 
     start(page)
     expect(page.get_by_role("link", name="Download")).to_be_visible()
     controls = page.locator("a, button, input, select, figure img, progress, ol, section")
-    seen = [e for e in controls.all() if e.is_visible() and not e.get_attribute("aria-hidden")]
-    assert len(seen) > 15
-    for control in seen:
+    visible = [e for e in controls.all() if e.is_visible() and not e.get_attribute("aria-hidden")]
+    assert len(visible) > 15
+    for control in visible:
         expect(control).to_have_accessible_name(re.compile("."))
     assert page.get_by_role("group", name="Scale").get_by_role("radio").count() == 5
 

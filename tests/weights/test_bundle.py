@@ -1,4 +1,4 @@
-"""Bundles on disk: round trip, and every way they can be broken."""
+"""Bundles on disk: round trips, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError
-from tests.conftest import random_experts
+from tests.helpers.experts import random_experts
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_saving_refuses_weights_that_are_not_finite(
     assert not (tmp_path / "bad" / "texture.safetensors").exists()
 
 
-def test_the_bundled_model_is_complete_and_small() -> None:
+def test_the_bundled_model_has_all_experts_and_is_small() -> None:
     assert "linearsr-tiny" in weights.available()
     folder = weights.find("linearsr-tiny")
     assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 24e6

@@ -1,4 +1,4 @@
-"""Sana's two layouts in, LinearSR out; whatever does not fit is refused by name."""
+"""Both layouts of Sana become LinearSR; tensors that do not fit are refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEPTH = 2
 
 @pytest.fixture(scope="module")
 def sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that diffusers wrote: a small Sana, QK norm on, every weight random."""
+    """A folder written by diffusers: a small Sana with QK norm and random weights."""
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.SanaTransformer2DModel(
         num_attention_heads=4,
@@ -51,7 +51,7 @@ def sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def original(d: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Diffusers' tensors under NVlabs' keys, written out key by key from Sana's own modules."""
+    """Return diffusers' tensors under the keys of NVlabs' code, written out key by key."""
     out = {
         "pos_embed": torch.zeros(1, 64, 128),
         "y_embedder.y_embedding": torch.randn(300, 24),
@@ -103,11 +103,11 @@ def original(d: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def edited(sana: Path, folder: Path, settings: dict[str, Any], **tensors: Tensor | None) -> Path:
-    """A copy of the folder: config keys and tensors replaced, added, or (None) taken out."""
+    """Return a copy of the folder; keys and tensors are replaced, added or (None) removed."""
     content = {**load_file(sana / WEIGHTS), **tensors}
     save_file({k: v for k, v in content.items() if v is not None}, folder / WEIGHTS)
-    given = json.loads((sana / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**given, **settings}))
+    config = json.loads((sana / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
     return folder
 
 
@@ -121,7 +121,7 @@ def refusal(convert: Callable[[], object]) -> str:
 # Diffusers' layout
 
 
-def test_config_and_tensors_of_a_diffusers_folder(sana: Path) -> None:
+def test_a_diffusers_folder_gives_its_config_and_tensors(sana: Path) -> None:
     config, tensors, dropped, fresh = from_diffusers(sana)
     assert (config.depth, config.width, config.head_dim) == (DEPTH, 128, 32)
     assert (config.tag_dim, config.tag_heads, config.qk_norm) == (24, 2, True)
@@ -206,8 +206,8 @@ def test_wrong_tensors_are_named(
     assert words in message
 
 
-def test_parts_that_only_add_up_are_refused(sana: Path, tmp_path: Path) -> None:
-    """Queries of 64 and keys of 192 rows make the right 384 with the values, and a wrong model."""
+def test_tensors_of_wrong_shape_but_right_count_are_refused(sana: Path, tmp_path: Path) -> None:
+    """Queries of 64, keys of 192 and values of 128 rows have the right sum of 384."""
     names = [f"transformer_blocks.0.attn1.to_{x}.weight" for x in "qk"]
     wrong = dict(zip(names, (torch.zeros(64, 128), torch.zeros(192, 128)), strict=True))
     message = refusal(lambda: from_diffusers(edited(sana, tmp_path, {}, **wrong)))
@@ -277,7 +277,7 @@ def saved(tensors: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_both_layouts_make_one_model(
+def test_original_and_diffusers_layouts_give_the_same_model(
     sana: Path, tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig, suffix: str
 ) -> None:
     theirs = from_diffusers(sana)
@@ -293,7 +293,7 @@ def test_both_layouts_make_one_model(
     assert list(ours.dropped) == ["epoch"] * (suffix == "pth") + caption
 
 
-def test_shape_is_read_off_the_tensors(
+def test_config_is_inferred_from_the_shapes_of_the_tensors(
     tmp_path: Path,
     nvlabs: dict[str, Tensor],
     config: DenoiserConfig,
@@ -306,7 +306,7 @@ def test_shape_is_read_off_the_tensors(
 
 
 @pytest.mark.parametrize("width", [1152, 2240, 96, 77])
-def test_ratio_gives_back_the_hidden_size(width: int) -> None:
+def test_mlp_ratio_gives_back_the_hidden_size(width: int) -> None:
     assert all(int(width * _ratio(hidden, width)) == hidden for hidden in range(1, 4 * width))
 
 
@@ -337,14 +337,14 @@ def test_wrong_original_tensors_are_named(
     assert words in message
 
 
-def test_sana_is_no_preconditioned_model(
+def test_conversion_to_a_preconditioned_model_is_refused(
     tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig
 ) -> None:
     other = config.model_copy(update={"prediction": "preconditioned"})
     assert "velocity" in refusal(lambda: from_sana(saved(nvlabs, tmp_path), other))
 
 
-def test_a_condition_latent_is_silent_as_well(
+def test_a_condition_latent_adds_nothing_after_conversion(
     tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig
 ) -> None:
     wider = config.model_copy(update={"condition_latent": True})
@@ -354,7 +354,7 @@ def test_a_condition_latent_is_silent_as_well(
 
 
 class Bomb:
-    """Unpickled, it would leave a file behind."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

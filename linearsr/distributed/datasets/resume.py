@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from linearsr.distributed.queue import CRASHED
-from linearsr.errors import LinearSRError, OptionError, one_line
+from linearsr.errors import OptionError
 from linearsr.imaging.sources import FAILURES
 from linearsr.storage.location import Location, check_writable, url, write_table
 from linearsr.storage.walk import Notes
@@ -160,9 +160,3 @@ class Errors:
 
     def __exit__(self, *_: object) -> None:
         self.save()
-
-
-def reason(error: Exception) -> str:
-    """Return an error's message on one line, with its class if it is none of ours."""
-    kind = "" if isinstance(error, LinearSRError) else f"{type(error).__name__}: "
-    return kind + one_line(error)

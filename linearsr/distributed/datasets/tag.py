@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress, reason
+from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress
 from linearsr.distributed.queue import CRASHED, Pool, map_actors
 from linearsr.errors import (
     InputError,
@@ -28,8 +28,10 @@ from linearsr.errors import (
     is_text,
     one_line,
     printable,
+    reason,
 )
 from linearsr.imaging.files import read
+from linearsr.imaging.listing import NAME_FAULT
 from linearsr.imaging.sources import is_shard_name, map_files, open_shard
 from linearsr.storage.location import (
     Location,
@@ -72,7 +74,7 @@ class TagConfig(Pool):
     output: str
     """Folder for the tagged shards, local or s3://; may be the input."""
     column: Literal["lr", "hr"] = "lr"
-    """Picture to tag; the upscaler sees LR only, so it can only have tags that LR shows."""
+    """Picture to tag. Upscaling has LR alone, so the tags of lr are those that it can find."""
     tagger: TaggerConfig = TaggerConfig()
 
     @property
@@ -148,7 +150,7 @@ def _list_shards(folder: Location, column: str, notes: Notes) -> list[_Shard]:
     files = {n: file for n, file in files.items() if is_shard_name(n)}
     for name in [name for name in files if not is_text(name)]:
         del files[name]
-        notes.failures[printable(name)] = "the file's name is not UTF-8; rename it"
+        notes.failures[printable(name)] = NAME_FAULT
     if not files:
         raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
 

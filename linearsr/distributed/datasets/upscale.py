@@ -22,11 +22,10 @@ from linearsr.distributed.datasets.resume import (
     Summary,
     claim,
     progress,
-    reason,
 )
 from linearsr.distributed.models import absolute, check_model, load_upscaler
 from linearsr.distributed.queue import Pool, map_actors
-from linearsr.errors import InputError, OptionError, OutputError, StorageError
+from linearsr.errors import InputError, OptionError, OutputError, StorageError, reason
 from linearsr.imaging.files import WRITE_SUFFIXES, Picture, result_name
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
 from linearsr.pipeline.codec import Encoded, upscale_encoded
@@ -55,7 +54,7 @@ class UpscaleConfig(Pool):
     input: str
     """Folder of pictures, or of Parquet shards."""
     output: str
-    """Folder of its own for the results."""
+    """Folder for the results, which must not hold those of another job."""
     kind: Literal["images", "parquet"] = "images"
     """Kind of results: files named after their inputs, or shards with columns id, image, width and
     height."""

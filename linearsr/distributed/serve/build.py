@@ -49,7 +49,11 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
         deployment = serve.deployment(Finisher).options(**_options(config, *size))
         finisher = deployment.bind(config, config.device)
     groups = [experts for experts, _ in deployments]
-    router = _router(config).bind(config, groups, workers, finisher)
+    options = _options(config, config.router_cpus)
+    options["max_ongoing_requests"] = config.max_ongoing_requests
+    options["max_queued_requests"] = config.max_queued_requests
+    deployment = serve.deployment(Router).options(**options, num_replicas=config.routers)
+    router = deployment.bind(config, groups, workers, finisher)
     workers += [finisher] if finisher else []
     return _ingress(config).bind(config.limits, model_info(model), router, workers)
 
@@ -69,13 +73,6 @@ def _scaling(config: ServeConfig, name: str, replicas: int) -> dict[str, Any]:
         target_ongoing_requests=config.max_batch_size,
     )
     return {"autoscaling_config": scaling}
-
-
-def _router(config: ServeConfig) -> serve.Deployment:
-    options = _options(config, config.router_cpus)
-    options["max_ongoing_requests"] = config.max_ongoing_requests
-    options["max_queued_requests"] = config.max_queued_requests
-    return serve.deployment(Router).options(**options, num_replicas=config.routers)
 
 
 def _ingress(config: ServeConfig) -> serve.Deployment:

@@ -141,7 +141,7 @@ def check_same_model(upscaler: Upscaler, handoff: Handoff) -> None:
 
 def self_check(upscaler: Upscaler, expert: int) -> None:
     """Take one step of an expert on a tiny picture. Raises WeightsError unless it stays finite."""
-    picture = Picture(torch.full((3, 8, 8), 0.5), None, 8, False, None, None, "png")
+    picture = Picture(torch.full((3, 8, 8), 0.5))
     low, high = ranges(upscaler.config.sampling.boundaries)[expert]
     state = replace(upscaler.prepare(picture, Options(steps=1)), timesteps=(high, low))
     (latent,) = upscaler.denoise(state, Segment(expert, 0, 1)).latents

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Generator, Mapping
 from functools import lru_cache, partial
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,9 +32,9 @@ from linearsr.training.data import (
     Photos,
     Tags,
     as_bytes,
+    collate,
     cut_pair,
     read_tags,
-    same,
 )
 
 # Decoded photographs, and row groups of encoded ones, that one actor keeps.
@@ -61,19 +62,21 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
     Tags come from the folder's tags.jsonl, or from the shards' column `tags`, if there is one.
     Raises InputError, with the reason, if there is nothing to train on.
     """
-    pictures, shards = choose(locate(path), "hr")
+    folder = locate(path)
+    pictures, shards = choose(folder, "hr")
     if shards:
         return Shards(shards, config, seed)
     if not pictures:
         raise InputError(f"{path}: no pictures and no .parquet shards to train on")
-    usable = _usable(pictures, config)
+    decodable = (p for p in pictures[:CHECKED] if _decoded(p, config.needs) is not None)
+    usable = tuple(islice(decodable, 3))
     if not usable:
         raise InputError(
             f"{path}: none of the first {CHECKED} pictures can be decoded and is at least "
             f"{config.needs} px on its shorter side (patch plus margins)"
         )
-    tags = _tags(locate(path), pictures)
-    photos = [partial(_photo, p, config.needs, tuple(usable), tags) for p in pictures]
+    tags = _tags(folder, pictures)
+    photos = [partial(_photo, p, config.needs, usable, tags) for p in pictures]
     return Photos(photos, config, seed)
 
 
@@ -87,20 +90,11 @@ def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
     return {(folder / name).path: tags for name, tags in listed.items()}
 
 
-def _usable(pictures: list[Location], config: DataConfig) -> list[Location]:
-    """Return up to three of the first pictures that a patch can be cut from."""
-    usable: list[Location] = []
-    for picture in pictures[:CHECKED]:
-        if len(usable) < 3 and _decoded(picture, config.needs) is not None:
-            usable.append(picture)
-    return usable
-
-
 @lru_cache(maxsize=PHOTOS_KEPT)
 def _decoded(picture: Location, needs: int) -> Tensor | None:
     """Return pixels (3, H, W) uint8, or None if the picture is damaged or too small."""
     try:
-        photo = as_bytes(read(picture.read(), name=picture.path))
+        photo = as_bytes(read(picture.read(), name=picture.path).pixels)
     except StorageError:
         raise  # nothing is wrong with the picture
     except LinearSRError:
@@ -144,16 +138,15 @@ class Shards:
 
         Raises InputError after a whole epoch, or MAX_SKIPPED rows, of unusable ones.
         """
-        for candidate in range(number, number + min(self.rows, MAX_SKIPPED)):
-            photo = self._photo(*divmod(candidate, self.rows))
-            if photo is not None:
-                rng = np.random.default_rng([self.seed, number])
-                scale = self.config.scale_of(self.seed, number)
-                return cut_pair(partial(same, photo), self.config, scale, rng)
-        raise InputError(
-            f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at least "
-            f"{self.config.needs} px on its shorter side; build larger shards"
-        )
+        candidates = range(number, number + min(self.rows, MAX_SKIPPED))
+        rows = (self._photo(*divmod(candidate, self.rows)) for candidate in candidates)
+        photo = next((row for row in rows if row is not None), None)
+        if photo is None:
+            raise InputError(
+                f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at "
+                f"least {self.config.needs} px on its shorter side; build larger shards"
+            )
+        return cut_pair(lambda _: photo, self.config, self.seed, number)
 
     def _photo(self, epoch: int, position: int) -> Photo | None:
         group, row = self._find(epoch, position)
@@ -161,7 +154,7 @@ class Shards:
         if columns["hr"] is None:
             return None
         try:
-            pixels = as_bytes(read(columns["hr"], name=f"{group.file.path}:{row}"))
+            pixels = as_bytes(read(columns["hr"], name=f"{group.file.path}:{row}").pixels)
         except LinearSRError:
             return None
         if min(pixels.shape[1:]) < self.config.needs:
@@ -186,15 +179,13 @@ def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarr
 def _groups(file: Location) -> list[_Group]:
     shard = open_shard(file, "hr")
     metadata, schema = shard.metadata, shard.schema_arrow
-    if "tags" in schema.names and not _is_lists_of_text(schema.field("tags").type):
-        raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
+    if "tags" in schema.names:
+        kind = schema.field("tags").type
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not lists or str(kind.value_type).removeprefix("large_") != "string":
+            raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     return [_Group(file, number, size) for number, size in enumerate(sizes)]
-
-
-def _is_lists_of_text(kind: pa.DataType) -> bool:
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return lists and str(kind.value_type).removeprefix("large_") == "string"
 
 
 @lru_cache(maxsize=GROUPS_KEPT)
@@ -226,7 +217,8 @@ class _PairMaker:
         self.offset = share.rank * self.count
 
     def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        numbers = [n for step in steps["step"] for n in self._numbers(self.first_step + int(step))]
+        firsts = [(self.first_step + int(n)) * self.batch + self.offset for n in steps["step"]]
+        numbers = [n for first in firsts for n in range(first, first + self.count)]
         hr, lr, tags = zip(*(self.source.pair(n) for n in numbers), strict=True)
         return {
             "number": np.array(numbers),
@@ -236,10 +228,6 @@ class _PairMaker:
             "lr": np.array([picture.numpy().tobytes() for picture in lr], dtype=object),
             "tags": np.array([json.dumps(names) for names in tags]),
         }
-
-    def _numbers(self, step: int) -> range:
-        first = step * self.batch + self.offset
-        return range(first, first + self.count)
 
 
 def batches(
@@ -266,18 +254,10 @@ def batches(
         num_cpus=share.cpus,
     )
     for rows in pairs.iter_batches(batch_size=config.batch // share.world, prefetch_batches=2):
-        yield _batch(rows)
-
-
-def _batch(rows: dict[str, np.ndarray]) -> Batch:
-    hr = torch.from_numpy(np.array(rows["hr"]))
-    lr = torch.stack([_square(picture) for picture in rows["lr"]])
-    hr, lr = (side.float() / 127.5 - 1 for side in (hr, lr))
-    tags = tuple(tuple(json.loads(names)) for names in rows["tags"])
-    return Batch(hr, lr, torch.from_numpy(np.array(rows["number"])), tags)
-
-
-def _square(pixels: bytes) -> Tensor:
-    """Return (3, n, n) uint8 from its bytes."""
-    side = math.isqrt(len(pixels) // 3)
-    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, side, side)
+        side = math.isqrt(len(rows["lr"][0]) // 3)
+        lrs = [torch.from_numpy(np.frombuffer(lr, np.uint8).copy()) for lr in rows["lr"]]
+        own = [
+            Pair(torch.from_numpy(np.array(hr)), lr.view(3, side, side), tuple(json.loads(names)))
+            for hr, lr, names in zip(rows["hr"], lrs, rows["tags"], strict=True)
+        ]
+        yield collate(own, rows["number"].tolist())

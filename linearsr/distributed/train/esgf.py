@@ -149,16 +149,14 @@ def export_outcomes(outcomes: Sequence[Outcome], recipe: Recipe, target: Locatio
 
     An expert that was not trained keeps the weights that the others were trained with.
     """
-    chosen = [outcome.kept or _result(outcome) for outcome in outcomes]
+    chosen = [
+        outcome.kept
+        or (start_from_knee if outcome.knee.status == "confirmed" else last_checkpoint)(outcome.run)
+        for outcome in outcomes
+    ]
     experts = [
         {"run": outcome.run.name, "step": step, "knee": outcome.knee.status}
         for outcome, (_, step) in zip(outcomes, chosen, strict=True)
     ]
     provenance = {"experts": json.dumps(experts), "recipe": recipe.model_dump_json()}
     write_bundle(target, recipe.model, [folder for folder, _ in chosen], provenance)
-
-
-def _result(outcome: Outcome) -> tuple[Location, int | None]:
-    if outcome.knee.status == "confirmed":
-        return start_from_knee(outcome.run)
-    return last_checkpoint(outcome.run)

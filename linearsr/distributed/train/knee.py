@@ -122,7 +122,9 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         knee = knee.model_copy(update={"checkpoint": self._keep(knee)})
         (self.run / KNEE).write(knee.model_dump_json(indent=1).encode())
         self.knee = knee
-        self._delete_other_copies(knee.checkpoint)
+        for file in (self.run / KEPT).files():  # of former knees, now that the new one is named
+            if knee.checkpoint is not None and not file.path.startswith(f"{knee.checkpoint}/"):
+                file.delete_file()
         self._draw(knee, result)
         return knee
 
@@ -141,12 +143,6 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         original.copy_to(kept)
         return kept.path
 
-    def _delete_other_copies(self, kept: str | None) -> None:
-        """Delete copies of former knees, once `knee.json` names the new one."""
-        for file in (self.run / KEPT).files():
-            if kept is not None and not file.path.startswith(f"{kept}/"):
-                file.delete_file()
-
     def _draw(self, knee: Knee, result: Result | None) -> None:
         if result is None or result.checkpoint is None:
             return
@@ -162,14 +158,11 @@ def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> Kn
     """Return the detector's state after a history, without metrics that were never measured."""
     measured = {name for v in history for name in v.metrics}
     known = {name: up for name, up in higher_is_better.items() if name in measured}
-    if not known:
-        return KneeState("rising", None, 0, {})
-    detector = KneeDetector(known)
     state = KneeState("rising", None, 0, {})
-    for validated in history:
-        state = detector.update(
-            validated.step, {k: v for k, v in validated.metrics.items() if k in known}
-        )
+    if known:
+        detector = KneeDetector(known)
+        for v in history:
+            state = detector.update(v.step, {k: v.metrics[k] for k in v.metrics.keys() & known})
     return state
 
 

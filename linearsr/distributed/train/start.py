@@ -57,11 +57,10 @@ def start_experts(job: StageConfig) -> Iterator[Callable[[int], LinearSR]]:
                 return start
             return stack.enter_context(locate(start).local(".safetensors"))
 
-        yield lambda expert: _load(job, folder(), expert)
+        def load(expert: int) -> LinearSR:
+            config = weights.read_config(folder())
+            _check_fits(job, config)
+            number = expert if len(weights.expert_names(config)) > 1 else 0
+            return weights.load(folder(), only={number}).experts[number]
 
-
-def _load(job: StageConfig, start: str | Path, expert: int) -> LinearSR:
-    config = weights.read_config(start)
-    _check_fits(job, config)
-    number = expert if len(weights.expert_names(config)) > 1 else 0
-    return weights.load(start, only={number}).experts[number]
+        yield load

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,6 @@ from linearsr.storage.location import Location, check_writable, locate
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop, perceptual
 from linearsr.training.config import PerceptualConfig
-from linearsr.training.data import Batch
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.guard import Diverged
 
@@ -78,7 +76,10 @@ def train(stage: StageConfig) -> Outcome:
     try:
         result = _trainer(stage, callback).fit()
     except ray.train.TrainingFailedError as error:
-        raise LinearSRError(f"{stage.run.path}: training failed: {_cause(error)}") from error
+        failures = list((getattr(error, "worker_failures", {}) or {}).values()) or [error]
+        # An error of ours, not its consequences on other ranks.
+        cause = min(failures, key=lambda failure: not isinstance(failure, LinearSRError))
+        raise LinearSRError(f"{stage.run.path}: training failed: {one_line(cause)}") from error
     if result.return_value:
         raise LinearSRError(f"{stage.run.path}: {result.return_value}")
     # Once more: some validations ended after the last report.
@@ -102,12 +103,8 @@ def check(stage: StageConfig) -> None:
     advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
     worker = ResourceRequest(cluster.worker_cpus, int(cluster.gpu))
     check_feasible("the stage", ResourceRequest(cluster.cpus(), cluster.gpus()), worker, advice)
-    _check_same_model(stage)
-
-
-def _check_same_model(stage: StageConfig) -> None:
-    """Raise OptionError if the run was started with another model: its checkpoints do not fit."""
-    file, model = stage.run / MODEL, stage.recipe.model
+    # Checkpoints of another model do not fit.
+    file, model = stage.run / MODEL, recipe.model
     if not file.exists():
         file.write(model.model_dump_json().encode())
     elif ModelConfig.model_validate_json(file.read()) != model:
@@ -120,13 +117,6 @@ def _check_same_model(stage: StageConfig) -> None:
 def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:
     cluster = stage.cluster
     storage = locate(cluster.storage)
-    validation = RayValidation(
-        fn=partial(validate_checkpoint, stage_json=stage.model_dump_json()),
-        ray_remote_kwargs={
-            "num_cpus": cluster.validation_cpus,
-            "num_gpus": cluster.validation_gpus,
-        },
-    )
     return TorchTrainer(
         _worker,
         train_loop_config={"stage": stage.model_dump_json()},
@@ -148,7 +138,13 @@ def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:
             callbacks=[callback],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-        validation_config=validation,
+        validation_config=RayValidation(
+            fn=partial(validate_checkpoint, stage_json=stage.model_dump_json()),
+            ray_remote_kwargs={
+                "num_cpus": cluster.validation_cpus,
+                "num_gpus": cluster.validation_gpus,
+            },
+        ),
     )
 
 
@@ -170,7 +166,9 @@ def _worker(config: dict[str, str]) -> str | None:
                 state.load(folder)
         while not reporter.stops():
             try:
-                with closing(_stream(job, state.progress, share)) as data:
+                seen, steps = state.progress.seen, job.train.steps - state.progress.step
+                source = job.cluster.data, job.data, job.train.seed
+                with closing(batches(*source, seen, steps, share)) as data:
                     loop.run(state, data, reporter)
                 return None
             except Diverged as error:
@@ -201,13 +199,6 @@ def _build(job: StageConfig) -> loop.TrainState:
     return loop.TrainState.start(engine, autoencoder, train, encoder, objective)
 
 
-def _stream(
-    job: StageConfig, progress: loop.Progress, share: Share
-) -> Generator[Batch, None, None]:
-    steps = job.train.steps - progress.step
-    return batches(job.cluster.data, job.data, job.train.seed, progress.seen, steps, share)
-
-
 def _restart(
     job: StageConfig, failed: loop.Progress, reason: str, reporter: _Reporter
 ) -> loop.TrainState:
@@ -220,10 +211,12 @@ def _restart(
             state.load(folder)
     state.progress.attempt, state.progress.seen = failed.attempt + 1, failed.seen
     state.progress.minutes = failed.minutes
-    reporter.say(
-        f"{reason}; back to step {state.progress.step} at a lower rate "
-        f"(attempt {state.progress.attempt})"
-    )
+    if reporter.leads:
+        print(
+            f"{job.cluster.name}: {reason}; back to step {state.progress.step} at a lower rate "
+            f"(attempt {state.progress.attempt})",
+            flush=True,
+        )
     reporter.checkpoint(state, {"diverged": reason}, validation=False)
     return state
 
@@ -235,8 +228,12 @@ class _Reporter:
         self.job = job
         self.leads = share.rank == 0
         self.local = Path(tempfile.mkdtemp(prefix="linearsr-"))
-        self.board = _board(self.local) if self.leads else None
-        self.bar = _bar(job) if self.leads else None
+        if self.leads:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.local))
+            self.bar = progress_bar(job.cluster.name, job.train.steps, "step")
+            self.bar.step = 0
         # Read once: Ray does not report checkpoints that retention has deleted.
         self.last_knee = read_knee(job.run) if self.leads else Knee()
         self.began, self.stalled = time.perf_counter(), 0.0
@@ -246,7 +243,7 @@ class _Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
+        if self.leads:
             self.bar.close()
         shutil.rmtree(self.local, ignore_errors=True)
 
@@ -304,19 +301,12 @@ class _Reporter:
             delete_local_checkpoint_after_upload=True,
             validation=validation,
         )
-        if self.board is not None:
+        if self.leads:
             self.board.flush()
             locate(self.local).copy_to(self.job.run / "tensorboard")
         self.stalled += time.perf_counter() - began
 
-    def say(self, text: str) -> None:
-        """Print a line for people, once."""
-        if self.leads:
-            print(f"{self.job.cluster.name}: {text}", flush=True)
-
     def _show(self, report: loop.Report) -> None:
-        assert self.board is not None
-        assert self.bar is not None
         for name, value in report._asdict().items():
             self.board.add_scalar(f"train/{name}", value, report.step)
         knee = self._knee()
@@ -327,22 +317,3 @@ class _Reporter:
         )
         self.bar.update(report.step - self.bar.step)
         self.bar.step = report.step
-
-
-def _board(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
-
-
-def _bar(job: StageConfig) -> Any:
-    """Return Ray's progress bar: the driver draws it once, however many workers have one."""
-    bar = progress_bar(job.cluster.name, job.train.steps, "step")
-    bar.step = 0
-    return bar
-
-
-def _cause(error: Exception) -> str:
-    """Return the error that ended the workers: ours, not its consequences on other ranks."""
-    failures = list((getattr(error, "worker_failures", {}) or {}).values()) or [error]
-    return one_line(min(failures, key=lambda failure: not isinstance(failure, LinearSRError)))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from ray.train import Checkpoint
 from torch import Tensor
 
@@ -15,13 +12,13 @@ from linearsr.denoiser import LinearSR
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.start import start_experts
 from linearsr.errors import InputError
-from linearsr.imaging.files import read
+from linearsr.imaging.files import Picture, encode, read
 from linearsr.imaging.sources import list_pictures
 from linearsr.storage.location import Location, locate
 from linearsr.storage.walk import Notes
 from linearsr.training import export
 from linearsr.training.recipes import ValidationConfig
-from linearsr.training.validation import validate_experts
+from linearsr.training.validation import validate
 
 
 def validation_pictures(path: str, config: ValidationConfig) -> list[tuple[str, Tensor]]:
@@ -62,13 +59,6 @@ def validate_checkpoint(checkpoint: Checkpoint, stage_json: str) -> dict[str, An
             trained = number == (job.expert or 0)
             return export.load(folder, model) if trained else others(number)
 
-        metrics, strip = validate_experts(model, load, pictures, config, device)
-    (job.run / "samples" / f"{source.name}.png").write(_png(strip))
+        metrics, strip = validate(model, load, pictures, config, device)
+    (job.run / "samples" / f"{source.name}.png").write(encode(Picture(strip), "png"))
     return metrics
-
-
-def _png(strip: Tensor) -> bytes:
-    pixels = (strip * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
-    return buffer.getvalue()

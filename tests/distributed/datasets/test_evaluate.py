@@ -45,7 +45,7 @@ def _rows(output: Path) -> list[dict[str, object]]:
 
 
 def _pairs(photos: Path, folder: Path) -> tuple[Path, Path]:
-    """HR cut to whole LR pixels, and LR, under the same names."""
+    """Write HR, cut to whole LR pixels, and LR under the same names."""
     (folder / "hr").mkdir(), (folder / "lr").mkdir()
     for path in photos.iterdir():
         hr = Image.open(path).crop((0, 0, 96, 64))
@@ -73,7 +73,7 @@ def test_actors_load_checkpoints_of_other_programs(
 ) -> None:
     file = tmp_path / "compact.safetensors"
     save_file(Compact(num_feat=8, num_conv=2, upscale=2).state_dict(), file)
-    monkeypatch.chdir(tmp_path)  # the actors are elsewhere
+    monkeypatch.chdir(tmp_path)  # actors run in other folders
     models = {"compact": file.name}
     request = Request.parse(hr=str(photos), models=models, metrics=("psnr",))
     report = evaluate(_job(request, tmp_path / "job"))
@@ -102,7 +102,7 @@ def test_shards_give_the_scores_of_their_pictures(
     words += f"--results other={tmp_path / 'other'} --metrics {' '.join(METRICS)} "
     assert main([*words.split(), "-o", str(tmp_path / "plain")]) == 1
     assert _rows(tmp_path / "job") == _rows(tmp_path / "plain")
-    # Names without a partner stay without one: nothing is left for another try.
+    # A second run finds no partner either, so it has nothing to do.
     assert report.failures == ["astronaut.png (other): left out: no result picture matches"]
     assert not list((tmp_path / "job").glob("parts-*"))
 
@@ -115,7 +115,7 @@ def test_the_command_reads_shards(
     low = io.BytesIO()
     Image.new("RGB", (40, 30)).save(low, "PNG")
     row = {"id": "one", "hr": buffer.getvalue(), "lr": low.getvalue()}
-    # In subfolders, as upscale_dataset writes its results; its list of errors is no result.
+    # upscale_dataset writes results into subfolders; its list of errors is no result.
     for name in ("shards/more", "mine/data", "mine/errors"):
         (tmp_path / name).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "shards" / "more" / "0.parquet")
@@ -124,8 +124,8 @@ def test_the_command_reads_shards(
     pq.write_table(pa.table({"id": ["two"]}), tmp_path / "mine" / "errors" / "errors.parquet")
     words = f"evaluate --hr {tmp_path / 'shards'} --results mine={tmp_path / 'mine'} --models "
     assert main([*words.split(), "--metrics", "psnr", "-o", str(tmp_path / "out")]) == 0
-    found = {row["method"]: row["value"] for row in _rows(tmp_path / "out")}
-    assert set(found) == {"bicubic", "mine"} and found["mine"] == pytest.approx(80)
+    values = {row["method"]: row["value"] for row in _rows(tmp_path / "out")}
+    assert set(values) == {"bicubic", "mine"} and values["mine"] == pytest.approx(80)
 
 
 def test_damaged_parts_are_refused(tmp_path: Path) -> None:
@@ -152,7 +152,9 @@ def test_models_run_on_the_chosen_device(words: str, device: str) -> None:
     assert config.model_device == device
 
 
-def test_other_settings_have_other_parts(small_bundle: Path, photos: Path, tmp_path: Path) -> None:
+def test_settings_that_change_scores_have_a_fingerprint_of_their_own(
+    small_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
     prints = set()
     for more in ({}, {"lr": "degraded"}, {"seed": 1}, {"scale": 2}, {"every": 2}):
         request = _request(small_bundle, photos, **more)

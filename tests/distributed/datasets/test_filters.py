@@ -1,4 +1,4 @@
-"""Crops, sharpness, hashes, and that near-duplicates are found as a plain search would."""
+"""Crops, sharpness and hashes of pictures; near-duplicates are those of a plain search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _photo(name: str) -> Image.Image:
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
+    """Return the picture as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -45,13 +45,13 @@ def _cells(height: int, width: int, crop: int, seed: int = 0) -> list[Box]:
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 200), (205, 131), (63, 400)])
 def test_crops_lie_inside_do_not_overlap_and_are_as_many_as_fit(height: int, width: int) -> None:
     covered = np.zeros((height, width), int)
-    found = _cells(height, width, 64)
-    for box in found:
+    cells = _cells(height, width, 64)
+    for box in cells:
         assert (box.width, box.height) == (64, 64)
         assert box.left >= 0 and box.top >= 0
         covered[box.top : box.top + 64, box.left : box.left + 64] += 1
-    assert covered.sum() == len(found) * 64 * 64 and covered.max(initial=0) <= 1
-    assert len(found) == (height // 64) * (width // 64)
+    assert covered.sum() == len(cells) * 64 * 64 and covered.max(initial=0) <= 1
+    assert len(cells) == (height // 64) * (width // 64)
 
 
 def test_the_seed_decides_where_crops_lie_and_their_order() -> None:
@@ -66,7 +66,7 @@ def test_a_whole_picture_is_trimmed_to_the_scale() -> None:
     assert _cells(3, 400, 0) == []
 
 
-def test_a_box_cuts_what_it_says() -> None:
+def test_a_box_cuts_the_pixels_that_it_names() -> None:
     rows = torch.arange(6.0).view(1, 6, 1).expand(1, 6, 8)
     part = Box(left=2, top=1, width=5, height=3).cut(rows)
     assert part.shape == (1, 3, 5) and part[0, :, 0].tolist() == [1, 2, 3]
@@ -76,7 +76,7 @@ def test_a_box_cuts_what_it_says() -> None:
 
 
 def test_sharpness_is_the_variance_of_the_laplacian() -> None:
-    """Of a checkerboard of 0 and 255 it is +-4 * 255, of a slope 0."""
+    """The Laplacian of a checkerboard of 0 and 255 is +-4 * 255; that of a slope is 0."""
     for side in (3, 40, 300):
         board = (torch.arange(side).view(-1, 1) + torch.arange(side)) % 2 * 255
         expected = (4 * 255) ** 2 if side > 3 else 0
@@ -86,13 +86,13 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "rocket", "chelsea"])
-def test_blur_is_told_from_sharp_photographs(name: str) -> None:
+def test_sharpness_tells_blurred_from_sharp_photographs(name: str) -> None:
     photo = _photo(name)
     assert _sharpness(photo) > 40
     assert _sharpness(photo.filter(ImageFilter.GaussianBlur(4))) < 20
 
 
-def test_a_sharp_subject_before_a_soft_background_counts() -> None:
+def test_sharpness_of_a_sharp_subject_before_a_soft_background_is_high() -> None:
     photo = _photo("astronaut")
     soft = photo.filter(ImageFilter.GaussianBlur(6))
     blurred = _sharpness(soft)
@@ -100,13 +100,13 @@ def test_a_sharp_subject_before_a_soft_background_counts() -> None:
     assert blurred < 20 < 100 < _sharpness(soft)
 
 
-def test_a_picture_of_no_area_to_speak_of_has_no_sharpness() -> None:
+def test_sharpness_of_a_tiny_or_flat_picture_is_zero() -> None:
     assert sharpness(torch.randint(256, (3, 2, 50)).byte()) == 0
     assert sharpness(torch.full((3, 3, 3), 128).byte()) == pytest.approx(0, abs=1e-3)
 
 
-def test_every_row_of_tiles_counts() -> None:
-    """Noise in one tile of the three, two rows of which are whole."""
+def test_sharpness_counts_every_row_of_tiles() -> None:
+    """Only one tile has noise; the picture holds two whole rows of tiles."""
     for top in (0, 128):
         picture = torch.full((3, 128 * 2 + 2, 130), 90).byte()
         picture[:, top + 10 : top + 120, 10:120] = torch.randint(256, (3, 110, 110)).byte()
@@ -144,18 +144,18 @@ def test_different_photographs_have_hashes_far_apart() -> None:
 
 
 def _searched(hashes: list[int], distance: int) -> list[int | None]:
-    """The same by comparing each with all that are kept."""
+    """Find near-duplicates by comparing each hash with all that are kept."""
     kept: list[int] = []
-    found: list[int | None] = []
+    neighbours: list[int | None] = []
     for number, value in enumerate(hashes):
         near = [k for k in kept if (hashes[k] ^ value).bit_count() <= distance]
-        found.append(near[0] if near else None)
+        neighbours.append(near[0] if near else None)
         kept += [] if near else [number]
-    return found
+    return neighbours
 
 
 def _crowd(count: int, most_flips: int) -> list[int]:
-    """Hashes of 64 bits around a few, so that many are about as far apart as is looked for."""
+    """Return hashes of 64 bits around a few centres, so that many distances are near the limit."""
     rng = random.Random(3)
     centres = [0, 2**64 - 1, *(rng.getrandbits(64) for _ in range(10))]
     hashes = []
@@ -168,20 +168,20 @@ def _crowd(count: int, most_flips: int) -> list[int]:
 @pytest.mark.parametrize("distance", [0, 1, 2, 4, 7, MAX_DISTANCE])
 def test_near_duplicates_are_those_of_a_plain_search(distance: int) -> None:
     hashes = _crowd(800, distance + 2)
-    found = near_duplicates(hashes, distance)
-    assert found == _searched(hashes, distance)
-    assert 20 < found.count(None) < 790
+    duplicates = near_duplicates(hashes, distance)
+    assert duplicates == _searched(hashes, distance)
+    assert 20 < duplicates.count(None) < 790
 
 
 def test_a_chain_of_small_steps_does_not_make_strangers_duplicates() -> None:
     assert near_duplicates([0b0, 0b11, 0b1111, 0b111111], 2) == [None, 0, None, 2]
 
 
-def test_the_first_one_kept_is_named() -> None:
+def test_near_duplicates_name_the_first_picture_that_is_kept() -> None:
     assert near_duplicates([0, 0b1111, 0b0011, 0], 2) == [None, None, 0, 0]
 
 
-def test_nothing_is_a_duplicate_where_that_is_turned_off() -> None:
+def test_near_duplicates_are_none_if_the_search_is_off() -> None:
     assert near_duplicates([5, 5, 5], -1) == [None, None, None]
     assert near_duplicates([], 4) == []
 

@@ -1,4 +1,4 @@
-"""From a bucket of photographs to a report, each job as `ray job submit` runs it."""
+"""The dataset jobs lead from a bucket of photographs to a report, by `ray job submit`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ray.job_submission import JobStatus
 
 from linearsr.imaging.files import read
 from linearsr.storage.location import locate
-from tests.distributed.conftest import Jobs
-from tests.storage.fixtures import Server
+from tests.helpers.cluster import Jobs
+from tests.helpers.s3 import Server
 
 
-def test_photos_to_shards_to_tags_to_pictures_to_a_report(
+def test_dataset_jobs_lead_from_photos_to_a_report(
     jobs: Jobs, s3: Server, photos: Path, small_bundle: Path
 ) -> None:
-    """What one job writes to S3, the next one reads."""
+    """Each job reads from S3 what the previous one wrote."""
 
     def run(job: str, *flags: str) -> str:
         status, code, output = jobs.end(jobs.submit([sys.executable, f"ray_jobs/{job}.py", *flags]))

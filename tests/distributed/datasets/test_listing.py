@@ -34,7 +34,7 @@ from linearsr.imaging.sources import list_inputs
 from linearsr.storage.location import locate
 from linearsr.storage.walk import Notes
 from tests.helpers.permissions import permissions_hold
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
 
 NOT_UTF8 = "the file's name is not UTF-8; rename it"
 NOT_LISTED = "cannot be listed (Permission denied)"

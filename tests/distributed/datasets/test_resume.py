@@ -1,4 +1,4 @@
-"""The files by which a dataset job goes on: its settings and the list of what failed."""
+"""The files from which a dataset job resumes: its settings and the list of failures."""
 
 from __future__ import annotations
 

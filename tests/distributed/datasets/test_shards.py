@@ -1,4 +1,4 @@
-"""Shards from photographs: what is used and why not, the same bytes again, nothing done twice."""
+"""Shards from photographs: choice of pictures, reproducible bytes, resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from linearsr.imaging.degradation import PRESETS, degrade
 from linearsr.imaging.files import read
 from linearsr.storage.location import locate
 from linearsr.training.data import DataConfig, as_bytes
-from tests.storage.fixtures import Server
+from tests.helpers.s3 import Server
 
 ROOT = Path(__file__).parents[3]
 USED = ("bay/astronaut.png", "bay/coffee.png", "camera.png", "chelsea.webp", "rocket.jpg")
@@ -42,7 +42,7 @@ def _photo(name: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photographs worth using, and one each of what is not."""
+    """Five good photographs, and one picture for each reason to reject one."""
     folder = tmp_path_factory.mktemp("pictures") / "mixed"
     (folder / "bay").mkdir(parents=True)
     astronaut, coffee, chelsea = (_photo(name) for name in ("astronaut", "coffee", "chelsea"))
@@ -91,7 +91,7 @@ def _everything(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
-# What is built
+# The contents of shards
 
 
 def test_rows_hold_pairs_of_the_recorded_sizes(rows: list[dict[str, Any]]) -> None:
@@ -137,7 +137,7 @@ def _over_white(picture: Any) -> torch.Tensor:
 
 
 def _lies_in(part: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether the part occurs in the whole, found by its first row of pixels."""
+    """Return whether the part occurs in the whole; its first row of pixels gives the place."""
     starts = (whole.unfold(2, part.shape[2], 1) == part[:, :1, None]).all(3).all(0)
     height, width = part.shape[1:]
     return any(
@@ -191,13 +191,13 @@ def test_shards_can_be_trained_on(built: BuildResult, output: Path) -> None:
     assert hr.shape == (3, 32, 32) and lr.shape == (3, 8, 8) and hr.float().std() > 0
 
 
-# Again
+# Second builds
 
 
 def test_a_second_build_elsewhere_gives_the_same_bytes(
     built: BuildResult, output: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """With other parallelism; of everything, the manifest and the notes of the scan included."""
+    """The second build runs with other parallelism; its notes and manifest are equal too."""
     moved = shutil.copytree(pictures, tmp_path / "mixed")
     build_shards(_config(moved, tmp_path / "again", cpus=2))
     again, first = _everything(tmp_path / "again"), _everything(output)
@@ -213,10 +213,10 @@ def test_a_build_on_s3_gives_the_same_bytes(
         (locate(f"{bucket}/mixed") / name).write(data)
     config = _config(pictures, f"{bucket}/shards", inputs=[f"{bucket}/mixed"])
     assert str(build_shards(config)) == str(built)
-    made = locate(f"{bucket}/shards")
+    shards = locate(f"{bucket}/shards")
     for shard in _shards(output):
-        assert (made / shard.name).read() == shard.read_bytes()
-    assert len(made.files()) == len(_everything(output))
+        assert (shards / shard.name).read() == shard.read_bytes()
+    assert len(shards.files()) == len(_everything(output))
 
 
 def test_another_seed_gives_other_crops_and_other_lr(
@@ -224,11 +224,11 @@ def test_another_seed_gives_other_crops_and_other_lr(
 ) -> None:
     config = _config(pictures, tmp_path, seed=1)
     for row in rows[:3]:
-        found = scan.scan_picture(0, row["source"], scan.fetcher(config), config)["boxes"]
+        boxes = scan.scan_picture(0, row["source"], scan.fetcher(config), config)["boxes"]
         before = scan.scan_picture(
             0, row["source"], scan.fetcher(config), _config(pictures, tmp_path)
         )
-        assert found != before["boxes"]
+        assert boxes != before["boxes"]
         assert config.seed_of(row["id"]) != row["degradation"]["seed"]
 
 
@@ -272,7 +272,7 @@ def test_a_changed_picture_fails_only_its_shard(
     assert set(again.manifest["failed"]) == lost
 
 
-# What is refused before any work
+# Refusals before any work
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_crop_0_takes_whole_pictures_trimmed_to_the_scale(pictures: Path, tmp_pa
 
 
 def test_a_missing_picture_is_unreadable(cluster: Cluster, pictures: Path, tmp_path: Path) -> None:
-    """Looked at alone, as after a part failed; from then on, the notes know."""
+    """The picture is scanned alone, as after a part has failed; then the notes list it."""
     config = _config(pictures, tmp_path)
     sources = ["mixed/rocket.jpg", "mixed/gone.png"]
     counts: list[int] = []

@@ -32,7 +32,7 @@ def _png(folder: Path, name: str, shrink: int) -> bytes:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards: a cat and a cup, a row group each; gravel, and a picture that is none."""
+    """Two shards: a cat and a cup, a row group each; gravel, and bytes that are no picture."""
     folder = tmp_path / "shards"
     (folder / "more").mkdir(parents=True)
     cat, cup, gravel = (_png(tmp_path, name, 2) for name in ("chelsea", "coffee", "gravel"))
@@ -70,7 +70,7 @@ def test_tagging_changes_only_the_tags(shards: Path) -> None:
 
 
 def test_tagging_twice_gives_the_same_bytes(shards: Path) -> None:
-    """The footer's note is replaced, not added."""
+    """The note in the footer is replaced, not added."""
     config = TagConfig(input="", output="")
     once, _ = tagged_shard(pq.ParquetFile(shards / "shard-00000.parquet"), config, _always)
     twice, _ = tagged_shard(pq.ParquetFile(pa.BufferReader(once)), config, _always)
@@ -128,7 +128,7 @@ def test_an_error_of_all_pictures_ends_the_shard(shards: Path) -> None:
 
 
 def _finish(config: TagConfig) -> None:
-    """What the job writes, without a cluster."""
+    """Write a tagged shard as the job does, without a cluster."""
     for file in Path(config.input).rglob("*.parquet"):
         data, _ = tagged_shard(pq.ParquetFile(file), config, _always)
         target = Path(config.output) / file.relative_to(config.input)
@@ -137,7 +137,7 @@ def _finish(config: TagConfig) -> None:
 
 
 def _rewritten(file: Path, **columns: list[object]) -> None:
-    """The shard with other values, as if built anew."""
+    """Write the shard with other values, as if it had been built again."""
     table = pq.read_table(file)
     for name, values in columns.items():
         at = table.schema.get_field_index(name)
@@ -159,7 +159,7 @@ def test_finished_shards_are_found_by_tagger_and_rows(shards: Path, tmp_path: Pa
     assert _done(config) == {"more/shard-00001.parquet": False, "shard-00000.parquet": True}
     other = config.model_copy(update={"tagger": TaggerConfig(threshold=1.0)})
     assert not any(_done(other).values())
-    # The input tagged by itself meanwhile is still the same.
+    # An input that has been tagged in place meanwhile is still the same dataset.
     _finish(config.model_copy(update={"output": str(shards)}))
     assert _done(config)["shard-00000.parquet"]
 
@@ -181,7 +181,7 @@ def test_shards_of_another_dataset_are_not_overwritten(
 
 
 def test_a_note_about_other_rows_is_ignored(shards: Path) -> None:
-    """In place: footers are copied by those who filter rows."""
+    """Programs that filter rows copy the footer, so a note may be about other rows."""
     config = TagConfig(input=str(shards), output=str(shards))
     _finish(config)
     _rewritten(shards / "shard-00000.parquet", id=["dog", "cup"])
@@ -232,7 +232,7 @@ def test_the_job_tags_in_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # The tests' own cluster.
+    # The job must use the cluster of the tests.
     monkeypatch.setattr("ray.init", functools.partial(ray.init, ignore_reinit_error=True))
     flags = ["--input", str(shards), "--output", str(shards), "--actor-cpus", "0.5"]
     assert job.main(flags) == 1
@@ -244,7 +244,7 @@ def test_the_job_tags_in_place(
     assert job.main(flags) == 1
     assert "0 processed, 3 done earlier, 1 failed" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
-    # Another tagger looks again.
+    # Another tagger tags all shards again.
     assert job.main([*flags, "--threshold", "1"]) == 1
     assert _tags(file) == {"cat": [], "cup": []}
     note = json.loads(pq.read_metadata(file).metadata[NOTE])

@@ -1,4 +1,4 @@
-"""Datasets of real pictures through the job: what dies, what is damaged, what is done already."""
+"""The upscaling job on real pictures: deaths, damaged files, resuming."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from linearsr.distributed.datasets.upscale import UpscaleConfig, target_name, up
 from linearsr.errors import InputError, OptionError
 from linearsr.imaging.files import read, read_provenance
 from linearsr.storage.location import locate
-from tests.distributed.conftest import living_actors, until
-from tests.storage.faults import Faults
-from tests.storage.fixtures import Server
+from tests.helpers.cluster import living_actors
+from tests.helpers.processes import until
+from tests.helpers.s3 import Server
+from tests.helpers.s3_faults import Faults
 
 ROOT = Path(__file__).parents[3]
-# A longer test, as it was done by hand: 2000.
+# A longer run by hand used 2000.
 MANY = int(os.environ.get("LINEARSR_TEST_PICTURES", "120"))
 
 
 def crops(folder: Path, count: int, size: int = 16) -> list[str]:
-    """Crops of a photograph, in folders; returns their paths below `folder`."""
+    """Write crops of a photograph into folders; return their paths below `folder`."""
     photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
     rng = np.random.default_rng(0)
     names = [f"day {i % 3}/{i:04}.png" for i in range(count)]
@@ -66,7 +67,7 @@ def config(cluster: Cluster, pictures: Path, small_bundle: Path, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def bucket(s3: Server, pictures: Path) -> str:
-    """The pictures in a bucket."""
+    """A bucket with the pictures."""
     bucket = s3.bucket()
     locate(pictures).copy_to(locate(f"{bucket}/in"))
     return bucket
@@ -79,19 +80,19 @@ def on_s3(config: UpscaleConfig, bucket: str, tmp_path: Path) -> UpscaleConfig:
 
 
 def written(folder: str) -> dict[str, int]:
-    """Pictures below a folder, each with the time it was written."""
+    """Return the pictures below a folder, each with the time when it was written."""
     place = locate(folder)
     selector = fs.FileSelector(place.path, recursive=True, allow_not_found=True)
-    found = place.filesystem.get_file_info(selector)
+    infos = place.filesystem.get_file_info(selector)
     return {
         info.path.removeprefix(f"{place.path}/"): info.mtime_ns
-        for info in found
+        for info in infos
         if info.extension in ("png", "jpg", "webp")
     }
 
 
 def assert_all_there(config: UpscaleConfig) -> None:
-    """Every result, whole and of the right size, and no half ones."""
+    """Assert that every result is whole and of the right size, and that no partial file is left."""
     source, output = locate(config.input), locate(config.output)
     expected = set(written(config.input))
     assert set(written(config.output)) == expected and len(expected) == MANY
@@ -112,13 +113,13 @@ def command(config: UpscaleConfig) -> list[str]:
 def test_results_equal_those_of_the_command(
     config: UpscaleConfig, small_bundle: Path, tmp_path: Path
 ) -> None:
-    """Every option by the same code path: bytes, names, folders and metadata."""
-    asked = ["--scale=2", "--seed=7", "--steps=2", "--format=jpg", "--quality=80", "--tile=16"]
+    """All options are used; bytes, names, folders and metadata are equal."""
+    flags = ["--scale=2", "--seed=7", "--steps=2", "--format=jpg", "--quality=80", "--tile=16"]
     alone = tmp_path / "alone"
     source = tmp_path / "in"
     crops(source, 5, 24)
     model = ["--model", str(small_bundle), "--device", "cpu"]
-    assert cli.main(["upscale", str(source), "-o", str(alone), *model, *asked]) == 0
+    assert cli.main(["upscale", str(source), "-o", str(alone), *model, *flags]) == 0
     options = Options(scale=2, seed=7, steps=2, tile=16)
     files = FileOptions(format="jpg", quality=80)
     summary = upscale_dataset(
@@ -153,7 +154,7 @@ def test_bad_pictures_are_listed_and_the_rest_written(
     assert {row["id"] for row in errors} == bad and len(errors) == 4
     assert all(row["stage"] == "read" and row["error"] for row in errors)
 
-    crops(source, 40)  # mended: only they are left to do, and no error remains
+    crops(source, 40)  # With the files repaired, only they are left to do, and no error remains.
     before = written(config.output)
     summary = upscale_dataset(config)
     assert (summary.earlier, summary.done, summary.failed) == (36, 4, 0)
@@ -171,9 +172,9 @@ def _env(config: UpscaleConfig) -> dict[str, str]:
 
 
 def test_failing_s3_requests_lose_nothing(on_s3: UpscaleConfig, s3: Server) -> None:
-    """8% of the requests fail, 4% of the bodies break off: nothing is lost or damaged."""
+    """8% of the requests fail and 4% of the bodies break off."""
     with s3.proxy(seed=3) as proxy:
-        # Some 240 requests in an order of their own: enough for some of each kind.
+        # About 240 requests in a varying order are enough for some faults of each kind.
         proxy.faults = Faults(slow_down=0.04, internal_error=0.04, cut=0.04)
         summary = upscale_dataset(on_s3)
     assert all(proxy.injected[kind] for kind in ("SlowDown", "InternalError", "cut"))
@@ -181,8 +182,8 @@ def test_failing_s3_requests_lose_nothing(on_s3: UpscaleConfig, s3: Server) -> N
     assert_all_there(on_s3)
 
 
-def test_a_killed_driver_goes_on_with_the_rest(on_s3: UpscaleConfig) -> None:
-    """Killed three times, at moments a seed chose; what is finished is never written again."""
+def test_a_restarted_driver_upscales_only_the_rest(on_s3: UpscaleConfig) -> None:
+    """The driver is killed three times, at times from a seed; no result is written twice."""
     chosen = np.random.default_rng(2).choice(np.arange(5, MANY - 20), 3, replace=False)
     finished: dict[str, int] = {}
     for moment in np.sort(chosen):
@@ -193,7 +194,7 @@ def test_a_killed_driver_goes_on_with_the_rest(on_s3: UpscaleConfig) -> None:
         assert {name: now[name] for name in finished} == finished
         finished = now
     summary = upscale_dataset(on_s3)
-    # The storage may end what the dead had sent, at most a batch, after the last look.
+    # Storage may finish writes of the killed driver, at most a batch, after the last listing.
     assert 0 <= summary.earlier - len(finished) <= on_s3.batch
     assert summary.earlier + summary.done == MANY
     now = written(on_s3.output)
@@ -230,8 +231,10 @@ def test_a_killed_actor_is_replaced(config: UpscaleConfig) -> None:
     assert_all_there(config)
 
 
-def test_parquet_in_parquet_out(config: UpscaleConfig, pictures: Path, tmp_path: Path) -> None:
-    """Shards of encoded pictures, some in one row group and some in several; one row is empty."""
+def test_parquet_inputs_give_parquet_results(
+    config: UpscaleConfig, pictures: Path, tmp_path: Path
+) -> None:
+    """Shards have one row group or several; one row is empty."""
     files = sorted(pictures.rglob("*.png"))[:20]
     column = [file.read_bytes() for file in files]
     ids = [f"photo {i}#{i % 2}" for i in range(20)]

@@ -1,4 +1,4 @@
-"""Config files for a deployment; tests/drills deploys one for real."""
+"""Config files for a deployment; tests/drills deploys one on a cluster."""
 
 from __future__ import annotations
 

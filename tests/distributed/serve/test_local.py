@@ -17,14 +17,17 @@ import pytest
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
-from tests.distributed.conftest import _free_port
-from tests.distributed.serve.test_serve import LINE, answered_by, form_of, image_of, pixels_of
+from tests.helpers.endpoint import LINE, answered_by, form_of, image_of, pixels_of
+from tests.helpers.processes import free_port
+
+# `linearsr serve` starts a Ray cluster of its own.
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture
 def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield a process that serves, and its address."""
-    port = str(_free_port())
+    port = str(free_port())
     arguments = ["serve", "--model", str(small_bundle), "--device", "cpu", "--port", port]
     process = subprocess.Popen(
         [sys.executable, "-m", "linearsr.cli", *arguments],

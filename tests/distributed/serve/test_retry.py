@@ -107,7 +107,7 @@ def test_experts_refuse_requests_of_another_model(small_bundle: Path) -> None:
     async def at_once(item: Any) -> Any:
         return experts._denoise_batch([item])[0]
 
-    experts.queues[0] = at_once  # the queue of Serve works in a replica only
+    experts.queues[0] = at_once  # Serve's queue works in a replica only
 
     async def denoise(passed: Handoff) -> Handoff:
         return await experts.denoise(passed, segment)
@@ -164,13 +164,13 @@ def ingress_over(small_bundle: Path, *calls: list[Any]) -> tuple[Ingress, FakeRo
 
 async def first_result(ingress: Ingress) -> list[Any]:
     """Return the events up to the result, after which the HTTP API stops too."""
-    seen: list[Any] = []
+    requests: list[Any] = []
     async with aclosing(ingress.upscale(UpscaleRequest(b"", Options(), FileOptions()))) as events:
         async for event in events:
-            seen.append(event)
+            requests.append(event)
             if isinstance(event, Result):
                 break
-    return seen
+    return requests
 
 
 def test_finished_request_is_timed_and_not_cancelled(small_bundle: Path) -> None:

@@ -1,4 +1,4 @@
-"""The router over experts of this process: what it repeats in a retry, and what it does not."""
+"""The router over experts in this process: which parts of a request a retry repeats."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from linearsr.distributed.serve.router import Router
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import OutOfMemory
 from linearsr.web.service import NotReady, Progress, Result, UpscaleRequest
-from tests.conftest import random_experts
-from tests.distributed.serve.test_serve import photograph, pixels_of
+from tests.helpers.endpoint import photograph, pixels_of
+from tests.helpers.experts import random_experts
 
 DIED = ray.exceptions.ActorDiedError()
 
@@ -53,7 +53,7 @@ class FakeExperts:
 
 
 class FakeResponse:
-    """A response as far as the router uses it."""
+    """The part of a response that the router uses."""
 
     def __init__(self, task: asyncio.Future[Handoff]) -> None:
         self.task = task

@@ -1,24 +1,17 @@
-"""The endpoint on a real cluster: the same pixels under load, and whatever dies."""
+"""The endpoint on a real cluster gives the same pixels under load and when processes die."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
-import json
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import aiohttp
 import numpy as np
 import pytest
-import skimage.data
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from ray import serve
 from ray.cluster_utils import Cluster
 
@@ -30,25 +23,29 @@ from linearsr.imaging.files import encode
 from linearsr.imaging.files import read as read_picture
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.weights import expert_names, read_config, save
-from tests.conftest import random_experts
-from tests.distributed.conftest import _free_port, living_actors, until
+from tests.helpers.cluster import living_actors
+from tests.helpers.endpoint import (
+    Answer,
+    Case,
+    Endpoint,
+    answered_by,
+    ask,
+    check,
+    crowd,
+    form_of,
+    image_of,
+    in_session,
+    photograph,
+    pixels_of,
+)
+from tests.helpers.experts import random_experts
+from tests.helpers.processes import free_port, until
 
 # A longer run by hand used 300, 100 and 4.
 REQUESTS = int(os.environ.get("LINEARSR_TEST_REQUESTS", "60"))
 CANCELLED = int(os.environ.get("LINEARSR_TEST_CANCELLED", "20"))
 KILLED = int(os.environ.get("LINEARSR_TEST_KILLED", "2"))
-AT_ONCE = 16
-SIZES = ((32, 24), (24, 40), (40, 40))
 SLOTS, QUEUE = 16, 16
-# The longest line of a stream: one with a picture.
-LINE = 2**22
-
-
-class Endpoint(NamedTuple):
-    """The address of an endpoint, and its config."""
-
-    url: str
-    config: ServeConfig
 
 
 @pytest.fixture(scope="module", params=["split", "together"])
@@ -57,7 +54,7 @@ def endpoint(
     cluster: Cluster,
     scaling_bundle: Path,
 ) -> Iterator[Endpoint]:
-    port = _free_port()
+    port = free_port()
     config = config_of(scaling_bundle, request.param)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(config))
@@ -79,80 +76,9 @@ def config_of(model: Path, layout: str) -> ServeConfig:
     )
 
 
-class Case(NamedTuple):
-    """A request, and the pixels of its result."""
-
-    picture: bytes
-    options: dict[str, float | str]
-    pixels: NDArray[np.int16]
-
-
 @pytest.fixture(scope="module")
 def cases(scaling_bundle: Path) -> list[Case]:
     return answered_by(scaling_bundle)
-
-
-def answered_by(model: Path) -> list[Case]:
-    """Return twelve cases of three sizes and various options, upscaled in this process."""
-    upscaler = Upscaler.load(model, "cpu")
-    found = []
-    for number in range(12):
-        picture = photograph(number, *SIZES[number % len(SIZES)])
-        solver = ("euler", "dpm", "adams")[number // 4]
-        options = {"seed": number, "steps": 4 + number % 2, "solver": solver}
-        options |= {"scale": (4, 1.5)[number % 2], "detail": (1, 0.5)[number // 2 % 2]}
-        result = upscaler.upscale(read_picture(picture), Options.parse(**options))
-        found.append(Case(picture, options, pixels_of(encode(result, "png"))))
-    return found
-
-
-def photograph(number: int, width: int, height: int) -> bytes:
-    """Return a detail of a photograph, as PNG."""
-    photo = Image.fromarray(np.asarray(skimage.data.astronaut()))
-    left, top = 200 + 10 * number, 40 + 5 * number
-    file = io.BytesIO()
-    photo.crop((left, top, left + width, top + height)).save(file, "PNG")
-    return file.getvalue()
-
-
-def pixels_of(image: bytes) -> NDArray[np.int16]:
-    return np.asarray(Image.open(io.BytesIO(image))).astype(np.int16)
-
-
-class Answer(NamedTuple):
-    status: int
-    body: bytes
-    headers: dict[str, str]
-
-
-async def ask(session: aiohttp.ClientSession, endpoint: Endpoint, case: Case) -> Answer:
-    form = form_of(case.picture, **case.options)
-    async with session.post(f"{endpoint.url}/v1/upscale", data=form) as response:
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        return Answer(response.status, await response.read(), headers)
-
-
-def form_of(picture: bytes, **options: float | str) -> aiohttp.FormData:
-    form = aiohttp.FormData({name: str(value) for name, value in options.items()})
-    form.add_field("image", picture, filename="photo.png")
-    return form
-
-
-def image_of(event: bytes) -> bytes:
-    """Return the picture in the line of a result."""
-    return base64.b64decode(json.loads(event.removeprefix(b"data: "))["image"])
-
-
-def in_session(work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]]) -> list[Answer]:
-    async def run() -> list[Answer]:
-        timeout = aiohttp.ClientTimeout(total=300)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(
-            timeout=timeout, connector=connector, read_bufsize=LINE
-        ) as session:
-            return await work(session)
-
-    return asyncio.run(run())
 
 
 def test_single_request_has_the_bits_of_the_command(endpoint: Endpoint, cases: list[Case]) -> None:
@@ -166,27 +92,6 @@ def test_single_request_has_the_bits_of_the_command(endpoint: Endpoint, cases: l
         experts = ["structure", "refinement", "texture"]
         assert parts[:5] == ["prepare", "queue", *experts] and "decode" in parts
         assert answer.headers["x-request-id"]
-
-
-async def crowd(
-    session: aiohttp.ClientSession, endpoint: Endpoint, cases: list[Case], count: int
-) -> list[Answer]:
-    """Send `count` requests, `AT_ONCE` at a time."""
-    places = asyncio.Semaphore(AT_ONCE)
-
-    async def one(number: int) -> Answer:
-        async with places:
-            return await ask(session, endpoint, cases[number % len(cases)])
-
-    return list(await asyncio.gather(*map(one, range(count))))
-
-
-def check(answers: list[Answer], cases: list[Case]) -> None:
-    """Assert that each answer has its own picture. In a batch, the order of additions varies."""
-    for number, answer in enumerate(answers):
-        assert answer.status == 200, answer.body
-        difference = pixels_of(answer.body) - cases[number % len(cases)].pixels
-        assert np.abs(difference).max() <= 1
 
 
 def test_concurrent_requests_get_their_own_pictures(endpoint: Endpoint, cases: list[Case]) -> None:
@@ -334,7 +239,7 @@ def test_rollout_fails_no_request_and_mixes_no_models(
     """
     config = read_config(endpoint.config.model)
     experts = [model.state_dict() for model in random_experts(config, 8)[4:]]
-    if endpoint.config.layout == "together":  # with another config too
+    if endpoint.config.layout == "together":  # this layout gets another config too
         config = config.model_copy(update={"name": "other"})
     save(tmp_path, config, experts, {}, torch.float32)
     new = answered_by(tmp_path)
@@ -349,8 +254,8 @@ def test_rollout_fails_no_request_and_mixes_no_models(
         return answers
 
     answers = in_session(rollout)
-    told = [of_which(answer, cases[n % 12], new[n % 12]) for n, answer in enumerate(answers)]
-    assert told[:12] == ["before"] * 12
+    models = [of_which(answer, cases[n % 12], new[n % 12]) for n, answer in enumerate(answers)]
+    assert models[:12] == ["before"] * 12
     check(in_session(lambda session: crowd(session, endpoint, new, 12)), new)
 
 
@@ -364,7 +269,7 @@ def of_which(answer: Answer, before: Case, after: Case) -> str:
 
 
 def test_replicas_are_divided_in_proportion_to_steps() -> None:
-    """20 steps are 4/2/13/1: 20 replicas take a step each; of four, each expert has one."""
+    """20 steps are 4/2/13/1: of 20 replicas each takes a step; of 4, each expert has one."""
     assert default_steps(LINEARSR_1_6B) == [4, 2, 13, 1]
     assert divide_replicas(20, [4, 2, 13, 1]) == (4, 2, 13, 1)
     assert divide_replicas(4, [4, 2, 13, 1]) == (1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Sources of training pairs: what they refuse, that numbers decide everything, and their shares."""
+"""Sources of training pairs: refusals, pairs as functions of their number, shares of ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _shard(path: Path, pictures: Sequence[bytes | None], group: int = 2) -> None
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve one-coloured pictures in three shards: a pair's colour tells its row."""
+    """Twelve pictures of one colour each in three shards; the colour of a pair tells its row."""
     folder = tmp_path_factory.mktemp("shards")
     shades = iter(range(0, 240, 20))
     for i, rows in enumerate(ROWS):
@@ -50,11 +50,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _order(shards: Path, epoch: int, seed: int = 0) -> list[tuple[str, int, int]]:
-    """Which rows an epoch visits, in order."""
+    """Return the rows that an epoch visits, in order."""
     source = open_source(str(shards), DATA, seed)
     assert isinstance(source, Shards)
-    found = (source._find(epoch, position) for position in range(source.rows))
-    return [(group.file.name, group.number, row) for group, row in found]
+    rows = (source._find(epoch, position) for position in range(source.rows))
+    return [(group.file.name, group.number, row) for group, row in rows]
 
 
 def test_a_folder_without_anything_to_train_on_is_refused(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_results_of_an_earlier_job_beside_pictures_are_no_shards(tmp_path: Path)
 
 
 def test_a_folder_gives_the_pairs_that_local_training_gets(photos: Path) -> None:
-    """The same number is the same pair: on a laptop, on a cluster, and after a restart."""
+    """A number gives the same pair on a laptop, on a cluster, and after a restart."""
     first, again = (open_source(str(photos), DATA, 3) for _ in range(2))
     local, other = load_photos(photos, DATA, 3), open_source(str(photos), DATA, 4)
     for number in (0, 7, 100_000):
@@ -111,7 +111,7 @@ def test_shards_that_are_damaged_empty_or_of_something_else_are_refused(tmp_path
     pq.write_table(pa.table({"picture": ["a"]}), shard)
     with pytest.raises(InputError, match="no column 'hr'"):
         open_source(str(tmp_path), DATA, 0)
-    # Text would be taken for the path of a file of the worker's.
+    # A text would be read as the path of a file on the worker.
     pq.write_table(pa.table({"hr": ["/etc/hostname"]}), shard)
     with pytest.raises(InputError, match=r"0\.parquet: column 'hr' is of type string"):
         open_source(str(tmp_path), DATA, 0)
@@ -121,7 +121,7 @@ def test_shards_that_are_damaged_empty_or_of_something_else_are_refused(tmp_path
 
 
 def test_rows_that_cannot_be_trained_on_are_passed_over(tmp_path: Path) -> None:
-    """Too small, damaged, none: a few end no run, however often it would come back to them."""
+    """A few small, damaged or missing pictures end no run, however often their turn comes."""
     _shard(tmp_path / "0.parquet", [_png(9, 40), _png(9)[:50], None, _png(9)])
     source = open_source(str(tmp_path), DATA, 0)
     assert all(source.pair(number)[0].shape == (3, 32, 32) for number in range(6))
@@ -138,7 +138,7 @@ def test_an_epoch_visits_every_row_once_and_the_next_one_in_another_order(shards
 
 
 def test_pairs_of_shards_are_cut_from_their_rows(shards: Path) -> None:
-    """Each shade occurs once per epoch; exposure and blur may change it, colour may not."""
+    """Each colour occurs once per epoch; exposure and blur may change its shade only."""
     plain = DATA.model_copy(update={"degradations": {"clean": 1.0}})
     source, again = (open_source(str(shards), plain, 5) for _ in range(2))
     for number in range(24):
@@ -149,16 +149,16 @@ def test_pairs_of_shards_are_cut_from_their_rows(shards: Path) -> None:
 
 
 def test_tags_of_shards_are_their_rows(tmp_path: Path) -> None:
-    """A column that need not be there, nor hold anything."""
+    """The column of tags is optional, and so are its values."""
     tags = [["red", "round"], [], None, ["blue"]]
     pictures = pa.array([_png(60 * i) for i in range(4)], pa.binary())
     table = pa.table({"hr": pictures, "tags": pa.array(tags, pa.list_(pa.string()))})
     pq.write_table(table, tmp_path / "0.parquet", row_group_size=2)
     sure = DATA.model_copy(update={"degradations": {"clean": 1.0}, "tag_dropout": 0.0})
     source = open_source(str(tmp_path), sure, 0)
-    found = [source.pair(n) for n in range(4)]
-    assert sorted(p.tags for p in found) == [(), (), ("blue",), ("red", "round")]
-    shades = {pair.tags: pair.hr.float().mean().item() for pair in found}
+    pairs = [source.pair(n) for n in range(4)]
+    assert sorted(p.tags for p in pairs) == [(), (), ("blue",), ("red", "round")]
+    shades = {pair.tags: pair.hr.float().mean().item() for pair in pairs}
     assert shades["red", "round"] < 5 < shades["blue",]
     pq.write_table(pa.table({"hr": pictures, "tags": ["a, b"] * 4}), tmp_path / "0.parquet")
     with pytest.raises(InputError, match="'tags' must hold lists of text"):
@@ -168,8 +168,8 @@ def test_tags_of_shards_are_their_rows(tmp_path: Path) -> None:
 @ray.remote(num_cpus=0.25)
 def _streams(path: str, parts: dict[str, tuple[int, int, Share]]) -> dict[str, list[Batch]]:
     mixed = list(batches(path, MIXED, 3, 0, 20, Share(0, 1, 0.25)))
-    told = {name: list(batches(path, DATA, 3, *part)) for name, part in parts.items()}
-    return {**told, "mixed": mixed}
+    streams = {name: list(batches(path, DATA, 3, *part)) for name, part in parts.items()}
+    return {**streams, "mixed": mixed}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def named(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def streams(cluster: Cluster, named: Path) -> dict[str, list[Batch]]:
-    """One rank's batches, both of two ranks', and one rank's that starts later."""
+    """Batches of one rank, of both of two ranks, and of one rank that starts later."""
     parts = {
         "one": (0, 20, Share(0, 1, 0.25)),
         "left": (0, 20, Share(0, 2, 0.25)),
@@ -197,7 +197,7 @@ def streams(cluster: Cluster, named: Path) -> dict[str, list[Batch]]:
 def test_a_stream_is_the_global_batches_in_order(
     streams: dict[str, list[Batch]], named: Path
 ) -> None:
-    """Many blocks deep, so an order that only holds within a block would show."""
+    """The stream spans many blocks, so an order that holds only within a block would show."""
     assert [b.numbers.tolist() for b in streams["one"]] == np.arange(80).reshape(20, 4).tolist()
     first = streams["one"][0]
     assert first.hr.shape == (4, 3, 32, 32) and first.lr.shape == (4, 3, 8, 8)

@@ -1,4 +1,4 @@
-"""The two training jobs as users start them: by hand, and with `ray job submit`."""
+"""The two training jobs as users start them: as a script, and with `ray job submit`."""
 
 from __future__ import annotations
 
@@ -29,29 +29,21 @@ from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import locate
 from linearsr.training.perceptual import DISCRIMINATOR
 from linearsr.training.recipes import Recipe, override, tiny_cpu
-from tests.distributed.conftest import (
-    ROOT,
-    SMALL,
-    STEPS,
-    Jobs,
-    checkpoints,
-    losses,
-    reported,
-    stage_of,
-    until,
-)
+from tests.helpers.cluster import ROOT, Jobs
+from tests.helpers.processes import until
+from tests.helpers.runs import SMALL, STEPS, checkpoints, losses, reported, stage_of
 
 # The fields of an expert's short training.
 EXPERT = ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
 
 
-# A discriminator and pairs as small as the rest.
+# A small discriminator and small pairs.
 JUDGED = ("channels=[8, 8, 8, 8, 8]", "gan_warmup=1", "detour=0.5")
 JUDGED_DATA = tuple(f"perceptual_data.{name}" for name in ("patch=32", "batch=4", "margin=8"))
 
 
 def _command(job: str, photos: Path, runs: Path, name: str, *more: str) -> list[str]:
-    """A job with two experts: each costs a run, and what is asserted needs no more than two."""
+    """Return the command of a job with two experts, which are enough for these assertions."""
     fields = _two_experts(tiny_cpu()).model_dump(mode="json")
     lists = (f"{kind}={json.dumps(fields[kind])}" for kind in ("experts", "finetune", "perceptual"))
     two = ("model.sampling.boundaries=[0.5]", "model.sampling.plans=[]", *lists)
@@ -77,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def driver(photos: Path, runs: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The pretraining job started by hand: it starts a cluster of its own."""
+    """The pretraining job as a script, which starts a cluster of its own."""
     with tempfile.TemporaryDirectory(prefix="lsr-", ignore_cleanup_errors=True) as folder:
         alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         started = subprocess.Popen(
@@ -93,7 +85,7 @@ def driver(photos: Path, runs: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _kill(driver: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the driver and everything that it started."""
+    """Send SIGKILL to the driver and everything that it started."""
     if driver.poll() is None:
         family = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
@@ -109,7 +101,7 @@ def _kill(driver: subprocess.Popen[bytes]) -> None:
 def test_a_job_whose_machine_died_goes_on_when_submitted_again(
     driver: subprocess.Popen[bytes], jobs: Jobs, photos: Path, runs: Path, whole: Outcome
 ) -> None:
-    """The first time on one worker and the second on two: it is the run of two throughout."""
+    """The first job has one worker and the second two; the result is that of two throughout."""
     run = runs / "pretrain"
     until(lambda: bool(reported(run)) or driver.poll() is not None, "a first checkpoint")
     _kill(driver)
@@ -171,7 +163,7 @@ def test_the_perceptual_stage_trains_all_experts_but_the_first(
     tmp_path: Path,
     lpips_trunk: Path,
 ) -> None:
-    """Two experts, of which one is trained: the run of either is the same pretraining."""
+    """One of two experts is trained; both start from the same pretraining."""
     fields = (*EXPERT, *JUDGED, f"trunk={lpips_trunk}")
     settings = [f"perceptual.0.{field}" for field in fields]
     two = override(_two_experts(recipe), [*settings, *JUDGED_DATA])
@@ -207,7 +199,7 @@ def _two_experts(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(fields)
 
 
-def test_a_stage_that_cannot_be_had_is_refused_before_those_ahead_of_it(
+def test_an_impossible_stage_is_refused_before_the_stages_ahead_of_it_run(
     recipe: Recipe, tmp_path: Path
 ) -> None:
     missing = override(recipe, [f"perceptual.{i}.trunk={tmp_path}/gone.pth" for i in range(3)])
@@ -262,6 +254,6 @@ def test_flags_become_the_cluster_config() -> None:
         ("--set=pretrain.steps=-1", r"pretrain\.steps"),
     ],
 )
-def test_wrong_flags_are_named(flag: str, message: str) -> None:
+def test_wrong_flags_are_named_in_the_error(flag: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         _parsed(flag)

@@ -1,4 +1,4 @@
-"""The knee of real Ray Train runs whose metric is made up: found, kept, obeyed."""
+"""The knee of real Ray Train runs with an artificial metric: detection, retention, stopping."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from linearsr.distributed.train.knee import (
 )
 from linearsr.errors import InputError, WeightsError
 from linearsr.storage.location import locate
-from tests.distributed.conftest import checkpoints
+from tests.helpers.runs import checkpoints
 
 UP = {"score@1": True}
 KNEE, LAST, EVERY, KEEP = 5, 16, 100, 8
 
 
 def _score(step: int) -> float:
-    """Rises straight to the knee, then oscillates and slowly falls."""
+    """Return a score that rises straight to the knee, then oscillates and slowly falls."""
     nth = step // EVERY
     return min(nth, KNEE) - (0.15 * (-1) ** nth + 0.05 * (nth - KNEE)) * (nth > KNEE)
 
 
 def _train(config: dict[str, int]) -> None:
-    """A checkpoint every `EVERY` steps; the next one once the last has been validated."""
+    """Report a checkpoint every `EVERY` steps, each after the last one has been validated."""
     history: list[dict[str, float]] = []
     for nth in range(1, config["last"] + 1):
         step = nth * EVERY
@@ -90,7 +90,7 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def short(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ended while its metric still rose."""
+    """A run that ended while its metric still rose."""
     return _fit(tmp_path_factory.mktemp("knee"), "short", 3)
 
 
@@ -98,7 +98,7 @@ def test_a_run_ends_with_its_knee_confirmed_at_the_right_checkpoint(finished: Pa
     knee = read_knee(locate(finished))
     assert knee.status == "confirmed" and knee.step is not None
     assert abs(knee.step - KNEE * EVERY) <= EVERY
-    # The last report was told of all but the last validation.
+    # The last report knows all validations but the last.
     assert [v.step for v in knee.history] == [EVERY * n for n in range(1, LAST)]
     assert [v.metrics["score@1"] for v in knee.history] == [_score(v.step) for v in knee.history]
     assert f"confirmed at step {knee.step}" in summary(knee)
@@ -116,7 +116,7 @@ def test_the_knees_checkpoint_outlives_retention(finished: Path) -> None:
     assert {p.parent for p in finished.glob("knee/*/*")} == {kept}
 
 
-def test_the_run_is_drawn(finished: Path) -> None:
+def test_the_report_of_a_finished_run_is_drawn(finished: Path) -> None:
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
@@ -131,7 +131,7 @@ def test_training_may_stop_once_the_patience_after_the_knee_is_spent(finished: P
 
 
 def test_a_restarted_controller_finds_the_same_knee(finished: Path) -> None:
-    """Although retention has deleted most of what the knee was found from."""
+    """Retention has deleted most of the checkpoints that the knee was found from."""
     before = read_knee(locate(finished))
     after = KneePointCallback(locate(finished), UP, patience=3).update()
     assert (after.status, after.step, after.checkpoint) == (
@@ -179,8 +179,8 @@ def test_a_knee_whose_checkpoint_is_gone_ends_nothing_but_is_no_start(short: Pat
         (run / "knee.json").write(before)
 
 
-def _validated(step: int, seen: int) -> Validated:
-    return Validated(step=step, seen=seen, path=f"{step}-{seen}", metrics={"score@1": 1.0})
+def _validated(step: int, pairs: int) -> Validated:
+    return Validated(step=step, seen=pairs, path=f"{step}-{pairs}", metrics={"score@1": 1.0})
 
 
 def test_merge_drops_steps_that_a_divergence_discarded() -> None:
@@ -188,7 +188,7 @@ def test_merge_drops_steps_that_a_divergence_discarded() -> None:
     again = [_validated(200, 420), _validated(300, 520)]
     assert [(v.step, v.seen) for v in _merge(first, again)] == [(100, 100), (200, 420), (300, 520)]
     assert _merge(first, first[1:]) == first
-    # Back to the start.
+    # A divergence leads back to the start.
     assert [v.step for v in _merge(first, [_validated(100, 400)])] == [100]
 
 

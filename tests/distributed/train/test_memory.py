@@ -1,4 +1,4 @@
-"""How many experts a process holds, counted on a narrow model: one at a time, without a cluster."""
+"""Each process holds one expert at a time; counted on a narrow model, without a cluster."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from linearsr.training.ema import EMA
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
 from linearsr.training.recipes import Recipe, override
-from tests.conftest import random_experts
-from tests.distributed.conftest import stage_of
+from tests.helpers.experts import random_experts
+from tests.helpers.runs import stage_of
 
 CPU = torch.device("cpu")
 
 
 class Peak:
-    """The most that was alive whenever weights had just come into memory or were written."""
+    """The largest number of bytes alive just after weights were loaded or written."""
 
     def __init__(self) -> None:
         self.earlier = self._models()
@@ -79,14 +79,14 @@ def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
 
     for target in ("training.export.load", "training.export.load_average"):
         after(f"linearsr.{target}")
-    for target in ("_load_expert", "_write"):
+    for target in ("_load_expert", "save_file"):
         after(f"linearsr.weights.bundle.{target}")
     return peak
 
 
 @pytest.fixture(scope="module")
 def wide(recipe: Recipe) -> Recipe:
-    """A model whose weights are much larger than the tensors of a small picture."""
+    """A bundle whose weights are much larger than the tensors of a small picture."""
     fields = ("model.denoiser.width=192", 'validation.metrics=["psnr@4"]')
     return override(recipe, [*fields, 'validation.knee={"psnr@4": true}'])
 
@@ -101,7 +101,7 @@ def start(wide: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def size(wide: Recipe) -> int:
-    """Bytes of one expert in float32."""
+    """The bytes of one expert in float32."""
     with torch.device("meta"):
         return 4 * sum(p.numel() for p in LinearSR(wide.model.denoiser).parameters())
 
@@ -146,7 +146,7 @@ def test_the_driver_exports_one_expert_at_a_time(
 ) -> None:
     write_bundle(locate(tmp_path / "out"), wide.model, [locate(checkpoint)] * 4, {})
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
-    # In float32, and at the end its copy in bfloat16.
+    # The expert in float32, and at the end its copy in bfloat16.
     assert size <= peak.bytes < 2 * size and peak.experts == 1
 
 
@@ -169,11 +169,9 @@ def test_validation_holds_one_expert_at_a_time(
 
 
 def _quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a worker asks of Ray and DeepSpeed, for one rank in this process."""
+    """Replace Ray and DeepSpeed as a worker uses them, for one rank in this process."""
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    reporter = SimpleNamespace(
-        leads=True, stops=lambda: False, say=print, checkpoint=lambda *_, **__: None
-    )
+    reporter = SimpleNamespace(leads=True, stops=lambda: False, checkpoint=lambda *_, **__: None)
     fake: dict[str, Callable[..., Any]] = {
         "ray.train.get_context": lambda: context,
         "ray.train.get_checkpoint": lambda: None,
@@ -204,7 +202,7 @@ class _Entered:
     [
         ("pretrain", None, 1),
         ("experts", 3, 1),
-        # The trained one, the first, and the one before: the walk of its pairs takes them all.
+        # Its pairs need the trained expert, the first one, and the one before.
         ("perceptual", 1, 2),
         ("perceptual", 3, 3),
     ],

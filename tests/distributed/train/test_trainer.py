@@ -1,4 +1,4 @@
-"""Whole small training runs on real workers, left alone, killed, and driven to divergence."""
+"""Whole small training runs on real workers: undisturbed, killed, and diverging."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from linearsr.errors import LinearSRError, OptionError, OutputError
 from linearsr.storage.location import locate
 from linearsr.training import loop
 from linearsr.training.recipes import Recipe, override
-from tests.distributed.conftest import checkpoints, losses, reported, stage_of, until
+from tests.helpers.processes import until
+from tests.helpers.runs import checkpoints, losses, reported, stage_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -46,7 +47,7 @@ def test_a_run_leaves_checkpoints_a_knee_samples_and_curves(whole: Outcome) -> N
 
 
 def _workers(cluster: Cluster) -> list[psutil.Process]:
-    """Training workers of our own cluster."""
+    """Return the process ids of the training workers of the tests' cluster."""
     raylet = cluster.head_node.all_processes["raylet"][0].process.pid
     children = psutil.Process(raylet).children(recursive=True)
     return [p for p in children if _name(p).startswith("ray::RayTrainWorker")]
@@ -63,7 +64,7 @@ def _name(process: psutil.Process) -> str:
 def killed(
     cluster: Cluster, recipe: Recipe, photos: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run one of whose workers was killed after its first checkpoint."""
+    """A run in which a worker was killed after the first checkpoint."""
     runs = tmp_path_factory.mktemp("runs")
     ended: list[int] = []
 
@@ -84,7 +85,7 @@ def killed(
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     killed: Path, whole: Outcome
 ) -> None:
-    """A run that had begun anew would have reported its first steps twice."""
+    """A run that started again from nothing would have reported its first steps twice."""
     assert [m["step"] for m in reported(killed)] == STEPS
     assert losses(killed) == pytest.approx(losses(Path(whole.run.path)), rel=1e-3)
 
@@ -92,7 +93,7 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
 def test_a_run_that_has_ended_goes_on_with_more_steps(
     killed: Path, recipe: Recipe, photos: Path
 ) -> None:
-    """What to do when no knee is confirmed by then."""
+    """This is the advice when no knee has been confirmed at the end."""
     more = override(recipe, ["pretrain.steps=30"])
     outcome = train(stage_of(more, photos, killed.parent, killed.name))
     assert [m["step"] for m in reported(killed)] == [*STEPS, 30]
@@ -101,7 +102,7 @@ def test_a_run_that_has_ended_goes_on_with_more_steps(
 
 
 def _wild(recipe: Recipe, **guard: object) -> Recipe:
-    """A thousand times the learning rate."""
+    """Return the recipe with a thousand times the learning rate."""
     settings = [f"pretrain.guard.{name}={value}" for name, value in guard.items()]
     rate = 1000 * recipe.pretrain.learning_rate
     longer = ["pretrain.steps=60", "pretrain.report_every=5", "pretrain.checkpoint_every=15"]
@@ -118,13 +119,13 @@ def diverged(recipe: Recipe, photos: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_diverged_run_goes_back_and_ends_well_at_a_lower_rate(diverged: Path) -> None:
-    told = [m for m in reported(diverged) if "diverged" in m]
-    assert len(told) == 1 and told[0]["attempt"] == 1 and told[0]["step"] == 0
-    assert "step" in told[0]["diverged"]
+    divergences = [m for m in reported(diverged) if "diverged" in m]
+    assert len(divergences) == 1 and divergences[0]["attempt"] == 1 and divergences[0]["step"] == 0
+    assert "step" in divergences[0]["diverged"]
     last = reported(diverged)[-1]
     assert last["step"] == 60 and last["attempt"] == 1
-    # No pair is seen twice: the batch that blew up may have been the cause.
-    assert last["seen"] == told[0]["seen"] + 60 * 4
+    # No pair is used twice, since the batch that diverged may have been the cause.
+    assert last["seen"] == divergences[0]["seen"] + 60 * 4
     history = loop.read_progress(checkpoints(diverged)[-1]).history
     assert {point["attempt"] for point in history} == {1}
     assert max(point["learning_rate"] for point in history) < 2e-3
@@ -172,7 +173,7 @@ def test_a_batch_that_workers_cannot_share_is_refused(
 @pytest.mark.parametrize(
     ("changes", "kind"), [({"validation_cpus": 0.51}, "CPU"), ({"gpu": True}, "GPU")]
 )
-def test_more_than_the_cluster_has_is_refused(
+def test_a_request_for_more_than_the_cluster_has_is_refused(
     changes: dict[str, object], kind: str, recipe: Recipe, photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=rf"needs [\d.]+ {kind}, the cluster has"):

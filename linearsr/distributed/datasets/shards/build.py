@@ -107,7 +107,11 @@ def build_shards(config: ShardConfig) -> BuildResult:
         scanned = reject_duplicates(scan(config, sources, bar.update), config.duplicate_distance)
     rejects = scanned.filter(pc.is_valid(scanned["reason"])).select(["source", "reason", "detail"])
     rejected = dict(sorted(Counter(rejects["reason"].to_pylist()).items()))
-    _write_csv(folder / "rejects.csv", rejects)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rejects.column_names)
+    writer.writeheader()
+    writer.writerows(rejects.to_pylist())
+    (folder / "rejects.csv").write(text.getvalue().encode())
     # Tagging lists its own errors in the same file where it writes into its input.
     with Errors(folder, keep=lambda row: row["stage"] == "tag") as errors:
         unreadable = [row for row in rejects.to_pylist() if row["reason"] == UNREADABLE]
@@ -225,14 +229,6 @@ def _pair(
         "degradation": {"preset": config.degradation, "seed": seed},
         "source": row["source"],
     }
-
-
-def _write_csv(file: Location, rows: pa.Table) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows.column_names)
-    writer.writeheader()
-    writer.writerows(rows.to_pylist())
-    file.write(text.getvalue().encode())
 
 
 def _manifest(

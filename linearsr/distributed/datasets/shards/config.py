@@ -20,7 +20,7 @@ class ShardConfig(Config):
     inputs: tuple[str, ...] = Field(min_length=1)
     """Folders of pictures, local or s3://."""
     output: str
-    """Folder of its own for the shards, local or s3://."""
+    """Folder for the shards, local or s3://; it must not hold those of another job."""
     scale: int = Field(default=4, ge=1, le=16)
     """How many times smaller LR is than HR."""
     degradation: Preset = "seesr"

@@ -44,24 +44,21 @@ def plan(scanned: pa.Table, config: ShardConfig) -> list[pa.Table]:
     """
     used = scanned.filter(pc.is_null(scanned["reason"]))
     order = np.random.default_rng(config.seed).permutation(used.num_rows)
-    rows = _row_per_box(used.take(order).combine_chunks())
-    pixels = (rows["width"].to_numpy().astype(np.int64) * rows["height"].to_numpy()).tolist()
-    # Taken, not sliced: a slice would carry the whole table to its worker.
-    return [
-        rows.take(np.arange(*ends)) for ends in cut(pixels, config.rows_per_shard, SHARD_PIXELS)
-    ]
-
-
-def _row_per_box(used: pa.Table) -> pa.Table:
+    used = used.take(order).combine_chunks()
+    # From a row per picture to a row per box.
     nested = used["boxes"].combine_chunks()
-    parents = pc.list_parent_indices(nested)
-    flat = pc.list_flatten(nested)
+    parents, flat = pc.list_parent_indices(nested), pc.list_flatten(nested)
     counts = pc.list_value_length(nested).to_numpy(zero_copy_only=False)
     nth = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
     sources = used["source"].take(parents)
     ids = pc.binary_join_element_wise(sources, pa.array(nth).cast(pa.string()), "#")
     named = {"id": ids, "source": sources, "digest": used["digest"].take(parents)}
-    return pa.table({**named, **{field.name: flat.field(field.name) for field in BOX}})
+    rows = pa.table({**named, **{field.name: flat.field(field.name) for field in BOX}})
+    pixels = (rows["width"].to_numpy().astype(np.int64) * rows["height"].to_numpy()).tolist()
+    # Taken, not sliced: a slice would carry the whole table to its worker.
+    return [
+        rows.take(np.arange(*ends)) for ends in cut(pixels, config.rows_per_shard, SHARD_PIXELS)
+    ]
 
 
 def cut(pixels: list[int], max_rows: int, max_pixels: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The fleet's files, as their tests read them."""
+"""The files that describe a fleet: cluster.yaml, manifests, pinned versions."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import yaml
 
 TOP = Path(__file__).parents[2]
 MANIFESTS = ("raycluster", "rayjob", "rayservice")
-# Where each manifest holds the spec of its cluster.
+# The path to the spec of the cluster in each manifest.
 SPEC_AT = {"raycluster": (), "rayjob": ("rayClusterSpec",), "rayservice": ("rayClusterConfig",)}
 
 
 def read(name: str) -> Any:
-    """A YAML file from the repository's top."""
+    """Return the contents of a YAML file, whose path is relative to the repository."""
     return yaml.safe_load((TOP / name).read_text())
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """A manifest of deploy/kubernetes/."""
+    """Return a manifest of deploy/kubernetes/."""
     return dict(read(f"deploy/kubernetes/{name}.yaml"))
 
 
 def spec(name: str) -> dict[str, Any]:
-    """The RayCluster inside a manifest."""
-    found = manifest(name)["spec"]
+    """Return the spec of the RayCluster inside a manifest."""
+    section = manifest(name)["spec"]
     for key in SPEC_AT[name]:
-        found = found[key]
-    return dict(found)
+        section = section[key]
+    return dict(section)
 
 
 def pinned(package: str) -> str:
-    """The version in constraints.txt."""
+    """Return the version of a package in constraints.txt."""
     for line in (TOP / "constraints.txt").read_text().splitlines():
         if line.startswith(f"{package}=="):
             return line.split(";")[0].split("==")[1].strip()

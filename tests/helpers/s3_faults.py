@@ -1,9 +1,9 @@
-"""A proxy between an S3 client and its server that does what real storage does on a bad day.
+"""A proxy between an S3 client and its server that injects the faults of real storage.
 
 It answers some requests with 500 InternalError or 503 SlowDown, resets some connections once the
-server has done what was asked, and cuts some bodies in the middle: of the request if it has one,
-else of the response. Which ones is drawn from a seed. It counts what it has done, so that a test
-can tell that something was tested.
+server has handled the request, and cuts some bodies in the middle: that of the request if it has
+one, else that of the response. A seed decides which. It counts the faults, so that a test can
+assert that there were some.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Answer:
-    """An error in S3's own format. `extra` is further XML, as S3 has it inside <Error>."""
+    """An error in S3's own format. `extra` is further XML inside <Error>."""
 
     status: int
     code: str
@@ -35,7 +35,7 @@ class Answer:
     headers: tuple[str, ...] = ()
 
     def encode(self, method: str) -> bytes:
-        """The response; S3 answers HEAD without a body."""
+        """Return the response; S3 answers HEAD without a body."""
         body = (
             ""
             if method == "HEAD"
@@ -60,7 +60,7 @@ INTERNAL_ERROR = Answer(500, "InternalError", "We encountered an internal error.
 
 @dataclass(frozen=True)
 class Faults:
-    """How often what happens, as parts of 1; `always`: every request gets this answer.
+    """The rates of faults, from 0 to 1. With `always`, every request gets this answer.
 
     delay: seconds before a request reaches the server.
     """
@@ -73,7 +73,7 @@ class Faults:
     delay: float = 0.0
 
     def draw(self, rng: random.Random) -> Answer | str | None:
-        """What happens to a request: an answer, "reset", "cut", or nothing."""
+        """Return the fault of a request: an answer, "reset", "cut", or None."""
         if self.always is not None:
             return self.always
         drawn = rng.random()
@@ -90,7 +90,7 @@ class Faults:
 
 
 class _Head:
-    """First line and headers of a request or response, and how long the body after them is."""
+    """The first line and headers of a request or response, and the length of its body."""
 
     def __init__(self, file: BinaryIO) -> None:
         lines = [file.readline()]
@@ -111,11 +111,11 @@ class _Head:
 
 
 class _Cut(Exception):
-    """A body was cut here: what is still open has to be closed."""
+    """A body was cut, so both connections must be closed."""
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """`port` leads to the server at `upstream`; `faults` can be changed at any time."""
+    """A server on `port` that forwards to `upstream`; `faults` can be changed at any time."""
 
     daemon_threads, block_on_close, request_queue_size = True, False, 128
 
@@ -127,19 +127,19 @@ class Proxy(socketserver.ThreadingTCPServer):
         self._rng, self._lock = random.Random(seed), threading.Lock()
 
     def draw(self) -> Answer | str | None:
-        """The next request's fault."""
+        """Return the fault of the next request."""
         with self._lock:
             self.injected["requests"] += 1
             return self.faults.draw(self._rng)
 
     def count(self, kind: str) -> None:
-        """One more of what was injected."""
+        """Count an injected fault."""
         with self._lock:
             self.injected[kind] += 1
 
 
 class _Connection(socketserver.StreamRequestHandler):
-    """One connection of a client, with one of its own to the server."""
+    """A connection of a client, and one to the server for it."""
 
     server: Proxy
     wbufsize = 0
@@ -159,7 +159,7 @@ class _Connection(socketserver.StreamRequestHandler):
             super().finish()
 
     def exchange(self) -> bool:
-        """One request and its response. Whether the connection takes another."""
+        """Forward a request and its response; return whether the connection stays open."""
         request = _Head(self.rfile)
         fault = self.server.draw()
         time.sleep(self.server.faults.delay)
@@ -178,13 +178,13 @@ class _Connection(socketserver.StreamRequestHandler):
         return not (request.closes or response.closes)
 
     def send(self, request: _Head, *, cut: bool) -> _Head:
-        """The request's body to the server, and the head of the response to it."""
+        """Forward the body of a request; return the head of its response."""
         if "expect" in request.fields:
             response = _Head(self.answers)
             if response.first[1] != "100":
                 return response
             self.connection.sendall(response.raw)
-        # A server that refuses the request need not read it: its answer counts.
+        # A server may refuse a request without reading it; then its answer counts.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.copy(request, self.rfile, self.upstream, cut=cut)
         response = _Head(self.answers)
@@ -194,7 +194,7 @@ class _Connection(socketserver.StreamRequestHandler):
         return response
 
     def copy(self, head: _Head, source: BinaryIO, target: socket.socket, *, cut: bool) -> None:
-        """A body from one side to the other; to be cut, no more than half of it."""
+        """Forward a body; with `cut`, no more than half of it."""
         if head.chunked:
             self.copy_chunks(source, target)
             return
@@ -211,7 +211,7 @@ class _Connection(socketserver.StreamRequestHandler):
             raise _Cut
 
     def copy_chunks(self, source: BinaryIO, target: socket.socket) -> None:
-        """Never cut: what the clients here send and get has a length."""
+        """Forward a chunked body. It is never cut: the bodies of these clients have a length."""
         size = -1
         while size:
             line = source.readline()
@@ -219,7 +219,7 @@ class _Connection(socketserver.StreamRequestHandler):
             target.sendall(line + source.read(size + 2))
 
     def refuse(self, request: _Head, answer: Answer) -> None:
-        """The answer, once the client has sent all, so that it is not lost to a reset."""
+        """Send the answer after the client has sent all, so that no reset discards it."""
         self.server.count(answer.code)
         if "expect" not in request.fields:
             left = request.length
@@ -228,7 +228,7 @@ class _Connection(socketserver.StreamRequestHandler):
         self.connection.sendall(answer.encode(request.first[0]))
 
     def reset(self) -> None:
-        """Close without a goodbye: what the client has not read yet is lost to it."""
+        """Reset the connection, which discards the data that the client has not read yet."""
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.connection.close()
@@ -236,7 +236,7 @@ class _Connection(socketserver.StreamRequestHandler):
 
 @contextlib.contextmanager
 def proxy(upstream: int, seed: int = 0) -> Iterator[Proxy]:
-    """A proxy to the server at port `upstream`, without faults until it is told some."""
+    """Yield a proxy to the server at port `upstream`; `faults` is empty until it is set."""
     with Proxy(upstream, seed) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()

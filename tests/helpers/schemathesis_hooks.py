@@ -8,7 +8,7 @@ import schemathesis
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.web.conftest import saved
+from tests.helpers.forms import saved
 
 for kind in ("png", "jpeg", "webp", "tiff", "avif", "gif"):
     picture = saved(Image.new("RGB", (3, 2)), kind)

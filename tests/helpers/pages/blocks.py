@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-TOP = Path(__file__).parents[2]
+TOP = Path(__file__).parents[3]
 LANGUAGES = ("sh", "python")
-# What a line of output, or a tree of folders, does not begin with.
+# A command begins like this; a line of output or a tree of folders does not.
 COMMAND = re.compile(
     r"(linearsr|python|ray|serve|make|pip|docker|kubectl|helm|aws|curl|export) [\w'./-]"
 )
@@ -26,15 +26,15 @@ class Block(NamedTuple):
 
 
 def pages() -> list[str]:
-    """Every page, in the order in which a user reads: README first."""
+    """Return every page, README first."""
     folders = ("docs", "deploy/kubernetes", "examples", "tools")
-    found = [*TOP.glob("*.md"), TOP / "linearsr/weights/linearsr-tiny/README.md"]
-    found += sorted(page for folder in folders for page in (TOP / folder).rglob("*.md"))
-    return sorted((str(p.relative_to(TOP)) for p in found), key=lambda name: name != "README.md")
+    paths = [*TOP.glob("*.md"), TOP / "linearsr/weights/linearsr-tiny/README.md"]
+    paths += sorted(page for folder in folders for page in (TOP / folder).rglob("*.md"))
+    return sorted((str(p.relative_to(TOP)) for p in paths), key=lambda name: name != "README.md")
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """All blocks of commands. Raises ValueError for commands where no test would see them."""
+    """Yield all blocks of commands. Raise ValueError for commands that no test would see."""
     for token in MarkdownIt().parse(text):
         if token.type not in ("fence", "code_block"):
             continue

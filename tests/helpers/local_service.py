@@ -40,7 +40,7 @@ class Local:
     """A `linearsr.web.service.Service` that runs the stages of an upscaler in threads.
 
     slots: the number of concurrent requests; more are refused with Full.
-    works: set to False, the service is not ready.
+    works: whether the service is ready.
     """
 
     def __init__(self, upscaler: Upscaler, slots: int = 4) -> None:
@@ -49,7 +49,7 @@ class Local:
         self._gate = threading.Event()
         self._gate.set()
         self.works = True
-        self.asked = 0
+        self.requests = 0
         self.segments = 0
         self._changed = threading.Condition()
 
@@ -63,7 +63,7 @@ class Local:
     async def upscale(self, request: UpscaleRequest) -> Events:
         if self.free == 0:
             raise Full(2)
-        self.asked += 1
+        self.requests += 1
         self._take(1)
         try:
             job, prepared = await _timed(self._prepare, request)
@@ -115,10 +115,10 @@ class Local:
         return self.upscaler.denoise(job, segment)
 
 
-async def _timed(work: Callable[..., object], *given: object) -> tuple:  # type: ignore[type-arg]
+async def _timed(work: Callable[..., object], *arguments: object) -> tuple:  # type: ignore[type-arg]
     """Run `work` in a thread; return its result and its duration in milliseconds."""
     began = time.perf_counter()
-    result = await asyncio.to_thread(work, *given)
+    result = await asyncio.to_thread(work, *arguments)
     return result, 1000 * (time.perf_counter() - began)
 
 

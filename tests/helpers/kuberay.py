@@ -1,4 +1,4 @@
-"""What KubeRay's and Kubernetes' APIs accept, as one JSON schema that refuses unknown fields."""
+"""The APIs of KubeRay and Kubernetes as one JSON schema that refuses unknown fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLE = Path(__file__).with_name("kuberay.yaml")
 
 @cache
 def validator(kind: str) -> Draft202012Validator:
-    """Of one kind of resource: RayCluster, RayJob, RayService, or a name of Kubernetes' (V1...)."""
+    """Return the validator of RayCluster, RayJob, RayService, or a type of Kubernetes (V1...)."""
     table = yaml.safe_load(TABLE.read_text())
     ours = {name: _object(fields) for name, fields in table.items()}
     names = {*re.findall(r"\bV1\w+", TABLE.read_text()), "V1ServiceAccount"}
@@ -37,7 +37,7 @@ def _object(fields: dict[str, str]) -> dict[str, Any]:
 
 
 def _schema(type_: str) -> dict[str, Any]:
-    """The JSON schema of a type in the notation of the table."""
+    """Return the JSON schema of a type in the notation of the table."""
     if type_[0] == "[":
         return {"type": "array", "items": _schema(type_[1:-1])}
     if type_[0] == "{":

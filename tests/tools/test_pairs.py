@@ -1,4 +1,4 @@
-"""Pairs made many at a time, against the plain degradations and Pillow's JPEG."""
+"""Pairs made in batches agree with the plain degradations and with Pillow's JPEG."""
 
 from __future__ import annotations
 
@@ -14,27 +14,12 @@ from torch import Tensor
 from linearsr.imaging import degradation as degrade
 from linearsr.imaging.degradation import Preset
 from linearsr.imaging.resample import resize
-from linearsr.training import device_pairs
-from linearsr.training.device_pairs import Atlas, degraded, filtered, jpeg, pairs
+from tests.helpers.pictures import picture
+from tools.train_bundled import pairs as device_pairs
+from tools.train_bundled.pairs import Atlas, degraded, filtered, jpeg, pairs
 
 CPU = torch.device("cpu")
 MIX: dict[Preset, float] = {"clean": 0.5, "web": 0.5}
-
-
-def picture(height: int = 300, width: int = 340, seed: int = 0) -> Tensor:
-    """Edges, gradients and a little noise, (3, H, W) in [0, 1], at 8 bits."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width] / 100
-    planes = [
-        0.5 + 0.3 * np.sin(y * a + 2 * x) * np.cos(x * b) for a, b in ((1, 3), (2, 1), (3, 2))
-    ]
-    result = np.stack(planes)
-    for _ in range(12):
-        top, left = rng.integers(0, height - 40), rng.integers(0, width - 40)
-        h, w = rng.integers(10, 120, 2)
-        result[:, top : top + h, left : left + w] = rng.random((3, 1, 1))
-    result += rng.normal(0, 0.02, result.shape)
-    return (torch.from_numpy(result).float().clamp(0, 1) * 255).round() / 255
 
 
 def atlas(shrinks: int = 1) -> Atlas:
@@ -59,25 +44,25 @@ def test_each_picture_is_filtered_by_its_own_kernel(sides: tuple[int, int]) -> N
     torch.testing.assert_close(filtered(x, kernels), expected, rtol=0, atol=1e-5)
 
 
-def test_the_kernels_are_those_of_the_plain_degradations() -> None:
-    """Round Gaussians of a known width, and the sinc filter of a known cutoff."""
-    found = device_pairs.gaussian_kernels(1, (1.5, 1.5), CPU)[0]
+def test_blur_kernels_equal_those_of_the_plain_degradations() -> None:
+    """The kernels are round Gaussians of a known width and a sinc filter of a known cutoff."""
+    kernel = device_pairs.gaussian_kernels(1, (1.5, 1.5), CPU)[0]
     expected = degrade._gaussian_kernel(21, np.random.default_rng(0), (1.5, 1.5))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(kernel, expected, rtol=1e-4, atol=1e-7)
     torch.manual_seed(3)
-    found = device_pairs.sinc_kernels(1, CPU)[0]
+    kernel = device_pairs.sinc_kernels(1, CPU)[0]
     torch.manual_seed(3)
     cutoff = device_pairs.uniform(1, (np.pi / 3, np.pi), CPU).item()
-    torch.testing.assert_close(found, degrade._sinc_kernel(21, cutoff), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kernel, degrade._sinc_kernel(21, cutoff), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("quality", [40, 60, 90])
-def test_jpeg_is_pillows_but_for_its_rounding(quality: int) -> None:
-    """Its mean error, of 255, is far below what JPEG itself changes."""
+def test_jpeg_equals_that_of_pillow_up_to_rounding(quality: int) -> None:
+    """The mean error, on 0 to 255, is far below the change by JPEG itself."""
     x = picture(200, 250)
     expected = pillow(x, quality)
-    found = jpeg(x[None], (quality, quality + 1e-3))[0]
-    error = 255 * (found - expected).abs().mean().item()
+    result = jpeg(x[None], (quality, quality + 1e-3))[0]
+    error = 255 * (result - expected).abs().mean().item()
     changed = 255 * (x - expected).abs().mean().item()
     assert error < 1.3
     assert error < 0.4 * changed
@@ -85,8 +70,8 @@ def test_jpeg_is_pillows_but_for_its_rounding(quality: int) -> None:
 
 def test_jpeg_takes_a_share_of_the_pictures_each_at_its_own_quality() -> None:
     x = picture(64, 64).expand(200, -1, -1, -1)
-    found = jpeg(x, (10.0, 95.0), share=0.5)
-    changed = (found - x).abs().mean((1, 2, 3))
+    result = jpeg(x, (10.0, 95.0), share=0.5)
+    changed = (result - x).abs().mean((1, 2, 3))
     assert 60 < (changed == 0).sum() < 140
     assert changed.unique().numel() > 30
 
@@ -105,7 +90,7 @@ def test_every_preset_gives_lr_of_its_size_at_8_bits(preset: Preset, small: int)
     assert (lr - plain).abs().mean() < near
 
 
-def test_a_share_of_the_pictures_is_left_as_it_is() -> None:
+def test_mild_preset_leaves_a_share_of_the_pictures_unchanged() -> None:
     hr = picture(64, 64).expand(64, -1, -1, -1)
     lr = degraded(hr, "mild", 16, np.random.default_rng(0))
     clean = degraded(hr, "clean", 16, np.random.default_rng(0))
@@ -114,7 +99,7 @@ def test_a_share_of_the_pictures_is_left_as_it_is() -> None:
 
 
 def test_crops_are_parts_of_the_photographs_turned_and_some_of_them_lit() -> None:
-    """Of a photograph whose pixels tell their place: red the row, green the column."""
+    """The pixels of the photograph encode their place: red the row, green the column."""
     row, column = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     photo = torch.stack([row, column, torch.full_like(row, 128)]).byte()
     crops = Atlas([photo], 0, CPU, seed=0).crops(100, 48) * 255
@@ -137,7 +122,7 @@ def test_small_photographs_are_enlarged_to_hold_a_crop() -> None:
 
 
 def test_pairs_are_aligned() -> None:
-    """The enlarged LR is nearer to its HR than to one that is moved by a pixel."""
+    """The enlarged LR is nearer to its HR than to an HR that is moved by a pixel."""
     torch.manual_seed(0)
     data = pairs(atlas(), 64, 4, {"clean": 1.0}, at_four=1.0, seed=0)
     for _ in range(4):
@@ -152,20 +137,20 @@ def test_pairs_are_aligned() -> None:
 
 
 def test_pairs_have_all_scales_and_no_clean_pair_near_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int]] = []
-    made = device_pairs._chunk
+    chunks: list[tuple[str, int]] = []
+    original = device_pairs._chunk
 
     def chunk(
         atlas: Atlas, patch: int, batch: int, preset: Preset, side: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        seen.append((preset, side))
-        return made(atlas, patch, batch, preset, side, rng)
+        chunks.append((preset, side))
+        return original(atlas, patch, batch, preset, side, rng)
 
     monkeypatch.setattr(device_pairs, "_chunk", chunk)
     data = pairs(atlas(), 64, 1, MIX, at_four=0.3, seed=0)
     for _ in range(8 * 12):
         next(data)
-    sides = {side for _, side in seen}
+    sides = {side for _, side in chunks}
     assert sides == {16, 24, 32, 40, 48, 56, 64}
-    assert not any(preset == "clean" and side > 51 for preset, side in seen)
-    assert {preset for preset, _ in seen} == {"clean", "web"}
+    assert not any(preset == "clean" and side > 51 for preset, side in chunks)
+    assert {preset for preset, _ in chunks} == {"clean", "web"}

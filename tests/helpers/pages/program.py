@@ -1,8 +1,8 @@
-"""What PATH leads a page's commands to: the real program with the tables' flags, or a stand-in.
+"""The program behind every command of a page: the real one with added flags, or a stand-in.
 
     python program.py CONTEXT.json NAME ARGUMENTS...
 
-Reads its tables from CONTEXT.json, for it starts often. The same command is run once.
+It starts often, so it reads its tables from CONTEXT.json. Equal commands are run once.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Any
 
 Table = Mapping[str, Any]
-WITHIN = 180.0  # seconds for a server to answer
+WITHIN = 180.0  # seconds until a server must answer
 
 
 def main(context: Table, name: str, arguments: list[str]) -> int:
-    """Run it; its exit code."""
+    """Run the command; return its exit code."""
     os.environ["PATH"] = context["path"]
     command = shlex.join([name, *arguments])
     if _first(context["stand_ins"], command) is not None:
-        from tests.pages import fakes as standins
+        from tests.helpers.pages import fakes
 
-        standins.ALL[name](*arguments)
+        fakes.ALL[name](*arguments)
         return 0
     if name in ("curl", "pre-commit", "ray") or arguments[:1] == ["-"]:
         return _real(context, command, name, arguments)
@@ -52,7 +52,7 @@ def main(context: Table, name: str, arguments: list[str]) -> int:
 
 
 def _first(table: Table, command: str) -> Any:
-    """What the table has for the longest of its commands that this one begins with."""
+    """Return the table's value for the longest of its commands that this one begins with."""
     fits = [k for k in table if f"{command} ".startswith(f"{k} ")]
     return table[max(fits, key=len)] if fits else None
 
@@ -60,23 +60,23 @@ def _first(table: Table, command: str) -> Any:
 def _real(context: Table, command: str, name: str, arguments: list[str]) -> int:
     program = shutil.which(name)
     assert program, f"{name} is not installed"
-    given = [*arguments, *(_first(context["added"], command) or [])]
+    flags = [*arguments, *(_first(context["added"], command) or [])]
     job = re.match(r"python ray_jobs/(\w+)\.py", command)
-    if job and "--gpu" in given:
-        given.remove("--gpu")
-        given += [context["gpu"].get(job[1], "--actors"), "1"]
+    if job and "--gpu" in flags:
+        flags.remove("--gpu")
+        flags += [context["gpu"].get(job[1], "--actors"), "1"]
     refusal = _first(context["refuses"], command)
     if refusal is None:
-        return subprocess.call([program, *given])
-    run = subprocess.run([program, *given], capture_output=True, text=True, check=False)
-    said, (code, words) = run.stdout + run.stderr, refusal
-    print(said)
-    # Where it can do its work after all, good.
-    return 0 if run.returncode == code and words in said else run.returncode
+        return subprocess.call([program, *flags])
+    run = subprocess.run([program, *flags], capture_output=True, text=True, check=False)
+    output, (code, words) = run.stdout + run.stderr, refusal
+    print(output)
+    # If the program can do its work after all, that is no error.
+    return 0 if run.returncode == code and words in output else run.returncode
 
 
 def _serving(context: Table, command: str, name: str, arguments: list[str]) -> int:
-    """`linearsr serve` runs on after its command, until the next one that serves."""
+    """Run a command that serves; `linearsr serve` then runs until the next one."""
     running = Path(context["done"]) / "serving"
     if running.exists() and running.read_text().endswith(command):
         return 0
@@ -84,7 +84,7 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
     if name == "serve":
         code = _real(context, command, name, arguments)
         return code if "deploy" not in arguments or code else _answers(context["http"])
-    # What another page deployed has the port that a reader of this one has free.
+    # A deployment of another page still holds the port.
     if code := _real(context, "serve shutdown", "serve", ["shutdown", "--yes"]):
         return code
     program = shutil.which(name)
@@ -96,7 +96,7 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
         )
     running.write_text(f"{server.pid} {command}")
     log, deadline = running.with_suffix(".log"), time.monotonic() + WITHIN
-    # Its own word: another page's endpoint may answer at this port.
+    # The log decides, since an endpoint of another page may answer at this port.
     while time.monotonic() < deadline and server.poll() is None:
         if "press Ctrl-C to stop" in log.read_text():
             return _answers(context["http"])
@@ -106,7 +106,7 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
 
 
 def _answers(port: int) -> int:
-    """0 as soon as the endpoint is healthy."""
+    """Return 0 as soon as the endpoint is healthy, 1 if it does not become so in time."""
     deadline = time.monotonic() + WITHIN
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ def _answers(port: int) -> int:
 
 
 def end_serving(running: Path) -> None:
-    """Ctrl-C for the server that runs, if one does."""
+    """Send Ctrl-C to the running server, if there is one."""
     import psutil
 
     if not running.exists():
@@ -132,5 +132,5 @@ def end_serving(running: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[2])
+    sys.path[0] = str(Path(__file__).parents[3])
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], sys.argv[3:]))

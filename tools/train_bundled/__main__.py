@@ -1,6 +1,6 @@
 """All stages of linearsr-tiny on one GPU, each within a given number of seconds.
 
-    python -m linearsr.training.accelerated --photos PHOTOS --out OUT \\
+    python -m tools.train_bundled --photos PHOTOS --out OUT \\
         --stages pretrain=165 structure=105 texture=210 polish=35 refinement=12
 
 Pairs are cut and degraded on the device, blocks are compiled, and each stage writes its averaged
@@ -36,9 +36,9 @@ from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
 from linearsr.metrics import lpips
 from linearsr.storage import atomic
-from linearsr.training.device_pairs import Atlas, pairs, uniform
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.ema import EMA
+from tools.train_bundled.pairs import Atlas, pairs, uniform
 
 MODEL = TINY
 LATENT = SpaceToDepth(MODEL.latent)
@@ -489,7 +489,7 @@ class Trainer:
         """Write the four experts to a folder of weights. Raises WeightsError if one is missing."""
         states = [self._state(name) for name in weights.expert_names(MODEL)]
         stages = " ".join(f"{name}={seconds:g}" for name, seconds in self.options.stages)
-        provenance = {"program": "linearsr.training.accelerated", "stages": stages}
+        provenance = {"program": "tools.train_bundled", "stages": stages}
         weights.save(folder, MODEL, states, provenance)
         say(f"wrote {folder}")
 
@@ -600,7 +600,7 @@ def main() -> int:
         if options.bundle:
             trainer.bundle(options.bundle)
     except (LinearSRError, OSError) as error:
-        print(f"linearsr.training.accelerated: {error}", file=sys.stderr)
+        print(f"tools.train_bundled: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""Stand-ins for programs that cannot do their work here: each checks what it can of its flags."""
+"""Stand-ins for programs that cannot run in a test; each checks its arguments."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# What KubeRay says of a resource that can be talked to.
+# The condition that KubeRay sets when a resource can be reached.
 CONDITIONS = {"raycluster": "condition=HeadPodReady", "rayservice": "condition=Ready"}
 
 
 def pip(*arguments: str) -> None:
-    """Resolves; fails for a package or an extra that does not exist."""
-    command, *asked = arguments
+    """Resolve the requirements; fail for a package or an extra that does not exist."""
+    command, *packages = arguments
     if command != "install":
         raise SystemExit(f"pip {command}: only install is known")
     uv = [
@@ -31,32 +31,34 @@ def pip(*arguments: str) -> None:
         "--no-build-isolation",
     ]
     run = subprocess.run(
-        [*uv, "--python", sys.executable, *asked], capture_output=True, text=True, check=False
+        [*uv, "--python", sys.executable, *packages], capture_output=True, text=True, check=False
     )
     if run.returncode or "does not have an extra" in run.stderr:
         raise SystemExit(run.stderr)
 
 
 def make(*arguments: str) -> None:
-    """All that would be run, without running it. `make s3` runs already: the pages' own server."""
+    """Dry-run the target. `make s3` already runs, as the server of the pages."""
     if arguments != ("s3",):
         subprocess.run(["make", "--dry-run", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def ray(verb: str, *arguments: str) -> None:
-    """The launcher: parsed by Ray, its file checked by Ray."""
+    """Let Ray parse the command of the launcher and check its file."""
     import yaml
     from ray.autoscaler._private.util import prepare_config, validate_config
     from ray.scripts.scripts import cli
 
-    given = cli.commands[verb].make_context(f"ray {verb}", list(arguments)).params
-    validate_config(prepare_config(yaml.safe_load(Path(given["cluster_config_file"]).read_text())))
+    options = cli.commands[verb].make_context(f"ray {verb}", list(arguments)).params
+    validate_config(
+        prepare_config(yaml.safe_load(Path(options["cluster_config_file"]).read_text()))
+    )
     if verb == "exec":
-        subprocess.run(["bash", "-c", given["cmd"]], check=True)
+        subprocess.run(["bash", "-c", options["cmd"]], check=True)
 
 
 def docker(*arguments: str) -> None:
-    """Files exist, and a tag is the one that the fleet pulls."""
+    """Check that the files exist and that the tag is the one that the fleet pulls."""
     parser, verbs = _verbs("docker")
     build = verbs.add_parser("build")
     build.add_argument("-f", "--file", type=_file, default="Dockerfile")
@@ -64,12 +66,12 @@ def docker(*arguments: str) -> None:
     build.add_argument("--platform")
     build.add_argument("context", type=_folder)
     verbs.add_parser("push").add_argument("tag")
-    given = parser.parse_args(arguments)
-    _one_of(given.tag, {_yaml("cluster.yaml")["docker"]["image"]})
+    options = parser.parse_args(arguments)
+    _one_of(options.tag, {_yaml("cluster.yaml")["docker"]["image"]})
 
 
 def helm(*arguments: str) -> None:
-    """The two commands that install an operator."""
+    """Parse the two commands that install an operator."""
     parser, verbs = _verbs("helm")
     repo = verbs.add_parser("repo").add_subparsers(required=True).add_parser("add")
     for name in ("name", "url"):
@@ -81,34 +83,36 @@ def helm(*arguments: str) -> None:
 
 
 def kubectl(*arguments: str) -> None:
-    """Files and names are those of deploy/kubernetes/; a Secret's value is a made-up token."""
-    given = _kubectl().parse_args(arguments)
+    """Check names against deploy/kubernetes/; the value of a Secret is an invented token."""
+    options = _kubectl().parse_args(arguments)
     files = [path.read_text() for path in sorted(Path("deploy/kubernetes").glob("*.yaml"))]
-    if given.verb == "get" and given.kind == "secret":
-        given.kind = "raycluster"  # the operator makes one of a cluster's name
+    if options.verb == "get" and options.kind == "secret":
+        options.kind = "raycluster"  # the operator makes a Secret with the name of the cluster
         print(base64.b64encode(b"0" * 64).decode(), end="")
-    if given.verb == "get" and given.name:
-        _one_of(f"{given.kind}/{given.name}", _names("{kind}/{name}"))
-    elif given.verb == "create":
-        key = given.from_literal.partition("=")[0]
-        assert f"name: {given.name}, key: {key}" in "".join(files), f"nobody asks for {key}"
-    elif given.verb == "wait":
-        _one_of(given.target, _names("{kind}/{name}"))
-        _one_of(given.condition, {CONDITIONS[given.target.split("/")[0]]})
-    elif given.verb == "port-forward":
+    if options.verb == "get" and options.name:
+        _one_of(f"{options.kind}/{options.name}", _names("{kind}/{name}"))
+    elif options.verb == "create":
+        key = options.from_literal.partition("=")[0]
+        assert f"name: {options.name}, key: {key}" in "".join(files), f"nobody asks for {key}"
+    elif options.verb == "wait":
+        _one_of(options.target, _names("{kind}/{name}"))
+        _one_of(options.condition, {CONDITIONS[options.target.split("/")[0]]})
+    elif options.verb == "port-forward":
         services = _names("service/{name}-head-svc") | _names("service/{name}-serve-svc")
-        _one_of(given.target, services)
-    elif given.verb == "logs":
-        assert f"name: {given.container}\n" in "".join(files), f"no container {given.container}"
-        asked = dict(pair.split("=") for pair in given.selector.split(","))
-        _one_of(f"raycluster/{asked['ray.io/cluster']}", _names("{kind}/{name}"))
-        assert f"groupName: {asked['ray.io/group']}\n" in "".join(files), f"no such group: {asked}"
+        _one_of(options.target, services)
+    elif options.verb == "logs":
+        assert f"name: {options.container}\n" in "".join(files), f"no container {options.container}"
+        labels = dict(pair.split("=") for pair in options.selector.split(","))
+        _one_of(f"raycluster/{labels['ray.io/cluster']}", _names("{kind}/{name}"))
+        assert f"groupName: {labels['ray.io/group']}\n" in "".join(files), (
+            f"no such group: {labels}"
+        )
 
 
 def _names(shape: str) -> set[str]:
-    """Of all manifests."""
-    made = (_yaml(str(path)) for path in sorted(Path("deploy/kubernetes").glob("*.yaml")))
-    return {shape.format(kind=m["kind"].lower(), name=m["metadata"]["name"]) for m in made}
+    """Return the names of all manifests, formatted."""
+    manifests = (_yaml(str(path)) for path in sorted(Path("deploy/kubernetes").glob("*.yaml")))
+    return {shape.format(kind=m["kind"].lower(), name=m["metadata"]["name"]) for m in manifests}
 
 
 def _kubectl() -> argparse.ArgumentParser:
@@ -139,7 +143,7 @@ def _kubectl() -> argparse.ArgumentParser:
 
 
 def aws(*arguments: str) -> None:
-    """The service has this operation, and it takes these parameters; `s3 sync` does its work."""
+    """Check the operation and its parameters; `s3 sync` really copies."""
     from botocore import xform_name
     from botocore.session import get_session
 
@@ -160,10 +164,10 @@ def aws(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog=f"aws {service} {operation}", allow_abbrev=False)
     for flag in sorted({*known, "region", "query", "output"}):
         parser.add_argument(f"--{flag}")
-    given = vars(parser.parse_args(flags))
-    if template := given.get("template_body"):
+    options = vars(parser.parse_args(flags))
+    if template := options.get("template_body"):
         text = _file(template.removeprefix("file://")).read_text()
-        (parameter,) = re.findall(r"ParameterKey=(\w+)", given["parameters"])
+        (parameter,) = re.findall(r"ParameterKey=(\w+)", options["parameters"])
         assert f"\n  {parameter}:\n    Type: String\n" in text, f"no parameter {parameter}"
 
 

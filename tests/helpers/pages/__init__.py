@@ -1,0 +1,1 @@
+"""The user who follows the pages, and the programs that this user runs."""

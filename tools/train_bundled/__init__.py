@@ -1,0 +1,1 @@
+"""The program that trained the bundled weights, linearsr-tiny, on one GPU."""
