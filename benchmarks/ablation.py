@@ -36,7 +36,8 @@ from linearsr.config import Config, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import boundaries, ranges
 from linearsr.errors import InputError, OptionError, WeightsError
-from linearsr.imaging.files import find_images, read
+from linearsr.imaging.files import read
+from linearsr.imaging.listing import find_images
 from linearsr.latent import load_autoencoder
 from linearsr.metrics.measure import unavailable
 from linearsr.training import export, loop

@@ -27,7 +27,8 @@ from linearsr.diffusion.experts import plan
 from linearsr.diffusion.schedule import shifted
 from linearsr.errors import InputError
 from linearsr.evaluation.judge import DEGRADATIONS, seeded_lr, upscaled
-from linearsr.imaging.files import Picture, find_images, read
+from linearsr.imaging.files import Picture, read
+from linearsr.imaging.listing import find_images
 from linearsr.metrics.measure import has_reference, measure
 
 METRICS = ("psnr", "ssim", "niqe", "piqe")

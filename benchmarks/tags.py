@@ -29,7 +29,8 @@ from linearsr import Options, Upscaler, weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.imaging.degradation import CLEAN, degrade
-from linearsr.imaging.files import Picture, find_images, read
+from linearsr.imaging.files import Picture, read
+from linearsr.imaging.listing import find_images
 from linearsr.imaging.resample import resize
 from linearsr.latent import load_autoencoder
 from linearsr.metrics.measure import measure

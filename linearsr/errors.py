@@ -1,5 +1,6 @@
 """Errors that a user can act on. Each message names what is wrong and says what to do about it."""
 
+import re
 from importlib.util import find_spec
 
 
@@ -90,3 +91,13 @@ def reason(error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """Return the message of a library's error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+def printable(text: str) -> str:
+    r"""Return text in which the bytes of a file name that are not UTF-8 read like `\xe9`."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
+
+
+def is_text(name: str) -> bool:
+    """Return whether a file name is UTF-8, so that it can be an id or a key."""
+    return printable(name) == name

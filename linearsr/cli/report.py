@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from linearsr.errors import LinearSRError, OptionError, WeightsError
+from linearsr.errors import LinearSRError, OptionError, WeightsError, printable
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def complain(error: Exception, code: int) -> int:
     """Print the error on one line; returns `code`."""
-    print(f"linearsr: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"linearsr: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearsr.cli.flags import HelpFormatter
+from linearsr.cli.inputs import list_folder
 from linearsr.cli.report import OK, SOME_FAILED, complain
-from linearsr.errors import InputError, LinearSRError, OptionError, WeightsError, reason
+from linearsr.errors import (
+    InputError,
+    LinearSRError,
+    OptionError,
+    WeightsError,
+    printable,
+    reason,
+)
 from linearsr.tags.base import TAGGERS, TaggerConfig, check_used
 
 if TYPE_CHECKING:
@@ -93,22 +100,14 @@ def _run(arguments: argparse.Namespace) -> int:
     failed = 0
     for path in arguments.inputs:
         try:
-            for picture in _pictures(path):
-                failed += not _print_tags(tagger, picture, arguments.json)
+            pictures, unlisted = list_folder(path) if path.is_dir() else ([path], 0)
         except InputError as error:
             failed += 1
             complain(error, SOME_FAILED)
+            continue
+        failed += unlisted
+        failed += sum(not _print_tags(tagger, picture, arguments.json) for picture in pictures)
     return SOME_FAILED if failed else OK
-
-
-def _pictures(path: Path) -> Iterator[Path]:
-    """The file itself, or the pictures in a folder. Raises InputError for a folder without any."""
-    from linearsr.imaging.files import find_images
-
-    pictures = find_images(path) if path.is_dir() else [path]
-    if not pictures:
-        raise InputError(f"{path}: no picture in this folder")
-    yield from pictures
 
 
 def _print_tags(tagger: Tagger, path: Path, as_json: bool) -> bool:
@@ -129,5 +128,5 @@ def _print_tags(tagger: Tagger, path: Path, as_json: bool) -> bool:
     else:
         found = ", ".join(f"{tag.name} {tag.score:.2f}" for tag in tags)
         line = f"{path}: {found or 'no tags'}"
-    print(line, flush=True)
+    print(printable(line), flush=True)
     return True

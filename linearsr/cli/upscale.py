@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearsr.cli.flags import HelpFormatter, add_fields
+from linearsr.cli.inputs import pair_files
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import FileOptions, Options
-from linearsr.errors import InputError, LinearSRError, OptionError, OutputError
+from linearsr.errors import LinearSRError, OptionError, OutputError, printable
 
 if TYPE_CHECKING:
     from linearsr.imaging.files import Picture
@@ -71,15 +71,18 @@ def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
 
 def _run(arguments: argparse.Namespace) -> int:
     options, files = parse(arguments)
-    pairs, failed = _pairs(arguments.inputs, arguments.output, files)
+    pairs, failed = pair_files(
+        arguments.inputs,
+        arguments.output,
+        files.format,
+        skip_existing=arguments.skip_existing,
+    )
     if not pairs:
         return SOME_FAILED if failed else OK
     from linearsr.pipeline.upscaler import Upscaler
 
     upscaler = Upscaler.load(arguments.model, arguments.device, compiled=arguments.compile)
     for number, (source, target) in enumerate(pairs, 1):
-        if arguments.skip_existing and os.path.exists(target):
-            continue
         line = _Line(f"[{number}/{len(pairs)}] {source.name}")
         try:
             _upscale_file(upscaler, options, files, source, target, line)
@@ -154,7 +157,7 @@ class _Line:
     """One picture's line: on a terminal it shows which expert is working, at the end the result."""
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = printable(label)
         self.live = sys.stderr.isatty()
 
     def show(self, expert: str, done: int, steps: int) -> None:
@@ -166,64 +169,4 @@ class _Line:
         """Replace the line with the result."""
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr)
-        print(f"{self.label} -> {text}")
-
-
-def _pairs(
-    inputs: list[Path], output: Path, files: FileOptions
-) -> tuple[list[tuple[Path, Path]], int]:
-    """Each input picture with its result's file, and how many inputs could not be listed."""
-    from linearsr.imaging.files import WRITE_SUFFIXES, result_name
-
-    single = len(inputs) == 1 and not os.path.isdir(inputs[0])
-    if single and not os.path.isdir(output) and output.suffix:
-        if output.suffix.lower() not in WRITE_SUFFIXES:
-            raise OptionError(f"{output}: the suffix must be one of {', '.join(WRITE_SUFFIXES)}")
-        return [_checked(inputs[0], output)], 0
-    if os.path.isfile(output):
-        raise OptionError(f"{output} is a file; give a folder for the results of several inputs")
-    sources: dict[Path, Path] = {}
-    failed = 0
-    for path in inputs:
-        try:
-            listed = _sources(path, output)
-        except InputError as error:
-            failed += 1
-            complain(error, SOME_FAILED)
-            continue
-        for source, relative in listed:
-            target = output / result_name(relative, files.format)
-            if target in sources:
-                raise OptionError(
-                    f"{sources[target]} and {source} would both become {target}; rename one, or "
-                    "upscale them into different folders"
-                )
-            sources[target] = source
-    return [_checked(source, target) for target, source in sources.items()], failed
-
-
-def _sources(path: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Pictures of one input, each with its path relative to it; results in `output` are left out.
-
-    Raises InputError for a folder without pictures.
-    """
-    if not os.path.isdir(path):
-        return [(path, Path(path.name))]
-    from linearsr.imaging.files import find_images
-
-    results = os.path.realpath(output)
-    nested = results != os.path.realpath(path)
-    pictures = [
-        picture
-        for picture in find_images(path)
-        if not (nested and os.path.realpath(picture).startswith(results + os.sep))
-    ]
-    if not pictures:
-        raise InputError(f"{path}: no picture in this folder")
-    return [(picture, picture.relative_to(path)) for picture in pictures]
-
-
-def _checked(source: Path, target: Path) -> tuple[Path, Path]:
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise OptionError(f"{source} would be overwritten; choose another output")
-    return source, target
+        print(f"{self.label} -> {printable(text)}")

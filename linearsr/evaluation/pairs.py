@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from linearsr.evaluation.config import Item, Source
-from linearsr.imaging.files import READ_SUFFIXES
+from linearsr.imaging.files import READ_SUFFIXES, RESULT_SUFFIXES
 
 # Pictures by id: the path relative to their folder, or the id in a shard.
 Listing = Mapping[str, Source]
@@ -79,8 +79,9 @@ class _Partners:
 
 def _stem(id: str) -> str:
     """The id without a picture's suffix; other dots stay, such as that of a shard's `cat.jpg#0`."""
-    path = PurePosixPath(id)
-    return str(path.with_suffix("")) if path.suffix.lower() in READ_SUFFIXES else id
+    suffix = PurePosixPath(id).suffix
+    is_picture = suffix.lower() in (*READ_SUFFIXES, *RESULT_SUFFIXES)
+    return id[: -len(suffix)] if is_picture else id
 
 
 def _bare(id: str) -> str:

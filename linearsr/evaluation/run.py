@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,9 +22,10 @@ from linearsr.errors import OptionError
 from linearsr.evaluation import report as reports
 from linearsr.evaluation.config import Item, Score, Settings, Steps
 from linearsr.evaluation.judge import DEGRADATIONS, Example
-from linearsr.evaluation.pairs import Listing, pair
+from linearsr.evaluation.pairs import Listing, Pairs, pair
 from linearsr.evaluation.report import Report
 from linearsr.metrics import measure as metrics
+from linearsr.storage.walk import Notes
 
 
 class Request(Config):
@@ -82,8 +84,9 @@ class ModelViews(NamedTuple):
 def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
     """List and pair the pictures, and check the request.
 
-    list_pictures(folder, *columns): returns pictures by id; in shards, those of the first column
-    that is there.
+    list_pictures(folder, *columns, notes=notes): returns pictures by id; in shards, those of the
+    first column that is there. Failures of `notes` are among the pictures that are left out, and
+    the rest of it is printed.
     Raises OptionError for unknown metrics or degradations and for a request without pictures,
     InputError for folders without pictures.
     """
@@ -93,14 +96,18 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
         raise OptionError(
             f"--rank {request.rank}: this metric is not measured; add it to --metrics"
         )
+    notes = Notes()
+    list_pictures = partial(list_pictures, notes=notes)
     hr = list_pictures(request.hr, "hr") if request.hr else {}
     degradation, lr = _low(request, hr, list_pictures)
     # The shards that upscale_dataset writes have a column "image".
     listed = request.results.items()
     results = {name: list_pictures(folder, "hr", "image") for name, folder in listed}
+    notes.tell_left_out()
     if not (hr or lr or results):
         raise OptionError("there is nothing to evaluate; give --hr, --lr, --results or a folder")
-    items, alone = pair(hr, lr, results)
+    items, alone = pair(hr, lr, results) if hr or lr or any(results.values()) else Pairs([], {})
+    alone = {**notes.failures, **alone}
     skipped = _skipped(wanted, referenced=bool(hr), chosen=request.metrics is not None)
     settings = Settings(
         scale=request.scale,
@@ -114,7 +121,13 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
     title = Path(request.hr or request.lr or next(iter(request.results.values()))).name
     rank = request.rank if request.rank not in skipped else None
     return Evaluation(
-        title, settings, items[:: request.every], alone, skipped, rank, request.examples
+        title,
+        settings,
+        items[:: request.every],
+        alone,
+        skipped,
+        rank,
+        request.examples,
     )
 
 
@@ -129,7 +142,8 @@ def _low(
     if request.lr is None:
         shards = any(source.column for source in hr.values())
         if shards and request.hr:
-            return None, list_pictures(request.hr, "lr")
+            # The folder is listed again, and its notes are known.
+            return None, list_pictures(request.hr, "lr", notes=Notes())
         return "clean" if hr else None, {}
     if "://" not in request.lr and not os.path.isdir(request.lr):
         names = ", ".join(DEGRADATIONS)

@@ -13,7 +13,6 @@ a grey picture comes back from it as colour.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -49,6 +48,12 @@ WRITE_SUFFIXES: Final = {
     ".tiff": "tiff",
 }
 READ_SUFFIXES: Final = (*WRITE_SUFFIXES, ".avif", ".gif")
+# Suffixes that a result's name replaces by another one. Its name keeps any other suffix.
+RESULT_SUFFIXES: Final = {
+    **dict.fromkeys((".avif", ".gif", ".apng", ".bmp", ".dib"), ".png"),
+    **dict.fromkeys((".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"), ".jpg"),
+    **dict.fromkeys((".jpg_large", ".jpg-large", ".jpeg_large"), ".jpg"),
+}
 
 Name = TypeVar("Name", bound=PurePath)
 
@@ -163,6 +168,15 @@ def _sniff(data: bytes, name: str) -> str:
     """Return the format that the first bytes show; the file's name proves nothing."""
     if not data:
         raise NoPicture(f"{name}: the file is empty; get it again.")
+    if format := sniff(data):
+        return format
+    raise NoPicture(
+        f"{name}: not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
+    )
+
+
+def sniff(data: bytes) -> str | None:
+    """Return the format that the first bytes of a file show, or None if it is not read."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -175,9 +189,7 @@ def _sniff(data: bytes, name: str) -> str:
         return "avif"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    raise NoPicture(
-        f"{name}: not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
-    )
+    return None
 
 
 _LOADERS: Final[dict[str, Callable[..., Any]]] = {
@@ -455,11 +467,15 @@ def write_encoded(path: Path, data: bytes) -> None:
 def result_name(source: Name, format: str | None) -> Name:
     """Return the name of a result: the source's name with a suffix that can be written.
 
+    A name without a picture's suffix, such as "Mt. Everest", stays whole and gets another one.
     format: a suffix of WRITE_SUFFIXES without its dot; None keeps the source's if possible.
     """
-    if format:
-        return source.with_suffix(f".{format}")
-    return source if source.suffix.lower() in WRITE_SUFFIXES else source.with_suffix(".png")
+    suffix = source.suffix.lower()
+    if suffix in WRITE_SUFFIXES:
+        return source.with_suffix(f".{format}") if format else source
+    if suffix in RESULT_SUFFIXES:
+        return source.with_suffix(f".{format}" if format else RESULT_SUFFIXES[suffix])
+    return source.with_name(f"{source.name}.{format or 'png'}")
 
 
 def result_format(source: str, format: str | None) -> str:
@@ -526,22 +542,3 @@ def to_pil(picture: Picture) -> PIL.Image.Image:
     if picture.exif:
         image.info["exif"] = picture.exif
     return image
-
-
-# Folders
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """Return the files with a suffix of READ_SUFFIXES in a folder and its subfolders, sorted.
-
-    Links to folders are not followed. Raises InputError for a folder that cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        reason = error.strerror or str(error)
-        raise InputError(f"{error.filename}: cannot be listed ({reason}); check the folder.")
-
-    paths = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        paths += [Path(parent, name) for name in names]
-    return sorted(path for path in paths if path.suffix.lower() in READ_SUFFIXES)

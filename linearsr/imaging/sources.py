@@ -5,18 +5,19 @@ The list holds names only; a worker reads the bytes of a picture when it needs t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from linearsr.errors import InputError, one_line
-from linearsr.imaging.files import READ_SUFFIXES
-from linearsr.storage.location import Location, explained
+from linearsr.errors import InputError, is_text, one_line, printable
+from linearsr.imaging.listing import HEAD_BYTES, NAME_FAULT, choose_pictures, litter
+from linearsr.storage.location import Location, explained, is_plain
+from linearsr.storage.walk import Notes
 
 # The most row groups of encoded pictures that a process keeps in memory.
 GROUPS_KEPT = 8
@@ -36,52 +37,65 @@ _PICTURES = (
 _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
-def list_inputs(folder: Location, column: str, without: Location | None = None) -> pa.Table:
+def list_inputs(
+    folder: Location, column: str, without: Location | None = None, notes: Notes | None = None
+) -> pa.Table:
     """Return a table `INPUTS` of every picture below `folder`, sorted by file.
 
     They are picture files, or rows of shards with encoded pictures in `column` (see `choose`). An
     id is a shard's `id`, or a file's path below the folder.
 
     without: a folder inside `folder` to leave out, such as the results of an earlier job.
+    notes: gets what is left out, and as failures the pictures and folders that cannot be listed.
 
     Raises InputError if there are no pictures, an id occurs twice, or a shard lacks a column or has
     one of another type.
     """
-    files = folder.files()
-    if without is not None and without.is_below(folder):
-        files = [file for file in files if not file.is_below(without)]
-    pictures, shards = choose(files, folder, "id", column)
+    notes = Notes() if notes is None else notes
+    pictures, shards = choose(folder, "id", column, without=without, notes=notes)
     if shards:
         tables = map_files(
             shards, lambda shard: _shard_rows(shard, shard.relative_to(folder), column)
         )
-        table = pa.concat_tables(tables)
-        counts = table.column("id").value_counts().to_pylist()
-        if repeated := [c["values"] for c in counts if c["counts"] > 1]:
-            raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
-        return table
-    if not pictures:
+        return _unique(pa.concat_tables(tables), folder)
+    if not pictures and not notes.failures:
         raise InputError(f"{folder.path}: no pictures and no .parquet shards here")
     names = [picture.relative_to(folder) for picture in pictures]
     none = pa.array([-1] * len(names), pa.int32())
-    return pa.table([names, names, none, none], schema=INPUTS)
+    return _unique(pa.table([names, names, none, none], schema=INPUTS), folder)
+
+
+def _unique(table: pa.Table, folder: Location) -> pa.Table:
+    counts = table.column("id").value_counts().to_pylist()
+    if repeated := [c["values"] for c in counts if c["counts"] > 1]:
+        raise InputError(f"{folder.path}: id {repeated[0]!r} occurs more than once")
+    return table
 
 
 def choose(
-    files: list[Location], folder: Location, *columns: str
+    folder: Location,
+    *columns: str,
+    without: Location | None = None,
+    notes: Notes | None = None,
 ) -> tuple[list[Location], list[Location]]:
     """Return the pictures and the shards of a folder; one of the two lists is empty.
 
     Without pictures, every .parquet file is a shard. Beside pictures, a .parquet file without the
-    `columns` is not a shard but a result of an earlier job. Raises InputError for pictures beside
-    shards.
+    `columns` is not a shard but a result of an earlier job. `without` and `notes` are those of
+    `list_inputs`; without `notes` a failure raises InputError, as do pictures beside shards.
     """
-    tables = [
-        file
-        for file in files
-        if file.name.endswith(".parquet") and file.relative_to(folder) != FAILURES
-    ]
-    pictures = [f for f in files if _suffix(f.name) in READ_SUFFIXES]
+    seen = Notes() if notes is None else notes
+    files = folder.files(seen)
+    if without is not None and without.is_below(folder):
+        files = [file for file in files if not file.is_below(without)]
+    pictures = list_pictures(files, folder, seen)
+    tables = [file for file in files if is_shard_name(file.relative_to(folder))]
+    for name in [file.relative_to(folder) for file in tables]:
+        if not is_text(name):
+            seen.failures[printable(name)] = NAME_FAULT
+    tables = [file for file in tables if is_text(file.relative_to(folder))]
+    if notes is None:
+        seen.check(folder.path)
     if not pictures:
         return [], tables
     shards = [
@@ -97,6 +111,25 @@ def choose(
             f"({shards[0].relative_to(folder)}); put them into separate folders"
         )
     return pictures, []
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a path below a folder can be that of a shard."""
+    return name.endswith(".parquet") and name != FAILURES and litter(name) is None
+
+
+def list_pictures(files: list[Location], folder: Location, notes: Notes) -> list[Location]:
+    """Return the pictures among the files of a folder, in order; see `choose_pictures`.
+
+    A picture whose name is not UTF-8 is a failure in `notes`, since ids are text.
+    """
+    names = {file.relative_to(folder): file for file in files}
+    head = partial(_head, names)
+    return [names[name] for name in choose_pictures(names, head, notes, text=True)]
+
+
+def _head(files: Mapping[str, Location], name: str) -> bytes:
+    return files[name].head(HEAD_BYTES)
 
 
 def read_input(folder: Location, row: dict[str, Any], column: str) -> bytes:
@@ -118,12 +151,19 @@ def open_shard(file: Location, *columns: str) -> Any:
     """
     try:
         with explained(file):
-            shard = pq.ParquetFile(file.path, filesystem=file.filesystem)
+            shard = _open(file)
     except pa.ArrowInvalid as error:
         raise InputError(f"{file.path}: not a readable Parquet shard: {one_line(error)}") from error
     for column in columns:
         _check_column(file, shard.schema_arrow, column)
     return shard
+
+
+def _open(file: Location) -> Any:
+    if not is_plain(file.path.lstrip("/")):
+        # pyarrow takes such a key for another one, or refuses it.
+        return pq.ParquetFile(pa.BufferReader(file.read()))
+    return pq.ParquetFile(file.path, filesystem=file.filesystem)
 
 
 def _check_column(file: Location, schema: pa.Schema, column: str) -> None:
@@ -139,10 +179,6 @@ def _check_column(file: Location, schema: pa.Schema, column: str) -> None:
             f"{file.path}: column {column!r} is of type {kind}; it must hold {needed} "
             f"({'string' if column == 'id' else 'binary'})"
         )
-
-
-def _suffix(name: str) -> str:
-    return f".{name.rsplit('.', 1)[-1].lower()}"
 
 
 def map_files(files: list[Location], function: Callable[[Location], Any]) -> list[Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from linearsr.config import FileOptions, Options
-from linearsr.imaging.files import Picture, encode, read, result_format
+from linearsr.imaging.files import Picture, check_fits, encode, read, result_format
+from linearsr.pipeline.sizes import output_size
 from linearsr.pipeline.upscaler import Progress, Upscaler
 
 OnStage = Callable[[str, Picture], None]
@@ -44,12 +45,21 @@ def upscale_encoded(
     format: png, jpeg, webp or tiff; by default `files.format`, else the format of the source if it
     can be written. name: what errors call the picture. progress: see `Upscaler.upscale`.
     on_stage: called with "upscale" and the picture that was read, then "encode" and the result.
-    Raises InputError, OptionError, OutOfMemory, TooLarge or OutputError.
+    Raises InputError, OptionError, OutOfMemory, TooLarge or OutputError; a result that is too large
+    for its format is refused before the model's first step.
     """
-    picture, options = read_tagged(upscaler, source, options, files, name, on_stage)
+
+    def begin(stage: str, picture: Picture) -> None:
+        if stage == "upscale":
+            height, width = picture.pixels.shape[-2:]
+            height, width = output_size(height, width, options)
+            check_fits(width, height, format or result_format(picture.format, files.format))
+        if on_stage:
+            on_stage(stage, picture)
+
+    picture, options = read_tagged(upscaler, source, options, files, name, begin)
     result = upscaler.upscale_tagged(picture, options, progress)
-    if on_stage:
-        on_stage("encode", result)
+    begin("encode", result)
     return encode_result(upscaler, result, options, files, format)
 
 

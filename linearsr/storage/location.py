@@ -33,6 +33,7 @@ from linearsr.errors import (
     require,
 )
 from linearsr.storage import atomic
+from linearsr.storage.walk import Notes, walk
 
 if TYPE_CHECKING:
     from linearsr.storage.s3 import S3Path
@@ -58,6 +59,11 @@ class Location:
 
     def __truediv__(self, name: str) -> Location:
         return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a path of this machine."""
+        return not isinstance(self.filesystem, fs.S3FileSystem)
 
     @property
     def name(self) -> str:
@@ -89,6 +95,14 @@ class Location:
             with self.filesystem.open_input_stream(self.path) as file:
                 return bytes(file.read())
 
+    def head(self, size: int) -> bytes:
+        """Return the first bytes of a file, at most `size`. Raises as `read` does."""
+        with explained(self):
+            if s3 := _on_s3(self):
+                return s3.head(size)
+            with open(self.path, "rb") as file:
+                return file.read(size)
+
     def write(self, data: bytes) -> None:
         """Write a file, which is complete before it gets its name. Raises OutputError."""
         with explained(self, OutputError):
@@ -98,27 +112,39 @@ class Location:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
                 atomic.write(self.path, data)
 
-    def sizes(self) -> dict[Location, int]:
+    def sizes(self, notes: Notes | None = None) -> dict[Location, int]:
         """Return all files below a folder, sorted, with their sizes in bytes.
 
         The result is empty if the folder does not exist. Unfinished files of a killed process are
-        left out.
+        left out. Links are followed as in `walk`.
+
+        notes: gets the links that are left out and the subfolders that cannot be listed; without
+        it, such a folder raises InputError. A name that is not UTF-8 has surrogates in its path.
         """
         with explained(self):
             if s3 := _on_s3(self):
                 sizes = {f"{s3.bucket}/{key}": size for key, size in s3.objects()}
             else:
-                selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-                sizes = {
-                    info.path: info.size
-                    for info in self.filesystem.get_file_info(selector)
-                    if info.type == fs.FileType.File and not atomic.is_temporary(info.base_name)
-                }
+                sizes = self._local_sizes(notes)
         return {Location(self.filesystem, path): sizes[path] for path in sorted(sizes)}
 
-    def files(self) -> list[Location]:
-        """Return all files below a folder, sorted; none if the folder does not exist."""
-        return list(self.sizes())
+    def _local_sizes(self, notes: Notes | None) -> dict[str, int]:
+        seen = Notes() if notes is None else notes
+        sizes = {}
+        with contextlib.suppress(FileNotFoundError):
+            for name, entry in walk(self.path, seen):
+                with contextlib.suppress(FileNotFoundError):  # it may be deleted meanwhile
+                    sizes[(self / name).path] = entry.stat().st_size
+        if notes is None:
+            seen.check(self.path)
+        return sizes
+
+    def files(self, notes: Notes | None = None) -> list[Location]:
+        """Return all files below a folder, sorted; none if the folder does not exist.
+
+        notes: as for `sizes`.
+        """
+        return list(self.sizes(notes))
 
     def copy_to(self, target: Location) -> None:
         """Copy a folder with all its files; each is complete before it gets its name.
@@ -191,6 +217,11 @@ def locate(path: str | Path) -> Location:
 def url(location: Location) -> str:
     """Return the text that `locate` turns back into the location, from any working folder."""
     return location.path if location.path.startswith("/") else f"s3://{location.path}"
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a key or id is a path below any folder: no empty part, `.` or `..` in it."""
+    return not {"", ".", ".."} & set(name.split("/"))
 
 
 def write_table(target: Location, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -301,7 +332,7 @@ def _copy(source: Location, target: Location) -> None:
 
 def _check_inside(name: str, folder: Location) -> None:
     """Raise InputError for a key that as a path leads out of a folder, since keys are any text."""
-    if {"", ".", ".."} & set(name.split("/")):
+    if not is_plain(name):
         raise InputError(
             f"{url(folder)}: the key {name!r} cannot be a file below a local folder; "
             "rename or delete that object"

@@ -16,7 +16,12 @@ from typing import IO, Any, NamedTuple
 import boto3  # type: ignore[import-untyped]
 from boto3.s3.transfer import TransferConfig  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
-from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 from pyarrow import fs
 
 from linearsr.errors import OptionError
@@ -26,6 +31,8 @@ ATTEMPTS = 10
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 # Objects of at least this many bytes travel in parts, several at a time.
 PART_BYTES = 32 << 20
+# Errors of a body that broke off.
+_CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 # The most objects that one request may delete.
 DELETE_BATCH = 1000
 
@@ -80,6 +87,26 @@ class S3Path(NamedTuple):
         buffer = io.BytesIO()
         self.client.download_fileobj(self.bucket, self.key, buffer, Config=_transfer())
         return buffer.getvalue()
+
+    def head(self, size: int) -> bytes:
+        """Return the first bytes of an object, at most `size`."""
+        for left in reversed(range(max_attempts())):
+            try:
+                return self._range(size)
+            except _CUT:
+                if not left:
+                    raise
+        return b""
+
+    def _range(self, size: int) -> bytes:
+        place = {"Bucket": self.bucket, "Key": self.key}
+        try:
+            answer = self.client.get_object(**place, Range=f"bytes=0-{size - 1}")
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("InvalidRange", "416"):  # it is empty
+                return b""
+            raise
+        return bytes(answer["Body"].read())
 
     def download(self, path: str) -> None:
         """Write an object to a local file."""

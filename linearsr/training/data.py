@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from linearsr.config import Config
 from linearsr.errors import InputError, one_line
 from linearsr.imaging.degradation import PRESETS, Preset, degrade
-from linearsr.imaging.files import find_images, read
+from linearsr.imaging.files import read
+from linearsr.imaging.listing import find_images
 from linearsr.imaging.resample import resize
+from linearsr.storage.walk import Notes
 
 Tags = tuple[str, ...]
 
@@ -222,7 +224,9 @@ def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
 
     Raises InputError if none is large enough to cut a patch from, or for a wrong tags.jsonl.
     """
-    paths = find_images(folder)
+    notes = Notes()
+    paths = find_images(folder, notes)
+    notes.tell(str(folder))
     names = [path.relative_to(folder).as_posix() for path in paths]
     sidecar = folder / SIDECAR
     tags = read_tags(sidecar.read_bytes(), str(sidecar), names) if sidecar.is_file() else {}

@@ -829,23 +829,3 @@ def test_a_pil_image_with_a_broken_profile_and_exif_is_read(photo: Image.Image) 
         image.info.update(icc_profile=b"broken" * 50, exif=b"Exif\0\0broken")
         picture = files.from_pil(image)
         assert (picture.icc, picture.exif) == (None, None)
-
-
-# Folders
-
-
-def test_find_images_is_recursive_sorted_and_blind_to_other_files(tmp_path: Path) -> None:
-    (tmp_path / "b" / "c").mkdir(parents=True)
-    for name in ("z.png", "A.JPG", "b/y.webp", "b/c/x.TIFF", "b/notes.txt", ".1f.part", "b/k.gif"):
-        (tmp_path / name).touch()
-    names = [str(path.relative_to(tmp_path)) for path in files.find_images(tmp_path)]
-    assert names == ["A.JPG", "b/c/x.TIFF", "b/k.gif", "b/y.webp", "z.png"]
-    (tmp_path / "empty").mkdir()
-    assert files.find_images(tmp_path / "empty") == []
-
-
-def test_folders_that_cannot_be_listed_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file.png").touch()
-    for folder in (tmp_path / "missing", tmp_path / "file.png"):
-        with pytest.raises(InputError, match="cannot be listed"):
-            files.find_images(folder)

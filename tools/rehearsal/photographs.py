@@ -8,7 +8,8 @@ import skimage.data
 from PIL import Image
 
 from linearsr.errors import InputError
-from linearsr.imaging.files import encode, find_images, from_pil, read, to_pil
+from linearsr.imaging.files import encode, from_pil, read, to_pil
+from linearsr.imaging.listing import find_images
 from linearsr.storage.location import locate
 
 # Photographs in the wheel that are neither drawings nor text. Weights that saw them are for

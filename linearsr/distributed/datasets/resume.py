@@ -28,6 +28,7 @@ from linearsr.distributed.queue import CRASHED
 from linearsr.errors import OptionError
 from linearsr.imaging.sources import FAILURES
 from linearsr.storage.location import Location, check_writable, url, write_table
+from linearsr.storage.walk import Notes
 
 JOB: Final = "job.json"
 # New errors between two writes of their list.
@@ -84,7 +85,7 @@ def claim(
     note = output / JOB
     check_writable(output)
     if not note.exists():
-        if new and output.files():
+        if new and output.files(Notes()):
             raise OptionError(
                 f"{url(output)}: not empty, and not of this job; choose another --output"
             )

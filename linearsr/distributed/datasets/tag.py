@@ -21,10 +21,27 @@ import pyarrow.parquet as pq
 
 from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress
 from linearsr.distributed.queue import CRASHED, Pool, map_actors
-from linearsr.errors import InputError, OptionError, WeightsError, one_line, reason
+from linearsr.errors import (
+    InputError,
+    OptionError,
+    WeightsError,
+    is_text,
+    one_line,
+    printable,
+    reason,
+)
 from linearsr.imaging.files import read
-from linearsr.imaging.sources import FAILURES, map_files, open_shard
-from linearsr.storage.location import Location, check_writable, explained, locate, url
+from linearsr.imaging.listing import NAME_FAULT
+from linearsr.imaging.sources import is_shard_name, map_files, open_shard
+from linearsr.storage.location import (
+    Location,
+    check_writable,
+    explained,
+    is_plain,
+    locate,
+    url,
+)
+from linearsr.storage.walk import Notes
 from linearsr.tags import load_tagger
 from linearsr.tags.base import Tag, TaggerConfig
 
@@ -37,6 +54,7 @@ TAGS: Final = (
 )
 # Columns that identify a row whatever its tags are; LR follows from HR by the degradation's seed.
 IDENTITY: Final = ("id", "degradation")
+OUTSIDE: Final = "the shard's key cannot be a file below the output; rename it"
 Note = dict[str, Any]
 
 
@@ -80,11 +98,15 @@ def tag_dataset(config: TagConfig) -> Summary:
     by then, for example that `output` holds shards other than those of `input`.
     """
     source, output = locate(config.input), locate(config.output)
-    shards = _list_shards(source, config.column)
+    skipped = Notes()
+    shards = _list_shards(source, config.column, skipped)
     notes = _read_notes(shards, output, config.settings)
     check_writable(output)
+    skipped.tell_left_out()
     finished = [(shard, note) for shard, note in zip(shards, notes, strict=True) if note]
-    todo = [shard for shard, note in zip(shards, notes, strict=True) if note is None]
+    left = [shard for shard, note in zip(shards, notes, strict=True) if note is None]
+    todo = [shard for shard in left if _is_inside(shard.name, output)]
+    outside = [(shard, _failed_shard(OUTSIDE)) for shard in left if shard not in todo]
     # Locations, not paths: an actor's node may have another S3 endpoint than the driver's.
     results = map_actors(todo, _Worker, (config, source, output), config)
     counts: Counter[str] = Counter()
@@ -93,7 +115,9 @@ def tag_dataset(config: TagConfig) -> Summary:
         Errors(output, keep=lambda row: row["stage"] != "tag") as errors,
         progress("tag", sum(shard.rows for shard in shards), "pictures") as bar,
     ):
-        for run, tagged in (("earlier", finished), ("done", results)):
+        for name, error in skipped.failures.items():
+            errors.add(name, Failure("tag", error), bar)
+        for run, tagged in (("earlier", finished), ("done", outside), ("done", results)):
             for shard, result in tagged:
                 note = result or _failed_shard(CRASHED)
                 failed = _add_errors(errors, shard, note, bar)
@@ -104,18 +128,29 @@ def tag_dataset(config: TagConfig) -> Summary:
     return Summary(
         unit="pictures",
         verb="processed",
-        total=sum(shard.rows for shard in shards),
+        total=sum(shard.rows for shard in shards) + len(skipped.failures),
         earlier=counts["earlier"],
         done=counts["done"],
-        failed=counts["failed"],
+        failed=counts["failed"] + len(skipped.failures),
         detail=f"{counts['tagged']} have tags, in {len(shards)} shards",
     )
 
 
-def _list_shards(folder: Location, column: str) -> list[_Shard]:
-    """List the shards below the folder. Raises InputError if there are none or one is broken."""
-    files = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
-    files = {n: file for n, file in files.items() if n.endswith(".parquet") and n != FAILURES}
+def _is_inside(name: str, output: Location) -> bool:
+    """Return whether a shard of this name can lie below the output."""
+    return is_plain(name) or not (output.is_local or ".." in name.split("/"))
+
+
+def _list_shards(folder: Location, column: str, notes: Notes) -> list[_Shard]:
+    """List the shards below the folder. Raises InputError if there are none or one is broken.
+
+    notes: gets as failures the subfolders and the shards that cannot be listed.
+    """
+    files = {file.relative_to(folder): file for file in folder.files(notes)}
+    files = {n: file for n, file in files.items() if is_shard_name(n)}
+    for name in [name for name in files if not is_text(name)]:
+        del files[name]
+        notes.failures[printable(name)] = NAME_FAULT
     if not files:
         raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
 
@@ -143,7 +178,7 @@ def _read_notes(
     a damaged note.
     """
     known = {(output / shard.name).path: shard for shard in shards}
-    existing = [file for file in output.files() if file.path in known]
+    existing = [file for file in output.files(Notes()) if file.path in known]
 
     def read_note(file: Location) -> Note | None:
         shard = open_shard(file, "id")

@@ -25,15 +25,27 @@ from linearsr.distributed.datasets.resume import (
 )
 from linearsr.distributed.models import absolute, check_model, load_upscaler
 from linearsr.distributed.queue import Pool, map_actors
-from linearsr.errors import InputError, OptionError, StorageError, reason
-from linearsr.imaging.files import READ_SUFFIXES, WRITE_SUFFIXES, Picture, result_name
+from linearsr.errors import InputError, OptionError, OutputError, StorageError, reason
+from linearsr.imaging.files import WRITE_SUFFIXES, Picture, result_name
 from linearsr.imaging.sources import list_inputs, open_shard, read_input
 from linearsr.pipeline.codec import Encoded, upscale_encoded
-from linearsr.storage.location import Location, explained, locate, part_name, url, write_table
+from linearsr.storage.location import (
+    Location,
+    explained,
+    is_plain,
+    locate,
+    part_name,
+    url,
+    write_table,
+)
+from linearsr.storage.targets import TargetCheck
+from linearsr.storage.walk import Notes
 
 RESULTS = pa.schema(
     {"id": pa.string(), "image": pa.binary(), "width": pa.int32(), "height": pa.int32()}
 )
+# The longest key of an object on S3, in bytes.
+KEY_BYTES = 1024
 
 
 class UpscaleConfig(Pool):
@@ -91,10 +103,14 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     source, output = locate(config.input), locate(config.output)
     if source.path == output.path:
         raise OptionError("input and output are the same folder; choose another --output")
-    inputs = list_inputs(source, config.column, without=output)
+    notes = Notes()
+    inputs = list_inputs(source, config.column, without=output, notes=notes)
     check_model(config.model)  # an actor would only find out minutes later
+    targets, faults = _targets(inputs, output, config)
     claim(output, config.settings(), defaults=Options().model_dump(mode="json"))
-    todo = _todo(inputs, output, config)
+    notes.tell_left_out()
+    todo = _todo(inputs, targets, output, config)
+    todo, unwritable = _writable(todo, output) if config.kind == "images" else (todo, {})
     # No actor idles while another has a batch of several.
     batch = min(config.batch, -(-len(todo) // (config.actors * config.concurrency)) or 1)
     # Locations, not paths: an actor's node may have another S3 endpoint than the driver's.
@@ -106,12 +122,19 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
         batch=batch,
         concurrency=config.concurrency,
     )
+    failures = [
+        *((id, Failure("list", error)) for id, error in (notes.failures | faults).items()),
+        *((id, Failure("write", error)) for id, error in unwritable.items()),
+    ]
     ids = {row["id"] for row in todo}
-    failed = 0
+    total, failed = inputs.num_rows + len(notes.failures), len(failures)
+    earlier = total - failed - len(todo)
     with (
         Errors(output, keep=lambda row: row["id"] in ids) as errors,
-        progress("upscale", inputs.num_rows, "images", initial=inputs.num_rows - len(todo)) as bar,
+        progress("upscale", total, "images", initial=earlier + failed) as bar,
     ):
+        for id, failure in failures:
+            errors.add(id, failure, bar)
         for row, outcome in results:
             failure = outcome or CRASH
             if failure.error:
@@ -123,51 +146,99 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     return Summary(
         unit="pictures",
         verb="upscaled",
-        total=inputs.num_rows,
-        earlier=inputs.num_rows - len(todo),
-        done=len(todo) - failed,
+        total=total,
+        earlier=earlier,
+        done=total - earlier - failed,
         failed=failed,
     )
 
 
-def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> list[dict[str, Any]]:
-    """Return the inputs that have no result, each with the name of its `target`."""
-    ids = inputs.column("id").to_pylist()
+def _targets(
+    inputs: pa.Table, output: Location, config: UpscaleConfig
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the name of each result by id, and by id the reason why there can be none.
+
+    Raises OptionError if two results would have one name.
+    """
+    ids: list[str] = inputs.column("id").to_pylist()
     if config.kind == "parquet":
-        targets, done = ids, _ids_in(output / "data")
-    else:
-        targets = [target_name(id, config.files) for id in ids]
-        taken: dict[str, str] = {}
-        for id, target in zip(ids, targets, strict=True):
-            if taken.setdefault(target, id) != id:
-                raise OptionError(
-                    f"{taken[target]} and {id} would both become {target}; leave out --format, "
-                    "or write Parquet"
-                )
-        done = {file.relative_to(output) for file in output.files()}
-    inputs = inputs.append_column("target", pa.array(targets, pa.string()))
-    left = inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))
-    rows: list[dict[str, Any]] = left.to_pylist()
-    return rows
+        return dict(zip(ids, ids, strict=True)), {}
+    targets, faults = {}, {}
+    for id in ids:
+        try:
+            targets[id] = target_name(id, config.files, local=output.is_local)
+        except InputError as error:
+            faults[id] = str(error)
+    _check_unique(targets)
+    return targets, faults
 
 
-def target_name(id: str, files: FileOptions) -> str:
+def target_name(id: str, files: FileOptions, *, local: bool = True) -> str:
     """Return the path of an input's result below the output; an id without a suffix gets one.
+
+    local: the output is a folder; on S3 a key may have empty parts, which stay as they are.
 
     Raises InputError for an id that points outside the output.
     """
-    path = PurePosixPath(id)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise InputError(f"id {id!r} cannot be a file's name: it would lie outside the output")
-    if path.suffix.lower() not in READ_SUFFIXES:
-        path = path.with_name(f"{path.name}.png")
-    return str(result_name(path, files.format))
+    folder, slash, name = id.rpartition("/")
+    if not name or ".." in id.split("/") or (local and not is_plain(id)):
+        raise InputError(
+            f"id {id!r} cannot be a file's name: it would lie outside the output, or replace "
+            "another file; rename it, or write Parquet"
+        )
+    return f"{folder}{slash}{result_name(PurePosixPath(name), files.format)}"
+
+
+def _check_unique(targets: dict[str, str]) -> None:
+    taken: dict[str, str] = {}
+    for id, target in targets.items():
+        other = taken.setdefault(target, id)
+        if other != id:
+            plain = {target_name(id, FileOptions(), local=False) for id in targets}
+            way = "leave out --format" if len(plain) == len(targets) else "rename one"
+            raise OptionError(
+                f"{other} and {id} would both become {target}; {way}, or write Parquet "
+                "(--kind parquet)"
+            )
+
+
+def _todo(
+    inputs: pa.Table, targets: dict[str, str], output: Location, config: UpscaleConfig
+) -> list[dict[str, Any]]:
+    """Return the inputs that have a target but no result yet, each with its `target`."""
+    if config.kind == "parquet":
+        done = _ids_in(output / "data")
+    else:
+        done = {file.relative_to(output) for file in output.files(Notes())}
+    names = [targets.get(id) for id in inputs.column("id").to_pylist()]
+    left = [name is not None and name not in done for name in names]
+    inputs = inputs.append_column("target", pa.array(names, pa.string()))
+    rows: list[dict[str, Any]] = inputs.filter(pa.array(left, pa.bool_())).to_pylist()
+    return rows
+
+
+def _writable(
+    rows: list[dict[str, Any]], output: Location
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the rows whose results can be written, and reasons by id for the others."""
+    check, writable, faults = TargetCheck(), [], {}
+    for row in rows:
+        target = output / row["target"]
+        try:
+            if output.is_local:
+                check.file(target.path)
+            elif (size := len(target.path.partition("/")[2].encode())) > KEY_BYTES:
+                raise OutputError(f"a key of {size} bytes is too long for S3; rename the picture")
+            writable.append(row)
+        except OutputError as error:
+            faults[row["id"]] = str(error)
+    return writable, faults
 
 
 def _ids_in(folder: Location) -> set[str]:
     """Return the ids of all results in the folder's Parquet files."""
     done: set[str] = set()
-    for file in folder.files():
+    for file in folder.files(Notes()):
         if file.name.endswith(".parquet"):
             shard = open_shard(file, "id")
             with explained(file):

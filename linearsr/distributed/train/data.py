@@ -63,7 +63,7 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
     Raises InputError, with the reason, if there is nothing to train on.
     """
     folder = locate(path)
-    pictures, shards = choose(folder.files(), folder, "hr")
+    pictures, shards = choose(folder, "hr")
     if shards:
         return Shards(shards, config, seed)
     if not pictures:

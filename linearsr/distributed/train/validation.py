@@ -12,8 +12,10 @@ from linearsr.denoiser import LinearSR
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.start import start_experts
 from linearsr.errors import InputError
-from linearsr.imaging.files import READ_SUFFIXES, Picture, encode, read
+from linearsr.imaging.files import Picture, encode, read
+from linearsr.imaging.sources import list_pictures
 from linearsr.storage.location import Location, locate
+from linearsr.storage.walk import Notes
 from linearsr.training import export
 from linearsr.training.recipes import ValidationConfig
 from linearsr.training.validation import validate
@@ -25,8 +27,8 @@ def validation_pictures(path: str, config: ValidationConfig) -> list[tuple[str, 
     path: a local or s3:// folder, of which `config.pictures` are read.
     Raises InputError if there is no picture, and for one that cannot be decoded.
     """
-    files = locate(path).files()
-    pictures = [f for f in files if f".{f.name.rsplit('.', 1)[-1].lower()}" in READ_SUFFIXES]
+    notes, folder = Notes(), locate(path)
+    pictures = list_pictures(folder.files(notes), folder, notes)
     if not pictures:
         raise InputError(f"{path}: no pictures to validate on")
     chosen = pictures[: config.pictures]

@@ -44,6 +44,7 @@ from linearsr.errors import InputError, one_line
 from linearsr.imaging.degradation import PRESETS, degrade
 from linearsr.imaging.files import Picture, encode
 from linearsr.storage.location import Location, locate
+from linearsr.storage.walk import Notes
 
 # Encoded pictures, never tensors: they vary in shape, and HR has scale^2 times the pixels of LR.
 # `tags` is null until the row is tagged, and empty if the tagger found nothing. `degradation.seed`
@@ -92,7 +93,8 @@ def build_shards(config: ShardConfig) -> BuildResult:
     Raises InputError, OutputError or OptionError before any work for everything that can be known
     by then, and InputError if no picture passes the filters.
     """
-    sources = list_sources(config)
+    notes = Notes()
+    sources = list_sources(config, notes)
     folder = locate(config.output)
     settings = {
         **config.model_dump(mode="json", exclude=_IRRELEVANT),
@@ -100,6 +102,7 @@ def build_shards(config: ShardConfig) -> BuildResult:
         "pictures": sha256("\n".join(sources).encode()).hexdigest(),
     }
     claim(folder, settings, new=True, hidden="pictures")
+    notes.tell_left_out()
     with progress("scan", len(sources), "pictures") as bar:
         scanned = reject_duplicates(scan(config, sources, bar.update), config.duplicate_distance)
     rejects = scanned.filter(pc.is_valid(scanned["reason"])).select(["source", "reason", "detail"])
@@ -114,6 +117,8 @@ def build_shards(config: ShardConfig) -> BuildResult:
         unreadable = [row for row in rejects.to_pylist() if row["reason"] == UNREADABLE]
         for row in unreadable:
             errors.add(row["source"], Failure("scan", row["detail"]))
+        for name, reason in notes.failures.items():
+            errors.add(name, Failure("list", reason))
         shards = plan(scanned, config)
         if not shards:
             raise InputError(f"{config.output}: no picture passes ({rejected}); see rejects.csv")
@@ -124,7 +129,10 @@ def build_shards(config: ShardConfig) -> BuildResult:
     (folder / "manifest.json").write(f"{json.dumps(manifest, indent=1)}\n".encode())
     return BuildResult(
         manifest,
-        [f"{row['source']}: {row['detail']}" for row in unreadable],
+        [
+            *(f"{name}: {reason}" for name, reason in notes.failures.items()),
+            *(f"{row['source']}: {row['detail']}" for row in unreadable),
+        ],
         [f"{name}: {failure.error}" for name, failure in failed.items()],
     )
 
@@ -138,7 +146,7 @@ def _build_missing(
     folder: Location, shards: list[pa.Table], config: ShardConfig
 ) -> dict[str, Failure]:
     """Build what is missing, twice if it fails; return the failures of shards still missing."""
-    existing = {file.name for file in folder.files()}
+    existing = {file.name for file in folder.files(Notes())}
     left = [n for n in range(len(shards)) if shard_name(n) not in existing]
     failed: dict[int, Failure] = {}
     rows = [shard.num_rows for shard in shards]

@@ -21,7 +21,9 @@ from linearsr.distributed.datasets.shards.filters import boxes, perceptual_hash,
 from linearsr.distributed.queue import CRASHED, map_tasks
 from linearsr.errors import InputError, StorageError, one_line
 from linearsr.imaging.files import READ_SUFFIXES, Picture, read
+from linearsr.imaging.sources import list_pictures
 from linearsr.storage.location import Location, locate
+from linearsr.storage.walk import Notes
 
 BOX: Final = pa.struct([(side, pa.int32()) for side in ("left", "top", "width", "height")])
 # A row per picture. `reason` is null for a picture that is used; `digest` is of the file's bytes.
@@ -40,19 +42,21 @@ SCAN: Final = pa.schema(
 UNREADABLE: Final = "unreadable"
 
 
-def list_sources(config: ShardConfig) -> list[str]:
+def list_sources(config: ShardConfig, notes: Notes | None = None) -> list[str]:
     """List every picture as `input's name/path below it`, in the order of inputs, then sorted.
 
+    notes: gets what is left out, and as failures the pictures and folders that cannot be listed.
     Raises InputError for an input without pictures.
     """
     sources = []
     for name, path in config.roots().items():
-        folder = locate(path)
-        below = [file.path.removeprefix(f"{folder.path}/") for file in folder.files()]
-        pictures = [p for p in below if f".{p.rsplit('.', 1)[-1].lower()}" in READ_SUFFIXES]
-        if not pictures:
+        folder, seen = locate(path), Notes()
+        pictures = list_pictures(folder.files(seen), folder, seen)
+        if not pictures and not seen.failures:
             raise InputError(f"{path}: no pictures here ({', '.join(READ_SUFFIXES)})")
-        sources += [f"{name}/{picture}" for picture in pictures]
+        sources += [f"{name}/{picture.relative_to(folder)}" for picture in pictures]
+        if notes is not None:
+            notes.add(seen, name)
     return sources
 
 

@@ -1,0 +1,237 @@
+"""The one rule for which files of a folder or bucket are pictures. Needs no pyarrow and no Ray.
+
+- Files that a system, a NAS or a program leaves among pictures (LITTER) are left out with a count.
+- A file with a suffix of READ_SUFFIXES is a picture; if it is damaged, reading it says so.
+- Any other file is judged by its first bytes, unless its suffix is known to stand for no picture.
+- Pictures of kinds that cannot be read are named, and all other files are left out silently.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from linearsr.errors import Denied, InputError, StorageError, is_text, printable
+from linearsr.imaging.files import READ_SUFFIXES, sniff
+from linearsr.storage.walk import Kind, Notes, walk
+
+# The first bytes that tell pictures from other files, and the number of files that are opened at
+# the same time.
+HEAD_BYTES: Final = 512
+OPENED: Final = 16
+
+_MACOS: Final = Kind("file that macOS made", "files that macOS made", named=False)
+_WINDOWS: Final = Kind("file that Windows made", "files that Windows made", named=False)
+_THUMBNAIL: Final = Kind("thumbnail", "thumbnails", named=False)
+_DELETED: Final = Kind("deleted file", "deleted files", named=False)
+_BACKUP: Final = Kind("copy that a program made", "copies that programs made", named=False)
+_UNFINISHED: Final = Kind("unfinished download", "unfinished downloads")
+_VERSIONS: Final = Kind("file of a version control", "files of a version control", named=False)
+
+# Names of files and folders in lower case; a folder's files are left out with it.
+LITTER: Final = {
+    **dict.fromkeys(
+        (".ds_store", ".localized", "icon\r", ".apdisk", ".volumeicon.icns", "__macosx"), _MACOS
+    ),
+    **dict.fromkeys((".appledouble", ".fseventsd", ".temporaryitems", ".appledb"), _MACOS),
+    **dict.fromkeys((".spotlight-v100", ".documentrevisions-v100"), _MACOS),
+    **dict.fromkeys(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"), _WINDOWS),
+    "system volume information": _WINDOWS,
+    **dict.fromkeys(("@eadir", ".@__thumb", "@__thumb", ".thumbnails", ".thumbs"), _THUMBNAIL),
+    **dict.fromkeys(("#recycle", "@recycle", "$recycle.bin", "recycler", "recycled"), _DELETED),
+    **dict.fromkeys(("#snapshot", "@recently-snapshot", ".snapshot", ".snapshots"), _BACKUP),
+    **dict.fromkeys((".stversions", ".dropbox.cache"), _BACKUP),
+    **dict.fromkeys((".git", ".hg", ".svn"), _VERSIONS),
+}
+_LITTER_BEGINNINGS: Final = (("._", _MACOS), (".trash", _DELETED))
+# exiftool keeps the old file as photo.jpg_original.
+_LITTER_ENDINGS: Final = (
+    *((end, _BACKUP) for end in ("_original", "~")),
+    *((end, _UNFINISHED) for end in (".part", ".partial", ".crdownload", ".download")),
+    # The preview of a video.
+    (".thm", _THUMBNAIL),
+)
+
+# Suffixes that stand for no picture and that the module mimetypes does not know.
+_DATA: Final = """
+    .arrow .ckpt .db .gz .jsonl .lock .log .lrcat .lrprev .md .npy .npz .parquet .pkl .pt .pth
+    .safetensors .sqlite .tfrecord .toml .xmp .yaml .yml .zst
+"""
+_NO_PICTURES: Final = frozenset(_DATA.split())
+# A suffix of any program's binary files says nothing.
+_SAYS_NOTHING: Final = "application/octet-stream"
+_CAMERAS: Final = """
+    .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .fff .iiq .k25 .kdc .mef .mos .mrw .nef .nrw .orf .pef
+    .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f
+"""
+_RAW_SUFFIXES: Final = frozenset(_CAMERAS.split())
+UNKNOWN: Final = Kind("file that cannot be read", "files that cannot be read")
+NAME_FAULT: Final = "the file's name is not UTF-8; rename it"
+NOT_TEXT: Final = Kind("file whose name is not UTF-8", "files whose names are not UTF-8")
+
+
+def _unreadable(name: str) -> Kind:
+    return Kind(f"{name} picture", f"{name} pictures", "convert to PNG or JPEG")
+
+
+_RAW: Final = Kind("camera raw file", "camera raw files", "develop to TIFF, PNG or JPEG")
+# Kinds by the first bytes, from an offset on.
+_MAGIC: Final = tuple(
+    (offset, magic, kind)
+    for kind, offset, magics in (
+        (_unreadable("HEIC"), 4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
+        (_unreadable("JPEG XL"), 0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+        (_unreadable("JPEG 2000"), 0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+        (_unreadable("JPEG XR"), 0, (b"II\xbc\x01",)),
+        (_unreadable("Photoshop"), 0, (b"8BPS",)),
+        (_unreadable("GIMP"), 0, (b"gimp xcf",)),
+        (_unreadable("OpenEXR"), 0, (b"\x76\x2f\x31\x01",)),
+        (_unreadable("Radiance"), 0, (b"#?RADIANCE", b"#?RGBE")),
+        (_unreadable("DDS"), 0, (b"DDS |",)),
+        (_unreadable("QOI"), 0, (b"qoif",)),
+        (_unreadable("farbfeld"), 0, (b"farbfeld",)),
+        (_unreadable("icon"), 0, (b"\0\0\1\0",)),
+        (_RAW, 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")),
+        (_RAW, 4, (b"ftypcrx",)),
+        (_RAW, 6, (b"HEAPCCDR",)),
+        (_RAW, 8, (b"CR\2\0",)),
+    )
+    for magic in magics
+)
+_PNM: Final = _unreadable("PNM")
+_SVG: Final = _unreadable("SVG")
+
+
+def find_images(folder: str | Path, notes: Notes | None = None) -> list[Path]:
+    """Return the pictures in a folder and its subfolders, sorted.
+
+    notes: gets what is left out, and as failures the subfolders that cannot be listed; without it,
+    such a subfolder raises InputError. Raises InputError if `folder` cannot be listed.
+    """
+    seen = Notes() if notes is None else notes
+    try:
+        names = [name for name, _ in walk(str(folder), seen)]
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{folder}: cannot be listed ({reason}); check the folder.") from error
+
+    def head(name: str) -> bytes:
+        with open(os.path.join(folder, name), "rb") as file:
+            return file.read(HEAD_BYTES)
+
+    pictures = choose_pictures(names, head, seen)
+    if notes is None:
+        seen.check(str(folder))
+    return sorted(Path(folder, name) for name in pictures)
+
+
+def choose_pictures(
+    names: Iterable[str], head: Callable[[str], bytes], notes: Notes, *, text: bool = False
+) -> list[str]:
+    """Return the names of the pictures among files, in order.
+
+    names: paths below the folder, with "/". head: returns the first HEAD_BYTES of a file; it is
+    called from several threads. notes: gets what is left out.
+    text: names become ids, so that a picture whose name is not UTF-8 is a failure.
+
+    Raises StorageError if the storage does not answer.
+    """
+    candidates = [name for name in names if not _leave_litter_out(name, notes)]
+    for folder in [name for name in notes.failures if litter(name)]:
+        del notes.failures[folder]  # nothing in it would have been used
+    unknown = [name for name in candidates if _must_look(name)]
+    verdicts = dict(zip(unknown, _judge_all(unknown, head), strict=True))
+    pictures = []
+    for name in candidates:
+        verdict = verdicts.get(name, _suffix(name) in READ_SUFFIXES)
+        if isinstance(verdict, Kind):
+            notes.leave_out(verdict, name)
+        elif not text or is_text(name):
+            pictures += [name] if verdict else []
+        elif verdict:
+            notes.failures[printable(name)] = NAME_FAULT
+        if not verdict and not is_text(name):
+            notes.leave_out(NOT_TEXT, name)
+    return pictures
+
+
+def _leave_litter_out(name: str, notes: Notes) -> bool:
+    kind = litter(name)
+    if kind:
+        notes.leave_out(kind, name)
+    return kind is not None
+
+
+def litter(name: str) -> Kind | None:
+    """Return the kind of litter that a file, or a folder around it, is; None for no litter."""
+    for part in name.lower().split("/"):
+        if kind := LITTER.get(part):
+            return kind
+        for beginning, kind in _LITTER_BEGINNINGS:
+            if part.startswith(beginning):
+                return kind
+    return next((kind for end, kind in _LITTER_ENDINGS if name.lower().endswith(end)), None)
+
+
+def _must_look(name: str) -> bool:
+    """Return whether the first bytes decide: the suffix neither says picture nor another type."""
+    suffix = _suffix(name)
+    if suffix in READ_SUFFIXES or suffix in _NO_PICTURES:
+        return False
+    kind = _types().get(suffix, _SAYS_NOTHING)
+    return kind.startswith("image/") or kind == _SAYS_NOTHING
+
+
+@lru_cache(maxsize=1)
+def _types() -> dict[str, str]:
+    """Return Python's own table of types; that of the machine would differ between machines."""
+    return mimetypes.MimeTypes(filenames=()).types_map[True]
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _judge_all(names: Sequence[str], head: Callable[[str], bytes]) -> list[Kind | bool]:
+    if not names:
+        return []
+
+    def judge(name: str) -> Kind | bool:
+        try:
+            return _judge(head(name), _suffix(name))
+        except Denied:
+            return UNKNOWN
+        except StorageError:
+            raise  # nothing is wrong with the file
+        except (OSError, InputError):
+            return UNKNOWN
+
+    with ThreadPoolExecutor(OPENED) as pool:
+        return list(pool.map(judge, names))
+
+
+def _judge(head: bytes, suffix: str) -> Kind | bool:
+    """Return whether a file begins like a picture, or the kind of a picture that is not read."""
+    kinds = (kind for offset, magic, kind in _MAGIC if head.startswith(magic, offset))
+    kind = next(kinds, None)
+    format = sniff(head)
+    if kind is _RAW or (format == "tiff" and suffix in _RAW_SUFFIXES):
+        return _RAW  # many of them are TIFF files as well
+    if format or _is_bmp(head):
+        return True
+    if kind:
+        return kind
+    if head[:1] == b"P" and head[1:2] in b"1234567fF" and head[2:3].isspace():
+        return _PNM
+    return _SVG if b"<svg" in head else False
+
+
+def _is_bmp(head: bytes) -> bool:
+    """Return whether this is a BMP file: two letters, and the size of a known second header."""
+    size = int.from_bytes(head[14:18], "little")
+    return head[:2] == b"BM" and size in (12, 16, 40, 52, 56, 64, 108, 124)

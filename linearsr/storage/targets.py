@@ -1,0 +1,74 @@
+"""Check before the work whether local results can be written. Needs no pyarrow."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from linearsr.errors import OutputError
+
+# The longest name of a file, in bytes, where the file system does not say.
+NAME_BYTES: Final = 255
+
+
+class TargetCheck:
+    """Checks files before they are written. It creates nothing and tries each folder once."""
+
+    def __init__(self) -> None:
+        self._faults: dict[str, str] = {}
+        self._longest: dict[str, int] = {}
+
+    def folder(self, folder: str | Path) -> None:
+        """Raise OutputError unless files can be written to a folder, which may not exist yet."""
+        path = str(folder)
+        if path not in self._faults:
+            self._faults[path] = _fault(path)
+        if self._faults[path]:
+            raise OutputError(self._faults[path])
+
+    def file(self, file: str | Path) -> None:
+        """Raise OutputError for a file that cannot be written.
+
+        The reason is its folder, a name that is too long, or a folder of the same name.
+        """
+        folder, name = os.path.split(file)
+        try:
+            self.folder(folder)
+        except OutputError as error:
+            raise OutputError(f"{file}: {error}") from error
+        if folder not in self._longest:
+            self._longest[folder] = _longest_name(folder)
+        size = len(os.fsencode(name))
+        if size > self._longest[folder]:
+            raise OutputError(
+                f"{file}: the name has {size} bytes, and the file system allows "
+                f"{self._longest[folder]}; rename the picture"
+            )
+        if os.path.isdir(file):
+            raise OutputError(f"{file}: a folder has this name; choose another output")
+
+
+def _fault(folder: str) -> str:
+    """Try the folder, or the nearest one around it that exists, with a file without a name."""
+    existing = _nearest(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        verb = "written to" if os.path.isdir(folder) else "created"
+        return f"the folder {folder} cannot be {verb} ({error.strerror}); choose another"
+
+
+def _longest_name(folder: str) -> int:
+    try:
+        return os.pathconf(_nearest(folder), "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return NAME_BYTES
+
+
+def _nearest(folder: str) -> str:
+    while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return folder or os.curdir
