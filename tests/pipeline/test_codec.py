@@ -33,7 +33,7 @@ def test_bytes_are_those_of_the_stages_by_hand(small: Upscaler, data: bytes) -> 
     result = upscale_encoded(small, data, OPTIONS, FileOptions())
     by_hand = small.upscale(read(data), OPTIONS)
     assert result.data == encode(by_hand, "png", provenance=small.describe(OPTIONS))
-    assert result[1:] == ("png", 256, 192)
+    assert result[1:] == ("png", 256, 192, ())
 
 
 def test_both_ends_give_the_bytes_of_the_whole(small: Upscaler, data: bytes) -> None:
