@@ -98,6 +98,11 @@ _VIPS_ERRORS: Final = (pyvips.Error, UnicodeDecodeError)
 # Pictures do not repeat within a run, so libvips' cache of operations would only hold memory.
 pyvips.cache_set_max(0)
 
+# PIL warns once for each broken tag, which in a mangled file means thousands of lines, and of sizes
+# that our own limit allows. A filter around each call would not be safe among threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -301,11 +306,8 @@ def _read_jpeg(file: _File) -> Picture:
 def _open_by_pil(file: _File) -> PIL.Image.Image:
     """Open a file with PIL, which decodes nothing yet."""
     try:
-        with warnings.catch_warnings():
-            # Our own limit counts.
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            kind = _PIL_FORMATS.get(file.format, file.format.upper())
-            image = PIL.Image.open(io.BytesIO(file.data), formats=[kind])
+        kind = _PIL_FORMATS.get(file.format, file.format.upper())
+        image = PIL.Image.open(io.BytesIO(file.data), formats=[kind])
         if file.page and file.page.number:
             image.seek(file.page.number)
         return image
