@@ -139,6 +139,8 @@ def _upscale_file(
     write_encoded(target, result.data)
     seconds = time.perf_counter() - began
     line.end(f"{target}  {result.width}x{result.height}  {seconds:.1f} s{note}")
+    for remark in result.notes:
+        print(f"linearsr: {source}: {remark}", file=sys.stderr)
 
 
 def _resampling(upscaler: Upscaler, picture: Picture, options: Options) -> str:

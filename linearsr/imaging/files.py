@@ -1,39 +1,64 @@
-"""Convert picture files to tensors and back, with their depth, alpha, profile and EXIF.
+"""Convert picture files to tensors and back, with their depth, alpha, colour space and metadata.
 
 This file knows nothing of super-resolution: no model, no scale, no resampling. libvips decodes and
-encodes. Only loaders on an allow-list are called, chosen by the first bytes of the file, so that a
-name like `photo.png` cannot reach an SVG or CSV parser. EXIF has its own module, because libvips
-neither reads it from TIFF nor writes it there.
+encodes; PIL decodes the few kinds that libvips does not. Only loaders on an allow-list are called,
+chosen by the first bytes of the file, so that a name like `photo.png` cannot reach an SVG or CSV
+parser.
 
-Known limits: colour spaces that only PNG or AVIF tags describe (gAMA, cICP) are ignored; XMP and
-IPTC are dropped; EXIF tags unknown to libexif are lost in JPEG, PNG and WebP; WebP has no grey, so
-a grey picture comes back from it as colour.
+    exif.py, tiff.py    EXIF, and the pages of TIFF       colour_tags.py   profiles from tags
+    xmp.py              XMP and IPTC                      containers.py    metadata in other files
+
+Every format carries the profile, EXIF, XMP and the print resolution. PNG and WebP have no IPTC, so
+its fields become XMP there. Text chunks of PNG stay in PNG; other formats get those that EXIF has a
+place for.
+
+Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that;
+WebP has no grey, so a grey picture comes back from it as colour; AVIF whose colour space only its
+AV1 stream tells is taken for sRGB.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pyvips  # type: ignore[import-untyped]
 import torch
+from PIL.ExifTags import Base
 
 from linearsr.errors import InputError, NoPicture, OptionError, OutputError, TooLarge
+from linearsr.imaging.colour_tags import adobe_profile, tagged_profile
+from linearsr.imaging.containers import (
+    MAX_EXIF,
+    Marks,
+    Metadata,
+    embed,
+    iptc_records,
+    read_marks,
+)
 from linearsr.imaging.exif import (
     descriptive_exif,
     find_provenance,
+    for_tiff,
+    is_adobe_rgb,
+    is_record,
     pil_exif,
-    pixels_per_mm,
     record_line,
-    tiff_with_exif,
+    resolution,
+    result_tags,
+    srgb_exif,
     upright_exif,
-    with_provenance,
 )
+from linearsr.imaging.tiff import Page, Tags, join_tiff, tiff_pages
+from linearsr.imaging.xmp import result_xmp
 from linearsr.storage import atomic
 
 DEFAULT_MAX_PIXELS: Final = 100_000_000
@@ -47,10 +72,10 @@ WRITE_SUFFIXES: Final = {
     ".tif": "tiff",
     ".tiff": "tiff",
 }
-READ_SUFFIXES: Final = (*WRITE_SUFFIXES, ".avif", ".gif")
+READ_SUFFIXES: Final = (*WRITE_SUFFIXES, ".avif", ".gif", ".bmp", ".jp2")
 # Suffixes that a result's name replaces by another one. Its name keeps any other suffix.
 RESULT_SUFFIXES: Final = {
-    **dict.fromkeys((".avif", ".gif", ".apng", ".bmp", ".dib"), ".png"),
+    **dict.fromkeys((".avif", ".gif", ".apng", ".bmp", ".dib", ".jp2"), ".png"),
     **dict.fromkeys((".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"), ".jpg"),
     **dict.fromkeys((".jpg_large", ".jpg-large", ".jpeg_large"), ".jpg"),
 }
@@ -58,12 +83,17 @@ RESULT_SUFFIXES: Final = {
 Name = TypeVar("Name", bound=PurePath)
 
 _SIXTEEN_BIT_FORMATS: Final = ("png", "tiff")
+_IPTC_FORMATS: Final = ("jpeg", "tiff")
 # JPEG itself allows 65535 pixels; its usual library stops here.
 _LONGEST_SIDE: Final = {"jpeg": 65500, "webp": 16383}
 
 # A file never needs more bytes than this for each pixel, plus some for metadata.
 _MAX_BYTES_PER_PIXEL: Final = 16
 _ROOM_FOR_METADATA: Final = 64 * 2**20
+
+_DEFAULT_DPI: Final = 72.0
+_MAX_DPI: Final = 1_000_000.0
+_MM_PER_INCH: Final = 25.4
 
 _LUMA: Final = (0.299, 0.587, 0.114)
 
@@ -72,6 +102,11 @@ _VIPS_ERRORS: Final = (pyvips.Error, UnicodeDecodeError)
 
 # Pictures do not repeat within a run, so libvips' cache of operations would only hold memory.
 pyvips.cache_set_max(0)
+
+# PIL warns once for each broken tag, which in a mangled file means thousands of lines, and of sizes
+# that our own limit allows. A filter around each call would not be safe among threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -101,37 +136,60 @@ class Picture:
     """EXIF starting with `Exif\\0\\0`; its orientation is 1, as it has been applied."""
 
     format: str = "png"
-    """The format of the file: png, jpeg, webp, tiff, avif or gif."""
+    """The format of the file: png, jpeg, webp, tiff, avif, gif, bmp or jp2."""
+
+    xmp: bytes | None = None
+    """XMP as in the file."""
+
+    iptc: bytes | None = None
+    """IPTC's records (IIM), without the header of Photoshop."""
+
+    texts: tuple[tuple[str, str], ...] = ()
+    """Keywords and texts of a PNG file."""
+
+    dpi: tuple[float, float] | None = None
+    """The print resolution across and down, if the file has one outside EXIF."""
+
+    pages: int = 1
+    """The number of pages of a TIFF file, of which this is one."""
+
+    notes: tuple[str, ...] = ()
+    """What a user must know about the file: what was left out, or may be damaged."""
 
 
 # Reading
 
 
 def read(
-    source: str | Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
+    source: str | Path | bytes,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    name: str | None = None,
+    page: int = 0,
 ) -> Picture:
-    """Decode the first page or frame of a picture file, or of its bytes, and turn it upright.
+    """Decode a page or the first frame of a picture file, or of its bytes, and turn it upright.
 
-    Formats are PNG, JPEG, WebP, TIFF, AVIF and GIF with 8 or 16 bits: grey, palette, RGB, or CMYK,
-    which is converted to sRGB, with or without alpha. Metadata that cannot be read is dropped.
-    name: the picture's name in errors, by default its path.
+    Formats are PNG, JPEG, WebP, TIFF, AVIF, GIF, BMP and JPEG 2000 with 8 or 16 bits: grey,
+    palette, RGB, or CMYK and Lab, which are converted to sRGB, with or without alpha. Metadata that
+    cannot be read is dropped. A thumbnail that comes before its photograph is not a page.
+    name: the picture's name in errors, by default its path. page: the page of a TIFF file, from 0.
 
-    Raises InputError for any other format, for a damaged or truncated file, and, before decoding,
-    for more than `max_pixels` pixels.
+    Raises InputError for any other format, for HDR, for a raw photograph, for a damaged or
+    truncated file, and, before decoding, for more than `max_pixels` pixels.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _file_bytes(Path(source), name, max_pixels)
-    format = _sniff(data, name)
-    with _as_input_error(name):
-        image = _LOADERS[format](data, access="sequential", fail_on="error")
-        pixels = image.width * image.height
-        if pixels > max_pixels:
-            raise TooLarge(
-                f"{name}: {image.width}x{image.height} is {pixels} pixels, more than the limit of "
-                f"{max_pixels}; raise --max-pixels to allow it."
-            )
-        exif = descriptive_exif(data) if format == "tiff" else _blob(image, "exif-data")
-        return _decode(image, exif, format, name)
+    file = _File(data, _sniff(data, name), name, max_pixels, *_pages(data, name, page))
+    if file.format in _PIL_FORMATS:
+        return _read_by_pil(file)
+    if file.format == "jpeg":
+        return _read_jpeg(file)
+    try:
+        return _read(file)
+    except _VIPS_ERRORS as error:
+        if unusual := _unusual(file.page):
+            return _read_by_pil(file, unusual)
+        raise _input_error(name, error) from error
 
 
 def measure(data: bytes) -> tuple[str, int, int]:
@@ -140,12 +198,146 @@ def measure(data: bytes) -> tuple[str, int, int]:
     Raises InputError for bytes that are not a picture.
     """
     name = "the picture"
-    format = _sniff(data, name)
-    with _as_input_error(name):
-        image = _LOADERS[format](data, access="sequential", fail_on="error")
-        if "orientation" in image.get_fields() and image.get("orientation") >= 5:
-            return format, image.height, image.width
-        return format, image.width, image.height
+    file = _File(data, _sniff(data, name), name, DEFAULT_MAX_PIXELS, *_pages(data, name, 0))
+    if file.format in _PIL_FORMATS:
+        return file.format, *_open_by_pil(file).size
+    try:
+        image = _open(file)
+    except _VIPS_ERRORS as error:
+        if not file.page or not _unusual(file.page):
+            raise _input_error(name, error) from error
+        return file.format, file.page.value(Base.ImageWidth), file.page.value(Base.ImageLength)
+    if "orientation" in image.get_fields() and image.get("orientation") >= 5:
+        return file.format, image.height, image.width
+    return file.format, image.width, image.height
+
+
+@dataclass(frozen=True)
+class _File:
+    """A picture file to read. `page` and `pages` are those of TIFF."""
+
+    data: bytes
+    format: str
+    name: str
+    max_pixels: int
+    page: Page | None
+    pages: int
+
+
+def _pages(data: bytes, name: str, number: int) -> tuple[Page | None, int]:
+    """Return a page of a TIFF file and the number of pages; None and 1 for other files.
+
+    Pages are the pictures in the chain of directories. If that begins with a thumbnail, the largest
+    picture anywhere in the file is the only page. Raises InputError for a raw photograph.
+    """
+    if not data.startswith((b"II", b"MM")) or not (found := tiff_pages(data)):
+        return None, 1
+    if data[8:10] == b"CR" or any(p.value(Base.PhotometricInterpretation) in _RAW for p in found):
+        raise InputError(
+            f"{name}: a raw photograph, which is not read; develop it to TIFF or JPEG first."
+        )
+    whole = [page for page in found if page.is_whole]
+    if whole and not found[0].is_whole:
+        return max(whole, key=lambda page: page.pixels), 1
+    chain = [page for page in whole if page.sub is None] or found[:1]
+    return chain[min(number, len(chain) - 1)], len(chain)
+
+
+def _unusual(page: Page | None) -> str:
+    """Return what a page of TIFF holds that libvips may not read; empty if nothing."""
+    if page is None:
+        return ""
+    compression = page.value(Base.Compression)
+    if compression not in _COMPRESSIONS:
+        return f"{_COMPRESSION_NAMES.get(compression, f'number {compression}')} compression"
+    kind = page.value(Base.PhotometricInterpretation)
+    if kind not in range(7):
+        return f"{'CIELAB' if kind in (8, 9, 10) else f'number {kind}'} colours"
+    bits = page.value(Base.BitsPerSample)
+    return "" if bits in (0, 1, 2, 4, 8, 16, 32, 64) else f"{bits} bit samples"
+
+
+def _open(file: _File, fail_on: str = "error") -> pyvips.Image:
+    """Return the lazy image of a file. Raises what libvips raises."""
+    options: dict[str, Any] = {}
+    if file.page:
+        options["page"] = file.page.number
+        if file.page.sub is not None:
+            options["subifd"] = file.page.sub
+    return _LOADERS[file.format](file.data, access="sequential", fail_on=fail_on, **options)
+
+
+def _read(file: _File, fail_on: str = "error") -> Picture:
+    image = _open(file, fail_on)
+    _check_size(image.width, image.height, file.name, file.max_pixels)
+    marks = read_marks(file.data, file.format)
+    if file.page is None:
+        exif = _blob(image, "exif-data")
+    else:
+        # The tags of the photograph are in the first directory, also if that has the thumbnail.
+        exif = descriptive_exif(file.data, None if file.pages == 1 else file.page.at)
+    if "n-pages" in image.get_fields() and file.page is None:
+        marks.frames = max(marks.frames, image.get("n-pages"))
+    across, down = (round(per_mm * _MM_PER_INCH, 2) for per_mm in (image.xres, image.yres))
+    # libvips' default is one pixel in a millimetre.
+    if marks.dpi is None and (image.xres, image.yres) != (1, 1) and max(across, down) <= _MAX_DPI:
+        marks.dpi = (across, down) if min(across, down) > 1 else None
+    picture = _decode(image, exif, file.format, file.name, marks)
+    notes = (f"only the first of {marks.frames} frames",) if marks.frames > 1 else ()
+    return replace(picture, pages=file.pages, notes=notes)
+
+
+def _read_jpeg(file: _File) -> Picture:
+    """Read a JPEG file, with a note if its decoder warns, or if only its end marker is missing."""
+    attempts = [(file, "warning"), (file, "error")]
+    if not file.data.endswith(_END_OF_JPEG):
+        # The decoder warns if it reaches the added marker too early.
+        attempts.append((replace(file, data=file.data + _END_OF_JPEG), "warning"))
+    notes: tuple[str, ...] = ()
+    failures = []
+    for attempt, fail_on in attempts:
+        try:
+            picture = _read(attempt, fail_on)
+            return replace(picture, notes=(*picture.notes, *notes))
+        except _VIPS_ERRORS as error:
+            failures.append(error)
+            reason = _reason(error)
+            notes = (f"parts of the file may be damaged ({reason})",)
+            if len(failures) == 2:
+                notes = ("the file lacks its end marker; the picture is whole",)
+    raise _input_error(file.name, failures[1]) from failures[1]
+
+
+def _open_by_pil(file: _File) -> PIL.Image.Image:
+    """Open a file with PIL, which decodes nothing yet."""
+    try:
+        kind = _PIL_FORMATS.get(file.format, file.format.upper())
+        image = PIL.Image.open(io.BytesIO(file.data), formats=[kind])
+        if file.page and file.page.number:
+            image.seek(file.page.number)
+        return image
+    except PIL.Image.DecompressionBombError as error:
+        raise TooLarge(f"{file.name}: {error}") from error
+    except Exception as error:  # PIL raises almost any kind of exception for a broken file
+        raise InputError(f"{file.name}: damaged or truncated ({error}).") from error
+
+
+def _read_by_pil(file: _File, unusual: str = "") -> Picture:
+    """Read a file that libvips does not. unusual: what the file holds, for the error."""
+    try:
+        image = _open_by_pil(file)
+        _check_size(*image.size, file.name, file.max_pixels)
+        picture = _from_pil(image, file.name)
+        return replace(picture, format=file.format, pages=file.pages)
+    except TooLarge:
+        raise
+    except InputError as error:
+        if not unusual:
+            raise
+        raise InputError(
+            f"{file.name}: holds {unusual}, which cannot be read here; convert it to TIFF with "
+            "deflate compression, or to PNG."
+        ) from error
 
 
 def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
@@ -170,27 +362,58 @@ def _sniff(data: bytes, name: str) -> str:
         raise NoPicture(f"{name}: the file is empty; get it again.")
     if format := sniff(data):
         return format
+    kind = next((kind for kind, at, mark in _OTHERS if data.startswith(mark, at)), "")
     raise NoPicture(
-        f"{name}: not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
+        f"{name}: {f'{kind}, which is ' if kind else ''}not a picture this program reads; give "
+        "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
     )
 
 
 def sniff(data: bytes) -> str | None:
     """Return the format that the first bytes of a file show, or None if it is not read."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "tiff"
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "avif"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
+    for format, at, marks in _MARKS:
+        if data.startswith(marks, at) and data.startswith(_FIRST.get(format, b"")):
+            return format
     return None
 
+
+_MARKS: Final = (
+    ("png", 0, (b"\x89PNG\r\n\x1a\n",)),
+    ("jpeg", 0, (b"\xff\xd8\xff",)),
+    ("webp", 8, (b"WEBP",)),
+    ("tiff", 0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    ("avif", 4, (b"ftypavif", b"ftypavis")),
+    ("gif", 0, (b"GIF87a", b"GIF89a")),
+    # "BM" alone may begin a text; the size of the second header makes it sure.
+    ("bmp", 14, tuple(bytes([size, 0, 0, 0]) for size in (12, 16, 40, 52, 56, 64, 108, 124))),
+    ("jp2", 0, (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")),
+)
+_FIRST: Final = {"webp": b"RIFF", "bmp": b"BM"}
+
+# Formats that PIL reads, with its names for them.
+_PIL_FORMATS: Final = {"bmp": "BMP", "jp2": "JPEG2000"}
+_END_OF_JPEG: Final = b"\xff\xd9"
+# Common formats that are not read: name, and the bytes at an offset.
+_OTHERS: Final = (
+    ("HEIC", 4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
+    ("JPEG XL", 0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+    ("a raw photograph", 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")),
+    ("a raw photograph", 4, (b"ftypcrx",)),
+    ("a Photoshop document", 0, (b"8BPS",)),
+)
+# Photometric interpretations of raw photographs: a colour filter array, and linear raw.
+_RAW: Final = (32803, 34892)
+# Compressions of TIFF that libvips reads.
+_COMPRESSIONS: Final = (0, 1, 2, 3, 4, 5, 7, 8, 32773, 32946)
+_COMPRESSION_NAMES: Final = {
+    6: "old JPEG",
+    34712: "JPEG 2000",
+    34887: "LERC",
+    34925: "LZMA",
+    50000: "Zstandard",
+    50001: "WebP",
+    50002: "JPEG XL",
+}
 
 _LOADERS: Final[dict[str, Callable[..., Any]]] = {
     "png": pyvips.Image.pngload_buffer,
@@ -202,32 +425,80 @@ _LOADERS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
-def _decode(image: pyvips.Image, exif: bytes | None, format: str, name: str) -> Picture:
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    pixels = width * height
+    if pixels > max_pixels:
+        raise TooLarge(
+            f"{name}: {width}x{height} is {pixels} pixels, more than the limit of "
+            f"{max_pixels}; raise --max-pixels to allow it."
+        )
+
+
+def _decode(
+    image: pyvips.Image, exif: bytes | None, format: str, name: str, marks: Marks
+) -> Picture:
     """Decode a libvips image, which is lazy until now, into a Picture."""
+    xmp, iptc = _blob(image, "xmp-data"), iptc_records(_blob(image, "iptc-data"))
+    icc, exif = _blob(image, "icc-profile-data"), upright_exif(exif)
+    if image.interpretation in _CONVERTED:
+        image, icc, exif = _as_srgb(image), None, srgb_exif(exif)
     if image.format not in ("uchar", "ushort"):
         raise InputError(
             f"{name}: holds {image.format} samples; convert it to 8 or 16 bits a channel."
         )
-    bits = 16 if image.format == "ushort" else 8
-    icc = _blob(image, "icc-profile-data")
-    if image.interpretation == "cmyk":
-        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=bits)
-        icc = None
     grey = image.interpretation in ("b-w", "grey16")
     colours = 1 if grey else 3
     if not grey and image.interpretation not in ("srgb", "rgb", "rgb16"):
         raise InputError(f"{name}: holds {image.interpretation} colours; convert it to RGB.")
     if not colours <= image.bands <= colours + 1:
         raise InputError(f"{name}: has {image.bands} channels; convert it to RGB or RGBA.")
-    if "orientation" in image.get_fields() and image.get("orientation") != 1:
-        # Turning needs the rows in another order than the decoder delivers them.
-        image = image.copy_memory().autorot()
-    array = image.numpy().reshape(image.height, image.width, image.bands)
-    samples = torch.from_numpy(array).permute(2, 0, 1)
+    profile = tagged_profile(marks, icc if _fits(icc, grey) else None, grey=grey, name=name)
+    if profile is None and is_adobe_rgb(exif):
+        profile = adobe_profile(grey=grey)
+    samples = _samples(_upright(image))
     pixels = _unit_range(samples[:colours], 3)
     alpha = _unit_range(samples[colours:], 1) if image.bands > colours else None
-    profile = icc if _fits(icc, grey) else None
-    return Picture(pixels, alpha, bits, grey, profile, upright_exif(exif), format)
+    if marks.cicp and not marks.cicp.full:
+        pixels.mul_(255).sub_(16).div_(219).clamp_(0, 1)
+    if marks.premultiplied and alpha is not None:
+        pixels.div_(alpha.clamp_min(1e-4)).clamp_(0, 1)
+    return Picture(
+        pixels=pixels,
+        alpha=alpha,
+        bits=16 if image.format == "ushort" else 8,
+        grey=grey,
+        icc=profile,
+        exif=exif,
+        format=format,
+        xmp=xmp,
+        iptc=iptc,
+        texts=tuple(marks.texts),
+        dpi=marks.dpi,
+    )
+
+
+def _as_srgb(image: pyvips.Image) -> pyvips.Image:
+    """Convert an image of one of the kinds in _CONVERTED."""
+    if image.interpretation == "cmyk":
+        depth = 16 if image.format == "ushort" else 8
+        return image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=depth)
+    return image.colourspace("srgb" if image.interpretation == "labq" else "rgb16")
+
+
+_CONVERTED: Final = ("cmyk", "lab", "labs", "labq")
+
+
+def _upright(image: pyvips.Image) -> pyvips.Image:
+    if "orientation" not in image.get_fields() or image.get("orientation") == 1:
+        return image
+    # Turning needs the rows in another order than the decoder delivers them.
+    return image.copy_memory().autorot()
+
+
+def _samples(image: pyvips.Image) -> torch.Tensor:
+    """Return the integer samples (bands, H, W), a view of (H, W, bands)."""
+    array = image.numpy().reshape(image.height, image.width, image.bands)
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _unit_range(samples: torch.Tensor, channels: int) -> torch.Tensor:
@@ -247,17 +518,15 @@ def _fits(icc: bytes | None, grey: bool) -> bool:
     return icc is not None and len(icc) > 128 and icc[36:40] == b"acsp" and icc[16:20] == kind
 
 
-@contextlib.contextmanager
-def _as_input_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except _VIPS_ERRORS as error:
-        reason = _reason(error)
-        raise InputError(f"{name}: damaged or truncated ({reason}); get the file again.") from error
+def _input_error(name: str, error: Exception) -> InputError:
+    reason = _reason(error)
+    if re.search(r"unsupported|not supported|not configured|not implemented", reason, re.I):
+        return InputError(f"{name}: of a kind that cannot be read here ({reason}); convert it.")
+    return InputError(f"{name}: damaged or truncated ({reason}); get the file again.")
 
 
-def _reason(error: pyvips.Error | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
+def _reason(error: Exception) -> str:
+    if not isinstance(error, pyvips.Error):
         # pyvips leaves the message in place and would fail on it again.
         pyvips.vips_lib.vips_error_clear()
         return "no readable reason given"
@@ -305,60 +574,118 @@ def encode(
         raise OptionError(f"Quality {quality} is out of range; give 1 to 100.")
     height, width = picture.pixels.shape[-2:]
     check_fits(width, height, format)
-    exif = with_provenance(picture.exif, provenance) if provenance else picture.exif
+    if format == "webp" and picture.grey and picture.icc:
+        picture = _grey_as_srgb(picture)
+    dpi = picture.dpi or resolution(picture.exif) or (_DEFAULT_DPI, _DEFAULT_DPI)
     image = _vips_image(_quantised(picture, format))
-    per_mm = pixels_per_mm(exif)
-    image = image.copy(xres=per_mm, yres=per_mm)
-    data = _save(image, format, quality, _metadata(picture, format, exif, provenance or {}))
-    return tiff_with_exif(data, exif) if format == "tiff" and exif else data
+    image = image.copy(xres=dpi[0] / _MM_PER_INCH, yres=dpi[1] / _MM_PER_INCH)
+    icc = picture.icc if _fits(picture.icc, _is_grey(picture, format)) else None
+    tags = result_tags(
+        picture.exif,
+        width=width,
+        height=height,
+        dpi=dpi,
+        texts={} if format == "png" else dict(reversed(picture.texts)),
+        provenance=provenance or {},
+        profile=icc is not None,
+    )
+    metadata = Metadata(
+        xmp=result_xmp(picture.xmp, None if format in _IPTC_FORMATS else picture.iptc),
+        iptc=picture.iptc,
+        texts=_texts(picture, provenance or {}),
+        dpi=dpi,
+    )
+    if tags and format != "tiff":
+        metadata.exif = tags.tobytes(MAX_EXIF if format == "jpeg" else None)
+    data = _save(image, format, quality, _fields(icc, format, metadata))
+    if format == "tiff":
+        return join_tiff([(data, for_tiff(tags or Tags(), picture.iptc))])
+    return embed(data, format, metadata)
 
 
-def _save(
-    image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes | str]
-) -> bytes:
-    """Encode with these metadata fields, or with fewer if libvips refuses them."""
-    profile = {key: value for key, value in fields.items() if key == "icc-profile-data"}
-    for attempt in (fields, profile, {}):
-        labelled = image.copy()
-        for field, value in attempt.items():
-            is_text = isinstance(value, str)
-            kind = pyvips.GValue.gstr_type if is_text else pyvips.GValue.blob_type
-            labelled.set_type(kind, field, value)
+def join_pages(pages: Sequence[bytes]) -> bytes:
+    """Return one TIFF file of several that `encode` returned."""
+    return join_tiff([(page, None) for page in pages]) if len(pages) > 1 else pages[0]
+
+
+def _texts(picture: Picture, provenance: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return the texts for PNG: our own, and those of the picture but for an earlier record."""
+    ours = []
+    if provenance:
+        software = provenance.get("software", "linearsr")
+        ours = [("Software", software), ("Comment", record_line(provenance))]
+    theirs = (
+        (key, text)
+        for key, text in picture.texts
+        if not (key == "Comment" and is_record(text))
+        and not (key == "Software" and text.startswith("linearsr"))
+    )
+    return (*ours, *theirs)
+
+
+def _grey_as_srgb(picture: Picture) -> Picture:
+    """Return a grey picture in sRGB; unchanged if its profile cannot be used."""
+    grey = (_on_cpu(picture.pixels[0]).clamp(0, 1) * 65535).round_().to(torch.int32).numpy()
+    image = _with_fields(
+        _vips_image(grey.astype(np.uint16)[..., None]), {"icc-profile-data": picture.icc or b""}
+    )
+    try:
+        colours = image.icc_transform("srgb", embedded=True, depth=16)
+        pixels = _unit_range(_samples(colours)[:3], 3)
+    except _VIPS_ERRORS:
+        return picture
+    return replace(picture, pixels=pixels, grey=False, icc=None, exif=srgb_exif(picture.exif))
+
+
+def _save(image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes]) -> bytes:
+    """Encode with these metadata fields, or with none if libvips refuses them."""
+    for attempt in (fields, {}):
         try:
-            return bytes(_SAVERS[format](labelled, quality))
+            return bytes(_SAVERS[format](_with_fields(image, attempt), quality))
         except _VIPS_ERRORS as error:
             reason = _reason(error)
     raise OutputError(f"the picture cannot be encoded as {format} ({reason}).")
 
 
 def _save_webp(image: pyvips.Image, quality: int) -> Any:
+    keep = "icc:exif:xmp" if "exif-data" in image.get_fields() else "icc:xmp"
     if quality < 100:
-        return image.webpsave_buffer(Q=quality)
+        return image.webpsave_buffer(Q=quality, keep=keep)
     # For lossless files, Q is the effort, 75 by default. "exact" keeps colours of clear pixels.
-    return image.webpsave_buffer(Q=75, lossless=True, exact=True)
+    return image.webpsave_buffer(Q=75, lossless=True, exact=True, keep=keep)
+
+
+def _save_tiff(image: pyvips.Image, _: int) -> Any:
+    return image.tiffsave_buffer(
+        compression="deflate", predictor="horizontal", resunit="inch", keep="icc:xmp"
+    )
 
 
 _SAVERS: Final[dict[str, Callable[[pyvips.Image, int], Any]]] = {
-    "png": lambda image, _: image.pngsave_buffer(),
-    "jpeg": lambda image, quality: image.jpegsave_buffer(Q=quality, optimize_coding=True),
+    "png": lambda image, _: image.pngsave_buffer(keep="icc"),
+    "jpeg": lambda image, quality: image.jpegsave_buffer(
+        Q=quality, optimize_coding=True, keep="icc"
+    ),
     "webp": _save_webp,
-    "tiff": lambda image, _: image.tiffsave_buffer(compression="deflate", predictor="horizontal"),
+    "tiff": _save_tiff,
 }
 
 
-def _metadata(
-    picture: Picture, format: str, exif: bytes | None, provenance: Mapping[str, str]
-) -> dict[str, bytes | str]:
-    """Return the libvips metadata fields to write. TIFF gets its EXIF afterwards."""
-    fields: dict[str, bytes | str] = {}
-    if picture.icc and _fits(picture.icc, _is_grey(picture, format)):
-        fields["icc-profile-data"] = picture.icc
-    if exif and format != "tiff":
-        fields["exif-data"] = exif
-    if format == "png" and provenance:
-        fields["png-comment-0-Software"] = provenance.get("software", "linearsr")
-        fields["png-comment-1-Comment"] = record_line(provenance)
-    return fields
+def _with_fields(image: pyvips.Image, fields: Mapping[str, bytes]) -> pyvips.Image:
+    image = image.copy()
+    for field, value in fields.items():
+        image.set_type(pyvips.GValue.blob_type, field, value)
+    return image
+
+
+def _fields(icc: bytes | None, format: str, metadata: Metadata) -> dict[str, bytes]:
+    """Return the metadata that libvips writes; `embed` and `join_tiff` write the rest."""
+    fields = {"icc-profile-data": icc}
+    if format in ("tiff", "webp"):
+        fields["xmp-data"] = metadata.xmp
+    if format == "webp":
+        fields["exif-data"] = metadata.exif
+    return {field: value for field, value in fields.items() if value}
 
 
 def _is_grey(picture: Picture, format: str) -> bool:
@@ -495,19 +822,35 @@ def from_pil(image: PIL.Image.Image) -> Picture:
     Any such mode will do that PIL can convert to RGB. Raises InputError for other modes, and for a
     file that PIL has opened but cannot decode.
     """
-    name = "the PIL image"
+    return _from_pil(image, "the PIL image")
+
+
+def _from_pil(image: PIL.Image.Image, name: str) -> Picture:
     try:
         image.load()
         lazy = _vips_image(_pil_samples(image), cmyk=image.mode == "CMYK")
-    except (OSError, SyntaxError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # PIL raises almost any kind of exception for a broken file
         raise InputError(f"{name}: cannot be used ({error}); open or convert it again.") from error
     exif, orientation = pil_exif(image)
     lazy.set_type(pyvips.GValue.gint_type, "orientation", orientation)
-    if icc := image.info.get("icc_profile"):
+    info = image.info
+    if (icc := info.get("icc_profile")) and image.mode != "LAB":
         lazy.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
+    if isinstance(xmp := info.get("xmp"), bytes):
+        lazy.set_type(pyvips.GValue.blob_type, "xmp-data", xmp)
+    marks = Marks(srgb="srgb" in info, chromaticities=info.get("chromaticity"))
+    marks.gamma = 1 / info["gamma"] if info.get("gamma") else None
+    marks.texts = [(key, str(text)) for key, text in getattr(image, "text", {}).items()]
+    across, down = map(float, info.get("dpi", (0, 0)))
+    if min(across, down) > 1 and max(across, down) <= _MAX_DPI:
+        marks.dpi = across, down
     format = (image.format or "").lower()
-    with _as_input_error(name):
-        return _decode(lazy, exif, format if format in _LOADERS else "png", name)
+    try:
+        return _decode(lazy, exif, format if format in _LOADERS else "png", name, marks)
+    except _VIPS_ERRORS as error:
+        raise _input_error(name, error) from error
 
 
 def _pil_samples(image: PIL.Image.Image) -> np.ndarray:
@@ -519,6 +862,10 @@ def _pil_samples(image: PIL.Image.Image) -> np.ndarray:
         return np.asarray(image).astype(np.uint16)[..., None]
     if image.mode == "1":
         image = image.convert("L")
+    if image.mode == "LAB":
+        lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
+        transform = PIL.ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+        image = transform.apply(image)
     if image.mode == "L" and image.has_transparency_data:
         image = image.convert("LA")
     elif image.mode not in ("L", "LA", "CMYK"):
@@ -539,6 +886,7 @@ def to_pil(picture: Picture) -> PIL.Image.Image:
     image = PIL.Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
     if _fits(picture.icc, picture.grey):
         image.info["icc_profile"] = picture.icc
-    if picture.exif:
-        image.info["exif"] = picture.exif
+    for key, value in (("exif", picture.exif), ("xmp", picture.xmp), ("dpi", picture.dpi)):
+        if value:
+            image.info[key] = value
     return image

@@ -26,6 +26,7 @@ from linearsr.config import Options
 from linearsr.diffusion.experts import Segment, plan
 from linearsr.diffusion.schedule import schedule
 from linearsr.errors import OptionError, WeightsError
+from linearsr.imaging.alpha import flatten, hides, spread_colours
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
@@ -226,7 +227,7 @@ class Upscaler:
             options=options,
             steps=len(timesteps) - 1,
             scale=scale,
-            lr=picture.pixels[None] * 2 - 1,
+            lr=spread_colours(picture.pixels, picture.alpha)[None] * 2 - 1,
             size=size,
             tiles=tuple(tiles),
             # Copies, so that a tile that travels does not take the whole field along.
@@ -321,7 +322,10 @@ def _final_picture(state: UpscaleState, restored: Tensor) -> Picture:
     picture = state.picture
     height, width = picture.pixels.shape[-2:]
     height, width = output_size(height, width, state.options)
-    pixels = resize(restored, height, width)[0].add_(1).div_(2).clamp_(0, 1)
+    restored = resize(restored, height, width)
+    if hides(picture.alpha):
+        restored = flatten(restored, state.lr.to(restored))
+    pixels = restored[0].add_(1).div_(2).clamp_(0, 1)
     if pixels.device.type == "cpu" or picture.bits > 8:
         pixels = pixels.cpu()
     else:  # as bytes, since the file has no more

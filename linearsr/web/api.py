@@ -47,7 +47,8 @@ ABOUT = """Super-resolution: send a picture and receive it larger.
 
 Errors are problems (RFC 9457). With `Accept: text/event-stream`, the response is a stream:
 `progress` events (expert, step, steps, percent) when an expert begins or ends, then `result` (image
-in base64, media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds)
+in base64, media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds,
+notes)
 or `error` (a problem). Closing the connection cancels the request."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -56,7 +57,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-READABLE = ("png", "jpeg", "webp", "tiff", "avif", "gif")
+READABLE = ("png", "jpeg", "webp", "tiff", "avif", "gif", "bmp", "jp2")
 SUFFIXES = {format: suffix for suffix, format in reversed(WRITE_SUFFIXES.items())}
 
 Value = TypeVar("Value")
@@ -92,6 +93,7 @@ PICTURE: dict[int | str, dict[str, Any]] = {
                 "X-LinearSR-Seed": "seed of the noise; the same seed gives the same pixels",
                 "X-LinearSR-Steps": "number of steps taken",
                 "X-LinearSR-Scale": "scale at which the network worked; other sizes are resampled",
+                "X-LinearSR-Notes": "what was left out or may be damaged, such as further pages",
                 "Content-Disposition": "suggested file name",
             }.items()
         },
@@ -321,4 +323,6 @@ def _response(result: Result, name: str) -> Response:
         "Server-Timing": timing,
         "Content-Disposition": f"inline; filename*=UTF-8''{file_name}",
     }
+    if result.notes:
+        headers["X-LinearSR-Notes"] = quote("; ".join(result.notes), safe=" ;,:()/'")
     return Response(result.image, media_type=f"image/{result.format}", headers=headers)

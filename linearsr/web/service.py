@@ -89,6 +89,8 @@ class Result:
     scale: float
     # Milliseconds of prepare, queue, each expert by name, decode, encode and travel.
     timing: dict[str, float] = field(default_factory=dict)
+    # What was left out of the result, or may be damaged.
+    notes: tuple[str, ...] = ()
 
 
 Events = AsyncGenerator[Progress | Result, None]

@@ -80,7 +80,7 @@ class Local:
                 encode_result, self.upscaler, picture, job.options, request.files
             )
             model, seed = self.upscaler.config.name, job.options.seed
-            yield Result(*result, model, seed, job.steps, job.scale, timing)
+            yield Result(*result[:4], model, seed, job.steps, job.scale, timing, notes=result.notes)
         finally:
             self._take(-1)
 

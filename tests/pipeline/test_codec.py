@@ -33,7 +33,7 @@ def test_upscale_encoded_equals_its_stages_run_by_hand(small: Upscaler, data: by
     result = upscale_encoded(small, data, OPTIONS, FileOptions())
     by_hand = small.upscale(read(data), OPTIONS)
     assert result.data == encode(by_hand, "png", provenance=small.describe(OPTIONS))
-    assert result[1:] == ("png", 256, 192)
+    assert result[1:] == ("png", 256, 192, ())
 
 
 def test_read_tagged_and_encode_result_give_the_bytes_of_upscale_encoded(
@@ -76,3 +76,33 @@ def test_on_stage_gets_each_stage_with_its_picture(small: Upscaler, data: bytes)
 def test_errors_name_the_picture(small: Upscaler, data: bytes) -> None:
     with pytest.raises(InputError, match=r"cat\.png"):
         upscale_encoded(small, data[:200], OPTIONS, FileOptions(), name="cat.png")
+
+
+def pages(number: int) -> bytes:
+    buffer = io.BytesIO()
+    colours = [Image.new("RGB", (16 + 4 * i, 12), (60 * i, 90, 200)) for i in range(number)]
+    colours[0].save(buffer, "TIFF", save_all=True, append_images=colours[1:])
+    return buffer.getvalue()
+
+
+def test_all_pages_of_a_tiff_are_upscaled_into_a_tiff(small: Upscaler) -> None:
+    result = upscale_encoded(small, pages(3), OPTIONS, FileOptions())
+    assert result[1:] == ("tiff", 64, 48, ())
+    for page in range(3):
+        expected = small.upscale(read(pages(3), page=page), OPTIONS)
+        written = read(result.data, page=page)
+        assert written.pages == 3
+        assert (written.pixels - expected.pixels).abs().max() < 1 / 255
+        assert written.exif is not None
+        assert b"small" in written.exif
+    assert upscale_encoded(small, pages(1), OPTIONS, FileOptions()).notes == ()
+
+
+def test_other_formats_get_the_first_page_with_a_note(small: Upscaler) -> None:
+    options = FileOptions(format="png")
+    result = upscale_encoded(small, pages(3), OPTIONS, options)
+    assert result.notes == ("only the first of 3 pages",)
+    picture, tagged = read_tagged(small, pages(3), OPTIONS, options)
+    ends = encode_result(small, small.upscale_tagged(picture, tagged), tagged, FileOptions())
+    assert ends.format == "tiff"
+    assert ends.notes == result.notes

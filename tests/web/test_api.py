@@ -221,6 +221,7 @@ def test_stream_sends_progress_then_the_result(client: TestClient, png: bytes) -
     assert base64.b64decode(result.pop("image")) == plain.content
     assert list(result.pop("timing"))[:3] == ["prepare", "queue", "structure"]
     assert result == {
+        "notes": [],
         "format": "png",
         "media_type": "image/png",
         "filename": "a cat-48x36.png",

@@ -37,10 +37,14 @@ SCHEMA: Final = pa.schema({"id": pa.string(), "stage": pa.string(), "error": pa.
 
 
 class Failure(NamedTuple):
-    """The stage at which an item failed, and why."""
+    """The stage at which an item failed, and why.
+
+    notes: what to say about an item that did not fail, for which `error` is empty.
+    """
 
     stage: str
     error: str
+    notes: tuple[str, ...] = ()
 
 
 CRASH: Final = Failure("crash", CRASHED)
@@ -136,7 +140,7 @@ class Errors:
 
     def add(self, id: str, failure: Failure, bar: Any = None) -> None:
         """Add an item, and print it above the bar."""
-        self.rows[id] = {"id": id, **failure._asdict()}
+        self.rows[id] = {"id": id, "stage": failure.stage, "error": failure.error}
         self.new += 1
         if bar is not None:
             bar.write(f"{id}: {failure.error} (stage: {failure.stage})", file=sys.stderr)

@@ -8,6 +8,7 @@ Pixels never travel between processes: memory does not grow with the dataset.
 
 from __future__ import annotations
 
+import sys
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -128,7 +129,7 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     ]
     ids = {row["id"] for row in todo}
     total, failed = inputs.num_rows + len(notes.failures), len(failures)
-    earlier = total - failed - len(todo)
+    earlier, noted = total - failed - len(todo), 0
     with (
         Errors(output, keep=lambda row: row["id"] in ids) as errors,
         progress("upscale", total, "images", initial=earlier + failed) as bar,
@@ -142,6 +143,9 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
                 errors.add(row["id"], failure, bar)
             else:
                 errors.remove(row["id"])
+            if failure.notes:
+                noted += 1
+                bar.write(f"{row['id']}: {'; '.join(failure.notes)}", file=sys.stderr)
             bar.update()
     return Summary(
         unit="pictures",
@@ -150,6 +154,7 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
         earlier=earlier,
         done=total - earlier - failed,
         failed=failed,
+        detail=f"{noted} with notes" if noted else "",
     )
 
 
@@ -273,32 +278,35 @@ class _Worker:
         outcomes, results = [], []
         for row in rows:
             stage, error = _Stage(), ""
+            notes: tuple[str, ...] = ()
             try:
                 if self.config.kind == "images":
-                    self._write_image(row, stage)
+                    notes = self._write_image(row, stage)
                 else:
                     format = WRITE_SUFFIXES[f".{self.config.files.format or 'png'}"]
                     result = self._upscale(row, format, stage)
                     size = {"width": result.width, "height": result.height}
                     results.append({"id": row["id"], "image": result.data, **size})
+                    notes = result.notes
             except (OptionError, StorageError):
                 raise  # the next one would fail as well
             except Exception as failure:  # one bad picture must not end the job
                 error = reason(failure)
-            outcomes.append(Failure(stage.name, error))
+            outcomes.append(Failure(stage.name, error, notes))
         if results:
             name = f"part-{part_name(row['id'] for row in rows)}.parquet"
             write_table(self.output / "data" / name, results, RESULTS)
         return outcomes
 
-    def _write_image(self, row: dict[str, Any], stage: _Stage) -> None:
+    def _write_image(self, row: dict[str, Any], stage: _Stage) -> tuple[str, ...]:
         target = self.output / row["target"]
         if target.exists():  # this call is a retry: its actor died in the middle of it
-            return
+            return ()
         suffix = PurePosixPath(row["target"]).suffix.lower()
         result = self._upscale(row, WRITE_SUFFIXES[suffix], stage)
         stage.name = "write"
         target.write(result.data)
+        return result.notes
 
     def _upscale(self, row: dict[str, Any], format: str, stage: _Stage) -> Encoded:
         return upscale_encoded(

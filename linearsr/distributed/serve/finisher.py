@@ -42,4 +42,16 @@ class Finisher:
         timing = {"queue": handoff.queue, **handoff.denoise}
         timing |= {"decode": 1000 * (decoded - start), "encode": 1000 * (encoded - decoded)}
         model, seed = self.upscaler.config.name, state.options.seed
-        return Result(*result, model, seed, state.steps, state.scale, timing)
+        data, format, width, height, notes = result
+        return Result(
+            image=data,
+            format=format,
+            width=width,
+            height=height,
+            model=model,
+            seed=seed,
+            steps=state.steps,
+            scale=state.scale,
+            timing=timing,
+            notes=notes,
+        )

@@ -212,6 +212,8 @@ def _pair(
     row: dict[str, Any], pixels: Tensor, picture: Picture, config: ShardConfig
 ) -> dict[str, Any]:
     """Return a row of SCHEMA from pixels (3, H, W) uint8; the pair gets the picture's profile."""
+    # Texts of a whole picture would outweigh the pixels of a crop.
+    picture = replace(picture, xmp=None, iptc=None, texts=())
     box = Box(*(row[side] for side in Box._fields))
     hr = box.cut(pixels).float() / 255
     seed = config.seed_of(row["id"])

@@ -1,0 +1,112 @@
+"""Keep XMP right for a result, and turn IPTC into XMP for formats that have no IPTC.
+
+Both are kept as they are but for sizes and orientation, which described the old picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+from xml.sax.saxutils import escape
+
+# Properties of the old file: an attribute or an element each.
+_OLD: Final = (
+    rb"(?:tiff:(?:Orientation|ImageWidth|ImageLength|XResolution|YResolution|ResolutionUnit)"
+    rb"|exif:(?:PixelXDimension|PixelYDimension)"
+    rb"|xmp:Thumbnails|xmpGImg:[A-Za-z]+)"
+)
+_OLD_ATTRIBUTE: Final = re.compile(rb"\s" + _OLD + rb"\s*=\s*(?:\"[^\"]*\"|'[^']*')")
+_OLD_ELEMENT: Final = re.compile(rb"<(" + _OLD + rb")(?:\s[^<>]*)?(?:/>|>.*?</\1\s*>)", re.DOTALL)
+_DESCRIPTION_END: Final = b"</rdf:RDF>"
+
+# The fields of IPTC's record 2 that XMP has a property for, and the list that holds its values.
+_FIELDS: Final = {
+    5: ("dc:title", "Alt"),
+    25: ("dc:subject", "Bag"),
+    40: ("photoshop:Instructions", ""),
+    55: ("photoshop:DateCreated", ""),
+    80: ("dc:creator", "Seq"),
+    90: ("photoshop:City", ""),
+    95: ("photoshop:State", ""),
+    101: ("photoshop:Country", ""),
+    103: ("photoshop:TransmissionReference", ""),
+    105: ("photoshop:Headline", ""),
+    110: ("photoshop:Credit", ""),
+    115: ("photoshop:Source", ""),
+    116: ("dc:rights", "Alt"),
+    120: ("dc:description", "Alt"),
+    122: ("photoshop:CaptionWriter", ""),
+}
+_EMPTY: Final = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"></rdf:RDF>'
+    '</x:xmpmeta><?xpacket end="w"?>'
+).encode()
+_NAMESPACES: Final = (
+    'xmlns:dc="http://purl.org/dc/elements/1.1/" '
+    'xmlns:photoshop="http://ns.adobe.com/photoshop/1.0/"'
+)
+
+
+def result_xmp(xmp: bytes | None, iptc: bytes | None = None) -> bytes | None:
+    """Return XMP without the sizes, orientation and thumbnails of the old picture.
+
+    iptc: IPTC's records; those fields of them that XMP lacks are added. XMP that is not UTF-8 is
+    returned unchanged.
+    """
+    if xmp is not None:
+        xmp = _OLD_ELEMENT.sub(b"", _OLD_ATTRIBUTE.sub(b"", xmp))
+    added = _properties(iptc, xmp or b"") if iptc else ""
+    if not added:
+        return xmp
+    before, end, after = (xmp or _EMPTY).rpartition(_DESCRIPTION_END)
+    if not end:
+        return xmp
+    description = f'<rdf:Description rdf:about="" {_NAMESPACES}>{added}</rdf:Description>'
+    return before + description.encode() + end + after
+
+
+def _properties(iptc: bytes, xmp: bytes) -> str:
+    """Return IPTC's fields as XML, without those that XMP has."""
+    values: dict[int, list[str]] = {}
+    for number, text in _records(iptc):
+        values.setdefault(number, []).append(text)
+    lines = []
+    for number, texts in values.items():
+        name, kind = _FIELDS[number]
+        if re.search(rb"[<\s]" + name.encode() + rb"[\s=>/]", xmp):
+            continue
+        language = ' xml:lang="x-default"' if kind == "Alt" else ""
+        items = "".join(f"<rdf:li{language}>{_xml(text)}</rdf:li>" for text in texts)
+        value = f"<rdf:{kind}>{items}</rdf:{kind}>" if kind else _xml(texts[0])
+        lines.append(f"<{name}>{value}</{name}>")
+    return "".join(lines)
+
+
+def _xml(text: str) -> str:
+    return escape("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
+
+
+def _records(iptc: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each field of record 2 that XMP has a property for."""
+    at = 0
+    codec = "utf-8" if b"\x1c\x01\x5a\x00\x03\x1b%G" in iptc else None
+    while iptc[at : at + 1] == b"\x1c" and at + 5 <= len(iptc):
+        record, number = iptc[at + 1], iptc[at + 2]
+        size = int.from_bytes(iptc[at + 3 : at + 5], "big")
+        if size >= 2**15:  # a field longer than any text here
+            return
+        body = iptc[at + 5 : at + 5 + size]
+        if record == 2 and number in _FIELDS:
+            yield number, _decoded(body, codec)
+        at += 5 + size
+
+
+def _decoded(body: bytes, codec: str | None) -> str:
+    """Return a text, which is UTF-8 if the records say so, or if it can be."""
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        return body.decode(codec or "latin-1", "replace")

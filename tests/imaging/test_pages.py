@@ -1,0 +1,177 @@
+"""Pages and frames: which one is read, and what is said of the others."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from linearsr.errors import InputError
+from linearsr.imaging import files
+from linearsr.imaging.files import encode, join_pages, read
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
+    """A TIFF file of uncompressed pages: size, kind (NewSubfileType), photometric, sub (pages)."""
+    data = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(8))
+    if cr2:
+        data[8:10] = b"CR"
+
+    def add(page: dict[str, Any]) -> tuple[int, int]:
+        """Append a page; return where it is and where its next offset belongs."""
+        subs = [add(sub)[0] for sub in page.get("sub", ())]
+        width, height = page["size"]
+        photometric = page.get("photometric", 2)
+        bands = 3 if photometric in (2, 34892) else 1
+        samples = np.full(width * height * bands, page.get("value", 100), np.uint8).tobytes()
+        strip = len(data)
+        data.extend(samples + bytes(len(samples) % 2))
+        bits = len(data)
+        data.extend(struct.pack(f"{order}4H", 8, 8, 8, 0))
+        sub_at = len(data)
+        data.extend(struct.pack(f"{order}{len(subs)}I", *subs))
+        entries = [
+            (254, 4, 1, page.get("kind", 0)),
+            (256, 4, 1, width),
+            (257, 4, 1, height),
+            (258, 3, bands, bits if bands == 3 else 8),
+            (259, 3, 1, 1),
+            (262, 3, 1, photometric),
+            (273, 4, 1, strip),
+            (277, 3, 1, bands),
+            (278, 4, 1, height),
+            (279, 4, 1, len(samples)),
+        ]
+        if subs:
+            entries.append((330, 4, len(subs), subs[0] if len(subs) == 1 else sub_at))
+        at = len(data)
+        data.extend(struct.pack(f"{order}H", len(entries)))
+        for tag, kind, count, value in entries:
+            data.extend(struct.pack(f"{order}HHI", tag, kind, count))
+            short = kind == 3 and count == 1
+            data.extend(struct.pack(f"{order}HH" if short else f"{order}I", value, *([0] * short)))
+        data.extend(bytes(4))
+        return at, len(data) - 4
+
+    link = 4
+    for page in pages:
+        at, following = add(page)
+        data[link : link + 4] = struct.pack(f"{order}I", at)
+        link = following
+    return bytes(data)
+
+
+THUMBNAIL = {"size": (6, 4), "kind": 1}
+
+
+def test_the_test_writes_what_libraries_read() -> None:
+    for order in "<>":
+        data = tiff({"size": (24, 16), "value": 7}, {"size": (8, 9)}, order=order)
+        image = Image.open(io.BytesIO(data))
+        assert (image.size, image.n_frames) == ((24, 16), 2)  # type: ignore[attr-defined]
+        assert read(data).pixels.shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("place", ["chain", "sub"])
+def test_a_thumbnail_before_its_photograph_is_passed_over(place: str, order: str) -> None:
+    full = {"size": (24, 16), "value": 200}
+    smaller = {"size": (12, 8), "kind": 1}
+    if place == "chain":
+        data = tiff(THUMBNAIL, full, smaller, order=order)
+    else:
+        data = tiff({**THUMBNAIL, "sub": [smaller, full]}, order=order)
+    result = read(data)
+    assert result.pixels.shape == (3, 16, 24)
+    assert (result.pixels * 255).round().unique().tolist() == [200]
+    assert (result.pages, result.notes) == (1, ())
+    assert files.measure(data) == ("tiff", 24, 16)
+    with pytest.raises(InputError, match="--max-pixels"):
+        read(data, max_pixels=100)
+
+
+@pytest.mark.parametrize("photometric", [32803, 34892])
+def test_raw_photographs_are_refused_by_name(photometric: int) -> None:
+    raw = {"size": (24, 16), "photometric": photometric}
+    files_of_cameras = (
+        tiff({**THUMBNAIL, "sub": [raw]}),
+        tiff(THUMBNAIL, raw),
+        tiff(raw),
+        tiff({"size": (24, 16)}, {"size": (6, 4)}, cr2=True),
+    )
+    for data in files_of_cameras:
+        for look in (read, files.measure):
+            with pytest.raises(InputError, match=r"a raw photograph.*develop it"):
+                look(data)
+
+
+def test_smaller_copies_and_masks_are_no_pages() -> None:
+    data = tiff({"size": (24, 16)}, {"size": (12, 8), "kind": 1}, {"size": (24, 16), "kind": 4})
+    assert read(data).pages == 1
+    data = tiff({"size": (24, 16)}, {"size": (12, 8), "kind": 2}, {"size": (24, 16), "kind": 2})
+    assert read(data).pages == 3
+
+
+def test_a_chain_of_pages_that_loops_ends() -> None:
+    data = bytearray(tiff({"size": (24, 16)}, {"size": (8, 9)}))
+    first = struct.unpack("<I", data[4:8])[0]
+    data[-4:] = struct.pack("<I", first)
+    assert read(bytes(data)).pages == 2
+
+
+def test_every_page_is_read_by_its_number() -> None:
+    pages = [picture(seed, (24 + seed, 16)) for seed in range(3)]
+    data = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    for number, page in enumerate(pages):
+        result = read(data, page=number)
+        assert result.pages == 3
+        np.testing.assert_array_equal(
+            (result.pixels * 255).round().permute(1, 2, 0).numpy(), np.asarray(page)
+        )
+
+
+def test_joined_pages_are_those_of_their_files() -> None:
+    pages = [picture(seed, (24 + seed, 16)) for seed in range(3)]
+    encoded = []
+    for number, page in enumerate(pages):
+        grey = files.from_pil(page.convert("L") if number == 1 else page)
+        encoded.append(
+            encode(grey, "tiff", provenance={"software": "linearsr", "page": f"{number}"})
+        )
+    data = join_pages(encoded)
+    image = Image.open(io.BytesIO(data))
+    assert image.n_frames == 3  # type: ignore[attr-defined]
+    for number, page in enumerate(pages):
+        result = read(data, page=number)
+        assert result.grey == (number == 1)
+        assert (result.pixels == read(encoded[number]).pixels).all()
+        assert result.exif is not None
+        assert f'"page": "{number}"'.encode() in result.exif
+        image.seek(number)
+        shown = np.asarray(image)
+        np.testing.assert_array_equal(shown, np.asarray(page.convert("L") if number == 1 else page))
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "AVIF"])
+def test_animations_say_that_one_frame_is_read(format: str) -> None:
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this PIL has no AVIF")
+    frames = [picture(seed) for seed in range(4)]
+    data = saved(frames[0], format, save_all=True, append_images=frames[1:], duration=100)
+    assert read(data).notes == ("only the first of 4 frames",)
+    assert read(saved(frames[0], format)).notes == ()
