@@ -44,7 +44,7 @@ class Upload(BaseModel):
     image: Annotated[UploadFile, BeforeValidator(_check_is_file)] = Field(
         json_schema_extra={"minLength": 1}
     )
-    """The picture: PNG, JPEG, WebP, TIFF, AVIF or GIF."""
+    """The picture: PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."""
     scale: float = Field(default=4, ge=1, le=4)
     """How many times larger the result is; 1 repairs without enlarging."""
     width: Side | Absent = None

@@ -35,13 +35,13 @@ PICTURES = {
     **dict.fromkeys(("s6.mpo", "no suffix", "Mt. Everest", "scan.001", "ok.jpg"), JPEG),
     **dict.fromkeys(("shot.apng", "data.bin"), PNG),
     "scan.bmp": BMP,
+    "d.jp2": b"\0\0\0\x0cjP  \r\n\x87\n",
 }
 UNREADABLE = {
     "a.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
     "b.heic": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic",
     "c.jxl": b"\xff\x0a\0\0",
     "c2": b"\0\0\0\x0cJXL \r\n\x87\n",
-    "d.jp2": b"\0\0\0\x0cjP  \r\n\x87\n",
     "e.psd": b"8BPS\0\1",
     "f.dng": TIFF,
     "g.cr2": b"II*\0\x10\0\0\0CR\2\0",
@@ -71,7 +71,6 @@ LINES = [
     "left out: 2 copies that programs made",
     "left out: 2 HEIC pictures (a.heic, b.heic): convert to PNG or JPEG",
     "left out: 2 JPEG XL pictures (c.jxl, c2): convert to PNG or JPEG",
-    "left out: 1 JPEG 2000 picture (d.jp2): convert to PNG or JPEG",
     "left out: 1 Photoshop picture (e.psd): convert to PNG or JPEG",
     "left out: 2 camera raw files (f.dng, g.cr2): develop to TIFF, PNG or JPEG",
     "left out: 1 SVG picture (h.svg): convert to PNG or JPEG",

@@ -612,7 +612,7 @@ def test_file_that_is_no_picture_is_refused(
     choose(page, notes)
     start(page)
     expect(alert(page)).to_have_text(
-        "Not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF or GIF."
+        "Not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
     )
     # A better photo works.
     with page.expect_file_chooser() as chooser:
@@ -829,7 +829,7 @@ def test_every_control_has_an_accessible_name(open_page: Open, url: str, photo: 
     """Screen readers can name everything that can be used or seen."""
     page = open_page(url)
     expect(page.get_by_label("Choose a photo")).to_have_accessible_description(
-        "PNG, JPEG, WebP, TIFF, AVIF or GIF, up to 20 MB and 4 megapixels"
+        "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP, up to 20 MB and 4 megapixels"
     )
     choose(page, photo)
     start(page)
