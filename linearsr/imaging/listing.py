@@ -86,7 +86,6 @@ _MAGIC: Final = tuple(
     for kind, offset, magics in (
         (_unreadable("HEIC"), 4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
         (_unreadable("JPEG XL"), 0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
-        (_unreadable("JPEG 2000"), 0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
         (_unreadable("JPEG XR"), 0, (b"II\xbc\x01",)),
         (_unreadable("Photoshop"), 0, (b"8BPS",)),
         (_unreadable("GIMP"), 0, (b"gimp xcf",)),
