@@ -139,11 +139,12 @@ def _todo(inputs: pa.Table, output: Location, config: UpscaleConfig) -> list[dic
         targets = [target_name(id, config.files) for id in ids]
         taken: dict[str, str] = {}
         for id, target in zip(ids, targets, strict=True):
-            if taken.setdefault(target, id) != id:
+            if target in taken:
                 raise OptionError(
                     f"{taken[target]} and {id} would both become {target}; leave out --format, "
                     "or write Parquet"
                 )
+            taken[target] = id
         done = {file.relative_to(output) for file in output.files()}
     inputs = inputs.append_column("target", pa.array(targets, pa.string()))
     left = inputs.filter(pa.array([target not in done for target in targets], pa.bool_()))

@@ -20,9 +20,15 @@ from ray.cluster_utils import Cluster
 
 from linearsr import cli
 from linearsr.config import FileOptions, Options
-from linearsr.distributed.datasets.upscale import UpscaleConfig, target_name, upscale_dataset
+from linearsr.distributed.datasets.upscale import (
+    UpscaleConfig,
+    _todo,
+    target_name,
+    upscale_dataset,
+)
 from linearsr.errors import InputError, OptionError
 from linearsr.imaging.files import read, read_provenance
+from linearsr.imaging.sources import INPUTS
 from linearsr.storage.location import locate
 from tests.helpers.cluster import living_actors
 from tests.helpers.processes import until
@@ -310,6 +316,14 @@ def test_tags_for_a_model_without_tags_end_the_job(config: UpscaleConfig, tmp_pa
 def test_ids_outside_the_output_are_refused(id: str) -> None:
     with pytest.raises(InputError, match="outside the output"):
         target_name(id, FileOptions())
+
+
+def test_two_inputs_of_one_id_are_refused(tmp_path: Path) -> None:
+    """Two keys of S3 may have one id; their results would replace each other."""
+    row = {"id": "a.jpg", "file": "a.jpg", "group": -1, "row": -1}
+    config = UpscaleConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    with pytest.raises(OptionError, match=r"a\.jpg and a\.jpg would both become a\.jpg"):
+        _todo(pa.Table.from_pylist([row, row], INPUTS), locate(config.output), config)
 
 
 def test_results_are_named_after_their_inputs() -> None:
