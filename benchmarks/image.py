@@ -75,7 +75,7 @@ def photograph(side: int) -> Picture:
     """A photograph of side x side pixels."""
     image = Image.fromarray(np.asarray(skimage.data.astronaut())).resize((side, side))
     pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1).float() / 255
-    return Picture(pixels, None, 8, False, None, None, "png")
+    return Picture(pixels)
 
 
 def model(config: ModelConfig, machine: Machine, scratch: Path) -> Upscaler:

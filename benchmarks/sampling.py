@@ -95,7 +95,7 @@ def _results(upscaler: Upscaler, lr: Tensor) -> Iterator[tuple[str, Tensor]]:
 @torch.inference_mode()
 def _reference(upscaler: Upscaler, lr: Tensor) -> Tensor:
     """Latents after more steps than a request may ask for."""
-    job = upscaler.prepare(Picture(lr, None, 8, False, None, None, "png"), Options())
+    job = upscaler.prepare(Picture(lr), Options())
     sampling = upscaler.config.sampling
     timesteps = tuple(shifted(REFERENCE, sampling.flow_shift))
     segments = tuple(plan(timesteps[:-1], sampling.boundaries))

@@ -238,7 +238,7 @@ def _measured(
     values: dict[str, list[float]] = {f"{m}@{count}": [] for count in COUNTS for m in METRICS}
     for case, words in zip(cases, tags, strict=True):
         for count in COUNTS:
-            lr = Picture(case.lr, None, 8, False, None, None, "png")
+            lr = Picture(case.lr)
             result = upscaler.upscale(lr, Options(steps=count, tags=words)).pixels
             for metric in METRICS:
                 value = measure(metric, result[None], case.hr[None], SCALE)

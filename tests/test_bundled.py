@@ -30,7 +30,7 @@ def truth() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def small(truth: torch.Tensor) -> Picture:
     pixels = degrade(truth[0], 4, CLEAN, np.random.default_rng(0))
-    return Picture(pixels, None, 8, False, None, None, "png")
+    return Picture(pixels)
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -71,6 +71,6 @@ def test_tiles_leave_no_seam(tiny: Upscaler, small: Picture) -> None:
 def test_flat_areas_stay_flat(tiny: Upscaler) -> None:
     """A smooth gradient, as in sky and skin, must not gain speckle at the default steps."""
     ramp = torch.linspace(0.5, 0.6, 48).expand(3, 48, 48)
-    result = tiny.upscale(Picture(ramp, None, 8, False, None, None, "png")).pixels
+    result = tiny.upscale(Picture(ramp)).pixels
     inner = result[:, 16:-16, 16:-16]
     assert (inner - resize(ramp[None], 192, 192)[0][:, 16:-16, 16:-16]).std() < 1.5 / 255

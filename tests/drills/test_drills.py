@@ -124,7 +124,7 @@ def test_tagging_finishes_when_a_node_is_lost(fleet: Fleet, photos: str) -> None
     fleet.end(
         fleet.start(
             f"ray_jobs/build_shards.py --input {photos} --output {shards} --crop 64 "
-            f"--rows-per-shard 4 {filters}"
+            f"--rows-per-shard 1 {filters}"
         )
     )
     expected = names(shards, ".parquet")

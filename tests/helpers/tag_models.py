@@ -11,21 +11,30 @@ import torch
 WORDS = ["cat", "cup", "grass", "sky", "brick wall"]
 
 
-def _tokenizer(**more: Any) -> Any:
-    """Return a tokenizer of whole words, which needs no download."""
+def _tokenizer(words: Sequence[str], template: str, **options: Any) -> Any:
+    """Return a tokenizer of whole words, which needs no download.
+
+    words: its vocabulary, special tokens included. template: a text, "$A", among special tokens.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    text = " ".join(["<pad> <s> </s> <unk> This is a photo of .", *WORDS]).split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(text))}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(token, vocabulary[token]) for token in template.split() if token != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single=template, special_tokens=special
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", **more
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", **options
     )
+
+
+def _prompt_tokenizer(**options: Any) -> Any:
+    """Return a tokenizer of the prompts about WORDS, as CLIP and SigLIP read them."""
+    words = " ".join(["<pad> <s> </s> <unk> This is a photo of .", *WORDS]).split()
+    return _tokenizer(words, "<s> $A </s>", eos_token="</s>", **options)
 
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -40,7 +49,7 @@ def save_clip(folder: Path) -> None:
     config = CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=12)
     CLIPModel(config).save_pretrained(folder)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    tokenizer = _tokenizer(model_max_length=64)
+    tokenizer = _prompt_tokenizer(model_max_length=64)
     CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
 
 
@@ -53,18 +62,15 @@ def save_siglip(folder: Path) -> None:
     model.save_pretrained(folder)
     image = SiglipImageProcessor(size={"height": 32, "width": 32})
     names = ["input_ids"]  # no mask, as in SigLIP's own tokenizer
-    tokenizer = _tokenizer(model_max_length=64, model_input_names=names)
+    tokenizer = _prompt_tokenizer(model_max_length=64, model_input_names=names)
     SiglipProcessor(image, tokenizer).save_pretrained(folder)
 
 
 def save_gemma(folder: Path, channels: int, words: Sequence[str]) -> Path:
     """Save a random Gemma 2 of so many channels, and a tokenizer that knows these words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from tokenizers.processors import TemplateProcessing
-    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+    from transformers import Gemma2Config, Gemma2Model
 
-    special = ["<pad>", "<bos>", "<unk>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    vocabulary = ["<pad>", "<bos>", "<unk>", *words]
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(vocabulary),
@@ -79,10 +85,5 @@ def save_gemma(folder: Path, channels: int, words: Sequence[str]) -> Path:
         bos_token_id=1,
     )
     Gemma2Model(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    _tokenizer(vocabulary, "<bos> $A", bos_token="<bos>").save_pretrained(folder)
     return folder

@@ -478,7 +478,7 @@ def test_every_8_bit_value_survives_and_16_bits_are_rounded_to_nearest(
 
 def test_values_outside_the_range_are_clamped() -> None:
     pixels = torch.tensor([-0.5, 0.0, 1.0, 7.0]).reshape(1, 1, 4).repeat(3, 1, 1)
-    picture = Picture(pixels, None, 8, False, None, None, "png")
+    picture = Picture(pixels)
     assert files.read(files.encode(picture, "png")).pixels[0, 0].tolist() == [0, 0, 1, 1]
 
 
@@ -720,7 +720,7 @@ from linearsr.imaging.files import Picture, write
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 noise = torch.rand(3, 200, 200, generator=torch.Generator().manual_seed(0))
 try:
-    write(Picture(noise, None, 8, False, None, None, "png"), sys.argv[1])
+    write(Picture(noise), sys.argv[1])
 except OutputError as error:
     print(error)
 """
@@ -755,7 +755,7 @@ def test_an_interruption_leaves_no_file(
 
 def test_sizes_a_format_cannot_hold_are_refused() -> None:
     for format, limit in (("webp", 16383), ("jpeg", 65500)):
-        line = Picture(torch.zeros(3, 1, limit), None, 8, False, None, None, "png")
+        line = Picture(torch.zeros(3, 1, limit))
         assert files.read(files.encode(line, format)).pixels.shape == (3, 1, limit)
         tall = dataclasses.replace(line, pixels=torch.zeros(3, limit + 1, 1))
         with pytest.raises(OutputError, match=f"{limit} pixels a side; write PNG or TIFF"):

@@ -20,7 +20,11 @@ from ray.cluster_utils import Cluster
 
 from linearsr import cli
 from linearsr.config import FileOptions, Options
-from linearsr.distributed.datasets.upscale import UpscaleConfig, target_name, upscale_dataset
+from linearsr.distributed.datasets.upscale import (
+    UpscaleConfig,
+    target_name,
+    upscale_dataset,
+)
 from linearsr.errors import InputError, OptionError
 from linearsr.imaging.files import read, read_provenance
 from linearsr.storage.location import locate
