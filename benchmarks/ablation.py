@@ -45,7 +45,7 @@ from linearsr.training.config import TimestepConfig, TrainConfig
 from linearsr.training.data import Batch, Batches, DataConfig, Photos, load_photos
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import GuardConfig
-from linearsr.training.knee import KneeDetector, KneeState
+from linearsr.training.knee import detect
 from linearsr.training.recipes import ValidationConfig, tiny_cpu
 from linearsr.training.validation import validate
 
@@ -235,7 +235,7 @@ class Bench:
             print(f"seed {seed}  {json.dumps(history[-1])}", flush=True)
 
         _trained(model, start, _pretraining(self.setting, seed), self.batches(seed), validated)
-        state = knee(history)
+        state = detect([(int(c["step"]), c) for c in history], KNEE)
         half, last = (int(history[i]["step"]) for i in (len(history) // 2 - 1, -1))
         steps = {"knee": state.step or half, "last": last, "status": state.status}
         evidence = {"evidence": state.evidence, "history": history, "minutes": _minutes(began)}
@@ -286,13 +286,6 @@ def _pictures(folder: Path, setting: Setting) -> tuple[Pictures, Pictures]:
         )
     watched, judged = ([(p.name, read(p).pixels[:3]) for p in part] for part in (watching, judging))
     return watched, judged
-
-
-def knee(history: Sequence[Checkpoint]) -> KneeState:
-    """The detector's verdict on all checkpoints of a run."""
-    detector = KneeDetector(KNEE)
-    states = [detector.update(int(c["step"]), {m: c[m] for m in KNEE}) for c in history]
-    return states[-1]
 
 
 def _pretraining(setting: Setting, seed: int) -> TrainConfig:

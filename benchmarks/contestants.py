@@ -132,7 +132,7 @@ def _theirs(sana: Any, inputs: Inputs) -> Tensor:
 def _plain(model: LinearSR) -> LinearSR:
     """The same parameters in the plain order of layers."""
     plain = copy.copy(model)
-    plain.in_strips = False
+    plain.use_strips = False
     return plain
 
 
@@ -140,7 +140,7 @@ def _softmax(model: LinearSR) -> LinearSR:
     """The same parameters under the other attention."""
     memo = {id(p): p for p in model.parameters()}
     softmax = copy.deepcopy(model, memo)
-    softmax.in_strips = False
+    softmax.use_strips = False
     for block in softmax.blocks:
         block.attention.__class__ = SoftmaxAttention
     return softmax

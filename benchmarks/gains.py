@@ -20,8 +20,7 @@ from benchmarks.machine import Machine
 from benchmarks.tables import Row, seconds
 from benchmarks.timing import Settings, in_turn
 from linearsr.config import Options
-from linearsr.denoiser import LinearSR
-from linearsr.denoiser import cpu_block as in_strips
+from linearsr.denoiser import LinearSR, cpu_block
 from linearsr.imaging.files import Picture
 from linearsr.pipeline import upscaler as pipeline
 from linearsr.pipeline.state import UpscaleState
@@ -90,19 +89,19 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
     switches = [
         Switch(
             "strips of rows, not the plain order",
-            lambda: mock.patch.object(LinearSR, "in_strips", False),
+            lambda: mock.patch.object(LinearSR, "use_strips", False),
         ),
         Switch(
             f"tiles of {pipeline.AUTO_TILE} cells, not {SMALLER_TILE}",
             lambda: mock.patch.object(pipeline, "AUTO_TILE", SMALLER_TILE),
         ),
         Switch(
-            f"strips of {in_strips.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",
-            lambda: mock.patch.object(in_strips, "CACHED_TOKENS", SMALLER_STRIP),
+            f"strips of {cpu_block.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",
+            lambda: mock.patch.object(cpu_block, "CACHED_TOKENS", SMALLER_STRIP),
         ),
         Switch(
             "SiLU in the pass of the product before it, not its own",
-            lambda: mock.patch.object(in_strips, "_fuses", return_value=False),
+            lambda: mock.patch.object(cpu_block, "_fuses", return_value=False),
         ),
         Switch(
             "int8 products in plain order, for strips in bfloat16",
@@ -126,7 +125,7 @@ def _experts(upscaler: Upscaler, convert: Callable[[LinearSR], LinearSR]) -> Swi
 
 def _int8(model: LinearSR) -> LinearSR:
     """Use PyTorch's dynamic int8 products, which need the plain order and float32."""
-    model.in_strips = False
+    model.use_strips = False
     blocks = torch.ao.quantization.quantize_dynamic(model.float().blocks, {torch.nn.Linear})
     model.blocks = blocks
     return model

@@ -31,7 +31,7 @@ def check(contestants: Contestants, compiled: bool) -> dict[str, float]:
     """
     inputs = contestants.inputs(SIDE)
     exact = copy.deepcopy(contestants.ours).double()
-    exact.in_strips = False
+    exact.use_strips = False
     embedded = contestants.condition(inputs).embedded.double()
     condition = Condition(embedded, exact.tag_keys(inputs.tags.double()))
     truth = exact(inputs.latent.double(), inputs.t.double(), condition)

@@ -60,7 +60,7 @@ def forward(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> Forward
     """Make the model and inputs for a result of side x side pixels."""
     shape, dim = config.denoiser, config.denoiser.tag_dim
     model, cells = LinearSR(shape), side // config.latent.factor
-    model.in_strips = False
+    model.use_strips = False
     latent = torch.randn(1, shape.latent_channels, cells, cells)
     tags = None if dim is None else torch.randn(1, tokens, dim)
     picture = torch.randn(1, 3, side, side)

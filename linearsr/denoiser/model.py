@@ -43,7 +43,7 @@ class LinearSR(nn.Module):
     """
 
     # Whether a CPU runs blocks strip by strip; benchmarks turn it off to measure the gain.
-    in_strips = True
+    use_strips = True
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class LinearSR(nn.Module):
         CPU this needs a C++ compiler and replaces strips, which are faster (docs/guides/speed.md).
         PyTorch compiles for eight sizes (torch._dynamo.config.recompile_limit), then no more.
         """
-        self.in_strips = False
+        self.use_strips = False
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -149,7 +149,7 @@ class LinearSR(nn.Module):
         weight = self.embed.weight[:, : self.config.latent_channels]
         x = F.linear(latent.to(dtype).permute(0, 2, 3, 1), weight).add_(condition.embedded)
         modulation, embedding = self.time(t)
-        run = cpu_block.forward_ if self.in_strips and cpu_block.suit(x) else Block.__call__
+        run = cpu_block.forward_ if self.use_strips and cpu_block.suit(x) else Block.__call__
         for i, block in enumerate(self.blocks):
             tags = None if condition.tags is None else condition.tags[i]
             x = run(cast(Block, block), x, modulation, tags, condition.tag_mask)

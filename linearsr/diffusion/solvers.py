@@ -23,7 +23,7 @@ class SolverState(NamedTuple):
     latent: (B, C, h, w).
     previous: the velocity or the estimate of the clean latent at the step before, which solvers of
         second order use, in the shape of `latent`; None before the first step, or if the next step
-        does not use it (`looks_back`).
+        does not use it (`uses_previous`).
     guess: the very first step's estimate of the clean latent, in the shape of `latent`, or None if
         the caller does not need it. `sample` neither reads nor returns it.
     """
@@ -80,7 +80,7 @@ def sample(
     return SolverState(latent, previous)
 
 
-def looks_back(solver: Solver, timesteps: Sequence[float], step: int) -> bool:
+def uses_previous(solver: Solver, timesteps: Sequence[float], step: int) -> bool:
     """Return whether a step of `timesteps` (steps + 1,) uses a result of the step before."""
     if solver == "euler" or step >= len(timesteps) - 1:
         return False

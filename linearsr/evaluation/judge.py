@@ -32,7 +32,7 @@ from linearsr.pipeline.upscaler import Upscaler
 # Side in pixels of the detail of a picture that the contact sheet shows, pixel by pixel.
 DETAIL = 320
 # Every picture gets all three: Gaussian blur, noise of 2 to 8 levels, JPEG 60 to 90.
-_EVERYTHING = CAMERA.stages[0].model_copy(
+_EVERYTHING = CAMERA.rounds[0].model_copy(
     update={
         "blur_sigma": (0.5, 2.0),
         "gaussian_probability": 1.0,
@@ -43,7 +43,7 @@ _EVERYTHING = CAMERA.stages[0].model_copy(
 DEGRADATIONS: dict[str, Degradation] = {
     **{str(name): preset for name, preset in PRESETS.items()},
     "mixed": MILD,
-    "degraded": Degradation(stages=(_EVERYTHING,)),
+    "degraded": Degradation(rounds=(_EVERYTHING,)),
 }
 Method = Callable[[], Tensor]
 

@@ -22,7 +22,7 @@ from linearsr.imaging.resample import resize
 Range = tuple[float, float]
 
 
-class Stage(Config):
+class Round(Config):
     """One round of blur, resize, noise and JPEG. Probabilities are in [0, 1], noise in 1/255.
 
     Resize factors refer to the size before, or with `resize_from_lr` to the size of LR. A share
@@ -49,12 +49,12 @@ class Stage(Config):
 class Degradation(Config):
     """Stages in order, then the final resize to 1/scale, sometimes with a sinc filter."""
 
-    stages: tuple[Stage, ...] = ()
+    rounds: tuple[Round, ...] = ()
     final_sinc_probability: float = 0.0
     kernel_size: int = Field(default=21, ge=3)
 
 
-_SECOND = Stage(
+_SECOND = Round(
     blur_probability=0.8,
     blur_sigma=(0.2, 1.5),
     resize_up_down_keep=(0.3, 0.4, 0.3),
@@ -63,10 +63,10 @@ _SECOND = Stage(
     poisson_scale=(0.05, 2.5),
 )
 CLEAN = Degradation()
-REAL_ESRGAN = Degradation(stages=(Stage(), _SECOND), final_sinc_probability=0.8)
+REAL_ESRGAN = Degradation(rounds=(Round(), _SECOND), final_sinc_probability=0.8)
 SEESR = Degradation(
-    stages=(
-        Stage(
+    rounds=(
+        Round(
             resize_range=(0.3, 1.5),
             gaussian_sigma=(1.0, 15.0),
             poisson_scale=(0.05, 2.0),
@@ -87,8 +87,8 @@ SEESR = Degradation(
 # One round from camera to web: blur before the resize to LR, noise and JPEG after it, each with
 # probability one half.
 MILD = Degradation(
-    stages=(
-        Stage(
+    rounds=(
+        Round(
             blur_probability=0.5,
             blur_sigma=(0.4, 2.4),
             sinc_probability=0.0,
@@ -105,15 +105,15 @@ MILD = Degradation(
 )
 # The same round with all three at once.
 CAMERA = Degradation(
-    stages=(
-        MILD.stages[0].model_copy(
+    rounds=(
+        MILD.rounds[0].model_copy(
             update={"blur_probability": 1.0, "noise_probability": 1.0, "jpeg_probability": 1.0}
         ),
     )
 )
 # A picture from the web: compressed at about the size it is found in, most of them twice, with a
 # resize in between. The last compression is not resized any more, so its blocks are whole.
-_UPLOAD = Stage(
+_UPLOAD = Round(
     blur_probability=1 / 3,
     blur_sigma=(0.4, 2.4),
     sinc_probability=0.0,
@@ -128,7 +128,7 @@ _UPLOAD = Stage(
     webp_probability=0.15,
 )
 WEB = Degradation(
-    stages=(
+    rounds=(
         _UPLOAD,
         _UPLOAD.model_copy(
             update={
@@ -183,22 +183,22 @@ def _random_sinc(size: int, rng: np.random.Generator) -> Tensor:
     return _sinc_kernel(size, rng.uniform(np.pi / 3, np.pi))
 
 
-def _add_noise(picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tensor:
-    gray = rng.random() < stage.gray_noise_probability
+def _add_noise(picture: Tensor, settings: Round, rng: np.random.Generator) -> Tensor:
+    gray = rng.random() < settings.gray_noise_probability
     shape = (1, 1 if gray else 3, *picture.shape[-2:])
-    if rng.random() < stage.gaussian_probability:
+    if rng.random() < settings.gaussian_probability:
         noise = rng.standard_normal(shape, dtype=np.float32)
-        return picture + rng.uniform(*stage.gaussian_sigma) / 255 * torch.from_numpy(noise)
+        return picture + rng.uniform(*settings.gaussian_sigma) / 255 * torch.from_numpy(noise)
     light = picture.clamp(0, 1).mean(1, keepdim=True) if gray else picture.clamp(0, 1)
     counts = torch.from_numpy(rng.poisson(light.numpy() * 255).astype(np.float32))
-    return picture + rng.uniform(*stage.poisson_scale) * (counts / 255 - light)
+    return picture + rng.uniform(*settings.poisson_scale) * (counts / 255 - light)
 
 
-def _compress(picture: Tensor, stage: Stage, rng: np.random.Generator) -> Tensor:
+def _compress(picture: Tensor, settings: Round, rng: np.random.Generator) -> Tensor:
     # Without WebP no random number is drawn, so that the other presets keep their pixels.
-    if stage.webp_probability and rng.random() < stage.webp_probability:
-        return _through(picture, "WEBP", int(rng.uniform(*stage.webp_quality)))
-    return _through(picture, "JPEG", int(rng.uniform(*stage.jpeg_quality)))
+    if settings.webp_probability and rng.random() < settings.webp_probability:
+        return _through(picture, "WEBP", int(rng.uniform(*settings.webp_quality)))
+    return _through(picture, "JPEG", int(rng.uniform(*settings.jpeg_quality)))
 
 
 def _through(picture: Tensor, kind: str, quality: int) -> Tensor:
@@ -211,22 +211,23 @@ def _through(picture: Tensor, kind: str, quality: int) -> Tensor:
 
 
 def _apply(
-    picture: Tensor, stage: Stage, size: int, lr_sides: list[int], rng: np.random.Generator
+    picture: Tensor, settings: Round, size: int, lr_sides: list[int], rng: np.random.Generator
 ) -> Tensor:
-    if rng.random() < stage.blur_probability:
-        sinc = rng.random() < stage.sinc_probability
-        kernel = _random_sinc(size, rng) if sinc else _gaussian_kernel(size, rng, stage.blur_sigma)
+    if rng.random() < settings.blur_probability:
+        sinc = rng.random() < settings.sinc_probability
+        sigma = settings.blur_sigma
+        kernel = _random_sinc(size, rng) if sinc else _gaussian_kernel(size, rng, sigma)
         picture = _filter(picture, kernel)
-    low, high = stage.resize_range
-    way = rng.choice(3, p=stage.resize_up_down_keep)
+    low, high = settings.resize_range
+    way = rng.choice(3, p=settings.resize_up_down_keep)
     factor = (rng.uniform(1, max(high, 1)), rng.uniform(low, min(high, 1)), 1.0)[way]
-    before = lr_sides if stage.resize_from_lr else picture.shape[-2:]
+    before = lr_sides if settings.resize_from_lr else picture.shape[-2:]
     height, width = (max(1, round(n * factor)) for n in before)
     picture = resize(picture, height, width)
-    if rng.random() < stage.noise_probability:
-        picture = _add_noise(picture, stage, rng)
-    if rng.random() < stage.jpeg_probability:
-        picture = _compress(picture, stage, rng)
+    if rng.random() < settings.noise_probability:
+        picture = _add_noise(picture, settings, rng)
+    if rng.random() < settings.jpeg_probability:
+        picture = _compress(picture, settings, rng)
     return picture
 
 
@@ -243,8 +244,8 @@ def degrade(hr: Tensor, scale: float, config: Degradation, rng: np.random.Genera
             f"hr must be (3, H, W) with sides a multiple of {scale:g}: {tuple(hr.shape)}"
         )
     picture = hr[None]
-    for stage in config.stages:
-        picture = _apply(picture, stage, config.kernel_size, sides, rng)
+    for settings in config.rounds:
+        picture = _apply(picture, settings, config.kernel_size, sides, rng)
     picture = resize(picture, *sides)
     if rng.random() < config.final_sinc_probability:
         picture = _filter(picture, _random_sinc(config.kernel_size, rng))

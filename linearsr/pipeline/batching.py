@@ -20,7 +20,7 @@ from torch import Tensor
 from linearsr.denoiser.model import LinearSR, TagKeys
 from linearsr.diffusion.experts import Segment
 from linearsr.diffusion.path import clean_guess
-from linearsr.diffusion.solvers import SolverState, looks_back, sample
+from linearsr.diffusion.solvers import SolverState, sample, uses_previous
 from linearsr.imaging.tiles import Tile
 from linearsr.pipeline.state import AnyState, DenoiseState
 
@@ -66,7 +66,7 @@ class TileTask(NamedTuple):
     @property
     def keeps_previous(self) -> bool:
         """Whether the step after the segment looks back on the segment's last step."""
-        return looks_back(self.state.solver, self.state.timesteps, self.segment.stop)
+        return uses_previous(self.state.solver, self.state.timesteps, self.segment.stop)
 
     @property
     def timesteps(self) -> tuple[float, ...]:

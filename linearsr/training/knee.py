@@ -20,7 +20,7 @@ ray.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -193,6 +193,25 @@ class KneeDetector:
             and (long or evidence["p_near"] >= self._confidence)
             and evidence["gain"] >= CONTRAST * evidence["oscillation"]
         )
+
+
+def detect(
+    history: Iterable[tuple[int, Mapping[str, float]]], higher_is_better: Mapping[str, bool]
+) -> KneeState:
+    """Return the detector's state after a history of (step, metrics), in the order of training.
+
+    Metrics that `higher_is_better` does not name, or that no checkpoint has, are left out; without
+    any other the state is "rising". Raises OptionError for steps that do not rise.
+    """
+    history = list(history)
+    measured = {name for _, metrics in history for name in metrics}
+    known = {name: up for name, up in higher_is_better.items() if name in measured}
+    state = KneeState("rising", None, 0, {})
+    if known:
+        detector = KneeDetector(known)
+        for step, metrics in history:
+            state = detector.update(step, {m: metrics[m] for m in metrics.keys() & known.keys()})
+    return state
 
 
 def knee_posterior(time: Array, values: Array, weights: Array, noise: float) -> Array:

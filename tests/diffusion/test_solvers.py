@@ -15,7 +15,7 @@ from diffusers import (
 
 from linearsr.config import SamplingConfig, Solver
 from linearsr.diffusion.schedule import schedule, shifted
-from linearsr.diffusion.solvers import Denoise, SolverState, looks_back, sample
+from linearsr.diffusion.solvers import Denoise, SolverState, sample, uses_previous
 from linearsr.errors import OptionError
 
 SECOND_ORDER: tuple[Solver, ...] = ("dpm", "adams")
@@ -163,7 +163,7 @@ def _in_turn(
     """Run the segments in turn; each gets its own steps, and the previous one if it looks back."""
     walk, begin = SolverState(start), 0
     for end in (*cuts, len(timesteps) - 1):
-        behind = int(looks_back(solver, timesteps, begin))
+        behind = int(uses_previous(solver, timesteps, begin))
         if not behind:
             walk = SolverState(walk.latent)
         walk = sample(solver, _field, walk, timesteps[begin - behind : end + 1], behind)
@@ -190,10 +190,10 @@ def test_samples_at_timesteps_of_their_own_get_what_they_get_alone(solver: Solve
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-def test_looks_back_names_the_steps_that_need_the_previous_one() -> None:
+def test_uses_previous_names_the_steps_that_need_the_previous_one() -> None:
     timesteps = shifted(5, 3.0)
     for solver, steps in (("euler", []), ("dpm", [2, 3]), ("adams", [1, 2, 3, 4])):
-        assert [i for i in range(6) if looks_back(solver, timesteps, i)] == steps
+        assert [i for i in range(6) if uses_previous(solver, timesteps, i)] == steps
 
 
 @pytest.mark.parametrize(("solver", "most"), [("dpm", 3), ("adams", 1)])

@@ -6,7 +6,7 @@ import skimage.data
 import torch
 
 from linearsr.imaging import degradation as module
-from linearsr.imaging.degradation import CLEAN, PRESETS, WEB, Degradation, Stage, degrade
+from linearsr.imaging.degradation import CLEAN, PRESETS, WEB, Degradation, Round, degrade
 from linearsr.imaging.resample import resize
 
 PHOTO = torch.from_numpy(np.asarray(skimage.data.astronaut())).permute(2, 0, 1).float() / 255
@@ -44,7 +44,7 @@ def test_clean_preset_is_bicubic_in_eight_bits() -> None:
 @pytest.mark.parametrize("gaussian", [0.0, 1.0])
 def test_noise_has_the_strength_asked_for(gaussian: float) -> None:
     grey = torch.full((3, 256, 256), 0.5)
-    stage = Stage(
+    settings = Round(
         blur_probability=0,
         resize_up_down_keep=(0, 0, 1),
         gaussian_probability=gaussian,
@@ -53,7 +53,7 @@ def test_noise_has_the_strength_asked_for(gaussian: float) -> None:
         gray_noise_probability=0,
         jpeg_probability=0,
     )
-    noisy = degrade(grey, 1, Degradation(stages=(stage,)), np.random.default_rng(0))
+    noisy = degrade(grey, 1, Degradation(rounds=(settings,)), np.random.default_rng(0))
     expected = 10 / 255 if gaussian else (0.5 / 255) ** 0.5
     assert noisy.std().item() == pytest.approx(expected, rel=0.05)
 
@@ -75,12 +75,12 @@ def test_degrade_accepts_any_scale_that_leaves_whole_pixels(
 
 
 def _resized_only(**changes: object) -> Degradation:
-    """Return a stage that only resizes."""
+    """Return a round that only resizes."""
     nothing = {"blur_probability": 0.0, "noise_probability": 0.0, "jpeg_probability": 0.0}
-    return Degradation(stages=(Stage.model_validate({**nothing, **changes}),))
+    return Degradation(rounds=(Round.model_validate({**nothing, **changes}),))
 
 
-def test_a_stage_may_resize_to_the_size_of_lr_whatever_the_scale() -> None:
+def test_a_round_may_resize_to_the_size_of_lr_whatever_the_scale() -> None:
     """At x2, a resize to a fixed quarter would leave a blurred picture."""
     down = {"resize_up_down_keep": (0, 1, 0)}
     to_lr = _resized_only(resize_range=(1, 1), resize_from_lr=True, **down)
@@ -117,7 +117,7 @@ def test_web_pictures_are_compressed_at_their_own_size_and_most_of_them_twice(
 
 def test_jpegs_have_half_of_the_colour_resolution() -> None:
     """Red and blue columns of one pixel merge into purple; those of four pixels stay."""
-    jpeg = Stage(
+    jpeg = Round(
         blur_probability=0,
         resize_up_down_keep=(0, 0, 1),
         noise_probability=0,
@@ -128,6 +128,6 @@ def test_jpegs_have_half_of_the_colour_resolution() -> None:
         stripes = torch.zeros(3, 32, 32)
         red = torch.arange(32) // width % 2 == 0
         stripes[0, :, red], stripes[2, :, ~red] = 1.0, 1.0
-        lr = degrade(stripes, 1, Degradation(stages=(jpeg,)), np.random.default_rng(0))
+        lr = degrade(stripes, 1, Degradation(rounds=(jpeg,)), np.random.default_rng(0))
         spread[width] = (lr[0] - lr[2]).std().item()
     assert spread[1] < 0.2 and spread[4] > 0.7, spread

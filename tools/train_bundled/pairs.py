@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearsr.imaging.degradation import PRESETS, Degradation, Preset, Range, Stage
+from linearsr.imaging.degradation import PRESETS, Degradation, Preset, Range, Round
 from linearsr.imaging.resample import resize
 
 CHUNKS = 8  # number of chunks whose pairs are shuffled together
@@ -152,29 +152,29 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
     return result[..., 2 * pad : 2 * pad + height, 2 * pad : 2 * pad + width]
 
 
-def blurred(x: Tensor, stage: Stage) -> Tensor:
-    """Apply Gaussian blur, or sometimes a sinc filter, to the stage's share of the pictures."""
-    kernels = gaussian_kernels(len(x), stage.blur_sigma, x.device)
-    if stage.sinc_probability:
-        some = torch.rand(len(x), 1, 1, device=x.device) < stage.sinc_probability
+def blurred(x: Tensor, settings: Round) -> Tensor:
+    """Apply Gaussian blur, or sometimes a sinc filter, to the round's share of the pictures."""
+    kernels = gaussian_kernels(len(x), settings.blur_sigma, x.device)
+    if settings.sinc_probability:
+        some = torch.rand(len(x), 1, 1, device=x.device) < settings.sinc_probability
         kernels = torch.where(some, sinc_kernels(len(x), x.device), kernels)
-    return pick(x, filtered(x, kernels), stage.blur_probability)
+    return pick(x, filtered(x, kernels), settings.blur_probability)
 
 
-def noisy(x: Tensor, stage: Stage) -> Tensor:
-    """Add Gaussian or Poisson noise, some of it grey, to the stage's share of the pictures."""
+def noisy(x: Tensor, settings: Round) -> Tensor:
+    """Add Gaussian or Poisson noise, some of it grey, to the round's share of the pictures."""
     count = len(x)
-    gray = torch.rand(count, 1, 1, 1, device=x.device) < stage.gray_noise_probability
+    gray = torch.rand(count, 1, 1, 1, device=x.device) < settings.gray_noise_probability
     noise = torch.randn_like(x)
     noise = torch.where(gray, noise[:, :1], noise)
-    noise = noise * uniform(count, stage.gaussian_sigma, x.device) / 255
+    noise = noise * uniform(count, settings.gaussian_sigma, x.device) / 255
     light = x.clamp(0, 1)
     light = torch.where(gray, light.mean(1, keepdim=True), light)
     counts = torch.poisson(light * 255) / 255
     counts = torch.where(gray, counts[:, :1], counts)
-    shot = (counts - light) * uniform(count, stage.poisson_scale, x.device)
-    noise = pick(shot, noise, stage.gaussian_probability)
-    return pick(x, x + noise, stage.noise_probability)
+    shot = (counts - light) * uniform(count, settings.poisson_scale, x.device)
+    noise = pick(shot, noise, settings.gaussian_probability)
+    return pick(x, x + noise, settings.noise_probability)
 
 
 def jpeg(x: Tensor, quality: Range, share: float = 1.0) -> Tensor:
@@ -214,13 +214,13 @@ def _quantised(plane: Tensor, table: Tensor, factor: Tensor) -> Tensor:
 
 def second_order(x: Tensor, preset: Degradation, small: int, rng: np.random.Generator) -> Tensor:
     """Apply Real-ESRGAN's second-order degradation, or a milder one, down to side `small`."""
-    for stage in preset.stages:
-        x = blurred(x, stage)
-        low, high = stage.resize_range
+    for settings in preset.rounds:
+        x = blurred(x, settings)
+        low, high = settings.resize_range
         factors = rng.uniform(1, high), rng.uniform(low, 1), 1.0
-        factor = factors[rng.choice(3, p=stage.resize_up_down_keep)]
+        factor = factors[rng.choice(3, p=settings.resize_up_down_keep)]
         x = resize(x, *(max(16, round(n * factor)) for n in x.shape[-2:]))
-        x = jpeg(noisy(x, stage), stage.jpeg_quality, stage.jpeg_probability)
+        x = jpeg(noisy(x, settings), settings.jpeg_quality, settings.jpeg_probability)
     x = resize(x, small, small)
     kernels = sinc_kernels(len(x), x.device)
     return pick(x, filtered(x, kernels), preset.final_sinc_probability)
@@ -228,13 +228,13 @@ def second_order(x: Tensor, preset: Degradation, small: int, rng: np.random.Gene
 
 def one_round(x: Tensor, preset: Degradation, small: int) -> Tensor:
     """Degrade as a camera does: blur, shrink to side `small`, add noise, apply JPEG."""
-    (stage,) = preset.stages
-    x = noisy(resize(blurred(x, stage), small, small), stage)
-    return jpeg(x, stage.jpeg_quality, stage.jpeg_probability)
+    (settings,) = preset.rounds
+    x = noisy(resize(blurred(x, settings), small, small), settings)
+    return jpeg(x, settings.jpeg_quality, settings.jpeg_probability)
 
 
 # Simpler than the preset of `degrade`: no WebP; the first file is somewhat larger than LR.
-WEB_FILE = Stage(
+WEB_FILE = Round(
     blur_probability=0.3,
     blur_sigma=(0.2, 1.5),
     sinc_probability=0.0,

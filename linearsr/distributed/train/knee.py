@@ -21,7 +21,7 @@ from linearsr.distributed.compat import quiet_checkpoint_manager
 from linearsr.errors import InputError, LinearSRError, WeightsError, one_line
 from linearsr.storage.location import Location
 from linearsr.training import plot
-from linearsr.training.knee import KneeDetector, KneeState
+from linearsr.training.knee import KneeState, detect
 from linearsr.training.loop import PROGRESS
 
 KNEE, KEPT, REPORT = "knee.json", "knee", "report.png"
@@ -67,7 +67,7 @@ def advance(
     history = _merge(before.history, _validated(reported, set(higher_is_better)))
     if (history, higher_is_better) == (before.history, before.higher_is_better):
         return before.model_copy(update={"stop": _spent(before, patience)})
-    state = detect(history, higher_is_better)
+    state = detect([(v.step, v.metrics) for v in history], higher_is_better)
     if before.status == "confirmed" and state.status != "confirmed":
         # A divergence has shortened the history; a confirmed knee is final all the same.
         state = KneeState("confirmed", before.step, before.since + 1, before.evidence)
@@ -152,18 +152,6 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
         (self.run / REPORT).write(
             plot.report(self.run.name, training, points, knee.step, knee.status)
         )
-
-
-def detect(history: list[Validated], higher_is_better: Mapping[str, bool]) -> KneeState:
-    """Return the detector's state after a history, without metrics that were never measured."""
-    measured = {name for v in history for name in v.metrics}
-    known = {name: up for name, up in higher_is_better.items() if name in measured}
-    state = KneeState("rising", None, 0, {})
-    if known:
-        detector = KneeDetector(known)
-        for v in history:
-            state = detector.update(v.step, {k: v.metrics[k] for k in v.metrics.keys() & known})
-    return state
 
 
 def read_knee(run: Location) -> Knee:

@@ -19,7 +19,6 @@ from linearsr.distributed.train.knee import (
     KneePointCallback,
     Validated,
     _merge,
-    detect,
     last_checkpoint,
     read_knee,
     start_from_knee,
@@ -27,6 +26,7 @@ from linearsr.distributed.train.knee import (
 )
 from linearsr.errors import InputError, WeightsError
 from linearsr.storage.location import locate
+from linearsr.training.knee import detect
 from tests.helpers.runs import checkpoints
 
 UP = {"score@1": True}
@@ -121,7 +121,7 @@ def test_the_report_of_a_finished_run_is_drawn(finished: Path) -> None:
 
 
 def test_training_may_stop_once_the_patience_after_the_knee_is_spent(finished: Path) -> None:
-    history = read_knee(locate(finished)).history
+    history = [(v.step, v.metrics) for v in read_knee(locate(finished)).history]
     confirmed = next(n for n in range(1, LAST) if detect(history[:n], UP).status == "confirmed")
     assert read_knee(locate(finished)).stop
     for patience, stop in ((LAST - confirmed, True), (LAST - confirmed + 1, False)):
@@ -194,8 +194,7 @@ def test_merge_drops_steps_that_a_divergence_discarded() -> None:
 
 def test_metrics_that_were_never_measured_do_not_hide_the_knee() -> None:
     history = [
-        Validated(step=n, seen=n, path="", metrics={"score@1": _score(n), "told@1": 0.0})
-        for n in range(EVERY, EVERY * LAST, EVERY)
+        (n, {"score@1": _score(n), "undeclared@1": 0.0}) for n in range(EVERY, EVERY * LAST, EVERY)
     ]
     assert detect(history, {**UP, "absent@1": True}).step == KNEE * EVERY
     assert detect(history, {"absent@1": True}).status == "rising"
