@@ -157,7 +157,7 @@ class SamplingConfig(Config):
 
 
 class ModelConfig(Config):
-    """A whole model: the part of a weights bundle that is not tensors."""
+    """The config of a whole model: everything in its weights bundle except the tensors."""
 
     name: str
     """Name of the model in tables and in the metadata of results."""
@@ -204,14 +204,18 @@ class Options(Config):
     scale: float = Field(default=4, ge=1, le=4)
     """How many times larger the result is, from 1 to 4; 1 repairs without enlarging."""
     width: int | None = Field(default=None, ge=1, le=65535)
-    """Width of the result in pixels, instead of a scale; alone, it keeps the aspect ratio."""
+    """Width of the result in pixels, 1 to 65535, instead of a scale; unless the height is given
+    too, it follows from the aspect ratio."""
     height: int | None = Field(default=None, ge=1, le=65535)
-    """Height of the result in pixels, instead of a scale; alone, it keeps the aspect ratio."""
+    """Height of the result in pixels, 1 to 65535, instead of a scale; unless the width is given
+    too, it follows from the aspect ratio."""
     steps: int | None = Field(default=None, ge=1, le=50)
-    """Number of steps, 1 to 50; by default the model's own. 1 gives the average of
-    all plausible pictures, which is closest to the truth but soft; more give one sharp picture."""
+    """Number of sampling steps, 1 to 50; by default the model's own. With 1, the result is the
+    average of all plausible pictures, which is closest to the truth but soft; with more, it is a
+    single plausible picture, which is sharper."""
     detail: float = Field(default=1.0, ge=0, le=1)
-    """Share of the added detail: 0 is the picture of one step, 1 keeps all that later steps add."""
+    """Share of the detail from the steps after the first that is kept, 0 to 1: 0 gives the result
+    of a single step, 1 keeps all of it."""
     solver: Solver | None = None
     """Solver that takes the steps, by default the model's own; dpm and adams are more accurate
     than euler with the same number of steps (docs/design/sampling.md)."""
@@ -219,10 +223,10 @@ class Options(Config):
     """Seed for the noise; the same seed gives the same pixels."""
     tags: Literal["auto"] | tuple[str, ...] = ()
     """Names of objects in the picture, most important first, separated by commas; or "auto" to let
-    the tagger name them."""
+    the tagger name them. Only for models that were trained with tags; by default, none."""
     tile: Annotated[int, Field(ge=16)] | Literal["auto", "off"] = "auto"
-    """Side of a tile in input pixels, at least 16; "off" for no tiles; "auto" tries smaller tiles
-    when memory runs out."""
+    """Side of a tile in input pixels, at least 16; "off" for no tiles; "auto" starts with large
+    tiles and halves them when memory runs out."""
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
     """Method that gives the result the colours of the input."""
 
@@ -249,7 +253,8 @@ class FileOptions(Config):
     """How picture files are read and written; the same fields everywhere, as with `Options`."""
 
     format: Format | None = None
-    """Format of the results; by default that of each input, or PNG if it cannot be written."""
+    """Format of the results; by default that of each input, or PNG for input formats that cannot
+    be written."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG and WebP files, 1 to 100."""
     max_pixels: int = Field(default=100_000_000, ge=1)

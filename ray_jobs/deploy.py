@@ -35,16 +35,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port",
         type=int,
-        help="HTTP port, instead of the file's; has no effect if Serve runs already",
+        help="HTTP port, instead of the file's; has no effect if Serve is already running",
     )
     parser.add_argument(
         "--on-head",
         action="store_true",
-        help="run the HTTP proxy and the ingress on the head only, so that no request is lost with "
-        "another node; the proxy stays where it is if Serve runs already",
+        help="run the HTTP proxy and the ingress only on the head node, so that losing another "
+        "node loses no request; if Serve is already running, its proxy is not moved",
     )
     parser.add_argument(
-        "--wait", type=float, default=900, help="seconds to wait until all replicas run"
+        "--wait", type=float, default=900, help="maximum seconds to wait until all replicas run"
     )
     return parser
 

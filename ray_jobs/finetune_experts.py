@@ -22,19 +22,28 @@ from linearsr.cli import job
 def parser() -> argparse.ArgumentParser:
     """Return the parser of a training job's flags, with the run and the stages to start from."""
     parser = job.parser(__doc__)
-    parser.add_argument("--from", dest="before", required=True, help="folder of a pretraining run")
+    parser.add_argument(
+        "--from",
+        dest="before",
+        metavar="RUN",
+        required=True,
+        help="folder of the pretraining run to start from; its checkpoint at the knee is used",
+    )
     parser.add_argument(
         "--stages",
         nargs="+",
         choices=("experts", "finetune", "perceptual"),
         default=["experts"],
-        help="stages to train, in this order",
+        help="stages to train, in the order given: experts (each expert on its own noise range), "
+        "finetune (each again, from its knee), perceptual (all but the first, for sharp results "
+        "in few steps)",
     )
     parser.add_argument(
         "--i-know-this-is-not-the-knee",
         action="store_true",
         dest="anyway",
-        help="without a confirmed knee, start from the candidate, or else from the last checkpoint",
+        help="if a run has no confirmed knee, start from its candidate knee or, without one, from "
+        "its last checkpoint; otherwise, such a run is refused",
     )
     return parser
 

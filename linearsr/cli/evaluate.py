@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of an evaluation, also for the job."""
+    """Add the flags of an evaluation, which the command and the Ray job share."""
     parser.add_argument(
         "folder", nargs="?", help="folder of finished pictures; short for --results NAME=FOLDER"
     )
@@ -51,8 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lr",
-        help="folder of LR pictures, or the degradation that makes them from HR: clean, mixed, "
-        "degraded, mild, camera, seesr or real-esrgan (default: clean)",
+        help="folder of LR pictures, or the degradation that makes them from HR "
+        "(docs/guides/datasets.md): clean, mild, camera, web, seesr, real-esrgan, mixed or "
+        "degraded (default: LR of the shards, or else clean)",
     )
     parser.add_argument(
         "--models",
@@ -76,12 +77,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="results of other programs: pictures, or shards with columns id and hr or image",
+        help="folders with results of other programs: pictures, or Parquet shards with a column id "
+        "and a column hr or image",
     )
     parser.add_argument(
         "--metrics",
         nargs="+",
-        help="metrics to measure (default: all quick ones without a download)",
+        help="metrics to measure, by pyiqa's names (default: those that are quick and need no "
+        "download, which docs/guides/evaluation.md lists)",
     )
     parser.add_argument(
         "--device", default="auto", help="device that models run on: auto, cpu, cuda or mps"
@@ -107,7 +110,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: argparse.Namespace) -> Request:
-    """Check the values of `add_options`. Raises OptionError."""
+    """Return the request that the flags of `add_options` describe.
+
+    Raises OptionError for a wrong value.
+    """
     from linearsr.evaluation.run import Request
 
     results = dict(_named(text, "--results", "NAME=FOLDER") for text in arguments.results)
@@ -126,7 +132,7 @@ def _models(texts: Sequence[str], results: Mapping[str, str]) -> dict[str, str]:
     for name, model in map(_model, texts):
         if name in models or name in results:
             raise OptionError(
-                f"--models {name}: two methods have this name; give one as NAME=MODEL"
+                f"--models {name}: two models or results have this name; rename one, as NAME=MODEL"
             )
         models[name] = model
     return models

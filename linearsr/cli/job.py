@@ -26,9 +26,10 @@ def new_parser(docstring: str | None) -> argparse.ArgumentParser:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the flags of both training jobs: recipe and cluster.
+    """Return a parser with the flags that both training jobs share.
 
-    Raises MissingExtra without the packages that training needs.
+    They choose the recipe and the cluster. Raises MissingExtra without the packages that training
+    needs.
     """
     require("train", "ray", "deepspeed")
     from linearsr.distributed.train.config import ClusterConfig
@@ -36,7 +37,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     training = new_parser(description)
     training.add_argument(
-        "--recipe", choices=RECIPES, default="tiny_cpu", help="model, data and schedule to train"
+        "--recipe",
+        choices=RECIPES,
+        default="tiny_cpu",
+        help="recipe: a preset of the model, its training pairs and the schedule "
+        "(docs/reference/recipe.md)",
     )
     add_fields(training, ClusterConfig, ClusterConfig.model_fields)
     training.add_argument(
@@ -50,7 +55,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
-    """Return the recipe and the config that the flags choose. Raises OptionError for a field."""
+    """Return the recipe and the cluster's config that the flags choose.
+
+    Raises OptionError for a field that does not exist or has a wrong value.
+    """
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES, override
 
@@ -77,10 +85,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def connect(*, data: bool = True) -> str:
-    """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
+    """Connect to the cluster of RAY_ADDRESS, or start one here, and return the dashboard's address.
 
-    data: the job uses Ray Data, as training does. Returns http://HOST:PORT of the dashboard.
-    Raises MissingExtra without Ray, LinearSRError if the cluster cannot be reached.
+    `ray job submit` sets RAY_ADDRESS. The address that is returned is http://HOST:PORT.
+    data: whether the job uses Ray Data, as training does.
+    Raises MissingExtra without Ray, and LinearSRError if the cluster cannot be reached.
     """
     require("data", "ray")
     import ray

@@ -50,7 +50,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="together: each replica holds all experts; split: each expert has its own replicas",
     )
     parser.add_argument(
-        "--replicas", type=int, help="replicas of all experts together (default: 1, or 4 if split)"
+        "--replicas",
+        type=int,
+        help="number of replicas in total; with --layout split they are divided among the experts, "
+        "at least one each (default: 1, or 4 if split)",
     )
     parser.add_argument(
         "--expert-cpus",
@@ -61,7 +64,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--expert-gpus",
         type=float,
         default=0,
-        help="GPUs of each replica; with 0.25, four share one",
+        help="GPUs of each replica; with 0 it runs on the CPU, with 0.25 four replicas share a GPU",
     )
 
 

@@ -46,7 +46,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def add_tagger_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose a tagger and its threshold, also for ray_jobs/tag_dataset.py."""
+    """Add the flags that choose a tagger; ray_jobs/tag_dataset.py has them too."""
     parser.add_argument(
         "--tagger",
         choices=TAGGERS,
@@ -56,23 +56,25 @@ def add_tagger_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tagger-model",
         metavar="PATH",
-        help="weights of the tagger: a CLIP or SigLIP folder or hub id, or a RAM checkpoint",
+        help="weights of the tagger: for zero-shot, a folder or Hugging Face id of a CLIP or SigLIP; "
+        "for ram, a checkpoint file of the Recognize Anything Model; imagenet has its own",
     )
     parser.add_argument(
         "--tagger-adapter",
         metavar="FILE",
-        help="LoRA weights to add to a RAM checkpoint, such as DAPE's",
+        help="LoRA weights to add to the checkpoint of --tagger ram, such as DAPE's (default: none)",
     )
     parser.add_argument(
         "--vocabulary",
         metavar="FILE",
-        help="text file of the only names to use, one per line, each perhaps followed by a tab and "
-        "its threshold",
+        help="text file with the names to choose from, one per line, each optionally followed by a tab "
+        "and its threshold (default: all names the tagger knows; for zero-shot, a built-in list)",
     )
     parser.add_argument(
         "--threshold",
         type=float,
-        help="least score of a tag, 0 to 1 (default: the tagger's own)",
+        help="minimum score for a tag to be kept, 0 to 1; a threshold in the vocabulary precedes it "
+        "(default: the tagger's own)",
     )
     parser.add_argument(
         "--max-tags", type=int, default=5, help="largest number of tags per picture"
@@ -80,7 +82,10 @@ def add_tagger_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
-    """Check the values of `add_tagger_options`. Raises OptionError."""
+    """Return the TaggerConfig that the flags of `add_tagger_options` describe.
+
+    Raises OptionError for a wrong value.
+    """
     config = TaggerConfig.parse(
         kind=arguments.tagger,
         source=arguments.tagger_model,

@@ -26,15 +26,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="upscale picture files",
         description="Upscale picture files.",
         formatter_class=HelpFormatter,
-        epilog="--detail trades fidelity for perception: 0 is closest to the truth and softest (as "
-        "--steps 1), 1 keeps all the detail that the further steps add.",
+        epilog="--detail trades fidelity for sharpness: 0 is closest to the truth and softest (as "
+        "--steps 1), 1 is sharpest and keeps all the detail that the further steps add.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="picture files, or folders of them"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="file or folder to write results to"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="file to write the result to, or folder for the results of several inputs (required)",
     )
     parser.add_argument(
         "--skip-existing", action="store_true", help="skip inputs whose result exists already"
@@ -43,7 +47,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the model, of a picture and of its file, also for the dataset job."""
+    """Add the flags that choose the model, how pictures are upscaled, and how files are written.
+
+    The dataset job has them too.
+    """
     parser.add_argument(
         "--model", default="linearsr-tiny", help="name of a bundled model, or a folder of weights"
     )
@@ -61,7 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
-    """Check the values of `add_options`. Raises OptionError."""
+    """Return the options that the flags of `add_options` describe.
+
+    Raises OptionError for a wrong value.
+    """
     fields = vars(arguments)
     return (
         Options.parse(**{name: fields[name] for name in Options.model_fields}),

@@ -84,7 +84,8 @@ class DataConfig(Config):
     degradations: dict[Preset, float] = Field(
         default={"clean": 0.45, "mild": 0.25, "camera": 0.25, "seesr": 0.05}
     )
-    """Share of pairs of each degradation preset; the shares must sum to one."""
+    """Share of pairs of each degradation preset (docs/guides/datasets.md); the shares must sum to
+    one."""
     clean_near_one: float = Field(default=0.1, ge=0, le=1)
     """Largest share of the preset `clean` at scales below 1.5, where it leaves hardly anything to
     restore; the other presets, if there are any, share the rest."""

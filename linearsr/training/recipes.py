@@ -46,7 +46,7 @@ class ValidationConfig(Config):
     size: int = Field(default=256, gt=0)
     """Side in pixels of the middle part of a picture that is used."""
     degradation: Preset = "clean"
-    """Degradation that makes their LR."""
+    """Degradation that makes LR of the validation pictures (docs/guides/datasets.md)."""
     tags: bool = True
     """Whether a model that takes tags gets those that the default tagger finds in the LR."""
 

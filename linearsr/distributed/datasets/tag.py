@@ -74,7 +74,8 @@ class TagConfig(Pool):
     output: str
     """Folder for the tagged shards, local or s3://; may be the input."""
     column: Literal["lr", "hr"] = "lr"
-    """Picture to tag. Upscaling has LR alone, so the tags of lr are those that it can find."""
+    """Picture of each pair to tag. When a picture is upscaled, the tagger sees only LR, so tags of
+    lr are like those that the model will get."""
     tagger: TaggerConfig = TaggerConfig()
 
     @property
@@ -92,10 +93,10 @@ class TagConfig(Pool):
 
 
 def tag_dataset(config: TagConfig) -> Summary:
-    """Tag every shard that this tagger has not seen, on a running Ray.
+    """Tag every shard that this tagger has not seen, on a running Ray cluster.
 
-    Raises InputError, OutputError or OptionError before any work for everything that can be known
-    by then, for example that `output` holds shards other than those of `input`.
+    Errors that can be found in advance are raised before any work starts: InputError, OutputError
+    or OptionError, for example if `output` holds shards other than those of `input`.
     """
     source, output = locate(config.input), locate(config.output)
     skipped = Notes()
@@ -247,10 +248,11 @@ class _Worker:
 
 
 def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
-    """Return the open Parquet file with `tags` and `tag_scores` filled, and its footer's note.
+    """Return the bytes of a shard with `tags` and `tag_scores` filled, and the note in its footer.
 
-    All else stays as it is, row group by row group, so no more than one is decoded at a time. A row
-    whose picture cannot be read has no tags and an error in the note.
+    file: the shard, opened by pyarrow. All its other columns stay as they are. Its row groups are
+    tagged in turn, so at most one is in memory. A row whose picture cannot be read has no tags and
+    an error in the note.
     """
     schema = _schema(file.schema_arrow)
     note: Note = {"settings": config.settings, "identity": identity(file)}

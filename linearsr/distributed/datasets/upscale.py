@@ -55,7 +55,7 @@ class UpscaleConfig(Pool):
     input: str
     """Folder of pictures, or of Parquet shards."""
     output: str
-    """Folder for the results, which must not hold those of another job."""
+    """Folder for the results; it must not hold another job's results."""
     kind: Literal["images", "parquet"] = "images"
     """Kind of results: files named after their inputs, or shards with columns id, image, width and
     height."""
@@ -72,8 +72,8 @@ class UpscaleConfig(Pool):
     batch: int = Field(default=8, ge=1)
     """Number of pictures per call, and of rows per Parquet file."""
     concurrency: int = Field(default=2, ge=1)
-    """Concurrent calls per actor, about 8 on a GPU; one reads or encodes while another upscales,
-    so that the device is never idle."""
+    """Concurrent calls per actor, so that one reads or encodes while another upscales; on a GPU,
+    about 8 keep it busy."""
 
     @field_validator("input", "output")
     @classmethod
@@ -96,10 +96,10 @@ class UpscaleConfig(Pool):
 
 
 def upscale_dataset(config: UpscaleConfig) -> Summary:
-    """Upscale all pictures that have no result yet, on a running Ray.
+    """Upscale all pictures that have no result yet, on a running Ray cluster.
 
-    Raises InputError, OutputError, OptionError or WeightsError before any work for everything that
-    can be known by then.
+    Errors that can be found in advance are raised before any work starts: InputError, OutputError,
+    OptionError or WeightsError.
     """
     source, output = locate(config.input), locate(config.output)
     if source.path == output.path:

@@ -38,11 +38,11 @@ class ClusterConfig(Config):
     keep: int | None = Field(default=None, ge=16)
     """Number of latest checkpoints to keep, by default all; the knee's is always kept."""
     max_failures: int = Field(default=3, ge=-1)
-    """Number of worker failures to recover from, -1 for any number; the loss of a node does not
-    count if it was announced."""
+    """Number of worker failures to recover from, -1 for any number. A node that is taken away after
+    a notice to Ray, such as KubeRay's for spot instances, does not count."""
     patience: int | None = Field(default=None, ge=0)
-    """Number of checkpoints after the confirmation of the knee at which a stage ends; by default,
-    it does all its steps."""
+    """Number of checkpoints that a stage goes on for once its knee is confirmed; by default, it does
+    all its steps."""
 
     @field_validator("data", "validation", "storage")
     @classmethod

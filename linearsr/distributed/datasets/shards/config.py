@@ -20,11 +20,11 @@ class ShardConfig(Config):
     inputs: tuple[str, ...] = Field(min_length=1)
     """Folders of pictures, local or s3://."""
     output: str
-    """Folder for the shards, local or s3://; it must not hold those of another job."""
+    """Folder for the shards, local or s3://; it must not hold another job's shards."""
     scale: int = Field(default=4, ge=1, le=16)
     """How many times smaller LR is than HR."""
     degradation: Preset = "seesr"
-    """Degradation that makes LR from HR."""
+    """Degradation that makes LR from HR (docs/guides/datasets.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed for crop positions, shuffling and degradation."""
     crop: int = Field(default=512, ge=0)
@@ -36,8 +36,8 @@ class ShardConfig(Config):
     min_sharpness: float = Field(default=20.0, ge=0)
     """Minimum sharpness of a crop (variance of its Laplacian); 0 accepts any."""
     duplicate_distance: int = Field(default=4, ge=-1, le=MAX_DISTANCE)
-    """Maximum number of bits, of 64, in which the hashes of near-duplicates differ; -1 keeps all
-    pictures."""
+    """Maximum number of different bits, of 64, between the perceptual hashes of two pictures that
+    count as duplicates, of which one is kept; -1 keeps all pictures."""
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1)
     """Maximum number of pixels of a picture; larger ones are refused."""
     rows_per_shard: int = Field(default=256, ge=1)
@@ -45,8 +45,8 @@ class ShardConfig(Config):
     cpus: float = Field(default=1.0, gt=0)
     """Logical CPUs that each task reserves."""
     max_cpus: float = Field(default=128, gt=0)
-    """Maximum number of logical CPUs to ask of a cluster that autoscales, as many as cluster.yaml's
-    CPU workers have."""
+    """Maximum number of logical CPUs to request from an autoscaling cluster; the CPU workers of
+    cluster.yaml have 128 in all."""
 
     @field_validator("inputs")
     @classmethod
@@ -82,7 +82,7 @@ class ShardConfig(Config):
         return dict(zip(names, self.inputs, strict=True))
 
     def rng(self, name: str) -> np.random.Generator:
-        """Return random numbers that depend on the seed and the name alone."""
+        """Return a random generator whose numbers depend on the seed and `name` alone."""
         return np.random.default_rng(self.seed_of(name))
 
     def seed_of(self, name: str) -> int:
