@@ -148,11 +148,15 @@ class SamplingConfig(Config):
             raise ValueError(f"boundaries must rise strictly inside (0, 1), not {self.boundaries}")
         for plan in self.plans:
             if not 1 <= len(plan) <= 50 or plan[0] != 1:
-                raise ValueError(f"a plan must have 1 to 50 timesteps and start at 1.0: {plan}")
+                raise ValueError(
+                    f"a plan must have 1 to 50 timesteps and start at 1.0, unlike {plan}"
+                )
             if not all(high > low for high, low in pairwise((*plan, 0.0))):
-                raise ValueError(f"a plan's timesteps must fall strictly and stay above 0: {plan}")
+                raise ValueError(
+                    f"a plan's timesteps must fall strictly and stay above 0, unlike {plan}"
+                )
         if len({len(plan) for plan in self.plans}) != len(self.plans):
-            raise ValueError(f"plans must differ in their number of steps: {self.plans}")
+            raise ValueError(f"plans must differ in their number of steps, unlike {self.plans}")
         return self
 
 
@@ -185,7 +189,10 @@ class ModelConfig(Config):
         folded = 3 * factor**2
         channels = self.denoiser.latent_channels
         if self.latent.kind == "space-to-depth" and channels != folded:
-            raise ValueError(f"factor {factor} gives {folded} latent_channels, not {channels}")
+            raise ValueError(
+                f"latent_channels must be {folded} for a space-to-depth latent of factor {factor}, "
+                f"not {channels}"
+            )
         if self.tags is not None and self.denoiser.tag_dim is None:
             raise ValueError("tags need a denoiser with cross-attention: set its tag_dim")
         if self.smallest_scale is not None and self.smallest_scale > self.scale:

@@ -110,10 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: argparse.Namespace) -> Request:
-    """Return the request that the flags of `add_options` describe.
-
-    Raises OptionError for a wrong value.
-    """
+    """Return the request that the flags of `add_options` describe. Raises OptionError."""
     from linearsr.evaluation.run import Request
 
     results = dict(_named(text, "--results", "NAME=FOLDER") for text in arguments.results)

@@ -26,10 +26,9 @@ def new_parser(docstring: str | None) -> argparse.ArgumentParser:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the flags that both training jobs share.
+    """Return a parser with the flags of both training jobs, which choose a recipe and a cluster.
 
-    They choose the recipe and the cluster. Raises MissingExtra without the packages that training
-    needs.
+    Raises MissingExtra without the packages that training needs.
     """
     require("train", "ray", "deepspeed")
     from linearsr.distributed.train.config import ClusterConfig
@@ -55,10 +54,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
-    """Return the recipe and the cluster's config that the flags choose.
-
-    Raises OptionError for a field that does not exist or has a wrong value.
-    """
+    """Return the recipe and the cluster's config that the flags choose. Raises OptionError."""
     from linearsr.distributed.train.config import ClusterConfig
     from linearsr.training.recipes import RECIPES, override
 
@@ -85,11 +81,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def connect(*, data: bool = True) -> str:
-    """Connect to the cluster of RAY_ADDRESS, or start one here, and return the dashboard's address.
+    """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start one here.
 
-    `ray job submit` sets RAY_ADDRESS. The address that is returned is http://HOST:PORT.
-    data: whether the job uses Ray Data, as training does.
-    Raises MissingExtra without Ray, and LinearSRError if the cluster cannot be reached.
+    Return the dashboard's address, http://HOST:PORT. data: whether the job uses Ray Data, as
+    training does. Raises MissingExtra without Ray, LinearSRError if the cluster cannot be reached.
     """
     require("data", "ray")
     import ray

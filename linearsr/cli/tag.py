@@ -56,24 +56,26 @@ def add_tagger_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tagger-model",
         metavar="PATH",
-        help="weights of the tagger: for zero-shot, a folder or Hugging Face id of a CLIP or SigLIP; "
-        "for ram, a checkpoint file of the Recognize Anything Model; imagenet has its own",
+        help="weights of the tagger: for zero-shot, a folder or Hugging Face id of a CLIP or "
+        "SigLIP; for ram, a checkpoint file of the Recognize Anything Model; imagenet has its own",
     )
     parser.add_argument(
         "--tagger-adapter",
         metavar="FILE",
-        help="LoRA weights to add to the checkpoint of --tagger ram, such as DAPE's (default: none)",
+        help="LoRA weights to add to the checkpoint of --tagger ram, such as DAPE's "
+        "(default: none)",
     )
     parser.add_argument(
         "--vocabulary",
         metavar="FILE",
-        help="text file with the names to choose from, one per line, each optionally followed by a tab "
-        "and its threshold (default: all names the tagger knows; for zero-shot, a built-in list)",
+        help="text file with the names to choose from, one per line, each optionally followed by a "
+        "tab and its threshold (default: all names the tagger knows; for zero-shot, a built-in "
+        "list)",
     )
     parser.add_argument(
         "--threshold",
         type=float,
-        help="minimum score for a tag to be kept, 0 to 1; a threshold in the vocabulary precedes it "
+        help="minimum score for a tag to be kept, 0 to 1, unless the vocabulary has one for it "
         "(default: the tagger's own)",
     )
     parser.add_argument(
@@ -82,10 +84,7 @@ def add_tagger_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
-    """Return the TaggerConfig that the flags of `add_tagger_options` describe.
-
-    Raises OptionError for a wrong value.
-    """
+    """Return the config that the flags of `add_tagger_options` describe. Raises OptionError."""
     config = TaggerConfig.parse(
         kind=arguments.tagger,
         source=arguments.tagger_model,

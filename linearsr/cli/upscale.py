@@ -47,10 +47,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose the model, how pictures are upscaled, and how files are written.
-
-    The dataset job has them too.
-    """
+    """Add the flags of the model, the pictures and their files; the dataset job has them too."""
     parser.add_argument(
         "--model", default="linearsr-tiny", help="name of a bundled model, or a folder of weights"
     )
@@ -68,10 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
-    """Return the options that the flags of `add_options` describe.
-
-    Raises OptionError for a wrong value.
-    """
+    """Return the options that the flags of `add_options` describe. Raises OptionError."""
     fields = vars(arguments)
     return (
         Options.parse(**{name: fields[name] for name in Options.model_fields}),

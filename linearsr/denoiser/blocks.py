@@ -79,7 +79,7 @@ class TagAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, tags: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, heads, T, C/heads) of tags (B, T, C), for all timesteps."""
+        """Return keys and values (B, heads, T, C/heads) of tags (B, T, C), the same for every t."""
         k, v = self.kv(tags).chunk(2, dim=-1)
         return self._split(self.norm_k(k)), self._split(v)
 

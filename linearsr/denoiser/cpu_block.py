@@ -24,10 +24,10 @@ from linearsr.kernels import modulate, scaled_state
 CACHED_TOKENS = 8192
 
 
-def suit(x: Tensor) -> bool:
-    """Return whether strips suit tokens (B, H, W, C): on a CPU without gradients or autocast.
+def supports(x: Tensor) -> bool:
+    """Return whether `forward_` can take x (B, H, W, C): on a CPU, no gradients, no autocast.
 
-    Autocast would give the parts of a sum different types.
+    Autocast would give the parts of a sum different dtypes.
     """
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     return plain and x.device.type == "cpu"
@@ -231,7 +231,7 @@ class _Half(NamedTuple):
 
     @classmethod
     def of(cls, ffn: MixFFN, number: int) -> _Half:
-        """Return the first half (0), or the second (1), which is the gate."""
+        """Return half of the channels of the first two layers: values (0) or gates (1)."""
         expand, depthwise = (
             (layer.weight.chunk(2)[number], layer.get_parameter("bias").chunk(2)[number])
             for layer in (ffn.expand, ffn.depthwise)

@@ -25,7 +25,7 @@ TagKeys = list[tuple[Tensor, Tensor]]
 class Condition(NamedTuple):
     """Tensors that an expert derives from a request once and uses at every step.
 
-    embedded: (B, h, w, width), the LR picture's share of the embedded input.
+    embedded: (B, h, w, width), the LR picture's part of the embedded input.
     tags: keys and values of the tags, a pair per block; None without tags.
     tag_mask: (B, T), True where a tag is real; None when all are.
     """
@@ -38,8 +38,9 @@ class Condition(NamedTuple):
 class LinearSR(nn.Module):
     """Flow-matching transformer with linear attention for super-resolution (arXiv 2510.08771).
 
-    With a silent LR stem and "velocity" prediction it is the same function as diffusers'
-    `SanaTransformer2DModel` at t * timestep_scale.
+    If `embed` has zero weights for the LR picture, as after a conversion, and `prediction` is
+    "velocity", it is the same function as diffusers' `SanaTransformer2DModel` at t *
+    timestep_scale.
     """
 
     # Whether a CPU runs blocks strip by strip; benchmarks turn it off to measure the gain.
@@ -90,15 +91,18 @@ class LinearSR(nn.Module):
         tags: Tensor | None = None,
         tag_mask: Tensor | None = None,
     ) -> Condition:
-        """Compute the tensors that stay the same over all steps of a request.
+        """Return the tensors that stay the same over all steps of a request.
 
         lr_picture: (B, 3, H, W) in [-1, 1], upsampled to the output's size.
         lr_latent: (B, latent_channels, h, w), the same picture encoded, if the config needs it.
         tags: (B, T, tag_dim) embeddings; tag_mask: (B, T), True where real.
-        Raises OptionError for tags on a model trained without, and for a missing latent.
+        Raises OptionError if the model was trained without tags and gets some, or if it needs a
+        latent and gets none.
         """
         if tag_mask is not None and tag_mask.dtype != torch.bool:
-            raise ValueError(f"tag_mask must be bool, True where a tag is real: {tag_mask.dtype}")
+            raise ValueError(
+                f"tag_mask must be bool (True for a tag, False for padding), not {tag_mask.dtype}"
+            )
         features = self.stem(lr_picture)
         if self.config.condition_latent:
             if lr_latent is None:
@@ -125,8 +129,9 @@ class LinearSR(nn.Module):
         """Let torch.compile fuse the blocks, once for each picture size.
 
         All blocks share the compiled code, and the next process finds it in a cache on disk. On a
-        CPU this needs a C++ compiler and replaces strips, which are faster (docs/guides/speed.md).
-        PyTorch compiles for eight sizes (torch._dynamo.config.recompile_limit), then no more.
+        CPU this needs a C++ compiler, and replaces `cpu_block`, which is faster
+        (docs/guides/speed.md). PyTorch compiles for eight sizes
+        (torch._dynamo.config.recompile_limit), then no more.
         """
         self.use_strips = False
         for block in self.blocks:
@@ -149,7 +154,7 @@ class LinearSR(nn.Module):
         weight = self.embed.weight[:, : self.config.latent_channels]
         x = F.linear(latent.to(dtype).permute(0, 2, 3, 1), weight).add_(condition.embedded)
         modulation, embedding = self.time(t)
-        run = cpu_block.forward_ if self.use_strips and cpu_block.suit(x) else Block.__call__
+        run = cpu_block.forward_ if self.use_strips and cpu_block.supports(x) else Block.__call__
         for i, block in enumerate(self.blocks):
             tags = None if condition.tags is None else condition.tags[i]
             x = run(cast(Block, block), x, modulation, tags, condition.tag_mask)

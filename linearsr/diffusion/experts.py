@@ -50,7 +50,10 @@ def boundaries(
     Raises OptionError unless 0 < low < anchor < high < 1.
     """
     if not 0 < low < anchor < high < 1:
-        raise OptionError(f"need 0 < low < anchor < high < 1: {low}, {anchor}, {high}")
+        raise OptionError(
+            f"boundaries of experts need 0 < low < anchor < high < 1, not low={low}, "
+            f"anchor={anchor}, high={high}"
+        )
     below = timestep((log_snr(low) + log_snr(anchor)) / 2)
     above = timestep((log_snr(anchor) + log_snr(high)) / 2)
     return below, anchor, above

@@ -9,8 +9,8 @@ from linearsr.errors import OptionError
 def schedule(sampling: SamplingConfig, steps: int | None = None) -> list[float]:
     """Return the timesteps from 1 to 0 for a number of steps; None is the model's own number.
 
-    They are those of the model's plan of that length, if it has one, or else the shifted schedule.
-    Raises OptionError unless `steps` is from 1 to 50.
+    If one of `sampling.plans` has that many steps, its timesteps are returned, otherwise those of
+    `shifted`. Raises OptionError unless `steps` is from 1 to 50.
     """
     steps = sampling.steps if steps is None else steps
     if not 1 <= steps <= 50:

@@ -25,7 +25,7 @@ class SolverState(NamedTuple):
         second order use, in the shape of `latent`; None before the first step, or if the next step
         does not use it (`uses_previous`).
     guess: the very first step's estimate of the clean latent, in the shape of `latent`, or None if
-        the caller does not need it. `sample` neither reads nor returns it.
+        the caller does not need it. `sample` ignores it; its caller computes it.
     """
 
     latent: Tensor
@@ -41,18 +41,20 @@ def sample(
     start: int = 0,
     stop: int | None = None,
 ) -> SolverState:
-    """Take steps `start` to `stop` (exclusive) of `timesteps` with the solver of that name.
+    """Return the state after steps `start` to `stop` (exclusive) of `timesteps`.
 
     denoise: a function of the latent and t (B,) that returns the velocity.
     timesteps: (steps + 1,) for the whole batch, or (steps + 1, B) for each sample. If
-        `state.previous` is set, they must include the step before `start`. Segments in turn give
-        the bits of one run if each continues from the state of the one before.
+        `state.previous` is set, they must include the step before `start`.
+
+    Several calls in turn give the same bits as one call for all steps, if each continues from the
+    state that the one before has returned.
 
     One step from t = 1 lands on the conditional mean (fidelity); more steps move towards one
     plausible picture (perception).
 
-    Both solvers of second order take Euler's step and correct it by the change since the step
-    before, so they call `denoise` no more often:
+    Besides "euler" there are two solvers of second order. Both take Euler's step and correct it by
+    the change since the step before, so they call `denoise` no more often:
 
     "adams": Adams-Bashforth for the velocity, which is taken as a straight line in t.
     "dpm": DPM-Solver++ 2M (Lu et al. 2022, 2211.01095, algorithm 2) for the clean latent, in
@@ -81,7 +83,7 @@ def sample(
 
 
 def uses_previous(solver: Solver, timesteps: Sequence[float], step: int) -> bool:
-    """Return whether a step of `timesteps` (steps + 1,) uses a result of the step before."""
+    """Return whether step `step` of `timesteps` (steps + 1,) uses a result of the one before."""
     if solver == "euler" or step >= len(timesteps) - 1:
         return False
     return bool(_weights(solver, torch.tensor(timesteps)[:, None])[step])

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 # The resource that only the head node has. Ray Serve schedules by it, but no public constant names
-# it. Successor: a label selector, once the head has a documented label.
+# it. Replace it by a label selector, once the head has a documented label.
 HEAD_RESOURCE = "node:__internal_head__"
 
 
@@ -19,8 +19,8 @@ def keep_data_actors_here() -> None:
     """Start Ray Data's singleton actors on this node, the driver's.
 
     Ray Data binds each of them to the node that first asks for it. Training asks from its workers,
-    so without this call they would be lost with a worker's node, and with them the data of every
-    later run. Successor: none yet; needed until Ray Data places them on the head by itself.
+    so without this call an actor would be lost with a worker's node, and with it the data of every
+    later run. Remove this once Ray Data places them on the head by itself.
     """
     from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
     from ray.data._internal.execution.node_trackers.actor_location import (
@@ -39,11 +39,12 @@ def keep_data_actors_here() -> None:
 
 
 def autoscaler_version() -> int:
-    """Return the number of the autoscaler's last report, which rises; 0 without an autoscaler.
+    """Return the version of the cluster's state that its autoscaler has reported last.
 
-    Nothing public says whether a cluster autoscales, and a pool that is too large for a fixed
-    cluster must be refused rather than wait for ever. The SDK of the second autoscaler is not
-    documented. Successor: `ray.util.state`, once it lists the autoscaler's state.
+    It rises with each report, and is 0 if no autoscaler is at work. Nothing public says whether a
+    cluster autoscales, and a pool that is too large for a fixed cluster must be refused rather than
+    wait for ever. The SDK of Ray's autoscaler v2 is not documented. Replace it by `ray.util.state`
+    once that lists the autoscaler's state.
     """
     from ray.autoscaler.v2.sdk import get_cluster_status
 
@@ -54,8 +55,8 @@ def autoscaler_version() -> int:
 def quiet_checkpoint_manager() -> None:
     """Silence the line that announces a resumed run whenever `Result.from_path` reads one.
 
-    The module is private, and its name is the logger's. Successor: `Result.from_path` itself, once
-    it no longer logs.
+    The logger has the name of a private module of Ray. Remove this once `Result.from_path` no
+    longer logs.
     """
     from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
 
@@ -65,7 +66,7 @@ def quiet_checkpoint_manager() -> None:
 def serve_client(address: str) -> Any:
     """Return a client for the REST API of Ray Serve at the dashboard's address.
 
-    The REST API is documented, its Python client is not. Successor: the API by plain HTTP.
+    The REST API is documented, its Python client is not. Plain HTTP requests could replace it.
     """
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
@@ -75,7 +76,7 @@ def serve_client(address: str) -> Any:
 def delete_application(name: str, *, wait: bool) -> None:
     """Delete a Serve application; without `wait`, return before its replicas have stopped.
 
-    `_blocking` is not documented. Successor: a public parameter of `serve.delete`.
+    `_blocking` is not documented. Replace it once `serve.delete` has a public parameter for this.
     """
     from ray import serve
 
@@ -85,7 +86,7 @@ def delete_application(name: str, *, wait: bool) -> None:
 def progress_bar(description: str, total: int, unit: str) -> Any:
     """Return a tqdm bar that the driver draws once, however many workers have one.
 
-    `ray.experimental` may change. Successor: `ray.train`'s own progress, once it has one.
+    `ray.experimental` may change. Replace it by `ray.train`'s own progress, once it has one.
     """
     from ray.experimental import tqdm_ray
 

@@ -34,20 +34,25 @@ QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format
 
 
 def check_driver(gpus: int, query: tuple[str, ...] = QUERY) -> list[str]:
-    """Return a line for each GPU. Raises LinearSRError if the driver shows another number."""
+    """Return a line for each GPU. Raises LinearSRError unless the driver shows `gpus` GPUs."""
     try:
         run = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
     except FileNotFoundError as error:
         raise LinearSRError(
-            f"{query[0]} not found: this is no GPU node, or its container was started without "
+            f"{query[0]} not found: this is not a GPU node, or its container was started without "
             "NVIDIA's runtime"
         ) from error
     except subprocess.SubprocessError as error:
         output = getattr(error, "stdout", "") or getattr(error, "stderr", "") or ""
-        raise LinearSRError(f"the driver does not answer: {one_line(error)} {output}") from error
+        raise LinearSRError(
+            f"{query[0]} fails ({one_line(error)}); check NVIDIA's driver: {output}"
+        ) from error
     lines = run.stdout.strip().splitlines()
     if len(lines) != gpus:
-        raise LinearSRError(f"the driver shows {len(lines)} of {gpus} GPUs: {lines}")
+        raise LinearSRError(
+            f"{query[0]} lists {len(lines)} of {gpus} GPUs; check NVIDIA's driver and the "
+            f"container's GPUs: {lines}"
+        )
     return lines
 
 
@@ -59,17 +64,19 @@ def check_torch(gpus: int) -> None:
         torch.cuda.init()
     except RuntimeError as error:
         raise LinearSRError(
-            f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}: "
+            f"torch {torch.__version__} needs an NVIDIA driver for CUDA {torch.version.cuda}: "
             f"{one_line(error)}"
         ) from error
     if torch.cuda.device_count() != gpus:
-        raise LinearSRError(f"torch sees {torch.cuda.device_count()} of {gpus} GPUs")
+        raise LinearSRError(
+            f"torch sees {torch.cuda.device_count()} of {gpus} GPUs; check CUDA_VISIBLE_DEVICES"
+        )
 
 
 def check_all_reduce(ranks: int, backend: str = "nccl", seconds: float = 120.0) -> None:
     """Run an all-reduce over one process per rank: on GPUs with nccl, in memory with gloo.
 
-    Raises LinearSRError for a rank that fails, for a wrong sum, and after so many seconds.
+    Raises LinearSRError if a rank fails, if the sum is wrong, or if it takes more than `seconds`.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, backend, f"file://{folder}/meet", seconds)
@@ -109,7 +116,7 @@ def _all_reduce(rank: int, ranks: int, backend: str, meet: str, seconds: float) 
     wrong = int((numbers != expected).sum())
     dist.destroy_process_group()
     if wrong:
-        raise RuntimeError(f"{wrong} of {NUMBERS} sums are not {expected:g}")
+        raise RuntimeError(f"all-reduce gave {wrong} wrong sums of {NUMBERS}, not {expected:g}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from linearsr.storage.location import locate
 def load_upscaler(
     model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
 ) -> Upscaler:
-    """Do as `Upscaler.load`, for s3:// folders as well. Raises WeightsError or OptionError."""
+    """Load as `Upscaler.load` does, also from s3:// folders. Raises WeightsError or OptionError."""
     if not model.startswith("s3://"):
         return Upscaler.load(model, device, only, compiled=compiled)
     with locate(model).local(".safetensors") as folder:
@@ -31,7 +31,7 @@ def read_config(model: str) -> ModelConfig:
 
 
 def absolute(model: str) -> str:
-    """Make a model's folder absolute, as workers have their own; a bundled name stays as it is."""
+    """Return a model's folder as an absolute path, which workers need; keep a bundled name."""
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 

@@ -148,7 +148,7 @@ class _Actors:
             held[actor] += 1
 
     def completed(self) -> Iterator[tuple[_Call, Sequence[Any] | None]]:
-        """Wait; yield the calls that ended with their results, or None if their actor died."""
+        """Wait, then yield each finished call with its results, or with None if its actor died."""
         ended, _ = ray.wait([*self.calls, *self.starting])
         for reference in ended:
             if reference in self.starting:
@@ -192,9 +192,9 @@ def map_tasks(
 ) -> Iterator[tuple[Item, Result | None]]:
     """Yield every item with `function(item)`, in completion order; each is a task of `cpus` CPUs.
 
-    An item that kills ATTEMPTS workers has the result None. A cluster that autoscales is asked for
-    at most `max_cpus` in all: it adds nodes for every task that waits. Raises what the function
-    raises, and OptionError if no node can ever run a task.
+    An item that kills ATTEMPTS workers has the result None. A cluster that autoscales would add
+    nodes for every waiting task, so it gets tasks for at most `max_cpus` CPUs at a time. Raises
+    what the function raises, and OptionError if no node can ever run a task.
     """
     left = deque(items)
     if not left:

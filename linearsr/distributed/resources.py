@@ -21,11 +21,11 @@ class ResourceRequest(NamedTuple):
 def check_feasible(
     name: str, total: ResourceRequest, process: ResourceRequest, advice: str
 ) -> None:
-    """Raise OptionError, with the advice, if the request can never be scheduled.
+    """Raise OptionError, which gives `advice`, if the request `name` can never be scheduled.
 
-    That is if `total` is more than the cluster has, or `process`, its largest process, more than
-    any node has. On a cluster that autoscales nothing is refused, since Ray does not tell how large
-    it may become: a line on stderr says what is waited for.
+    This is the case if `total` exceeds what the cluster has, or `process`, the largest process,
+    what every node has. On a cluster that autoscales nothing is refused, since Ray does not tell
+    how large it may become: a line on stderr says what is waited for.
     """
     for kind, needed, largest in zip(("CPU", "GPU"), total, process, strict=True):
         nodes = [n["Resources"].get(kind, 0.0) for n in ray.nodes() if n["Alive"]]
@@ -46,7 +46,7 @@ def autoscales() -> bool:
 
 
 def capacity(cpus: float, gpus: float, limit: int) -> int:
-    """Return how many processes of so many logical CPUs and GPUs the cluster can hold at once.
+    """Return how many processes of `cpus` and `gpus` logical units the cluster can hold at once.
 
     At least 1 and at most `limit`, which is also the answer for a cluster that autoscales.
     """

@@ -41,9 +41,8 @@ class Settings(Config):
     """Everything that decides the numbers, besides the pictures.
 
     models: bundled names, folders of weights or checkpoints of other programs, by their names in
-    tables. solvers: those to try on each model; none means the model's own. degradation: the name
-    in `linearsr.evaluation.judge.DEGRADATIONS` of how LR is made; None if LR is given or not
-    needed.
+    tables. solvers: those to try on each model; none means the model's own. degradation: how LR is
+    made, a name in `linearsr.evaluation.judge.DEGRADATIONS`; None if LR is given or not needed.
     """
 
     scale: Literal[2, 3, 4] = 4

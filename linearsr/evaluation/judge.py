@@ -117,7 +117,10 @@ class Judge:
                 yield Score(item.id, method, metric, None, str(error))
 
     def example(self, item: Item) -> Example:
-        """Cut the detail of most contrast in the truth, or in the last result without a truth."""
+        """Return the detail with most contrast, as made by every method.
+
+        It is chosen in the true picture or, without one, in the last result.
+        """
         hr, methods = self._methods(item)
         pictures: dict[str, Tensor] = {}
         for name, make in methods.items():
@@ -168,11 +171,13 @@ class Judge:
         height, width = (n // scale for n in hr.shape[1:])
         if lr is not None and lr.shape[1:] != (height, width):
             raise InputError(
-                f"LR is {lr.shape[2]}x{lr.shape[1]}; at x{scale} HR of {hr.shape[2]}x{hr.shape[1]} "
-                f"needs {width}x{height}"
+                f"LR is {lr.shape[2]}x{lr.shape[1]}, but for HR of {hr.shape[2]}x{hr.shape[1]} and "
+                f"--scale {scale} it must be {width}x{height}"
             )
         if not height or not width:
-            raise InputError(f"{hr.shape[2]}x{hr.shape[1]} pixels are too few for x{scale}")
+            raise InputError(
+                f"HR of {hr.shape[2]}x{hr.shape[1]} pixels is too small for --scale {scale}"
+            )
         hr = hr[:, : height * scale, : width * scale]
         if lr is None and self.settings.degradation:
             name = PurePosixPath(item.id).name

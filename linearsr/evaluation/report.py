@@ -29,8 +29,8 @@ _DESCRIPTIONS = {
 class Report:
     """All results of an evaluation, once every picture has been judged.
 
-    scores: in the order of pictures and methods. alone, skipped: reasons by the pictures that were
-    left out and by the metrics that were not measured. models: descriptions by name.
+    scores: in the order of pictures and methods. alone: why a picture was left out, by its name.
+    skipped: why a metric was not measured, by its name. models: descriptions by name.
     """
 
     title: str
@@ -191,9 +191,10 @@ class Ranking:
 
 
 def rank(report: Report, metric: str | None = None) -> Ranking | None:
-    """Rank pictures by `metric` (the first by default) of the first method but HR and bicubic.
+    """Rank pictures by `metric`, or else by the first metric that has values.
 
-    None if there is no value.
+    This is done for the first method with values; HR and bicubic come last. None if there is no
+    value.
     """
     metrics = [metric] if metric else list(report.settings.metrics)
     methods = sorted(report.methods(), key=lambda m: (m == BICUBIC, m == TRUTH))
@@ -208,9 +209,9 @@ def rank(report: Report, metric: str | None = None) -> Ranking | None:
 
 
 def contact(report: Report, ranking: Ranking, examples: Sequence[Example], count: int) -> bytes:
-    """A JPEG of the best and worst pictures: one detail by every method, with its value above.
+    """Return a JPEG of the best and worst pictures: a detail by every method, its value above.
 
-    Details are shown pixel by pixel, in lines of at most COLUMNS, HR last.
+    Details have their original size, in lines of at most COLUMNS, HR last.
     """
     ranks = ranking.ends(count)
     rows = []

@@ -62,7 +62,7 @@ class Request(Config):
 class Evaluation:
     """A checked request: the pictures to judge, and all that is known before they are read.
 
-    alone: reasons by the names of pictures that are left out. skipped: reasons by metric.
+    alone: why a picture is left out, by its name. skipped: why a metric is, by its name.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Evaluation:
 
 
 class ModelViews(NamedTuple):
-    """Descriptions and examples, which need the models: only their holder can make them."""
+    """Descriptions of the models, and examples: only a process with loaded models makes them."""
 
     models: dict[str, str]
     examples: list[Example]
@@ -105,7 +105,10 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
     results = {name: list_pictures(folder, "hr", "image") for name, folder in listed}
     notes.tell_left_out()
     if not (hr or lr or results):
-        raise OptionError("there is nothing to evaluate; give --hr, --lr, --results or a folder")
+        raise OptionError(
+            "there is nothing to evaluate; give --hr, --lr, --results or a folder of finished "
+            "pictures"
+        )
     items, alone = pair(hr, lr, results) if hr or lr or any(results.values()) else Pairs([], {})
     alone = {**notes.failures, **alone}
     skipped = _skipped(wanted, referenced=bool(hr), chosen=request.metrics is not None)
@@ -159,7 +162,7 @@ def _skipped(wanted: Sequence[str], *, referenced: bool, chosen: bool) -> dict[s
     blind = [name for name in wanted if metrics.has_reference(name) and not referenced]
     skipped = dict.fromkeys(blind, "it compares with the true pictures; give them with --hr")
     if not chosen:
-        skipped |= metrics.without_download([name for name in wanted if name not in skipped])
+        skipped |= metrics.needing_download([name for name in wanted if name not in skipped])
     return skipped | metrics.unavailable([name for name in wanted if name not in skipped])
 
 

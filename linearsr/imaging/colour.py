@@ -34,7 +34,10 @@ def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> tor
         )
     if restored.shape != source.shape:
         sizes = f"{tuple(restored.shape)} and {tuple(source.shape)}"
-        raise OptionError(f"The pictures have shapes {sizes}; resize the source first.")
+        raise OptionError(
+            f"The picture and the source of its colours have different shapes, {sizes}; resize the "
+            "source first."
+        )
     if method == "wavelet":
         # The high frequencies of one plus the low frequencies of the other. The low-pass is linear,
         # so restored - low(restored) + low(source) needs it only once, for the difference.

@@ -23,10 +23,11 @@ Range = tuple[float, float]
 
 
 class Round(Config):
-    """One round of blur, resize, noise and JPEG. Probabilities are in [0, 1], noise in 1/255.
+    """One round of blur, resize, noise and JPEG.
 
-    Resize factors refer to the size before, or with `resize_from_lr` to the size of LR. A share
-    `webp_probability` of the JPEGs are WebPs instead.
+    Probabilities are in [0, 1], and `gaussian_sigma` is in 1/255. Resize factors refer to the size
+    before this round or, with `resize_from_lr`, to LR's. A fraction `webp_probability` of the JPEGs
+    are WebPs instead.
     """
 
     blur_probability: float = 1.0
@@ -241,7 +242,7 @@ def degrade(hr: Tensor, scale: float, config: Degradation, rng: np.random.Genera
     exact = all(abs(n - m * scale) < 1e-6 for n, m in zip(hr.shape[1:], sides, strict=True))
     if hr.ndim != 3 or hr.shape[0] != 3 or not exact:
         raise ValueError(
-            f"hr must be (3, H, W) with sides a multiple of {scale:g}: {tuple(hr.shape)}"
+            f"hr must be (3, H, W) with sides a multiple of {scale:g}, not {tuple(hr.shape)}"
         )
     picture = hr[None]
     for settings in config.rounds:

@@ -346,9 +346,11 @@ def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
             # A folder, a pipe or a device; stat() says whether it is there at all.
             path.stat()
             raise InputError(f"{name}: not a regular file; give the path of a picture.")
-        if path.stat().st_size > max_pixels * _MAX_BYTES_PER_PIXEL + _ROOM_FOR_METADATA:
+        size = path.stat().st_size
+        if size > max_pixels * _MAX_BYTES_PER_PIXEL + _ROOM_FOR_METADATA:
             raise TooLarge(
-                f"{name}: too large a file for {max_pixels} pixels; raise --max-pixels to allow it."
+                f"{name}: {size} bytes are more than a picture of {max_pixels} pixels can need; "
+                "raise --max-pixels to allow it."
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -697,7 +699,7 @@ def check_fits(width: int, height: int, format: str) -> None:
     limit = _LONGEST_SIDE.get(format, max(height, width))
     if max(height, width) > limit:
         raise OutputError(
-            f"{width}x{height} is too large for {format}, which ends at {limit} pixels a side; "
+            f"{width}x{height} is too large for {format}, whose limit is {limit} pixels a side; "
             "write PNG or TIFF instead."
         )
 

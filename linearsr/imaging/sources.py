@@ -209,7 +209,7 @@ class _RowGroup:
         self.column_data: Any = None
 
     def pictures(self) -> Any:
-        """Return a chunked array. Raises InputError or StorageError; the next call tries again."""
+        """Return the column. Raises InputError or StorageError; the next call then tries again."""
         with self.lock:
             if self.column_data is None:
                 shard = open_shard(self.file, self.column)

@@ -103,7 +103,7 @@ def depthwise_gate(
             autocast is off, else "torch".
 
     Returns:
-        (B, H, W, C) in the dtype of hidden (under autocast "torch" chooses); strides unspecified.
+        (B, H, W, C) in the dtype of hidden, or of autocast with "torch"; strides unspecified.
 
     Raises:
         OptionError: unknown backend, or inputs the chosen backend cannot take.
@@ -138,7 +138,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, backend: str = "auto") 
         backend: as for `depthwise_gate`.
 
     Returns:
-        (B, H, W, C) in the dtype of x (under autocast "torch" chooses); strides unspecified.
+        (B, H, W, C) in the dtype of x, or of autocast with "torch"; strides unspecified.
 
     Raises:
         OptionError: unknown backend, or inputs the chosen backend cannot take.
@@ -147,7 +147,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, backend: str = "auto") 
     expected = (*x.shape[:1], 1, 1, *x.shape[-1:])
     if x.dim() != 4 or 0 in x.shape or not shift.shape == scale.shape == expected:
         raise ValueError(
-            "x, shift and scale must be (B, H, W, C) with no zero size, and twice (B, 1, 1, C), "
+            "x must be (B, H, W, C) with no zero size, and shift and scale (B, 1, 1, C), "
             f"not {_shapes(x, shift, scale)}"
         )
     _check_shared("x, shift and scale", x, shift, scale, mixed=_autocast(x))

@@ -190,7 +190,10 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     """Compute relu_linear_attention of checked q, k, v. Raises OptionError if Triton cannot."""
     dim = q.shape[-1]
     if dim not in (16, 32, 64, 128):
-        raise OptionError(f'backend "triton" takes D of 16, 32, 64 or 128, not {dim}')
+        raise OptionError(
+            f'backend "triton" takes heads of 16, 32, 64 or 128 channels, not {dim}; use '
+            'backend="torch"'
+        )
     check_input(q, _state_kernel)
     return _TritonAttention.apply(q, k, v, eps)
 

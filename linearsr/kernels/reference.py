@@ -63,7 +63,7 @@ def read_state(q: Tensor, state: Tensor, eps: float) -> Tensor:
 
 
 def scaled_state(state: Tensor, eps: float = 1e-15) -> Tensor:
-    """Return the state of all tokens in units of its own z, with eps added to z."""
+    """Return the state of all tokens over c of `relu_linear_attention`, with eps added to z."""
     state = state * _inverse_power_of_two(state[..., -1:].detach().amax(dim=-2, keepdim=True))
     return torch.cat([state[..., :-1], state[..., -1:] + eps], dim=-1)
 

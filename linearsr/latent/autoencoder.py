@@ -129,7 +129,9 @@ def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
         ) from error
     # Diffusers only warns, and leaves missing tensors without data or with random values.
     for key in (*report["missing_keys"], *report["unexpected_keys"]):
-        raise WeightsError(f"{config.source!r} is no AutoencoderDC: missing or unexpected {key}")
+        raise WeightsError(
+            f"{config.source!r} is not an AutoencoderDC: {key} is missing or unexpected"
+        )
     for key, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{config.source!r}: {key} holds NaN or infinity; not usable")

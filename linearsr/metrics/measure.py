@@ -66,8 +66,8 @@ def higher_is_better(name: str) -> bool:
     return not _configs()[name].get("lower_better", False)
 
 
-def without_download(names: Sequence[str]) -> dict[str, str]:
-    """Return the metrics that need a download and so are no default, each with the reason."""
+def needing_download(names: Sequence[str]) -> dict[str, str]:
+    """Return the metrics that are not measured by default for want of a download, with advice."""
     if LPIPS not in names:
         return {}
     try:

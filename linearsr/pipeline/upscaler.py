@@ -143,7 +143,8 @@ class Upscaler:
     def with_tags(self, picture: Picture, options: Options) -> Options:
         """Return `options` with the tags that guide the picture; "auto" asks the tagger for them.
 
-        Raises OptionError for tags on a model trained without: they would change nothing.
+        Raises OptionError if a model that was trained without tags gets some: they would change
+        nothing.
         """
         if options.tags and self.encoder is None:
             raise OptionError(f"{self.config.name} was trained without tags; leave out --tags")
@@ -176,7 +177,7 @@ class Upscaler:
                 size //= 2
 
     def expert_name(self, expert: int) -> str:
-        """The paper's name of an expert, or its number in models with other than four."""
+        """Return an expert's name: the paper's in a model of four experts, else its number."""
         return weights.expert_names(self.config)[expert]
 
     def describe(self, options: Options) -> dict[str, str]:
@@ -199,7 +200,7 @@ class Upscaler:
     def prepare(
         self, picture: Picture, options: Options, tile: int | None = AUTO_TILE
     ) -> UpscaleState:
-        """Do everything that comes before the first step.
+        """Return the state of a request before the first step.
 
         options: those that `with_tags` returned. tile: side in latent cells; None for no tiles.
         Raises TooLarge if main memory cannot hold the result, and ValueError for tags "auto".
@@ -260,14 +261,14 @@ class Upscaler:
     ) -> list[AnyState]:
         """Let one expert take its steps on several requests, each with its own timesteps.
 
-        Tiles of one shape with as many steps go through the model together: one tile of each
-        request, and at most `cells` latent cells (or one tile; the default suits the device). So
-        memory does not grow with the batch, and a request alone gets the same bits as from
-        `denoise`.
+        Tiles with the same shape and number of steps go through the model together: one tile of
+        each request, and at most `cells` latent cells, unless one tile has more. By default `cells`
+        suits the device. So memory does not grow with the batch, and a request alone gets the same
+        bits as from `denoise`.
         wanted: called with a request's index in the batch before each of its tiles; a request that
         is no longer wanted comes back unchanged.
         Raises ValueError for segments of several experts, WeightsError for an expert that is not
-        loaded, OutOfMemory.
+        loaded, and OutOfMemory.
         """
         experts = {segment.expert for _, segment in batch}
         if len(experts) != 1:

@@ -232,7 +232,7 @@ def write_table(target: Location, rows: Sequence[Mapping[str, Any]], schema: pa.
 
 
 def part_name(ids: Iterable[str]) -> str:
-    """Return a name for a part of a result; it depends on its ids alone, so a retry finds it."""
+    """Return a name for a part of a result: the same for the same ids, so that a retry finds it."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
@@ -244,8 +244,8 @@ def check_writable(folder: Location) -> None:
     """
     if UNPACKED in folder.path:
         raise OptionError(
-            f"{folder.path}: in the job's temporary copy of its folder, where results are lost; "
-            "give `ray job submit` s3:// or a path from / that all nodes see"
+            f"{folder.path}: lies in the job's working_dir, a temporary copy that Ray deletes; "
+            "give an s3:// folder or an absolute path that all nodes see"
         )
     probe = folder / ".linearsr-write-test"
     try:
@@ -285,7 +285,7 @@ def _explain(location: Location, error: Exception, otherwise: type[LinearSRError
     if s3 := _on_s3(location):
         from linearsr.storage import s3_errors
 
-        error = s3_errors.clearest(error, s3, writing=writing)
+        error = s3_errors.clearest_error(error, s3, writing=writing)
         cause = s3_errors.cause(error)
     if isinstance(error, FileNotFoundError):
         cause = MissingFile, "there is no such file"

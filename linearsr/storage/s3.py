@@ -126,9 +126,9 @@ class S3Path(NamedTuple):
         self.client.delete_object(Bucket=self.bucket, Key=self.key)
 
     def objects(self, *, folders: bool = False) -> Iterator[tuple[str, int]]:
-        """Yield keys and sizes of all objects in this folder, a request per thousand.
+        """Yield keys and sizes of all objects in this folder; each request returns a thousand.
 
-        folders: also the empty objects with which pyarrow marks folders.
+        folders: whether to include the empty objects with which pyarrow marks folders.
         """
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
@@ -158,7 +158,7 @@ def max_attempts() -> int:
     """Return AWS_MAX_ATTEMPTS or its default. Raises OptionError if it is not a number."""
     text = os.environ.get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
     if not text.isdecimal() or int(text) < 1:
-        raise OptionError(f"AWS_MAX_ATTEMPTS is {text!r}; it should be a number from 1 on")
+        raise OptionError(f"AWS_MAX_ATTEMPTS must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 

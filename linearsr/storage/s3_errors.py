@@ -48,11 +48,12 @@ _REGION |= {"IllegalLocationConstraintException"}
 _FAILING = {"InternalError", "RequestTimeout", "500", "502", "504"}
 
 
-def clearest(error: Exception, path: S3Path, *, writing: bool) -> Exception:
-    """Return the error, or the one that S3 gives to another request where that says more.
+def clearest_error(error: Exception, path: S3Path, *, writing: bool) -> Exception:
+    """Return the error or, if it is unclear, the one that a second request to S3 gives.
 
-    pyarrow's errors are prose, and call throttling AccessDenied at times (ray issue 47230). A code
-    that is only a number says least for 400 and 404; 5xx has been retried often enough.
+    Errors of pyarrow are unclear: they are prose, and at times call throttling AccessDenied (ray
+    issue 47230). So are those of boto3 with nothing but HTTP's 301, 307, 400, 403 or 404. writing:
+    whether the first request wrote, so that the object need not exist.
     """
     if isinstance(error, ERRORS) and _code(error) not in {"301", "307", "400", "403", "404"}:
         return error

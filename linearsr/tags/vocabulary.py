@@ -85,6 +85,6 @@ def _threshold(text: str, line: str) -> float | None:
         value = -1.0
     if value is not None and not 0 <= value <= 1:
         raise OptionError(
-            f"{line}: {text!r} is no threshold; write a number from 0 to 1 after the tab"
+            f"{line}: {text!r} is not a threshold; write a number from 0 to 1 after the tab"
         )
     return value

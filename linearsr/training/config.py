@@ -84,10 +84,10 @@ class TrainConfig(Config):
 
 
 class PerceptualConfig(TrainConfig):
-    """A perceptual stage of one expert, which is trained on the pictures that it ends with.
+    """A perceptual stage, which trains one expert by the pictures that it makes.
 
-    The expert's guess of the clean latent is decoded and compared with the truth by L1 and LPIPS,
-    and a discriminator tells it from real pictures.
+    The expert's guess of the clean latent is decoded and compared with the true picture by L1 and
+    LPIPS, and a discriminator tells it from real pictures.
     """
 
     l1: float = Field(default=4.0, ge=0)

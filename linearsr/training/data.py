@@ -122,7 +122,7 @@ class DataConfig(Config):
         return [common / side for side in sides]
 
     def presets_at(self, scale: float) -> dict[Preset, float]:
-        """Return the share of each preset at that scale."""
+        """Return the probability of each degradation preset for pairs of this scale."""
         clean = self.degradations.get("clean", 0.0)
         if scale >= NEAR_ONE or clean in (0.0, 1.0) or clean <= self.clean_near_one:
             return self.degradations
@@ -138,7 +138,9 @@ class DataConfig(Config):
         if self.patch % self.scale or self.margin % self.scale:
             raise ValueError(f"patch and margin must be multiples of the scale {self.scale}")
         if unknown := set(self.degradations) - set(PRESETS):
-            raise ValueError(f"no degradation {min(unknown)!r}; choose from {', '.join(PRESETS)}")
+            raise ValueError(
+                f"unknown degradation {min(unknown)!r}; choose from {', '.join(PRESETS)}"
+            )
         if abs((total := sum(self.degradations.values())) - 1) > 1e-6:
             raise ValueError(f"the shares of the degradations sum to {total:g}; they must sum to 1")
         return self
@@ -169,7 +171,7 @@ class Photos:
 def cut_pair(
     photo: Callable[[np.random.Generator], Photo], config: DataConfig, seed: int, number: int
 ) -> Pair:
-    """Cut pair `number` from the photographs that `photo` returns, which may draw at random."""
+    """Return pair `number`, cut from a photograph. photo: returns one, at random if it likes."""
     rng = np.random.default_rng([seed, number])
     scale = config.scale_of(seed, number)
     # Half the time the busier of two crops.
@@ -242,7 +244,7 @@ def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
 
 
 def same(photo: Photo) -> Photo:
-    """Return the photograph itself: the function of one that is in memory."""
+    """Return the photograph itself. With `partial` it becomes a function, as `Photos` needs."""
     return photo
 
 
@@ -276,7 +278,11 @@ def read_tags(sidecar: bytes, where: str, names: Sequence[str]) -> Mapping[str, 
         if name:
             tags[name] = tuple(t if isinstance(t, str) else t.name for t in line.tags)
     if not tags:
-        raise InputError(f"{where}: names none of the pictures beside it, such as {names[:1]}")
+        example = f", for example {names[0]}" if names else ""
+        raise InputError(
+            f"{where}: lists none of the pictures in its folder{example}; make it again with "
+            "`linearsr tag FOLDER --json`"
+        )
     return tags
 
 

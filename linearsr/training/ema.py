@@ -17,7 +17,7 @@ from linearsr.errors import WeightsError, one_line
 
 
 class EMA:
-    """This rank's share of the average; `update` after every optimizer step."""
+    """This rank's part of the averaged weights; call `update` after every optimizer step."""
 
     def __init__(self, model: nn.Module, decay: float, rank: int = 0, world: int = 1) -> None:
         self.decay = decay
@@ -35,25 +35,31 @@ class EMA:
             self.average[name].lerp_(parameter.float(), weight)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share into a checkpoint folder."""
+        """Write this rank's part into a checkpoint folder."""
         tensors = {name: t.cpu().contiguous() for name, t in self.average.items()}
         save_file(tensors, folder / f"ema-{self.rank:05d}-of-{self.world:05d}.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read this rank's share from a checkpoint of any number of ranks."""
+        """Read this rank's part from a checkpoint of any number of ranks."""
         full = load_average(folder)
         for name, average in self.average.items():
             average.copy_(full[name])
 
 
 def load_average(folder: Path) -> dict[str, Tensor]:
-    """Return the whole averaged model of a checkpoint folder, in float32, from all ranks' shares.
+    """Return the whole averaged model of a checkpoint folder, in float32, from all ranks' parts.
 
-    Raises WeightsError if a share is missing or damaged.
+    Raises WeightsError if a part is missing or damaged.
     """
     shares = sorted(folder.glob("ema-*-of-*.safetensors"))
-    if not shares or len(shares) != int(shares[0].stem.rsplit("-", 1)[1]):
-        raise WeightsError(f"{folder}: no complete training checkpoint ({len(shares)} EMA shares)")
+    if not shares:
+        raise WeightsError(f"{folder}: not a training checkpoint: it has no ema-*.safetensors")
+    expected = int(shares[0].stem.rsplit("-", 1)[1])
+    if len(shares) != expected:
+        raise WeightsError(
+            f"{folder}: incomplete checkpoint: found {len(shares)} of {expected} files "
+            "ema-*.safetensors"
+        )
     try:
         return {name: tensor for share in shares for name, tensor in load_file(share).items()}
     except (SafetensorError, OSError) as error:

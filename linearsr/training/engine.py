@@ -59,7 +59,7 @@ class Engine(Protocol):
         ...
 
     def share(self, mean: float, largest: float) -> tuple[float, float]:
-        """Return the mean of one number and the maximum of another over all ranks."""
+        """Return the mean of `mean`, and the maximum of `largest`, over all ranks."""
         ...
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -69,16 +69,16 @@ class Engine(Protocol):
     def step(self, loss: Tensor, rate: float) -> float:
         """Update the weights; return the norm of the whole gradient before clipping.
 
-        If the gradient is not finite, the weights stay, and neither is the norm.
+        If the gradient is not finite, the weights do not change, and the norm is not finite either.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share of weights and optimizer into a checkpoint folder."""
+        """Write this rank's part of weights and optimizer into a checkpoint folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Read them back. Raises WeightsError if the checkpoint is damaged or of another model."""
+        """Read what `save` wrote. Raises WeightsError if it is damaged or of another model."""
         ...
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 class TorchEngine:
-    """One process; mixed precision by autocast over float32 weights."""
+    """The engine of a single process; mixed precision by autocast over float32 weights."""
 
     rank, world = 0, 1
 
@@ -132,12 +132,12 @@ class TorchEngine:
         return norm
 
     def save(self, folder: Path) -> None:
-        """Write one file of tensors."""
+        """Write weights and optimizer into one file."""
         payload = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(payload, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
-        """Read that file; only tensors are unpickled."""
+        """Read the file that `save` wrote; only tensors are unpickled."""
         with as_weights_error(folder):
             path = folder / "torch.pt"
             payload = torch.load(path, weights_only=True, map_location=self.device)
@@ -149,7 +149,7 @@ class TorchEngine:
 
 
 class ZeroEngine:
-    """One of all ranks of the torch.distributed group; each keeps its part of AdamW's state.
+    """The engine of one rank of the torch.distributed group; each keeps its part of AdamW's state.
 
     In bfloat16 the weights are bfloat16 too, and ZeRO shards their float32 masters as well.
     """
@@ -208,13 +208,13 @@ class ZeroEngine:
         return float(self.zero.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
-        """Write this rank's ZeRO shard, on rank 0 the weights as well; collective."""
+        """Write this rank's ZeRO shard and, on rank 0, the weights. All ranks must call it."""
         self.zero.save_checkpoint(str(folder), tag=f"{TAG}{self.world:05d}", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read a checkpoint of any number of ranks, in either precision; collective.
+        """Read a checkpoint of any number of ranks, in either precision.
 
-        Either all ranks raise or none does.
+        All ranks must call it: either all raise or none does.
         """
         problem: WeightsError | None = None
         with tempfile.TemporaryDirectory(prefix="linearsr-") as scratch:
@@ -238,7 +238,7 @@ class ZeroEngine:
         source = self._universal(saved, scratch) if universal else saved
         loaded, _ = self.zero.load_checkpoint(str(source.parent), tag=source.name)
         if loaded is None:  # DeepSpeed only logs it
-            raise WeightsError(f"{saved}: no weights")
+            raise WeightsError(f"{saved}: this checkpoint has no weights")
 
     def _universal(self, saved: Path, scratch: Path) -> Path:
         """Convert the shards for any ranks and precision, on the first rank of each machine."""
@@ -287,10 +287,17 @@ def _zero_folder(folder: Path) -> Path:
     """Return the ZeRO folder of a checkpoint, which must have the shards of all its ranks."""
     folders = list(folder.glob(f"{TAG}*"))
     if len(folders) != 1:
-        raise WeightsError(f"{folder}: not a checkpoint of DeepSpeed ZeRO ({len(folders)} folders)")
+        raise WeightsError(
+            f"{folder}: not a checkpoint of DeepSpeed: expected one folder {TAG}*, found "
+            f"{len(folders)}"
+        )
     shards = len(list(folders[0].glob("*_optim_states.pt")))
-    if shards != int(folders[0].name.removeprefix(TAG)):
-        raise WeightsError(f"{folders[0]}: damaged checkpoint: {shards} ZeRO shards")
+    expected = int(folders[0].name.removeprefix(TAG))
+    if shards != expected:
+        raise WeightsError(
+            f"{folders[0]}: incomplete checkpoint: found {shards} of {expected} files "
+            "*_optim_states.pt"
+        )
     return folders[0]
 
 

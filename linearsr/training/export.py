@@ -28,7 +28,7 @@ def load(checkpoint: Path, config: ModelConfig) -> LinearSR:
         model.load_state_dict(tensors, assign=True)  # the tensors themselves, not copies
     except RuntimeError as error:
         raise WeightsError(
-            f"{checkpoint}: this checkpoint has another config than {config.name}: "
+            f"{checkpoint}: the weights of this checkpoint do not fit the config of {config.name}: "
             f"{one_line(error)}"
         ) from error
     return model

@@ -79,8 +79,8 @@ class Guard:
         for name, watch, value in zip(Signals._fields, self.watches, signals, strict=True):
             if watch.blown_up(value):
                 raise Diverged(
-                    f"step {step}: {name} {value:.3g} is over {watch.factor:g} times its calmest "
-                    f"stretch, {watch.calmest:.3g}"
+                    f"step {step}: the running median of the {name} is over {watch.factor:g} times "
+                    f"its minimum so far, {watch.calmest:.3g} (last value {value:.3g})"
                 )
 
 

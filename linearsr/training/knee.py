@@ -49,12 +49,13 @@ class KneeState(NamedTuple):
     """The state after an update.
 
     `status`: "rising"; "candidate": a plateau has probably begun after `step`; "confirmed": final.
-    `step`: the training step of the knee, None while rising. `since`: updates since confirmation, 0
-    before and at it. `evidence` (finite floats, for a JSON; all at confirmation once confirmed):
-    `checkpoints` used; `p_plateau`, the probability of a plateau at least `patience` checkpoints
-    long; `p_near`, that the knee is within one checkpoint of the best guess; `plateau`, checkpoints
-    after that guess; `gain` and `oscillation`, the rise and the plateau's mean absolute deviation
-    (both in units of the observed range, median over the metrics).
+    `step`: the training step of the knee, None while rising. `since`: number of updates since the
+    one that confirmed the knee, 0 until then. `evidence`: finite floats, for a JSON, which no
+    longer change once the knee is confirmed. They are `checkpoints` used; `p_plateau`, the
+    probability of a plateau at least `patience` checkpoints long; `p_near`, that the knee is within
+    one checkpoint of the best guess; `plateau`, checkpoints after that guess; `gain` and
+    `oscillation`, the rise and the plateau's mean absolute deviation (both in units of the observed
+    range, median over the metrics).
     """
 
     status: Literal["rising", "candidate", "confirmed"]
@@ -67,11 +68,11 @@ class KneeDetector:
     """Finds the knee from one `update` per validated checkpoint; a replay gives the same states.
 
     `higher_is_better`: the direction of each metric, at least one. `noise` in (0, 0.5): a first
-    guess of a metric's jitter during the rise, as a share of the rise; the data correct it, so an
-    error of a factor of two is harmless. `patience` >= 3: checkpoints of plateau before a
-    confirmation. `confidence` in (0.5, 1): the required probability that there is a plateau; while
-    it is shorter than twice `patience`, the knee's position must reach it too. Raises OptionError
-    outside these ranges.
+    guess of a metric's jitter during the rise, as a fraction of the rise; the data correct it, so
+    an error of a factor of two is harmless. `patience` >= 3: checkpoints of plateau before a
+    confirmation. `confidence` in (0.5, 1): the least probability that there is a plateau. While the
+    plateau is shorter than twice `patience`, it is also the least `p_near` (see `KneeState`).
+    Raises OptionError outside these ranges.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class KneeDetector:
             raise OptionError("the knee needs at least one metric")
         if not (0 < noise < 0.5 and patience >= 3 and 0.5 < confidence < 1):
             raise OptionError(
-                "need 0 < noise < 0.5, patience >= 3, 0.5 < confidence < 1: "
-                f"{noise}, {patience}, {confidence}"
+                "the knee needs 0 < noise < 0.5, patience >= 3 and 0.5 < confidence < 1, not "
+                f"noise={noise}, patience={patience}, confidence={confidence}"
             )
         self._signs = {name: 1.0 if up else -1.0 for name, up in higher_is_better.items()}
         self._noise, self._patience, self._confidence = noise, patience, confidence
@@ -105,9 +106,9 @@ class KneeDetector:
         `patience` + 1 updates; the first two leave the detector as it was.
         """
         if self._last is not None and step <= self._last:
-            raise OptionError(f"steps must rise: {step} after {self._last}")
+            raise OptionError(f"steps must rise, but {step} came after {self._last}")
         if unknown := sorted(set(metrics) - set(self._signs)):
-            raise OptionError(f"unknown metrics {unknown}: expected {sorted(self._signs)}")
+            raise OptionError(f"unknown metrics {unknown}; the knee has {sorted(self._signs)}")
         self._last, self._updates = step, self._updates + 1
         row = [sign * metrics.get(name, math.nan) for name, sign in self._signs.items()]
         row = [value if math.isfinite(value) else math.nan for value in row]
@@ -217,8 +218,9 @@ def detect(
 def knee_posterior(time: Array, values: Array, weights: Array, noise: float) -> Array:
     """Return P(the knee is at or just after checkpoint k), (n,); k = n - 1: "still rising".
 
-    `time` (n,), rising from 0, in checkpoints; `values` and `weights` (metrics, n), scaled so that
-    a metric's range is 1, and 1 where there is a value. `noise` > 0 as in KneeDetector.
+    `time` (n,): rising from 0, in checkpoints. `values` (metrics, n): scaled so that a metric's
+    range is 1. `weights` (metrics, n): 1 where there is a value, else 0. `noise` > 0 as in
+    KneeDetector.
     """
     suspects = _isolation(values).argsort(axis=-1, kind="stable")[:, ::-1]
     # Hypotheses for each metric: no outlier, the most isolated value is one, the next one is.

@@ -56,7 +56,7 @@ class Report(NamedTuple):
 
 @dataclass
 class Progress:
-    """Progress of a stage; with the tensors of engine and EMA, all that it needs to continue.
+    """The progress of a stage: all that it needs to continue, besides engine's and EMA's tensors.
 
     seen: number of pairs used, over all attempts; also the number of the next pair.
     attempt: number of restarts after a divergence; each lowers the learning rate.
@@ -85,9 +85,9 @@ class Losses(NamedTuple):
 
 
 class Objective:
-    """The objective that a stage minimises, and whatever learns beside the model for it.
+    """The objective that a stage minimises, and the auxiliary network that it may train for this.
 
-    This one is that of most stages: `flow_loss`, and nothing learns beside the model.
+    This one is that of most stages: `flow_loss`, without an auxiliary network.
     """
 
     def losses(self, state: TrainState, batch: Batch) -> Losses:
@@ -97,18 +97,18 @@ class Objective:
         return Losses(losses, losses, t)
 
     def learn(self, state: TrainState, fraction: float) -> float:  # noqa: ARG002
-        """Take one step beside the model, after the model's own, and return its loss, 0 if none.
+        """Train the auxiliary network for a step, after the model's own; return its loss, or 0.
 
-        fraction: learning rate of the step as a share of the config's. Raises Diverged, on all
+        fraction: learning rate of the step as a fraction of the config's. Raises Diverged, on all
         ranks alike.
         """
         return 0.0
 
     def save(self, folder: Path) -> None:
-        """Write the state that is learned beside the model; only the first rank calls it."""
+        """Write the auxiliary network's state; only the first rank calls it."""
 
     def load(self, folder: Path) -> None:
-        """Read that state back, on every rank. Raises WeightsError."""
+        """Read the auxiliary network's state, on every rank. Raises WeightsError."""
 
 
 @dataclass
@@ -154,7 +154,7 @@ class TrainState:
         return spent or self.progress.step >= self.config.steps
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share of a checkpoint; call it on all ranks alike.
+        """Write this rank's part of a checkpoint; call it on all ranks alike.
 
         Raises Diverged, and writes nothing, if a weight is not finite.
         """
@@ -182,7 +182,9 @@ def read_progress(folder: Path) -> Progress:
     try:
         return Progress(**json.loads((folder / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(f"{folder}: no checkpoint of a training stage: {error}") from error
+        raise WeightsError(
+            f"{folder}: not a checkpoint of a training stage ({error})"
+        ) from error
 
 
 def learning_rate(step: int, config: TrainConfig, attempt: int = 0, minutes: float = 0.0) -> float:
@@ -327,7 +329,7 @@ class _Sums:
 def run(
     state: TrainState, batches: Iterator[Batch], report: Callable[[TrainState, Report], bool | None]
 ) -> TrainState:
-    """Train until the stage has finished, and call `report` every `report_every` steps and then.
+    """Train until the stage has finished; call `report` every `report_every` steps and at the end.
 
     batches: this rank's part of each global batch, in order. report: may return True to end the
     stage early. Raises Diverged when the guard fires: before the weights change if a signal is not

@@ -98,7 +98,7 @@ class Perceptual(Objective):
         self.shown: tuple[Tensor, Tensor, Tensor] | None = None
 
     def losses(self, state: TrainState, batch: Batch) -> Losses:
-        """Return the weighted distances, plus the loss against the discriminator in `total`."""
+        """Return the losses: the weighted distances, and with the adversarial loss in `total`."""
         model, autoencoder = state.engine.module, state.autoencoder
         with torch.no_grad():
             conditions = Conditions.of(batch, model, autoencoder, state.encoder)

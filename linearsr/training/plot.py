@@ -1,4 +1,4 @@
-"""A picture of a run: loss above, validation metrics below, the knee marked in both."""
+"""A plot of a run: loss above, validation metrics below, the knee marked in both."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class ValidationConfig(Config):
 
 
 def split_metric(name: str) -> tuple[str, int]:
-    """ "psnr@1" as ("psnr", 1). Raises ValueError for anything else."""
+    """Split "psnr@1" into a metric and its steps, ("psnr", 1). Raises ValueError if it cannot."""
     metric, _, count = name.partition("@")
     if not metric or not count.isdigit() or not 1 <= int(count) <= 50:
         raise ValueError(f"{name!r}: validation metrics look like psnr@1 (pyiqa's name @ steps)")
@@ -103,8 +103,8 @@ class Recipe(Config):
             wanted = spans[1:] if kind == "perceptual" else spans
             if trains != wanted and not (kind == "perceptual" and not trains):
                 raise ValueError(
-                    f"{kind} train timesteps {trains}, but the boundaries of the experts need "
-                    f"{wanted}"
+                    f"{kind}: the timesteps are {trains}, but by the model's boundaries they must "
+                    f"be {wanted}; change one of the two"
                 )
         return self
 
@@ -124,9 +124,15 @@ class Recipe(Config):
         count = len(self.experts)
         if kind != "perceptual":
             return list(range(count))
+        if count == 1:
+            raise OptionError(
+                f"{self.model.name}: the perceptual stage trains all experts but the first, and "
+                "this recipe has only one; leave out this stage"
+            )
         if not self.perceptual:
             raise OptionError(
-                f"{self.model.name}: this recipe has no perceptual stage, or only one expert"
+                f"{self.model.name}: this recipe has no perceptual stage; leave it out, or set "
+                "`perceptual`"
             )
         return list(range(1, count))
 
@@ -164,10 +170,10 @@ _PERCEPTUAL = PerceptualConfig(
 
 
 def tiny_cpu() -> Recipe:
-    """Train `linearsr-tiny` on a CPU: 1.5 hours of one core, without the perceptual stage.
+    """The recipe of `linearsr-tiny` on a CPU: 1.5 hours of one core, without the perceptual stage.
 
-    The first expert gets most of the steps: it alone decides the one-step result, and the
-    structure every later step starts from.
+    The first expert gets most of the steps: it alone decides the one-step result, and the structure
+    every later step starts from.
     """
     expert = TrainConfig(steps=1, learning_rate=5e-4, decay=1.0, seed=10)
     polish = expert.model_copy(update={"learning_rate": 1e-4, "seed": 20, "warmup": 10})
@@ -188,7 +194,7 @@ def tiny_cpu() -> Recipe:
 
 
 def tiny_gpu() -> Recipe:
-    """Train `linearsr-tiny` on one GPU, with larger batches and for ten times as long."""
+    """The recipe of `linearsr-tiny` on a GPU, with larger batches and for ten times as long."""
     recipe = tiny_cpu()
     base = TrainConfig(
         steps=30_000,
@@ -267,12 +273,12 @@ def _sana(model: ModelConfig) -> Recipe:
 
 
 def sana_0_6b() -> Recipe:
-    """Train `linearsr-0.6b`; `start`: Sana-600M weights converted by `linearsr.weights.convert`."""
+    """The recipe of `linearsr-0.6b`, from Sana-600M weights of `linearsr.weights.convert`."""
     return _sana(LINEARSR_0_6B)
 
 
 def sana_1_6b() -> Recipe:
-    """Train `linearsr-1.6b`; `start`: Sana-1.6B weights converted by `linearsr.weights.convert`."""
+    """The recipe of `linearsr-1.6b`, from Sana-1.6B weights of `linearsr.weights.convert`."""
     return _sana(LINEARSR_1_6B)
 
 
@@ -305,7 +311,10 @@ def _replace(fields: object, path: str, value: object) -> None:
         for key in parents:
             fields = fields[key]  # type: ignore[index]
         if isinstance(fields, tuple):
-            raise OptionError(f"{path}: give the whole list, or a field of one of its elements")
+            raise OptionError(
+                f"{path}: an element of a list cannot be set as a whole; give the whole list, or a "
+                "field of the element, as in experts.0.steps=100"
+            )
         fields[last]  # type: ignore[index]
     except (KeyError, IndexError, TypeError):
         raise OptionError(f"{path}: no such field in the recipe") from None

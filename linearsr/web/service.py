@@ -1,4 +1,4 @@
-"""The interface between the HTTP layer and whatever runs the model: plain data both ways."""
+"""The interface between the HTTP layer and the backend that runs the model, as plain data."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class UpscaleRequest:
 
 @dataclass(frozen=True)
 class Progress:
-    """The steps taken so far, when an expert begins or ends its own."""
+    """The number of steps taken so far, sent when an expert begins and when it ends."""
 
     expert: str
     step: int
@@ -69,7 +69,7 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """The share of all steps."""
+        """The steps taken so far, in percent of all steps."""
         return 100 * self.step // self.steps
 
 
@@ -116,7 +116,7 @@ class TookTooLong(LinearSRError):
 
 
 class Service(Protocol):
-    """Whatever runs the model."""
+    """The interface of the backend that runs the model."""
 
     def models(self) -> list[ModelInfo]:
         """Return the models that are served."""

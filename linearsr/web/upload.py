@@ -48,9 +48,11 @@ class Upload(BaseModel):
     scale: float = Field(default=4, ge=1, le=4)
     """How many times larger the result is; 1 repairs without enlarging."""
     width: Side | Absent = None
-    """Width of the result in pixels, instead of a scale."""
+    """Width of the result in pixels, instead of a scale; unless the height is given too, it follows
+    from the aspect ratio."""
     height: Side | Absent = None
-    """Height of the result in pixels, instead of a scale."""
+    """Height of the result in pixels, instead of a scale; unless the width is given too, it follows
+    from the aspect ratio."""
     steps: Steps | Absent = None
     """Number of steps: 1 is closest to the truth, more are sharper but invent texture."""
     detail: float = Field(default=1, ge=0, le=1)
@@ -66,7 +68,8 @@ class Upload(BaseModel):
     colour_fix: Literal["wavelet", "adain", "none"] = "wavelet"
     """How the result gets the colours of the picture."""
     format: Format | Absent = None
-    """File format of the result; by default that of the upload, or PNG if it cannot be written."""
+    """File format of the result; by default that of the upload, or PNG for formats that cannot be
+    written."""
     quality: int = Field(default=95, ge=1, le=100)
     """Quality of JPEG and WebP."""
 

@@ -36,7 +36,7 @@ class Bundle(NamedTuple):
 
 
 def expert_names(config: ModelConfig) -> list[str]:
-    """Return the file stems of the experts, highest noise first; without boundaries it is one."""
+    """Return the experts' file stems, highest noise first; one expert without `boundaries`."""
     count = len(config.sampling.boundaries) + 1
     return list(EXPERTS) if count == len(EXPERTS) else [f"expert-{i}" for i in range(count)]
 
@@ -67,7 +67,7 @@ def save(
 ) -> None:
     """Write one safetensors per expert into `folder`; each is complete before it gets its name.
 
-    An expert is asked for when its turn comes and is not kept, so a sequence may load it then.
+    Experts are taken one at a time, twice in all, and not kept, so the sequence may load them then.
     Raises WeightsError for a wrong number of experts or values that are not finite, and OutputError
     if a file cannot be written.
     """
@@ -161,7 +161,8 @@ def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:
 def _load_expert(path: Path, config: ModelConfig) -> LinearSR:
     if _read_metadata(path)[0] != config:
         raise WeightsError(
-            f"{path}: another model's config than its neighbours'; do not mix folders"
+            f"{path}: its config differs from that of the other files in this folder; do not mix "
+            "files of different models"
         )
     try:
         with safe_open(path, "pt") as file:

@@ -173,8 +173,9 @@ def from_sana(path: str | Path, config: DenoiserConfig | None = None) -> Convers
 
     Without `config` the shape is read off the tensors, with 32-channel heads and as many
     cross-attention heads as NVlabs uses for that width; another width needs `config`.
-    Raises WeightsError: file missing, damaged or holding more than tensors; patches, positions or
-    guidance embeddings; keys missing, unexpected, of another shape or not finite, each by name.
+    Raises WeightsError if the file is missing, damaged or holds more than tensors; for patches
+    larger than one cell, position embeddings and guidance embeddings, which LinearSR does not have;
+    and, by name, for keys that are missing, unexpected, of another shape or not finite.
     """
     path = Path(path)
     source, dropped = _read_sana(path)
@@ -249,16 +250,21 @@ def _check_keys(where: Path, source: Mapping[str, Tensor], needed: set[str]) -> 
     kinds = [("missing", missing), ("unexpected", unexpected)]
     complaints = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
     if complaints:
-        raise WeightsError(f"{where}: not the keys of such a Sana model; {'; '.join(complaints)}")
+        raise WeightsError(
+            f"{where}: its keys differ from those of a Sana model of this size: "
+            f"{'; '.join(complaints)}"
+        )
 
 
 def _check_values(where: Path, source: Mapping[str, Tensor]) -> None:
     integers = [key for key, tensor in source.items() if not tensor.is_floating_point()]
     if integers:
-        raise WeightsError(f"{where}: {_some(integers)}: integers; quantised weights are refused")
+        raise WeightsError(
+            f"{where}: {_some(integers)} holds integers; quantised weights are not supported"
+        )
     bad = [key for key, tensor in source.items() if not torch.isfinite(tensor.float()).all()]
     if bad:
-        raise WeightsError(f"{where}: NaN or infinity in {_some(bad)}; not usable")
+        raise WeightsError(f"{where}: {_some(bad)} holds NaN or infinity; this file is not usable")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -285,7 +291,9 @@ def _denoiser_config(where: Path, **fields: Any) -> DenoiserConfig:
 def _diffusers_config(path: Path) -> DenoiserConfig:
     options = _read_json(path)
     if options.get("_class_name", "SanaTransformer2DModel") != "SanaTransformer2DModel":
-        raise WeightsError(f"{path}: a {options['_class_name']}, not a SanaTransformer2DModel")
+        raise WeightsError(
+            f"{path}: describes a {options['_class_name']}, not a SanaTransformer2DModel"
+        )
     _refuse_unlike_diffusers(path, options)
     c = {**_DIFFUSERS_SIZES, **{k: v for k, v in options.items() if k in _DIFFUSERS_SIZES}}
     try:
@@ -293,14 +301,21 @@ def _diffusers_config(path: Path) -> DenoiserConfig:
         cross = c["num_cross_attention_heads"] * c["cross_attention_head_dim"]
         scale = 1000.0 * c["timestep_scale"]
     except TypeError:
-        raise WeightsError(f"{path}: a size is not a number (no cross-attention?)") from None
+        wrong = [key for key in c if key != "out_channels" and not isinstance(c[key], int | float)]
+        raise WeightsError(
+            f"{path}: {_some(wrong)} must be a number; models without cross-attention are not "
+            "supported"
+        ) from None
     if not width == cross == c["cross_attention_dim"]:
         raise WeightsError(
-            f"{path}: self-attention of {width}, cross-attention of {cross} and its captions of "
-            f"{c['cross_attention_dim']} channels; LinearSR has one width"
+            f"{path}: self-attention has {width} channels, cross-attention {cross} and its "
+            f"captions {c['cross_attention_dim']}; LinearSR needs all three equal"
         )
     if (c["out_channels"] or c["in_channels"]) != c["in_channels"]:
-        raise WeightsError(f"{path}: {c['in_channels']} channels in but {c['out_channels']} out")
+        raise WeightsError(
+            f"{path}: in_channels is {c['in_channels']} and out_channels {c['out_channels']}; "
+            "LinearSR needs them equal"
+        )
     return _denoiser_config(
         path,
         latent_channels=c["in_channels"],
@@ -334,13 +349,15 @@ def _read_diffusers(folder: Path) -> dict[str, Tensor]:
         return _read_safetensors(path)
     shards = _read_json(path).get("weight_map")
     if not isinstance(shards, dict):
-        raise WeightsError(f"{path}: an index without weight_map")
+        raise WeightsError(f"{path}: this index has no weight_map")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
         tensors |= _read_safetensors(folder / shard)
     lost = sorted(set(shards) - set(tensors))
     if lost:
-        raise WeightsError(f"{path}: in no shard: {_some(lost)}")
+        raise WeightsError(
+            f"{path}: no weights file holds these tensors of the index: {_some(lost)}"
+        )
     return tensors
 
 
@@ -356,7 +373,10 @@ def _weights_file(folder: Path) -> Path:
     if len(variants) == 1:
         return variants[0]
     names = _some(sorted(path.name for path in variants)) or "none"
-    raise WeightsError(f"{folder}: needs one {stem}.safetensors (or its index); variants: {names}")
+    raise WeightsError(
+        f"{folder}: needs {stem}.safetensors, its index, or a single variant of them such as fp16; "
+        f"variants found: {names}"
+    )
 
 
 # Sana's own layout
@@ -370,7 +390,7 @@ def _read_sana(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         beside = sorted(key for key in loaded if key != "state_dict")
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(x, Tensor) for x in loaded.values()):
-        raise WeightsError(f"{path}: no state dict inside")
+        raise WeightsError(f"{path}: holds no state dict")
     return dict(loaded), beside
 
 
@@ -388,12 +408,16 @@ def _read_pickle(path: Path) -> Any:
 
 def _refuse_unlike_sana(path: Path, source: Mapping[str, Tensor]) -> None:
     if "patch_embed.proj.weight" in source:
-        raise WeightsError(f"{path}: diffusers' layout; give its folder, config.json included")
+        raise WeightsError(
+            f"{path}: this file has diffusers' layout; give its folder, config.json included"
+        )
     if any(key.startswith("cfg_embedder.") for key in source):
         raise WeightsError(f"{path}: cfg_embedder is {_WHY['guidance_embeds']}")
     patch = source.get("x_embedder.proj.weight")
     if patch is None or patch.ndim != 4:
-        raise WeightsError(f"{path}: not Sana's layout: no convolution x_embedder.proj.weight")
+        raise WeightsError(
+            f"{path}: not Sana's layout: there is no convolution x_embedder.proj.weight"
+        )
     if tuple(patch.shape[2:]) != (1, 1):
         raise WeightsError(f"{path}: x_embedder.proj.weight has {_WHY['patch_size']}")
     # Sana fills this buffer only in models that use it.
@@ -406,12 +430,13 @@ def _sana_config(path: Path, source: Mapping[str, Tensor]) -> DenoiserConfig:
     ffn = "blocks.0.mlp.depth_conv.conv.weight"
     for name in (*names, ffn):
         if name not in source or source[name].ndim < 2:
-            raise WeightsError(f"{path}: cannot tell the shape of the model: no {name}")
+            raise WeightsError(f"{path}: {name} is missing, which shows the shape of the model")
     width, latent = source[names[0]].shape[:2]
     if width not in _SANA_TAG_HEADS:
         raise WeightsError(
-            f"{path}: width {width} is none of NVlabs' ({', '.join(map(str, _SANA_TAG_HEADS))}); "
-            "shapes do not tell the cross-attention heads: call from_sana with a config"
+            f"{path}: width {width} is not one of NVlabs' Sana models "
+            f"({', '.join(map(str, _SANA_TAG_HEADS))}), and the weights do not show the number of "
+            "cross-attention heads; call from_sana with a config"
         )
     numbers = {key.split(".")[1] for key in source if key.startswith("blocks.")}
     return _denoiser_config(
@@ -440,11 +465,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WeightsError(f"{path}: missing; a diffusers folder has it") from None
+        raise WeightsError(f"{path}: is missing; give a complete diffusers folder") from None
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path}: not a JSON object")
+        raise WeightsError(f"{path}: is not a JSON object")
     return content
 
 

@@ -136,13 +136,13 @@ def test_cpu_block_rounds_no_worse_in_bfloat16(
 
 def test_gradients_use_the_plain_block() -> None:
     x = torch.zeros(1, 2, 2, 4)
-    assert not strips.suit(x)
+    assert not strips.supports(x)
     with torch.no_grad():
-        assert strips.suit(x)
+        assert strips.supports(x)
 
 
 def test_autocast_uses_the_plain_block_with_the_same_result() -> None:
     block, (x, modulation, _) = block_of(1, torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert not strips.suit(x)
+        assert not strips.supports(x)
         assert block(x, modulation).isfinite().all()

@@ -150,7 +150,8 @@ def test_evaluate_refuses_two_models_of_one_name(
     other.write_bytes((files / "two.pth").read_bytes())
     words = f"evaluate --hr {photos} --models {files / 'two.pth'} {other} -o {tmp_path / 'out'}"
     assert main(words.split()) == 2
-    assert "--models two: two models or results have this name; rename one, as NAME=" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--models two: two models or results have this name; rename one, as NAME=" in message
 
 
 @pytest.mark.parametrize(("contestants", "columns", "lines"), [(2, 4, 1), (4, 6, 1), (8, 5, 2)])

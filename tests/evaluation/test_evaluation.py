@@ -124,7 +124,7 @@ def test_failed_picture_is_named_and_the_others_are_judged(
     words = f"evaluate --hr {hr} --lr {lows} --models --metrics psnr -o {output}"
     assert main(words.split()) == 1
     message = capsys.readouterr().err
-    assert "coffee.png: LR is 16x13; at x4 HR of 67x50 needs 16x12" in message
+    assert "coffee.png: LR is 16x13, but for HR of 67x50 and --scale 4 it must be 16x12" in message
     assert "broken.png: damaged or truncated" in message and "nobody.png (LR)" in message
     assert {id for id, *_ in _values(output)} == {"astronaut.png", "chelsea.png"}
     assert "nobody.png" in (output / "report.md").read_text()

@@ -50,19 +50,19 @@ def test_ranks_that_hang_are_killed_after_the_deadline(forked: pytest.MonkeyPatc
 
 def test_check_all_reduce_reports_a_wrong_sum(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: numbers[7:9].add_(1))
-    with pytest.raises(RuntimeError, match=r"^2 of \d+ sums are not 1$"):
+    with pytest.raises(RuntimeError, match=r"^all-reduce gave 2 wrong sums of \d+, not 1$"):
         health._all_reduce(0, 1, "gloo", f"file://{tmp_path}/meet", 30.0)
 
 
 def test_check_driver_refuses_a_missing_gpu() -> None:
     assert health.check_driver(2, says("L40S, 580", "L40S, 580")) == ["L40S, 580", "L40S, 580"]
-    with pytest.raises(LinearSRError, match="shows 1 of 2 GPUs"):
+    with pytest.raises(LinearSRError, match="lists 1 of 2 GPUs"):
         health.check_driver(2, says("L40S, 580"))
 
 
 def test_a_silent_driver_is_reported() -> None:
     broken = (sys.executable, "-c", "print('NVML: Driver/library mismatch'); raise SystemExit(18)")
-    with pytest.raises(LinearSRError, match=r"does not answer.*Driver/library mismatch"):
+    with pytest.raises(LinearSRError, match=r"check NVIDIA's driver.*Driver/library mismatch"):
         health.check_driver(2, broken)
 
 

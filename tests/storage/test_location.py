@@ -174,7 +174,7 @@ def test_storage_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 
 def test_folder_that_ray_deletes_is_refused(tmp_path: Path) -> None:
     copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0/runs"
-    with pytest.raises(OptionError, match="temporary copy of its folder"):
+    with pytest.raises(OptionError, match="a temporary copy that Ray deletes"):
         check_writable(locate(copy))
     assert not copy.exists()
 

@@ -183,9 +183,9 @@ def test_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("down", "up", "message"),
     [
-        ((1, 4), None, "lora_B"),
-        (None, (4, 1), "lora_A"),
-        ((1, 3), (4, 1), r"\(4, 3\) for \(4, 4\)"),
+        ((1, 4), None, "lora_B is missing"),
+        (None, (4, 1), "lora_A is missing"),
+        ((1, 3), (4, 1), r"update has shape \(4, 3\), but the weight \(4, 4\)"),
         ((1, 4), (4, 2), "wrong"),
         ((1, 4), (4, 0), "wrong"),
         ((4,), (4,), "wrong"),
@@ -196,7 +196,7 @@ def test_adapter_of_wrong_shape_is_named(
 ) -> None:
     shapes = {"key.weight": (4, 4), "key.lora_A": down, "key.lora_B": up}
     tensors = {name: torch.ones(shape) for name, shape in shapes.items() if shape is not None}
-    with pytest.raises(WeightsError, match=f"of key do not fit.*{message}"):
+    with pytest.raises(WeightsError, match=f"for key do not fit.*{message}"):
         merge_lora(tensors)
     with pytest.raises(WeightsError, match="other do not fit"):
         merge_lora({"other.lora_A": torch.ones(1, 4), "other.lora_B": torch.ones(4, 1)})

@@ -291,7 +291,7 @@ def test_a_metric_that_never_has_a_value_is_reported(others: dict[str, float]) -
     [{"noise": 0}, {"noise": 0.5}, {"patience": 2}, {"confidence": 0.5}, {"confidence": 1}],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(OptionError, match="need 0 < noise"):
+    with pytest.raises(OptionError, match="needs 0 < noise"):
         KneeDetector({"m": True}, **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="at least one metric"):
         KneeDetector({})

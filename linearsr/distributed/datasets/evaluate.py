@@ -60,15 +60,15 @@ class EvaluationConfig(Pool):
 
     @property
     def model_device(self) -> str:
-        """The device of the models, chosen."""
+        """The device that the models run on: `device`, with "auto" replaced by cuda or cpu."""
         return ("cuda" if self.gpu else "cpu") if self.device == "auto" else self.device
 
 
 def evaluate(config: EvaluationConfig) -> Report:
-    """Judge every picture on a running Ray; write metrics.parquet, contact.jpg and report.md.
+    """Judge every picture on a running Ray cluster; write metrics.parquet, contact.jpg, report.md.
 
-    Raises OptionError, WeightsError, InputError or OutputError before any work for everything that
-    can be known by then. The report lists the pictures that failed.
+    Return the report, which lists the pictures that failed. Errors that can be found in advance are
+    raised before any work starts: OptionError, WeightsError, InputError or OutputError.
     """
     planned = plan(_absolute(config.request), list_pictures)
     output = locate(config.output)
@@ -161,7 +161,8 @@ def _read_parts(parts: Location) -> Iterator[tuple[str, list[Score]]]:
             saved = [(r["id"], [Score(*s) for s in json.loads(r["scores"])]) for r in rows]
         except (ValueError, TypeError, pa.ArrowException) as error:
             raise InputError(
-                f"{url(file)}: no scores of an earlier run ({one_line(error)}); delete it"
+                f"{url(file)}: cannot be read as the scores of an earlier run ({one_line(error)}); "
+                "delete it"
             ) from error
         yield from saved
 

@@ -82,16 +82,16 @@ def claim(
     """Write the settings to OUTPUT/job.json, or check that an earlier run had the same.
 
     defaults: values of settings that the code of an earlier run may not have known.
-    new: refuse a folder with files but without job.json. hidden: a setting whose value says nothing
-    to a reader, such as a digest. Raises OptionError naming the settings that differ, OutputError
-    if the folder cannot be written.
+    new: whether to refuse a folder with files but without job.json. hidden: a setting whose value
+    says nothing to a reader, such as a digest. Raises OptionError naming the settings that differ,
+    OutputError if the folder cannot be written.
     """
     note = output / JOB
     check_writable(output)
     if not note.exists():
         if new and output.files(Notes()):
             raise OptionError(
-                f"{url(output)}: not empty, and not of this job; choose another --output"
+                f"{url(output)}: is not empty and has no {JOB} of a job; choose another --output"
             )
         note.write(f"{json.dumps(settings, indent=1)}\n".encode())
         return
@@ -99,7 +99,8 @@ def claim(
         before = {**(defaults or {}), **json.loads(note.read())}
     except (ValueError, TypeError) as error:
         raise OptionError(
-            f"{url(note)}: not the settings of a job; choose another --output"
+            f"{url(note)}: cannot be read as the settings of an earlier job ({error}); "
+            "choose another --output"
         ) from error
     differing = [
         name if name == hidden else f"{name} ({before.get(name)}, now {value})"
@@ -108,8 +109,8 @@ def claim(
     ]
     if differing:
         raise OptionError(
-            f"{url(output)}: holds results of other {', '.join(differing)}; choose another "
-            "--output, or delete that one"
+            f"{url(output)}: holds results of a job with other settings: {', '.join(differing)}; "
+            "choose another --output, or delete this folder"
         )
 
 

@@ -188,8 +188,8 @@ def _read_notes(
             same = identity(shard) == known[file.path].identity
         if not same:
             raise OptionError(
-                f"{url(output)} holds other shards: {known[file.path].name} has other rows than "
-                "the input's; choose another output"
+                f"{url(output)}: holds shards of another data set: the rows of "
+                f"{known[file.path].name} differ from those in the input; choose another --output"
             )
         done = (note.get("settings"), note.get("identity"))
         return note if done == (settings, known[file.path].identity) else None
@@ -207,8 +207,8 @@ def _note(shard: Any, file: Location) -> Note:
             raise ValueError("a part of it is missing")
     except (ValueError, AttributeError) as error:
         raise InputError(
-            f"{url(file)}: its note {NOTE.decode()} is damaged ({one_line(error)}); delete the "
-            "shard, or build it again"
+            f"{url(file)}: its metadata entry {NOTE.decode()} is damaged ({one_line(error)}); "
+            "delete the shard or build it again"
         ) from error
     return note
 
@@ -238,7 +238,7 @@ class _Worker:
     def _tag(self, name: str) -> Note:
         """Tag one shard; a bad one must not end the job."""
         try:
-            data, note = tagged_shard(open_shard(self.source / name), self.config, self.tagger)
+            data, note = tag_shard(open_shard(self.source / name), self.config, self.tagger)
             (self.output / name).write(data)
         except (OptionError, WeightsError):
             raise  # the next one would fail as well
@@ -247,7 +247,7 @@ class _Worker:
         return note
 
 
-def tagged_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
+def tag_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
     """Return the bytes of a shard with `tags` and `tag_scores` filled, and the note in its footer.
 
     file: the shard, opened by pyarrow. All its other columns stay as they are. Its row groups are

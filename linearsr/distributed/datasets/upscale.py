@@ -257,7 +257,7 @@ class _Stage:
     name = "read"
 
     def begin(self, name: str, _: Picture) -> None:
-        """Note that the picture's next stage begins."""
+        """Record that the picture's stage `name` begins."""
         self.name = name
 
 

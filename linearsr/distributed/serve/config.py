@@ -98,7 +98,8 @@ class ServeConfig(Config):
             counts = divide_replicas(counts, default_steps(model))
         if len(counts) != len(experts):
             raise OptionError(
-                f"replicas: {model.name} has {len(experts)} experts, got {len(counts)} counts"
+                f"replicas: {model.name} has {len(experts)} experts, but there are {len(counts)} "
+                "numbers; give one per expert, or a single one for all"
             )
         return [((expert,), count) for expert, count in zip(experts, counts, strict=True)]
 

@@ -29,9 +29,9 @@ DEPLOYING = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
 def read_file(
     path: Path, settings: Mapping[str, Any], *, port: int | None = None, on_head: bool = False
 ) -> dict[str, Any]:
-    """Return a Serve config file of one application, with these fields of its ServeConfig set.
+    """Return the content of a Serve config file, with `settings` put into its ServeConfig.
 
-    port: the HTTP port, if not the file's.
+    The file has one application. port: the HTTP port, if not the file's.
     on_head: whether the HTTP proxy and the ingress run on the head only.
     Raises OptionError for a wrong file, field or value, and WeightsError for a wrong model.
     """

@@ -80,7 +80,7 @@ class Experts:
         """
         check_same_model(self.upscaler, handoff)
         if handoff.weights not in (None, self.weights):
-            raise WeightsChanged("the experts are being replaced by ones with other weights")
+            raise WeightsChanged("the experts are getting new weights; send the request again")
         item = _Item(handoff, segment, time.perf_counter())
         try:
             result: Handoff | Exception = await self.queues[segment.expert](item)
@@ -92,7 +92,7 @@ class Experts:
         return result
 
     async def ready(self) -> bool:
-        """Answer a health check: a replica starts only if its model passes the self-check."""
+        """Return True, for a health check: no replica starts whose model fails the self-check."""
         return True
 
     async def _denoise(self, items: list[_Item]) -> list[Handoff | Exception]:
@@ -136,7 +136,7 @@ class Experts:
 def check_same_model(upscaler: Upscaler, handoff: Handoff) -> None:
     """Raise StaleModel if the request was planned for another model than this replica has."""
     if handoff.config != upscaler.config:
-        raise StaleModel("the model that the request was planned for is being replaced")
+        raise StaleModel("the model is being replaced; send the request again")
 
 
 def self_check(upscaler: Upscaler, expert: int) -> None:

@@ -30,7 +30,7 @@ class Finisher:
         return await asyncio.to_thread(self._finish, state, handoff, files)
 
     async def ready(self) -> bool:
-        """Answer a health check: a replica exists only after its decoder has loaded."""
+        """Return True, for a health check: a replica exists only after its decoder has loaded."""
         return True
 
     def _finish(self, state: UpscaleState, handoff: Handoff, files: FileOptions) -> Result:

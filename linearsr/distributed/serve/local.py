@@ -33,7 +33,10 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     ingresses, and LinearSRError if a deployment does not start.
     """
     if config.ingresses != 1:
-        raise OptionError("this command runs one ingress; deploy more with ray_jobs/serve.yaml")
+        raise OptionError(
+            f"ingresses: `linearsr serve` runs one, not {config.ingresses}; deploy "
+            "ray_jobs/serve.yaml for more"
+        )
     app = build_app(config)
     model = read_config(config.model)
     resources = config.resources(model)

@@ -48,7 +48,7 @@ class StaleModel(RetryableError):
 
 
 class NoCapacity(RetryableError):
-    """All slots were taken when the request was sent again. Unlike a new one, it waits for one."""
+    """All slots were taken when a request was sent again; it waits, while a new one is refused."""
 
 
 def unwrap(error: BaseException) -> Exception:
@@ -61,7 +61,7 @@ def unwrap(error: BaseException) -> Exception:
         if isinstance(inner, DEATHS):
             return ReplicaDied("a replica died while it worked on the request")
         if isinstance(inner, DeploymentUnavailableError):
-            return StaleModel("the deployment that the request was sent to is gone")
+            return StaleModel("a part of the endpoint is being replaced; send the request again")
         wrapped = inner.cause if isinstance(inner, ray.exceptions.RayTaskError) else None
         if wrapped is None and isinstance(inner, LinearSRError):
             return inner

@@ -64,7 +64,8 @@ class Router:
         """Yield progress, then the result: see `linearsr.web.service.Service`.
 
         If an expert runs out of memory, the request is planned again with smaller tiles. Raises
-        StaleModel if the experts have a new model: the ingress knows the new routers.
+        StaleModel if the experts have a new model; the ingress then sends the request to a new
+        router.
         """
         start = time.perf_counter()
         picture, options = await self._in_thread(

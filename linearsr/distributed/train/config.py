@@ -41,8 +41,8 @@ class ClusterConfig(Config):
     """Number of worker failures to recover from, -1 for any number. A node that is taken away after
     a notice to Ray, such as KubeRay's for spot instances, does not count."""
     patience: int | None = Field(default=None, ge=0)
-    """Number of checkpoints that a stage goes on for once its knee is confirmed; by default, it does
-    all its steps."""
+    """Number of checkpoints that a stage goes on for once its knee is confirmed; by default, it
+    does all its steps."""
 
     @field_validator("data", "validation", "storage")
     @classmethod

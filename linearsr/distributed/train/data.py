@@ -111,7 +111,8 @@ def _photo(
         if pixels is not None:
             return Photo(pixels, tags.get(candidate.path, ()))
     raise InputError(
-        f"{picture.path}: neither it nor the pictures checked at the start can be read"
+        f"{picture.path}: cannot be used, and nor can the pictures that could be read at the "
+        "start; check the folder"
     )
 
 
@@ -143,8 +144,9 @@ class Shards:
         photo = next((row for row in rows if row is not None), None)
         if photo is None:
             raise InputError(
-                f"{self.groups[0].file.path}: no row near pair {number} can be decoded and is at "
-                f"least {self.config.needs} px on its shorter side; build larger shards"
+                f"{self.groups[0].file.path}: none of {len(candidates)} rows tried in this data "
+                f"set can be decoded and is at least {self.config.needs} px on its shorter side; "
+                "build shards with a larger --crop"
             )
         return cut_pair(lambda _: photo, self.config, self.seed, number)
 
@@ -183,7 +185,10 @@ def _groups(file: Location) -> list[_Group]:
         kind = schema.field("tags").type
         lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         if not lists or str(kind.value_type).removeprefix("large_") != "string":
-            raise InputError(f"{file.path}: column 'tags' must hold lists of text; rename it")
+            raise InputError(
+                f"{file.path}: column 'tags' must hold lists of strings; if it holds something "
+                "else, rename it"
+            )
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     return [_Group(file, number, size) for number, size in enumerate(sizes)]
 

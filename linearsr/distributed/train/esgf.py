@@ -97,7 +97,7 @@ class _Runner:
     """Waits for one training run after the other; the runs themselves take the resources."""
 
     def train(self, stage: StageConfig) -> tuple[StageConfig, Outcome | str]:
-        """Return the outcome, or the error: one failed expert must not cost the others."""
+        """Train, and return the outcome, or the error as text: the other experts must go on."""
         try:
             return stage, train(stage)
         except LinearSRError as error:

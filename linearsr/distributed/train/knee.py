@@ -1,4 +1,4 @@
-"""The knee of a Ray Train run: found while it trains, written down, and kept from retention.
+"""The knee of a Ray Train run: found while it trains, written down, and saved from deletion.
 
 The controller follows the checkpoints that Ray Train records and writes `knee.json` beside them:
 for users, for the next stage, and for the controller of a restarted run. `linearsr.training.knee`
@@ -39,8 +39,8 @@ class Validated(Config):
 class Knee(Config):
     """The content of `knee.json`.
 
-    checkpoint: folder with a copy of the knee's checkpoint; None while rising.
-    stop: the knee is confirmed and the patience after it is spent.
+    checkpoint: folder with a copy of the knee's checkpoint; None while the metrics still rise.
+    stop: whether the knee is confirmed and the patience after it is used up.
     """
 
     status: str = "rising"
@@ -59,10 +59,10 @@ def advance(
     higher_is_better: Mapping[str, bool],
     patience: int | None = None,
 ) -> Knee:
-    """Return the knee after the checkpoints that Ray Train reports, validated or not.
+    """Return the knee, updated by the checkpoints that Ray Train reports, validated or not.
 
-    The history of `before` counts too, since Ray reports no checkpoint that retention has deleted.
-    `checkpoint` stays that of `before` while the knee does not move, and is None otherwise.
+    before: the knee so far. Its history counts too, since Ray reports no checkpoint that retention
+    has deleted. Its `checkpoint` stays while the knee does not move, and becomes None otherwise.
     """
     history = _merge(before.history, _validated(reported, set(higher_is_better)))
     if (history, higher_is_better) == (before.history, before.higher_is_better):
@@ -84,7 +84,7 @@ def advance(
 
 
 class KneePointCallback(UserCallback):  # type: ignore[misc]
-    """Keeps the knee of a run, its checkpoint and its picture, in the controller.
+    """Keeps the knee of a run, its checkpoint and its plot, in the controller.
 
     `knee.json` is read once, when a controller starts; from then on the knee is kept in memory and
     follows what Ray Train has recorded.
@@ -162,7 +162,10 @@ def read_knee(run: Location) -> Knee:
     try:
         return Knee.model_validate_json(file.read())
     except ValidationError as error:
-        raise InputError(f"{file.path}: not a knee.json of ours: {one_line(error)}") from error
+        raise InputError(
+            f"{file.path}: is damaged, or was not written by LinearSR ({one_line(error)}); "
+            "restore it"
+        ) from error
 
 
 def start_from_knee(run: Location, *, anyway: bool = False) -> tuple[Location, int | None]:

@@ -17,9 +17,10 @@ from linearsr.storage.location import locate
 
 
 def check_start(job: StageConfig) -> None:
-    """Check the start's config against the recipe; loads no weights.
+    """Check the config of the starting weights, if there are any, against the recipe.
 
-    Raises WeightsError if there is no bundle, and OptionError if it does not fit the recipe.
+    It loads no weights. Raises WeightsError if there is no bundle, and OptionError if it does not
+    fit the recipe.
     """
     if job.start is not None:
         _check_fits(job, read_config(job.start))
@@ -28,23 +29,23 @@ def check_start(job: StageConfig) -> None:
 def _check_fits(job: StageConfig, config: ModelConfig) -> None:
     if config.denoiser != job.recipe.model.denoiser:
         raise OptionError(
-            f"{job.start}: these weights have another denoiser config than the recipe; "
+            f"{job.start}: the denoiser config of these weights differs from the recipe's; "
             "choose the recipe they were made with"
         )
     count = len(weights.expert_names(config))
     if job.expert is not None and count not in (1, len(job.recipe.experts)):
         raise OptionError(
-            f"{job.start}: these weights have {count} experts, the recipe "
-            f"{len(job.recipe.experts)}; a stage of experts starts from one model or from all"
+            f"{job.start}: these weights have {count} experts and the recipe has "
+            f"{len(job.recipe.experts)}; give weights with one expert or with as many as the recipe"
         )
 
 
 @contextmanager
 def start_experts(job: StageConfig) -> Iterator[Callable[[int], LinearSR]]:
-    """Yield a function that loads one expert of the start in float32, given its number.
+    """Yield a function that loads one expert of the starting weights in float32, by its number.
 
-    A start without experts gives the same model for every number. Each call reads the file anew
-    and keeps nothing, so a process holds no more experts than its caller keeps.
+    Starting weights without experts give the same model for every number. Each call reads the file
+    anew and keeps nothing, so a process holds no more experts than its caller keeps.
     The function raises WeightsError for a damaged file, and what `check_start` raises.
     """
     start = str(job.start)

@@ -109,7 +109,7 @@ def check(stage: StageConfig) -> None:
         file.write(model.model_dump_json().encode())
     elif ModelConfig.model_validate_json(file.read()) != model:
         raise OptionError(
-            f"{stage.run.path}: this run was started with another model config; choose another "
+            f"{stage.run.path}: this run was started with a different model config; choose another "
             "--name, or the settings it was started with"
         )
 
@@ -280,9 +280,10 @@ class _Reporter:
     def checkpoint(
         self, state: loop.TrainState, metrics: dict[str, Any], *, validation: bool
     ) -> None:
-        """Save all ranks' shares here, and let Ray carry them to storage while training goes on.
+        """Save this rank's part on this machine; Ray uploads it while training goes on.
 
-        Reports as `stall` the share of the time so far that checkpoints have kept steps waiting.
+        The report's `stall` is the fraction of the time so far that checkpoints have kept steps
+        waiting.
         """
         began = time.perf_counter()
         folder = Path(tempfile.mkdtemp(prefix="linearsr-checkpoint-"))

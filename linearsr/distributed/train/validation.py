@@ -38,8 +38,9 @@ def validation_pictures(path: str, config: ValidationConfig) -> list[tuple[str, 
 def validate_checkpoint(checkpoint: Checkpoint, stage_json: str) -> dict[str, Any]:
     """Return the metrics of a checkpoint's averaged weights, for Ray Train's validation hook.
 
-    An expert is validated as users would meet it: among those that its stage has started with. One
-    expert is in memory at a time. Also writes the strip of samples beside the checkpoints.
+    An expert is validated among the others as they were when its stage started, since users run all
+    of them. One expert is in memory at a time. Also writes a picture of samples beside the
+    checkpoints.
     """
     job = StageConfig.model_validate_json(stage_json)
     config, model = job.recipe.validation, job.recipe.model

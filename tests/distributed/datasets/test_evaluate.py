@@ -136,7 +136,7 @@ def test_damaged_parts_are_refused(tmp_path: Path) -> None:
     rows = [{"id": "b", "scores": text} for text in ("{", "[[1, 2]]", "7")]
     for table in (*(pa.Table.from_pylist([row]) for row in rows), pa.table({"other": [1]})):
         pq.write_table(table, tmp_path / "parts" / "x.parquet")
-        with pytest.raises(InputError, match=r"x\.parquet: no scores of an earlier run"):
+        with pytest.raises(InputError, match=r"x\.parquet: cannot be read as the scores of an"):
             list(evaluation._read_parts(parts))
 
 

@@ -35,7 +35,7 @@ def test_claim_refuses_a_damaged_note_and_a_foreign_folder(tmp_path: Path, text:
     with pytest.raises(OptionError, match="not empty"):
         claim(locate(tmp_path), {}, new=True)
     (tmp_path / "job.json").write_text(text)
-    with pytest.raises(OptionError, match=r"job\.json: not the settings of a job"):
+    with pytest.raises(OptionError, match=r"job\.json: cannot be read as the settings of an"):
         claim(locate(tmp_path), {})
 
 

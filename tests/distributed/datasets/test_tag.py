@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from linearsr.distributed.datasets import tag as tagging
 from linearsr.distributed.datasets.shards.build import SCHEMA
-from linearsr.distributed.datasets.tag import NOTE, TagConfig, tag_dataset, tagged_shard
+from linearsr.distributed.datasets.tag import NOTE, TagConfig, tag_dataset, tag_shard
 from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.storage.location import locate
 from linearsr.tags.base import Tag, TaggerConfig
@@ -59,7 +59,7 @@ def _always(picture: object) -> list[Tag]:
 
 def test_tagging_changes_only_the_tags(shards: Path) -> None:
     file = pq.ParquetFile(shards / "shard-00000.parquet")
-    data, note = tagged_shard(file, TagConfig(input="", output=""), _always)
+    data, note = tag_shard(file, TagConfig(input="", output=""), _always)
     after = pq.ParquetFile(pa.BufferReader(data))
     assert after.schema_arrow.equals(SCHEMA)
     assert after.num_row_groups == 2 and note["tagged"] == 2
@@ -72,8 +72,8 @@ def test_tagging_changes_only_the_tags(shards: Path) -> None:
 def test_tagging_twice_gives_the_same_bytes(shards: Path) -> None:
     """The note in the footer is replaced, not added."""
     config = TagConfig(input="", output="")
-    once, _ = tagged_shard(pq.ParquetFile(shards / "shard-00000.parquet"), config, _always)
-    twice, _ = tagged_shard(pq.ParquetFile(pa.BufferReader(once)), config, _always)
+    once, _ = tag_shard(pq.ParquetFile(shards / "shard-00000.parquet"), config, _always)
+    twice, _ = tag_shard(pq.ParquetFile(pa.BufferReader(once)), config, _always)
     assert twice == once
 
 
@@ -81,7 +81,7 @@ def test_foreign_shards_get_the_columns(tmp_path: Path) -> None:
     table = pa.table({"id": ["a"], "lr": pa.array([_png(tmp_path, "coffee", 8)]), "mine": [1]})
     pq.write_table(table, tmp_path / "theirs.parquet")
     config = TagConfig(input="", output="")
-    data, _ = tagged_shard(pq.ParquetFile(tmp_path / "theirs.parquet"), config, _always)
+    data, _ = tag_shard(pq.ParquetFile(tmp_path / "theirs.parquet"), config, _always)
     row = pq.read_table(pa.BufferReader(data)).to_pylist()[0]
     assert row["mine"] == 1 and row["tags"] == ["thing"] and row["tag_scores"] == [0.5]
     hr = TagConfig(input=str(tmp_path), output=str(tmp_path / "out"), column="hr")
@@ -113,7 +113,7 @@ def test_a_picture_that_breaks_the_tagger_loses_only_its_tags(shards: Path) -> N
         return _always(picture)
 
     file = pq.ParquetFile(shards / "shard-00000.parquet")
-    _, note = tagged_shard(file, TagConfig(input="", output=""), odd)
+    _, note = tag_shard(file, TagConfig(input="", output=""), odd)
     assert note["errors"] == {"cat": "TypeError: no such picture"} and note["tagged"] == 1
 
 
@@ -122,7 +122,7 @@ def test_an_error_of_all_pictures_ends_the_shard(shards: Path) -> None:
         raise WeightsError("gone")
 
     with pytest.raises(WeightsError, match="gone"):
-        tagged_shard(
+        tag_shard(
             pq.ParquetFile(shards / "shard-00000.parquet"), TagConfig(input="", output=""), lost
         )
 
@@ -130,7 +130,7 @@ def test_an_error_of_all_pictures_ends_the_shard(shards: Path) -> None:
 def _finish(config: TagConfig) -> None:
     """Write a tagged shard as the job does, without a cluster."""
     for file in Path(config.input).rglob("*.parquet"):
-        data, _ = tagged_shard(pq.ParquetFile(file), config, _always)
+        data, _ = tag_shard(pq.ParquetFile(file), config, _always)
         target = Path(config.output) / file.relative_to(config.input)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
@@ -193,7 +193,7 @@ def test_a_damaged_note_is_refused(shards: Path, text: str) -> None:
     file = shards / "shard-00000.parquet"
     table = pq.read_table(file).replace_schema_metadata({NOTE: text})
     pq.write_table(table, file)
-    with pytest.raises(InputError, match=r"shard-00000\.parquet: its note .* is damaged"):
+    with pytest.raises(InputError, match=r"shard-00000\.parquet: its metadata entry .* is damaged"):
         tag_dataset(TagConfig(input=str(shards), output=str(shards)))
 
 

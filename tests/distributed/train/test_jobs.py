@@ -218,7 +218,7 @@ def test_job_errors_are_one_line_with_an_exit_code(jobs: Jobs, photos: Path, run
         ("no pictures and no .parquet shards", 1): _command(
             "pretrain", runs / "nowhere", runs, "missing"
         ),
-        ("in the job's temporary copy of its folder", 2): _command(
+        ("lies in the job's working_dir, a temporary copy", 2): _command(
             "pretrain", photos, Path("runs"), "lost"
         ),
     }

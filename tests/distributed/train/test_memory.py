@@ -126,7 +126,7 @@ def test_checking_a_start_loads_no_weights(
 ) -> None:
     check_start(_stage(wide, photos, tmp_path, start, 2, "experts"))
     other = override(wide, ["model.denoiser.depth=3"])
-    with pytest.raises(OptionError, match="another denoiser config"):
+    with pytest.raises(OptionError, match="denoiser config of these weights differs"):
         check_start(_stage(other, photos, tmp_path, start, 2, "experts"))
     peak.look()
     assert (peak.experts, peak.bytes) == (0, 0)

@@ -198,7 +198,8 @@ def test_start_weights_of_another_config_are_refused(
 ) -> None:
     wider = override(recipe, ["model.denoiser.width=48"])
     stage = stage_of(wider, photos, tmp_path, "x").model_dump()
-    for start, message in ((small_bundle, "another denoiser config"), (tmp_path / "no", "no")):
+    differs = "denoiser config of these weights differs"
+    for start, message in ((small_bundle, differs), (tmp_path / "no", "no")):
         with pytest.raises(LinearSRError, match=message):
             check(StageConfig.model_validate({**stage, "start": str(start)}))
 
@@ -206,5 +207,5 @@ def test_start_weights_of_another_config_are_refused(
 def test_a_run_of_another_model_is_refused(recipe: Recipe, photos: Path, tmp_path: Path) -> None:
     check(stage_of(recipe, photos, tmp_path, "x"))
     deeper = override(recipe, ["model.denoiser.depth=3"])
-    with pytest.raises(OptionError, match="another model config; choose another --name"):
+    with pytest.raises(OptionError, match="a different model config; choose another --name"):
         check(stage_of(deeper, photos, tmp_path, "x"))

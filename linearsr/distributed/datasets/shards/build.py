@@ -88,10 +88,10 @@ class BuildResult:
 
 
 def build_shards(config: ShardConfig) -> BuildResult:
-    """Build the missing shards on a running Ray, then rejects.csv and manifest.json.
+    """Build the missing shards on a running Ray cluster, then rejects.csv and manifest.json.
 
-    Raises InputError, OutputError or OptionError before any work for everything that can be known
-    by then, and InputError if no picture passes the filters.
+    Errors that can be found in advance are raised before any work starts: InputError, OutputError
+    or OptionError. Raises InputError also if no picture passes the filters.
     """
     notes = Notes()
     sources = list_sources(config, notes)
@@ -203,7 +203,8 @@ def _pairs(rows: list[dict[str, Any]], config: ShardConfig) -> Iterator[dict[str
         for crop in crops:
             if crop["digest"] != digest(data):
                 raise InputError(
-                    f"{source}: not the picture that was planned; choose another --output"
+                    f"{source}: has changed since this job scanned it; choose another --output to "
+                    "start again"
                 )
             yield _pair(crop, pixels, picture, config)
 

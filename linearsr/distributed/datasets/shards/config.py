@@ -55,7 +55,7 @@ class ShardConfig(Config):
         folders = tuple(url(locate(path)) for path in paths)
         for i, folder in enumerate(folders):
             if any(_overlap(folder, other) for other in folders[:i]):
-                raise ValueError(f"{folder} would be read twice")
+                raise ValueError(f"{folder} would be read twice; give each folder once")
         return folders
 
     @field_validator("output")
@@ -64,7 +64,7 @@ class ShardConfig(Config):
         output = url(locate(path))
         for folder in info.data.get("inputs", ()):
             if _overlap(folder, output):
-                raise ValueError(f"must lie apart from the input {folder}")
+                raise ValueError(f"must be neither the input {folder} nor inside or around it")
         return output
 
     @field_validator("crop")

@@ -41,7 +41,7 @@ class Box(NamedTuple):
     height: int
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """Return that part of (C, H, W)."""
+        """Return this part of a picture (C, H, W)."""
         return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
@@ -61,13 +61,12 @@ def boxes(height: int, width: int, crop: int, multiple: int, rng: np.random.Gene
 
 
 def sharpness(pixels: Tensor) -> float:
-    """Return the sharpness of (3, H, W) uint8: the variance of its luma's Laplacian, in 8-bit steps
-    squared.
+    """Return the sharpness of a picture (3, H, W) uint8, in squared 8-bit steps.
 
-    It is measured at the picture's own resolution, since that is what a model would learn, and in
-    tiles, one in ten of which has to reach the value. So it means the same for any size, and a
-    sharp subject before a soft background counts. Noise counts as sharpness. A picture with a side
-    below 3 has 0.
+    This is the variance of its luma's Laplacian. It is computed for each tile, and the result is
+    the value that one tile in ten reaches, so it means the same for any size, and a sharp subject
+    before a soft background counts. It is measured at the picture's own resolution, since that is
+    what a model would learn. Noise counts as sharpness. A picture with a side below 3 has 0.
     """
     height = pixels.shape[1]
     if min(pixels.shape[1:]) < 3:
@@ -94,14 +93,14 @@ def perceptual_hash(pixels: Tensor) -> int:
 
 
 def near_duplicates(hashes: Sequence[int], distance: int) -> list[int | None]:
-    """Return, for each hash, the number of the first kept hash near it, or None if it is kept.
+    """Return, for each hash, the index of the first kept hash near it, or None if it is kept.
 
     Hashes have 64 bits; near means within `distance` bits, from -1 (keeps all) to MAX_DISTANCE.
-    Hashes are compared with kept ones only, so that a chain of small steps does not make strangers
-    duplicates. Raises ValueError for another distance.
+    Hashes are compared with kept ones only, so that a chain of small differences does not join
+    pictures that are not alike. Raises ValueError for another distance.
     """
     if not -1 <= distance <= MAX_DISTANCE:
-        raise ValueError(f"distance must be from -1 to {MAX_DISTANCE}: {distance}")
+        raise ValueError(f"distance must be from -1 to {MAX_DISTANCE}, not {distance}")
     if distance < 0:
         return [None] * len(hashes)
     index = _Index(distance)
@@ -122,7 +121,7 @@ class _Index:
         self.buckets: defaultdict[tuple[int, int], array[int]] = defaultdict(lambda: array("Q"))
 
     def find_or_keep(self, value: int, number: int) -> int | None:
-        """Return the number of the first hash near `value`; without one, keep `value`."""
+        """Return the index of the first hash near `value`, or keep `value` and return None."""
         if value in self.numbers:
             return self.numbers[value]
         keys = [

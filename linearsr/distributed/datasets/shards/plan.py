@@ -21,7 +21,7 @@ SHARD_PIXELS: Final = 1 << 28
 
 
 def reject_duplicates(scanned: pa.Table, distance: int) -> pa.Table:
-    """Return the scan with a reason for each picture that resembles an earlier one in use."""
+    """Return the scanned pictures, with a reason at each that resembles an earlier kept one."""
     numbers = np.flatnonzero(pc.is_null(scanned["reason"]).to_numpy())
     first = near_duplicates(scanned["hash"].take(numbers).to_pylist(), distance)
     reasons, details = scanned["reason"].to_pylist(), scanned["detail"].to_pylist()
@@ -62,7 +62,10 @@ def plan(scanned: pa.Table, config: ShardConfig) -> list[pa.Table]:
 
 
 def cut(pixels: list[int], max_rows: int, max_pixels: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last (excluded) row of each group within both limits, or of a single row."""
+    """Yield the first row of each row group, and the row after its last.
+
+    A group has at most `max_rows` rows and, unless it is a single row, at most `max_pixels` pixels.
+    """
     start, total = 0, 0
     for i, size in enumerate(pixels):
         if i > start and (i - start == max_rows or total + size > max_pixels):

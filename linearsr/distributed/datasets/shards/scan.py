@@ -77,9 +77,9 @@ def digest(data: bytes) -> str:
 
 
 def decode(data: bytes, source: str, config: ShardConfig) -> tuple[Tensor, Picture]:
-    """Return pixels (3, H, W) uint8, transparency over white, and a Picture without pixels.
+    """Return the pixels (3, H, W) as uint8, and a Picture without pixels to make crops from.
 
-    The Picture carries the colour profile for the crops. Raises InputError.
+    Transparent parts are white. The Picture carries the colour profile. Raises InputError.
     """
     picture = read(data, max_pixels=config.max_pixels, name=source)
     pixels = torch.empty(picture.pixels.shape, dtype=torch.uint8)
@@ -101,10 +101,11 @@ def use_one_thread() -> None:
 def scan(
     config: ShardConfig, sources: list[str], tick: Callable[[int], object] = lambda _: None
 ) -> pa.Table:
-    """Return a row of SCAN for each source, in order; `tick` gets the number of new rows.
+    """Return a row with schema SCAN for each source, in order.
 
-    A picture that no worker survived is unreadable. Raises StorageError if storage fails for good;
-    nothing is lost then.
+    tick: called with the number of new rows. A picture that keeps crashing its worker counts as
+    unreadable. Raises StorageError if the storage fails for good; finished parts stay in
+    OUTPUT/scan for the next run.
     """
     size = min(512, max(8, len(sources) // 512))
     parts = {n: sources[n : n + size] for n in range(0, len(sources), size)}
@@ -123,7 +124,7 @@ def scan(
 def scan_singly(
     first: int, names: list[str], config: ShardConfig, tick: Callable[[int], object]
 ) -> pa.Table:
-    """Scan a part that failed as a whole with a task for each picture, and keep the result."""
+    """Scan a failed part again, each picture in a task of its own; keep and return its rows."""
     rows = []
     pictures, scan_one = enumerate(names, first), partial(_scan_one, config=config)
     for (number, source), row in map_tasks(pictures, scan_one, config.cpus, config.max_cpus):
@@ -168,7 +169,7 @@ def _save(rows: list[dict[str, Any]], file: Location) -> pa.Table:
 def scan_picture(
     number: int, source: str, fetch: Callable[[str], bytes], config: ShardConfig
 ) -> dict[str, Any]:
-    """Return one picture's row of SCAN. Raises StorageError, which says nothing about it."""
+    """Return a picture's row of SCAN. Raises StorageError, which does not make it unreadable."""
     try:
         data = fetch(source)
         pixels, _ = decode(data, source, config)
