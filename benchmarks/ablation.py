@@ -166,7 +166,7 @@ class Results:
         before.write_text(text)
 
     def add(self, seed: int, part: str, **values: object) -> Record:
-        """The record of a part that has just ended, written and printed at once."""
+        """Write and print the record of a part that has just ended, and return it."""
         record = {"seed": seed, "part": part, **values}
         line = json.dumps(record)
         with (self.folder / RESULTS).open("a") as file:
@@ -175,21 +175,21 @@ class Results:
         return record
 
     def find(self, seed: int, part: str) -> Record | None:
-        """The record of a finished part."""
+        """Return the record of a finished part."""
         path = self.folder / RESULTS
         lines = path.read_text().splitlines() if path.is_file() else []
         records = (json.loads(line) for line in lines)
         return next((r for r in records if (r["seed"], r["part"]) == (seed, part)), None)
 
     def get(self, seed: int, part: str) -> Record:
-        """The record of a part. Raises InputError if the part is not finished."""
+        """Return the record of a part. Raises InputError if the part is not finished."""
         record = self.find(seed, part)
         if record is None:
             raise InputError(f"{self.folder}: {part} of seed {seed} is not finished")
         return record
 
     def checkpoint(self, seed: int, step: int) -> Path:
-        """The folder of a pretraining's averaged weights at that step."""
+        """Return the folder of a pretraining's averaged weights at that step."""
         return self.folder / f"seed-{seed}" / f"step-{step:08d}"
 
 
@@ -206,7 +206,7 @@ class Bench:
         return load_photos(self.folder, self.setting.data, seed=0)
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        """The endless batches of a seed."""
+        """Yield the endless batches of a seed."""
         return iter(Batches(Photos(self.photos.photos, self.setting.data, seed), start=0))
 
     def run(self, seed: int) -> None:
@@ -224,7 +224,7 @@ class Bench:
             self.results.add(seed, arm.name, values=values, minutes=_minutes(began))
 
     def pretrained(self, seed: int) -> Record:
-        """The pretraining of a seed: its validated checkpoints, and the knee among them."""
+        """Return the pretraining of a seed: its validated checkpoints, and the knee among them."""
         began, model = time.monotonic(), self.setting.model
         torch.manual_seed(seed)
         start = LinearSR(model.denoiser).state_dict()
@@ -242,7 +242,7 @@ class Bench:
         return self.results.add(seed, PRETRAIN, **steps, **evidence)
 
     def checkpoint(self, seed: int, stage: loop.TrainState, report: loop.Report) -> Checkpoint:
-        """The checkpoint that a stage has come to, saved and validated."""
+        """Return the checkpoint that a stage has come to, saved and validated."""
         folder = self.results.checkpoint(seed, report.step)
         folder.mkdir(parents=True, exist_ok=True)
         stage.ema.save(folder)
@@ -253,7 +253,7 @@ class Bench:
     def bundle(
         self, arm: Arm, checkpoint: Path, batches: Sequence[Batch], seed: int
     ) -> weights.Bundle:
-        """The model of an arm: one expert for each range, trained on its share of the batches."""
+        """Return the model of an arm: an expert for each range, trained on part of the batches."""
         config = export.with_boundaries(self.setting.model, arm.bounds)
         start = export.average(checkpoint, config)
         if not arm.tuned:
@@ -343,7 +343,7 @@ def _minutes(began: float) -> float:
 
 
 def report(results: Results, seeds: Sequence[int]) -> str:
-    """The tables of finished seeds: knees, means, and paired differences from the first arm."""
+    """Return tables of finished seeds: knees, means, and paired differences from the first arm."""
     per_arm = {arm.name: [results.get(seed, arm.name)["values"] for seed in seeds] for arm in ARMS}
     base = per_arm[ARMS[0].name]
     differences = {

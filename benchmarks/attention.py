@@ -50,7 +50,7 @@ def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[R
 
 
 def slope(rows: list[Row], what: str) -> float:
-    """Slope of log seconds over log pixels by least squares; NaN for fewer than two sizes."""
+    """Return the slope of log seconds over log pixels, by least squares; NaN below two sizes."""
     points = [
         (math.log(row.side**2), math.log(row.seconds))
         for row in rows

@@ -62,7 +62,7 @@ class Contestants:
         self.compiled_ours: Any = torch.compile(_plain(self.ours), dynamic=False)
 
     def inputs(self, side: int) -> Inputs:
-        """Random inputs for a picture of side x side pixels, in the precision of the models."""
+        """Return random inputs for a picture of side x side pixels, in the models' precision."""
         cells, channels = side // self.config.latent.factor, self.config.denoiser.latent_channels
         shapes = (1, channels, cells, cells), (1, TAGS, self.ours.config.tag_dim or 0)
         latent, tags = (
@@ -72,12 +72,12 @@ class Contestants:
         return Inputs(latent, torch.tensor([0.5], device=self.device), tags)
 
     def condition(self, inputs: Inputs) -> Condition:
-        """Inputs of Sana: those of a converted model whose LR stem contributes nothing yet."""
+        """Return the condition of Sana: of a converted model whose LR stem has no effect yet."""
         embedded = self.ours.embed.bias.expand(1, *inputs.latent.shape[2:], -1)
         return Condition(embedded, self.ours.tag_keys(inputs.tags))
 
     def forwards(self, inputs: Inputs, compiled: bool) -> dict[str, Forward]:
-        """Every way to compute the same function, and softmax attention, by name."""
+        """Return functions for every way to compute the same, and softmax attention, by name."""
         condition = self.condition(inputs)
         last = inputs.latent.contiguous(memory_format=torch.channels_last)
         plain = _plain(self.ours)
@@ -94,7 +94,7 @@ class Contestants:
         return ways
 
     def flops(self, side: int) -> int:
-        """Counted operations of one forward, including the few of linear attention."""
+        """Return the counted operations of one forward, including the few of linear attention."""
 
         def forward() -> Forward:
             inputs = self.inputs(side)

@@ -17,7 +17,7 @@ def torch_only() -> AbstractContextManager[object]:
 
 
 def counted(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Operations of the call that `prepare` returns; a multiplication and an addition are two."""
+    """Count the operations of the call that `prepare` returns; a multiply-add counts as two."""
     with torch_only(), FakeTensorMode(allow_non_fake_inputs=True):
         work = prepare()
         with FlopCounterMode(display=False) as counter:

@@ -72,7 +72,7 @@ def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[R
 
 
 def photograph(side: int) -> Picture:
-    """A photograph of side x side pixels."""
+    """Return a photograph of side x side pixels."""
     image = Image.fromarray(np.asarray(skimage.data.astronaut())).resize((side, side))
     pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1).float() / 255
     return Picture(pixels)

@@ -48,11 +48,11 @@ class Forward(NamedTuple):
     tags: Tensor | None
 
     def condition(self) -> Any:
-        """The part that an expert computes once."""
+        """Return the part that an expert computes once."""
         return self.model.condition(self.picture, self.joined, self.tags)
 
     def step(self, condition: Any) -> Tensor:
-        """The part that an expert computes at every step."""
+        """Return the part that an expert computes at every step."""
         return self.model(self.latent, torch.rand(1), condition)
 
 
@@ -69,7 +69,7 @@ def forward(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> Forward
 
 @cache
 def denoiser(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> tuple[int, int]:
-    """Operations of a step of one result, and of the part that an expert computes once."""
+    """Return the operations of one step, and of the part that an expert computes once."""
 
     def step() -> Callable[[], object]:
         inputs = forward(config, side, tokens)
@@ -80,7 +80,7 @@ def denoiser(config: ModelConfig, side: int, tokens: int = TAG_TOKENS) -> tuple[
 
 
 def saved(config: ModelConfig, side: int) -> int:
-    """Bytes that PyTorch keeps for the backward pass of one pair, in bfloat16."""
+    """Return the bytes that PyTorch keeps for the backward pass of one pair, in bfloat16."""
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -100,14 +100,14 @@ def saved(config: ModelConfig, side: int) -> int:
 
 @cache
 def kept(config: ModelConfig, side: int) -> int:
-    """`saved`, without computing anything."""
+    """Return what `saved` returns, without computing anything."""
     with torch_only(), FakeTensorMode():
         return saved(config, side)
 
 
 @cache
 def autoencoder(latent: LatentConfig, side: int) -> tuple[int, int]:
-    """Operations of encoding and of decoding one picture; 0 for a latent that is not learned."""
+    """Return the operations of encoding and of decoding one picture; 0 without a learned latent."""
     if latent.kind == "space-to-depth":
         return 0, 0
     cells = side // latent.factor
@@ -140,20 +140,20 @@ def dc_ae() -> Any:
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 @cache
 def size(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of one expert, and of the autoencoder."""
+    """Return the numbers of parameters of one expert and of the autoencoder."""
     with FakeTensorMode():
         learned = config.latent.kind != "space-to-depth"
         return parameters(LinearSR(config.denoiser)), parameters(dc_ae()) if learned else 0
 
 
 def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> int:
-    """Operations of one result: the steps, the part that each expert does once, and decoding."""
+    """Return the operations of a result: the steps, what each expert computes once, decoding."""
     sampling = config.sampling
     times = schedule(sampling, steps)[:-1]
     step, once = denoiser(config, side)
@@ -162,7 +162,7 @@ def picture_flops(config: ModelConfig, side: int, steps: int | None = None) -> i
 
 
 def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
-    """Operations of one training pair: denoiser there and back, encoding, the decoded guess.
+    """Return the operations of a training pair: denoiser there and back, encoding, decoded guess.
 
     The guess's gradient goes back to the latent only, which costs as much as decoding again. A
     perceptual pair encodes nothing and takes one or two frozen forwards; judges are not counted.
@@ -179,7 +179,7 @@ def pair_flops(recipe: Recipe, stage: TrainConfig) -> int:
 
 
 def validation_flops(recipe: Recipe, stage: TrainConfig) -> int:
-    """Operations of validating all checkpoints of a stage at each metric's number of steps."""
+    """Return the operations of validating a stage's checkpoints at all numbers of steps."""
     validation = recipe.validation
     counts = {split_metric(name)[1] for name in validation.metrics}
     one = sum(picture_flops(recipe.model, validation.size, count) for count in counts)
@@ -187,7 +187,7 @@ def validation_flops(recipe: Recipe, stage: TrainConfig) -> int:
 
 
 def stages(recipe: Recipe) -> dict[str, tuple[TrainConfig, ...]]:
-    """The stages of training, one after the other."""
+    """Return the stages of training, one after the other."""
     return {
         "pretraining": (recipe.pretrain,),
         "experts": recipe.experts,

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def row(what: str, side: int, timed: Mapping[str, Timed], expected: Expected) -> Row:
-    """The row of a way that was timed, failed or was not started; `expected` remembers its time."""
+    """Return the row of a way that was timed, failed or not started; tell `expected` its time."""
     if what not in timed:
         return Row(what, side)
     timed_way = timed[what]
@@ -49,7 +49,7 @@ def seconds(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
-    """A table of all rows by size, with ratios against the row `base`."""
+    """Return a table of all rows by size, with ratios against the row `base`."""
     head = ["output", "", "time", f"against {base}", "peak memory"]
     head += ["TFLOP/s", "of the peak"] if peak else []
     lines = []
@@ -67,7 +67,7 @@ def table(rows: Sequence[Row], base: str, peak: float | None = None) -> str:
 
 
 def parts_table(rows: Sequence[Row]) -> str:
-    """A table of the time that each part of a row takes."""
+    """Return a table of the time that each part of a row takes."""
     timed = [row for row in rows if row.parts]
     names = list(dict.fromkeys(name for row in timed for name in row.parts or {}))
     lines = []
@@ -98,6 +98,6 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -45,7 +45,7 @@ class Expected:
         self.last: dict[str, tuple[int, float]] = {}
 
     def within(self, name: str, side: int, power: int = 1) -> bool:
-        """Whether the time stays within the limit. power: by which time grows with the pixels."""
+        """Return whether the time stays within the limit; it grows as the pixels to the `power`."""
         if name not in self.last:
             return True
         before, seconds = self.last[name]
@@ -65,7 +65,7 @@ class Timed(NamedTuple):
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """Seconds of one call, until the device has finished."""
+    """Return the seconds of one call, until the device has finished."""
     _wait(device)
     began = time.perf_counter()
     run()

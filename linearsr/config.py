@@ -29,7 +29,7 @@ Solver = Literal["euler", "dpm", "adams"]
 
 
 class Config(BaseModel):
-    """Base of all configs: immutable; refuses unknown keys; the text below a field describes it."""
+    """Base class of configs: frozen; refuses unknown keys; the text below a field describes it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -47,7 +47,7 @@ Schema = Mapping[str, Any]
 
 
 def pages() -> dict[str, str]:
-    """Every page of docs/reference, by its name."""
+    """Return every page of docs/reference, by its name."""
     pages = {name: _job(name, configs) for name, configs in JOBS.items()}
     return {**pages, "serve": _serve(), "recipe": _recipe()}
 
@@ -219,7 +219,7 @@ def _value(value: object) -> str:
 
 
 def markdown(docstring: str | None, language: str = "sh") -> str:
-    """A docstring with its indented blocks fenced, and pages as links from docs/reference."""
+    """Return a docstring with indented blocks fenced, and pages as links from docs/reference."""
     parts = []
     for part in cleandoc(docstring or "").split("\n\n"):
         if part.startswith("    "):

@@ -22,7 +22,7 @@ class JobHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def help_text(action: argparse.Action) -> str:
-    """A flag's help text with its default: the same in --help and in docs/reference."""
+    """Return a flag's help text with its default, as in --help and docs/reference."""
     text = action.help or ""
     if text.split(" ")[0].isalpha():  # not "s3://..." or a path
         text = text[0].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""Shared by the scripts in ray_jobs/: exit codes, the cluster, flags from configs."""
+"""Functions that the scripts in ray_jobs/ share: exit codes, the cluster, flags from configs."""
 
 from __future__ import annotations
 

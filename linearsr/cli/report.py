@@ -17,7 +17,7 @@ def complain(error: Exception, code: int) -> int:
 
 
 def exit_code(run: Callable[[], int | None], interrupted: str) -> int:
-    """Call `run` and return its exit code (None is 0); print an error and return its exit code.
+    """Call `run` and return its exit code (None is 0); for an error, print it and return its code.
 
     interrupted: printed after Ctrl-C; says what is kept or how to continue.
     """

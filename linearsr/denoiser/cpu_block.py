@@ -231,7 +231,7 @@ class _Half(NamedTuple):
 
     @classmethod
     def of(cls, ffn: MixFFN, number: int) -> _Half:
-        """Return half of the channels of the first two layers: values (0) or gates (1)."""
+        """Return half of the first two layers' channels: values (number 0) or gates (1)."""
         expand, depthwise = (
             (layer.weight.chunk(2)[number], layer.get_parameter("bias").chunk(2)[number])
             for layer in (ffn.expand, ffn.depthwise)

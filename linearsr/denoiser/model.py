@@ -26,7 +26,7 @@ class Condition(NamedTuple):
     """Tensors that an expert derives from a request once and uses at every step.
 
     embedded: (B, h, w, width), the LR picture's part of the embedded input.
-    tags: keys and values of the tags, a pair per block; None without tags.
+    tags: keys and values of the tags, a pair per block; None if there are no tags.
     tag_mask: (B, T), True where a tag is real; None when all are.
     """
 
@@ -39,8 +39,7 @@ class LinearSR(nn.Module):
     """Flow-matching transformer with linear attention for super-resolution (arXiv 2510.08771).
 
     If `embed` has zero weights for the LR picture, as after a conversion, and `prediction` is
-    "velocity", it is the same function as diffusers' `SanaTransformer2DModel` at t *
-    timestep_scale.
+    "velocity", this is diffusers' `SanaTransformer2DModel` at `t * timestep_scale`.
     """
 
     # Whether a CPU runs blocks strip by strip; benchmarks turn it off to measure the gain.

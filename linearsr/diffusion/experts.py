@@ -68,7 +68,7 @@ def expert_at(t: float, bounds: Sequence[float]) -> int:
 
 
 def plan(timesteps: Sequence[float], bounds: Sequence[float]) -> list[Segment]:
-    """Split the steps into runs of one expert each; every step is in exactly one of them.
+    """Split the steps into segments of one expert each; every step is in exactly one of them.
 
     timesteps: the (shifted) t at which each step *starts*, strictly falling, in (0, 1]. Raises
     OptionError for others.

@@ -29,7 +29,7 @@ TILE, OVERLAP = 256, 32
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether the name is a checkpoint file, not a bundled model or a folder of weights."""
+    """Return whether this names a checkpoint file, not a bundled model or a folder of weights."""
     return model.lower().endswith(SUFFIXES) and not os.path.isdir(model)
 
 
@@ -99,7 +99,7 @@ class Checkpoint:
         return resize(canvas.result()[None], height * scale, width * scale)[0].clamp(0, 1)
 
     def describe(self) -> str:
-        """Architecture, scale, size, precision and device, for the report."""
+        """Return architecture, scale, size, precision and device, for the report."""
         count = sum(tensor.numel() for tensor in self.descriptor.model.parameters())
         name, own = self.descriptor.architecture.name, self.descriptor.scale
         return (

@@ -74,5 +74,5 @@ class Score(NamedTuple):
 
 
 def result_label(model: str, steps: int, solver: Solver | None = None) -> str:
-    """The name of a model's results in tables, with the solver if one was chosen."""
+    """Return the name of a model's results in tables, with the solver if one was chosen."""
     return f"{model}, {steps} {f'{solver} ' if solver else ''}step{'s' if steps > 1 else ''}"

@@ -52,7 +52,7 @@ def _write(whole: Image.Image, left: int, top: int, text: str, width: int) -> No
 
 
 def details(pixels: torch.Tensor, size: int, count: int) -> list[tuple[int, int]]:
-    """Top and left of the `count` squares with most contrast, `size` wide, without overlap.
+    """Return (top, left) of the `count` squares with most contrast, `size` wide, without overlap.
 
     pixels: (3, H, W). A picture smaller than `size` has one corner, (0, 0).
     """

@@ -205,7 +205,7 @@ class Judge:
         return pixels[:, :height, :width]
 
     def describe(self) -> dict[str, str]:
-        """Describe each model for the report: shape, precision, device, provenance."""
+        """Return each model's description for the report: shape, precision, device, provenance."""
         return {name: _described(model) for name, model in self.models.items()}
 
 

@@ -29,7 +29,7 @@ def pair(hr: Listing, lr: Listing, results: Mapping[str, Listing]) -> Pairs:
 
     Two names match if they are equal without the file suffix, or else without a final scale, LR,
     HR, SR, GT or out. A picture without a partner in `hr` or `lr` is left out, unless that listing
-    is empty; without one among the results, only that result is left out.
+    is empty. A picture without a partner in a listing of results is judged without that result.
     """
     first = next(listing for listing in (hr, lr, *results.values()) if listing)
     partners = {name: _Partners(listing) for name, listing in results.items()}
@@ -57,7 +57,7 @@ class _Partners:
         self.used: set[str] = set()
 
     def of(self, id: str) -> Source | None:
-        """The picture that matches; None if none does, or several do."""
+        """Return the picture that matches, or None if none does, or several do."""
         matches = self._matches(id)
         self.used.update(matches)
         return self.sources[matches[0]] if len(matches) == 1 else None
@@ -68,12 +68,12 @@ class _Partners:
         return self.exact.get(_stem(id)) or self.loose.get(_bare(id)) or []
 
     def why(self, id: str, kind: str) -> str:
-        """The reason why `of` returned None."""
+        """Return the reason why `of` returned None."""
         names = ", ".join(self._matches(id))
         return f"{names} all match; keep one" if names else f"no {kind} picture matches"
 
     def left(self) -> Iterator[str]:
-        """Names that have not matched anything."""
+        """Yield the names that have not matched anything."""
         return (id for id in self.sources if id not in self.used)
 
 

@@ -48,7 +48,7 @@ class Report:
         return [*(f"{name}: left out: {why}" for name, why in self.alone.items()), *lines]
 
     def values(self, method: str, metric: str) -> dict[str, float]:
-        """The metric's values by picture; pictures without a value are left out."""
+        """Return the metric's values by picture, without pictures that have none."""
         return {
             s.id: s.value
             for s in self.scores
@@ -56,12 +56,12 @@ class Report:
         }
 
     def methods(self) -> list[str]:
-        """Methods that have a score."""
+        """Return the methods that have a score."""
         return list(dict.fromkeys(s.method for s in self.scores if not s.failed))
 
 
 def table(report: Report) -> str:
-    """Markdown with a row per method: its number of pictures and the mean of each metric.
+    """Return Markdown with a row per method: number of pictures, and the mean of each metric.
 
     A mean over fewer pictures is followed by their number.
     """
@@ -90,7 +90,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def markdown(report: Report) -> str:
-    """The whole report as Markdown."""
+    """Return the whole report as Markdown."""
     parts = [
         f"# {report.title}, x{report.settings.scale}",
         table(report),
@@ -148,7 +148,7 @@ def _gaps(scores: Iterable[Score]) -> list[str]:
 
 
 def parquet(report: Report) -> bytes:
-    """A Parquet table of all values: id, method, metric, value, better ("higher" or "lower").
+    """Return a Parquet table of all values: id, method, metric, value, better (higher or lower).
 
     The file's metadata holds the settings as JSON under "linearsr".
     """
@@ -182,7 +182,7 @@ class Ranking:
     values: Mapping[str, float]
 
     def ends(self, count: int) -> dict[str, str]:
-        """Ranks by id, as "1 of 9", of the `count` best and worst pictures, or of all."""
+        """Return ranks by id, as "1 of 9", of the `count` best and worst pictures, or of all."""
         ids = list(self.values)
         chosen = range(len(ids))
         if len(ids) > 2 * count:

@@ -82,7 +82,7 @@ class ModelViews(NamedTuple):
 
 
 def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
-    """List and pair the pictures, and check the request.
+    """List and pair the pictures, check the request, and return both as an Evaluation.
 
     list_pictures(folder, *columns, notes=notes): returns pictures by id; in shards, those of the
     first column that is there. Failures of `notes` are among the pictures that are left out, and

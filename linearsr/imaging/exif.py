@@ -245,7 +245,7 @@ def _add_provenance(tags: Tags, provenance: Mapping[str, str]) -> None:
 
 
 def find_provenance(data: bytes | None) -> dict[str, str] | None:
-    """Return the record of `result_tags` in EXIF or a TIFF file, or None without one."""
+    """Return the record of `result_tags` in EXIF or a TIFF file, or None if there is none."""
     tags = parse(data)
     return _record(_comment(tags)[2].splitlines()) if tags else None
 

@@ -12,7 +12,7 @@ from linearsr.errors import OptionError
 
 @triton.jit
 def load(pointers, mask):
-    """Load in fp32, with 0 where the mask is False."""
+    """Return the values at `pointers` in fp32, with 0 where the mask is False."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 

@@ -91,7 +91,7 @@ def denoise_batch(
     cells: int,
     wanted: Callable[[int], bool],
 ) -> list[AnyState]:
-    """Take each request's segment of steps with one expert; see `Upscaler.denoise_batch`.
+    """Return requests after one expert's segment of steps on each; see `Upscaler.denoise_batch`.
 
     factor: pixels per latent cell along a side. encode: from bicubic pictures (B, 3, H, W) to the
     latents that condition the model; None for a model without them.

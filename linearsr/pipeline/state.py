@@ -44,7 +44,7 @@ class DenoiseState:
     guess: tuple[Tensor, ...] = ()
 
     def enlarged_lr(self, tile: Tile, factor: int, device: torch.device) -> Tensor:
-        """The bicubic picture under one tile, equal to that part of the whole bicubic picture.
+        """Return the bicubic picture under one tile, equal to that part of the whole one.
 
         factor: pixels per latent cell along a side. Returns (1, 3, factor * th, factor * tw).
         """

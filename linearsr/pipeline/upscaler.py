@@ -155,7 +155,7 @@ class Upscaler:
         return options.model_copy(update={"tags": tuple(tag.name for tag in tags)})
 
     def network_scale(self, picture: Picture, options: Options) -> float:
-        """How many times larger the network makes the picture.
+        """Return how many times larger the network makes the picture.
 
         This is the requested scale if the model was trained for it, else the nearest one that it
         was trained for, whose result is resampled.
@@ -164,7 +164,7 @@ class Upscaler:
         return self.config.trained_scale(requested_scale(height, width, options))
 
     def tile_sizes(self, picture: Picture, options: Options) -> Iterator[int | None]:
-        """Tile sides to try, in latent cells; None is the whole picture at once."""
+        """Yield tile sides to try, in latent cells; None is the whole picture at once."""
         if options.tile == "off":
             yield None
         elif options.tile != "auto":
@@ -181,7 +181,7 @@ class Upscaler:
         return weights.expert_names(self.config)[expert]
 
     def describe(self, options: Options) -> dict[str, str]:
-        """Provenance for a result's metadata: what made it, so that it can be made again.
+        """Return provenance for a result's metadata: what made it, so that it can be made again.
 
         `options` are those that `with_tags` returned.
         """
@@ -248,7 +248,7 @@ class Upscaler:
         return encoded.embeddings.cpu() if encoded.mask.all() else None
 
     def denoise(self, state: AnyState, segment: Segment) -> AnyState:
-        """Let one expert take a segment of steps on every tile."""
+        """Return the state after one expert has taken a segment of steps on every tile."""
         return self.denoise_batch([(state, segment)])[0]
 
     @memory_errors()
@@ -287,7 +287,7 @@ class Upscaler:
             )
 
     def finish(self, state: UpscaleState) -> Picture:
-        """Decode, join tiles, fix colour, and crop or resample to the requested size.
+        """Return the result: decode, join tiles, fix colour, crop or resample to the size wanted.
 
         Pictures are joined on the device, or on the CPU if the device has too little memory.
         """

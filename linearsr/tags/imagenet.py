@@ -35,7 +35,7 @@ class Group(NamedTuple):
 
 
 def groups() -> list[Group]:
-    """Read imagenet.tsv: in each line a name, its classes, and its own threshold if it has one."""
+    """Return the groups of imagenet.tsv: in each line a name, its classes, perhaps a threshold."""
     text = resources.files("linearsr.tags").joinpath("imagenet.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
     return [Group(n, _classes(spans), float(*own) if own else THRESHOLD) for n, spans, *own in rows]

@@ -57,7 +57,7 @@ class Vocabulary:
 
 
 def read_vocabulary(path: str | Path) -> dict[str, float | None]:
-    """Return the names in a text file with their thresholds, or None for a name without one.
+    """Return the names in a text file, each with its threshold, or with None if it has none.
 
     A line is a name, or a name, a tab and a number. Empty lines and those that start with # are
     skipped. Raises OptionError naming the line.

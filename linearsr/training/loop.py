@@ -223,7 +223,7 @@ def draw(numbers: Tensor, shape: torch.Size, config: TrainConfig) -> tuple[Tenso
 
 
 class Conditions(NamedTuple):
-    """The inputs of a denoiser beside the noisy latent, for a batch of B pairs.
+    """The inputs of a denoiser besides the noisy latent, for a batch of B pairs.
 
     lr_picture: (B, 3, H, W), LR at HR's size. joined: its latent, for models that take it.
     tags, mask: embeddings (B, T, tag_dim) and which of them are real, for models that take tags.

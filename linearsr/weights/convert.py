@@ -3,8 +3,9 @@
     python -m linearsr.weights.convert SOURCE --out FOLDER [--name NAME]
 
 SOURCE is a folder (diffusers' `SanaTransformer2DModel`, or a pipeline with `transformer/` inside)
-or a file (NVlabs' .pth, or the same as .safetensors). The result is the same function as the source
-and its LR stem is new, silent until trained. Sana: arXiv 2410.10629. Knows nothing of training.
+or a file (NVlabs' .pth, or the same as .safetensors). The result computes the source's function:
+its LR stem is new and has no effect before training. Sana: arXiv 2410.10629. Knows nothing of
+training.
 """
 
 from __future__ import annotations

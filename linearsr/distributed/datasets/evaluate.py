@@ -1,4 +1,4 @@
-"""Evaluate on a cluster: the same pictures, judge and report as `linearsr evaluate`, spread.
+"""Evaluate on a cluster, with the pictures, the judge and the report of `linearsr evaluate`.
 
     names ─▶ actors: read ▶ every method ▶ every metric ─▶ scores ─▶ parts ─▶ the report
 

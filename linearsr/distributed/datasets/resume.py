@@ -1,9 +1,9 @@
 """How every dataset job goes on after it ended early.
 
-A result appears whole, under a name that its input alone decides: what is there is done, and the
-job that is started again works on the rest. Two files lie beside the results:
+A result appears whole, under a name that its input alone decides. So an input with a result is
+done, and a job that is started again works on the rest. Two files lie beside the results:
 
-    job.json                what the results were made with; other settings are refused
+    job.json                the settings of the results; other settings are refused
     errors/errors.parquet   items that failed: id, stage, error; absent when there are none
 
 A failed item has no result, so the next run tries it again. Tagging writes its settings into each

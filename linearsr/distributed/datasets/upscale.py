@@ -181,7 +181,7 @@ def _targets(
 def target_name(id: str, files: FileOptions, *, local: bool = True) -> str:
     """Return the path of an input's result below the output; an id without a suffix gets one.
 
-    local: the output is a folder; on S3 a key may have empty parts, which stay as they are.
+    local: whether the output is a local folder; a key on S3 may have empty parts, which stay.
 
     Raises InputError for an id that points outside the output.
     """

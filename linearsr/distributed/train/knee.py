@@ -114,7 +114,7 @@ class KneePointCallback(UserCallback):  # type: ignore[misc]
             logging.getLogger(__name__).warning("knee not updated this time: %s", error)
 
     def update(self) -> Knee:
-        """Find the knee in what was validated so far, keep it, write `knee.json` and the plot."""
+        """Find the knee in what was validated so far; write `knee.json` and the plot; return it."""
         before = self.knee or read_knee(self.run)
         result = last_result(self.run)
         reported = (result.best_checkpoints if result else None) or []

@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 def train(stage: StageConfig) -> Outcome:
-    """Train a stage to its end; a run of the same storage and name is continued.
+    """Train a stage to its end and return its outcome; continue a run of that storage and name.
 
     Raises LinearSRError if `check` does, before anything starts, and if the stage fails; what it
     had reported is kept.

@@ -43,7 +43,7 @@ UNREADABLE: Final = "unreadable"
 
 
 def list_sources(config: ShardConfig, notes: Notes | None = None) -> list[str]:
-    """List every picture as `input's name/path below it`, in the order of inputs, then sorted.
+    """Return every picture as `input's name/path below it`, in the order of inputs, then sorted.
 
     notes: gets what is left out, and as failures the pictures and folders that cannot be listed.
     Raises InputError for an input without pictures.
