@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", help="folder of finished pictures; short for --results NAME=FOLDER"
     )
-    parser.add_argument("-o", "--output", required=True, help="folder to write the report to")
+    parser.add_argument("-o", "--output", required=True, help="folder for the report (required)")
     parser.add_argument(
         "--hr", help="folder of true pictures, or of Parquet shards with columns id, lr and hr"
     )

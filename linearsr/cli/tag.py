@@ -75,7 +75,7 @@ def add_tagger_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        help="minimum score for a tag to be kept, 0 to 1, unless the vocabulary has one for it "
+        help="minimum score for a tag to be kept, 0 to 1, where the vocabulary sets none "
         "(default: the tagger's own)",
     )
     parser.add_argument(

@@ -182,9 +182,7 @@ def read_progress(folder: Path) -> Progress:
     try:
         return Progress(**json.loads((folder / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"{folder}: not a checkpoint of a training stage ({error})"
-        ) from error
+        raise WeightsError(f"{folder}: not a checkpoint of a training stage ({error})") from error
 
 
 def learning_rate(step: int, config: TrainConfig, attempt: int = 0, minutes: float = 0.0) -> float:

@@ -229,7 +229,7 @@ def test_auto_backend_is_torch_on_cpu():
         ((1, 4, 2, 16), torch.float32, {"backend": "cuda"}, "unknown backend 'cuda'"),
         ((1, 4, 2, 16), torch.float32, {"eps": -1.0}, "eps"),
         ((1, 4, 2, 16), torch.float32, {"eps": float("nan")}, "eps"),
-        ((1, 4, 2, 24), torch.float32, {"backend": "triton"}, "D of 16, 32, 64 or 128, not 24"),
+        ((1, 4, 2, 24), torch.float32, {"backend": "triton"}, "16, 32, 64 or 128 channels, not 24"),
         ((1, 4, 2, 8), torch.float32, {"backend": "triton"}, "not 8"),
         ((1, 4, 2, 256), torch.float32, {"backend": "triton"}, "not 256"),
         ((1, 4, 2, 16), torch.float64, {"backend": "triton"}, "not torch.float64"),

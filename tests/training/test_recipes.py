@@ -70,5 +70,7 @@ def test_stages_are_found_by_the_experts_that_they_train() -> None:
     assert without.data_of("perceptual") == without.data
     with pytest.raises(OptionError, match="no perceptual stage"):
         without.trained("perceptual")
+    with pytest.raises(OptionError, match="has only one"):
+        without.model_copy(update={"experts": recipe.experts[:1]}).trained("perceptual")
     with pytest.raises(OptionError, match="perceptual: the timesteps are"):
         override(recipe, ["perceptual.0.timesteps.high=0.9"])
