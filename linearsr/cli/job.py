@@ -39,8 +39,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--recipe",
         choices=RECIPES,
         default="tiny_cpu",
-        help="recipe: a preset of the model, its training pairs and the schedule "
-        "(docs/reference/recipe.md)",
+        help="preset of the model, its training pairs and the schedule (docs/reference/recipe.md)",
     )
     add_fields(training, ClusterConfig, ClusterConfig.model_fields)
     training.add_argument(

@@ -416,7 +416,7 @@ def test_s3_bodies_that_always_break_off_are_never_taken_for_whole(
 
 def test_bad_number_of_attempts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "many")
-    with pytest.raises(OptionError, match="AWS_MAX_ATTEMPTS must be .*, not 'many'"):
+    with pytest.raises(OptionError, match=r"AWS_MAX_ATTEMPTS must be .*, not 'many'"):
         locate("s3://bucket")
 
 

@@ -17,7 +17,9 @@ def test_claim_accepts_the_same_settings_and_names_other_ones(tmp_path: Path) ->
     settings = {"steps": 1, "tags": ("a", "b"), "pictures": "8f3a"}
     for _ in range(2):
         claim(output, settings, hidden="pictures")
-    with pytest.raises(OptionError, match=r"other steps \(1, now 2\), pictures; choose another"):
+    with pytest.raises(
+        OptionError, match=r"settings: steps \(1, now 2\), pictures; choose another"
+    ):
         claim(output, {**settings, "steps": 2, "pictures": "77"}, hidden="pictures")
 
 
@@ -25,7 +27,7 @@ def test_claim_takes_defaults_for_settings_that_an_earlier_run_did_not_know(tmp_
     output = locate(tmp_path)
     claim(output, {"steps": 1})
     claim(output, {"steps": 1, "detail": 1.0}, defaults={"detail": 1.0})
-    with pytest.raises(OptionError, match=r"other detail \(1\.0, now 0\.5\)"):
+    with pytest.raises(OptionError, match=r"settings: detail \(1\.0, now 0\.5\)"):
         claim(output, {"steps": 1, "detail": 0.5}, defaults={"detail": 1.0})
 
 

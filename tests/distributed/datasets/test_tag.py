@@ -175,7 +175,9 @@ def test_shards_of_another_dataset_are_not_overwritten(
     _finish(config)
     before = (tmp_path / "out" / "shard-00000.parquet").read_bytes()
     _rewritten(shards / "shard-00000.parquet", **columns)
-    with pytest.raises(OptionError, match=r"other shards: shard-00000.* choose another output"):
+    with pytest.raises(
+        OptionError, match=r"another data set: .*shard-00000.* choose another --output"
+    ):
         tag_dataset(config)
     assert (tmp_path / "out" / "shard-00000.parquet").read_bytes() == before
 

@@ -281,7 +281,7 @@ def test_other_options_in_the_same_output_are_refused(
     crops(source, 1)
     config = config.model_copy(update={"input": str(source)})
     upscale_dataset(config)
-    with pytest.raises(OptionError, match=r"other steps \(1, now 2\); choose"):
+    with pytest.raises(OptionError, match=r"settings: steps \(1, now 2\); choose"):
         upscale_dataset(config.model_copy(update={"options": Options(steps=2)}))
     assert upscale_dataset(config.model_copy(update={"batch": 1})).earlier == 1
 
