@@ -203,5 +203,5 @@ def test_metrics_that_were_never_measured_do_not_hide_the_knee() -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b'{"status": "rising", "unknown": 1}', b"[]"])
 def test_a_damaged_knee_json_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "knee.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"knee\.json: not a knee\.json of ours"):
+    with pytest.raises(InputError, match=r"knee\.json: is damaged, or was not written by LinearSR"):
         read_knee(locate(tmp_path))

@@ -137,7 +137,7 @@ def test_a_start_with_another_number_of_experts_is_refused(
 ) -> None:
     stage = _stage(wide, photos, tmp_path, start, 1, "experts")
     two = wide.model_copy(update={"experts": wide.experts[:2]})
-    with pytest.raises(OptionError, match="have 4 experts, the recipe 2"):
+    with pytest.raises(OptionError, match="have 4 experts and the recipe has 2"):
         check_start(stage.model_copy(update={"recipe": two}))
 
 
