@@ -170,9 +170,9 @@ def test_default_metric_is_measured_if_its_trunk_exists_and_never_downloaded(
     monkeypatch.setattr(lpips, "_downloaded", download)
     request = Request(hr="photos")
     pictures = {"a.png": Source(folder="photos", file="a.png")}
-    without = plan(request, lambda *_: pictures)
+    without = plan(request, lambda *_, **__: pictures)
     assert without.settings.metrics == ("psnr",)
     assert "LINEARSR_LPIPS_TRUNK" in without.skipped["lpips"]
     monkeypatch.setenv(lpips.TRUNK_VARIABLE, str(trunk))
-    assert plan(request, lambda *_: pictures).settings.metrics == ("lpips", "psnr")
+    assert plan(request, lambda *_, **__: pictures).settings.metrics == ("lpips", "psnr")
     assert not metrics.higher_is_better("lpips") and metrics.has_reference("lpips")

@@ -20,6 +20,7 @@ from linearsr.distributed.datasets.shards.build import SCHEMA
 from linearsr.distributed.datasets.tag import NOTE, TagConfig, tag_dataset, tag_shard
 from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.storage.location import locate
+from linearsr.storage.walk import Notes
 from linearsr.tags.base import Tag, TaggerConfig
 from ray_jobs import tag_dataset as job
 
@@ -147,7 +148,7 @@ def _rewritten(file: Path, **columns: list[object]) -> None:
 
 
 def _done(config: TagConfig) -> dict[str, bool]:
-    listed = tagging._list_shards(locate(config.input), "lr")
+    listed = tagging._list_shards(locate(config.input), "lr", Notes())
     notes = tagging._read_notes(listed, locate(config.output), config.settings)
     return {shard.name: note is not None for shard, note in zip(listed, notes, strict=True)}
 
