@@ -11,11 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Triton: torch itself does, for some of its modules.
 os.environ["TRITON_INTERPRET"] = "1"
 # Ray and its processes read these when Ray is imported, so they are set before anything imports it:
-# clients need no token, Train reports quickly, and a slow machine has time to start workers. Workers
-# have the priority of the tests: at Ray's own, 15 steps lower, a test that sends many requests would
-# leave those of the other cluster without a core.
+# clients need no token, Train reports quickly, and a slow machine has time to start workers.
+# Workers have the priority of the tests: at Ray's own, 15 steps lower, a test that sends many
+# requests would leave the workers of the other cluster without a core.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
