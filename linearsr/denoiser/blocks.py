@@ -42,7 +42,7 @@ class LinearAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C); every token attends to every other."""
+        """Let every token of x (B, H, W, C) attend to every other; return the same shape."""
         b, h, w, c = x.shape
         q, k, v = self.qkv(x.reshape(b, h * w, c)).chunk(3, dim=-1)
         if isinstance(self.norm_q, nn.RMSNorm):
@@ -113,7 +113,7 @@ class MixFFN(nn.Module):
         self.project = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
+        """Return the feed-forward branch of x (B, H, W, C), in the same shape."""
         weight, bias = self.depthwise.weight, cast(Tensor, self.depthwise.bias)
         return self.project(depthwise_gate(F.silu(self.expand(x)), weight, bias))
 

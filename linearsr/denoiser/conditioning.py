@@ -40,7 +40,7 @@ class LRStem(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, s, padding=1) for i, o, s in sizes)
 
     def forward(self, picture: Tensor) -> Tensor:
-        """Upsampled LR picture (B, 3, H, W) in [-1, 1] -> (B, C, H / stride, W / stride)."""
+        """Map an upsampled LR picture (B, 3, H, W) in [-1, 1] to (B, C, H / stride, W / stride)."""
         for conv in self.convs:
             picture = F.silu(conv(picture))
         return picture
@@ -56,5 +56,5 @@ class TagProjection(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
     def forward(self, tags: Tensor) -> Tensor:
-        """(B, T, tag_dim) -> (B, T, C)."""
+        """Map the embeddings of T tags (B, T, tag_dim) to the width of the blocks (B, T, C)."""
         return self.norm(self.out(F.gelu(self.hidden(tags), approximate="tanh")))

@@ -108,7 +108,7 @@ def _downloaded() -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
-    """Let a download fail if nothing arrives for DOWNLOAD_SECONDS."""
+    """Return a context in which a download fails if nothing arrives for DOWNLOAD_SECONDS."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:

@@ -46,8 +46,8 @@ def upscale_encoded(
 ) -> Encoded:
     """Upscale a picture file, or its bytes, and encode the result with its provenance.
 
-    All pages of a TIFF file are upscaled if the result is one; other formats get the first, with a
-    note.
+    All pages of a TIFF file are upscaled if the result is one; other formats get the first, and
+    the result's `notes` say so.
 
     format: png, jpeg, webp or tiff; by default `files.format`, else the format of the source if it
     can be written. name: what errors call the picture. progress: see `Upscaler.upscale`.

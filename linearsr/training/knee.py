@@ -106,7 +106,9 @@ class KneeDetector:
         `patience` + 1 updates; the first two leave the detector as it was.
         """
         if self._last is not None and step <= self._last:
-            raise OptionError(f"steps must rise, but {step} came after {self._last}")
+            raise OptionError(
+                f"training steps of the checkpoints must rise, but {step} came after {self._last}"
+            )
         if unknown := sorted(set(metrics) - set(self._signs)):
             raise OptionError(f"unknown metrics {unknown}; the knee has {sorted(self._signs)}")
         self._last, self._updates = step, self._updates + 1

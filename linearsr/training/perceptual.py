@@ -197,7 +197,7 @@ class Perceptual(Objective):
     def load(self, folder: Path) -> None:
         """Read the discriminator and its optimizer; only tensors are unpickled.
 
-        Raises WeightsError if the checkpoint has no such discriminator.
+        Raises WeightsError if the checkpoint has no discriminator, or one of other shapes.
         """
         if self.critic is not None:
             with as_weights_error(folder):

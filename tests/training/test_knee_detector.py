@@ -267,7 +267,7 @@ def test_status_goes_from_rising_over_candidate_to_confirmed() -> None:
 def test_steps_that_do_not_rise_are_refused_and_leave_no_trace(step: int) -> None:
     detector = KneeDetector({"m": True})
     detector.update(100, {"m": 1.0})
-    with pytest.raises(OptionError, match="steps must rise"):
+    with pytest.raises(OptionError, match="steps of the checkpoints must rise"):
         detector.update(step, {"m": 2.0})
     assert detector.update(101, {"m": 2.0}).evidence == {"checkpoints": 2.0}
 

@@ -70,7 +70,7 @@ class UpscaleConfig(Pool):
     options: Options = Options()
     files: FileOptions = FileOptions()
     batch: int = Field(default=8, ge=1)
-    """Number of pictures per call, and of rows per Parquet file."""
+    """Number of pictures that an actor gets at once, and of rows per Parquet file."""
     concurrency: int = Field(default=2, ge=1)
     """Concurrent calls per actor, so that one reads or encodes while another upscales; on a GPU,
     about 8 keep it busy."""

@@ -51,11 +51,11 @@ class ClusterConfig(Config):
         return url(locate(path))
 
     def gpus(self) -> float:
-        """Return the number of GPUs that one stage takes at once."""
+        """Return the number of GPUs that one training run reserves, validation included."""
         return self.workers * self.gpu + self.validation_gpus
 
     def cpus(self) -> float:
-        """Return the number of logical CPUs that one stage takes at once."""
+        """Return the number of logical CPUs that one training run reserves, validation included."""
         return self.workers * (self.worker_cpus + self.data_cpus) + self.validation_cpus
 
 
@@ -74,7 +74,7 @@ class StageConfig(Config):
 
     @property
     def train(self) -> TrainConfig:
-        """Return the configuration of this stage."""
+        """Return this stage's steps, rates and losses, which the recipe holds."""
         return self.recipe.stage(self.kind, self.expert)
 
     @property
