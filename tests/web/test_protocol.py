@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
-from tests.web.conftest import BOUNDARY, END, FORM, detail, part
+from tests.helpers.forms import BOUNDARY, END, FORM, detail, part
 
 
 def form(png: bytes, **fields: str) -> bytes:

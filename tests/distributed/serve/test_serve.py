@@ -278,7 +278,7 @@ def test_replicas_are_divided_in_proportion_to_steps() -> None:
 
 
 def test_replica_counts_must_fit_the_experts(small_config: ModelConfig) -> None:
-    with pytest.raises(OptionError, match="4 experts, got 3"):
+    with pytest.raises(OptionError, match="4 experts, but there are 3 numbers"):
         ServeConfig(replicas=(1, 1, 1)).deployments(small_config)
     with pytest.raises(OptionError, match="replicas"):
         ServeConfig.parse(replicas=0)
