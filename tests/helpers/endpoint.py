@@ -23,6 +23,8 @@ from linearsr.imaging.files import read as read_picture
 from linearsr.pipeline.upscaler import Upscaler
 
 AT_ONCE = 16
+# While replicas start: more requests would leave a machine of two cores no time for the starts.
+AT_ONCE_IN_STARTS = 4
 SIZES = ((32, 24), (24, 40), (40, 40))
 # The bound on a line of a stream; lines with a picture are the longest.
 LINE = 2**22
@@ -107,10 +109,14 @@ def in_session(work: Callable[[aiohttp.ClientSession], Awaitable[list[Answer]]])
 
 
 async def crowd(
-    session: aiohttp.ClientSession, endpoint: Endpoint, cases: list[Case], count: int
+    session: aiohttp.ClientSession,
+    endpoint: Endpoint,
+    cases: list[Case],
+    count: int,
+    at_once: int = AT_ONCE,
 ) -> list[Answer]:
-    """Send `count` requests, `AT_ONCE` at a time."""
-    places = asyncio.Semaphore(AT_ONCE)
+    """Send `count` requests, `at_once` of them at a time."""
+    places = asyncio.Semaphore(at_once)
 
     async def one(number: int) -> Answer:
         async with places:

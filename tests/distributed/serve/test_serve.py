@@ -25,6 +25,7 @@ from linearsr.pipeline.upscaler import Upscaler
 from linearsr.weights import expert_names, read_config, save
 from tests.helpers.cluster import living_actors
 from tests.helpers.endpoint import (
+    AT_ONCE_IN_STARTS,
     Answer,
     Case,
     Endpoint,
@@ -122,7 +123,7 @@ def test_requests_survive_the_death_of_replicas(endpoint: Endpoint, cases: list[
         killer = asyncio.create_task(kill(done))
         answers: list[Answer] = []
         while not done.is_set() or len(answers) < REQUESTS:
-            answers += await crowd(session, endpoint, cases, len(cases) * 2)
+            answers += await crowd(session, endpoint, cases, len(cases), AT_ONCE_IN_STARTS)
         await killer
         return answers
 
@@ -249,7 +250,7 @@ def test_rollout_fails_no_request_and_mixes_no_models(
         answers = await crowd(session, endpoint, cases, len(cases))
         deploying = asyncio.create_task(asyncio.to_thread(serve.run, app))
         while not deploying.done():
-            answers += await crowd(session, endpoint, cases, len(cases))
+            answers += await crowd(session, endpoint, cases, len(cases), AT_ONCE_IN_STARTS)
         await deploying
         return answers
 
