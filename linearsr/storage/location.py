@@ -87,6 +87,13 @@ class Location:
                 return s3.exists()
             return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
 
+    def is_file(self) -> bool:
+        """Return whether there is a file or an object of exactly this name."""
+        with explained(self):
+            if s3 := _on_s3(self):
+                return s3.is_object()
+            return os.path.isfile(self.path)
+
     def read(self) -> bytes:
         """Return the bytes of a file. Raises InputError; MissingFile if there is no file."""
         with explained(self):

@@ -137,6 +137,16 @@ def test_the_hint_for_two_results_of_one_name_works(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_result_with_the_name_of_another_ones_folder_is_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "in", "a.bmp", "a.png/x/b.png")
+    with pytest.raises(OptionError, match=r"a\.bmp would become .*a\.png, which is the folder of"):
+        _pairs([tmp_path / "in"], tmp_path / "out")
+    _touch(tmp_path / "in2", "a.gif", "a.webp/b.png")
+    with pytest.raises(OptionError, match="; leave out --format, rename one"):
+        _pairs([tmp_path / "in2"], tmp_path / "out", "webp")
+    assert len(_pairs([tmp_path / "in2"], tmp_path / "out")[0]) == 2
+
+
 def test_results_that_cannot_be_written_fail_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
