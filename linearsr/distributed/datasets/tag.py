@@ -27,7 +27,6 @@ from linearsr.errors import (
     WeightsError,
     is_text,
     one_line,
-    printable,
     reason,
 )
 from linearsr.imaging.files import read
@@ -151,7 +150,7 @@ def _list_shards(folder: Location, column: str, notes: Notes) -> list[_Shard]:
     files = {n: file for n, file in files.items() if is_shard_name(n)}
     for name in [name for name in files if not is_text(name)]:
         del files[name]
-        notes.failures[printable(name)] = NAME_FAULT
+        notes.fail(name, NAME_FAULT)
     if not files:
         raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
 
