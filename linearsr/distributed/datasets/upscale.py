@@ -188,7 +188,7 @@ def target_name(id: str, files: FileOptions, *, local: bool = True) -> str:
     Raises InputError for an id that points outside the output.
     """
     folder, slash, name = id.rpartition("/")
-    if not name or ".." in id.split("/") or (local and not is_plain(id)):
+    if name in ("", ".") or ".." in id.split("/") or (local and not is_plain(id)):
         raise InputError(
             f"id {id!r} cannot be a file's name: it would lie outside the output, or replace "
             "another file; rename it, or write Parquet"

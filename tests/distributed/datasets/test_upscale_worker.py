@@ -6,14 +6,16 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from linearsr.config import Options
 from linearsr.distributed.datasets.upscale import UpscaleConfig, _targets, _todo, _Worker
 from linearsr.errors import OptionError
-from linearsr.imaging.sources import list_inputs
+from linearsr.imaging.sources import INPUTS, list_inputs
 from linearsr.storage.location import Location, locate
+from linearsr.storage.s3 import S3FileSystem
 from linearsr.storage.targets import check_collisions
 from tests.helpers.s3 import Server
 
@@ -37,6 +39,17 @@ def _config(folder: Location, output: Location, model: Path) -> UpscaleConfig:
 
 def _row(id: str, target: str) -> dict[str, Any]:
     return {"id": id, "file": id, "group": -1, "row": -1, "target": target}
+
+
+@pytest.mark.parametrize("id", ["a/.", "a/..", "a/", "."])
+def test_a_key_that_can_be_no_files_name_costs_one_row(small_bundle: Path, id: str) -> None:
+    source = locate("/in")
+    config = _config(source, source / "out", small_bundle)
+    ids = ["b.png", id]
+    inputs = pa.table([ids, ids, [-1, -1], [-1, -1]], schema=INPUTS)
+    for output in (source / "out", Location(S3FileSystem(None, None), "bucket/out")):
+        targets, faults = _targets(inputs, output, config)
+        assert targets == {"b.png": "b.png"} and "outside the output" in faults[id]
 
 
 def test_a_result_with_the_name_of_another_ones_folder_is_refused(
