@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -176,6 +177,33 @@ def test_results_too_wide_for_their_format_are_refused_before_the_first_step(  #
     Image.new("RGB", (width, 2)).save(tmp_path / "pano.png")
     code, _, err = run(tmp_path / "pano.png", "-o", tmp_path / f"out.{suffix}")
     assert code == 1 and f"{4 * width}x8 is too large for" in err and "write PNG or TIFF" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(KeyError(16), "KeyError: 16"), (RecursionError("deep"), "RecursionError: deep")],
+)
+def test_an_unexpected_error_costs_one_picture(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+    upscale = Upscaler.upscale_tagged
+    failures = iter([error])
+
+    def fail_once(*arguments: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return upscale(*arguments)
+
+    monkeypatch.setattr(Upscaler, "upscale_tagged", fail_once)
+    code, _, err = run(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 1 and err.splitlines() == [
+        f"linearsr: {tmp_path / 'in' / 'a.png'}: {words}",
+        "linearsr: 1 failed; the others are written",
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
 
 
 def test_names_that_are_not_utf8_are_printed_readably(small_bundle: Path, tmp_path: Path) -> None:
