@@ -17,6 +17,7 @@ from typing import NamedTuple
 from linearsr.config import FileOptions, Options
 from linearsr.errors import OutputError
 from linearsr.imaging.files import Picture, check_fits, encode, join_pages, read, result_format
+from linearsr.pipeline.notes import notes_of, pages_note
 from linearsr.pipeline.sizes import output_size
 from linearsr.pipeline.upscaler import Progress, Upscaler
 
@@ -83,14 +84,21 @@ def upscale_encoded(
     def read_page(page: int) -> Picture:
         return read(data, max_pixels=files.max_pixels, name=f"page {page + 1} of {name}", page=page)
 
-    sizes = [output_size(*read_page(page).pixels.shape[-2:], options) for page in range(pages)]
+    sizes = [_result_size(read_page(page), options) for page in range(pages)]
     encoded: list[Encoded] = []
     for page in range(pages):
         encoded.append(upscale(read_page(page)))
         _check_joined(encoded, sizes)
-    notes = dict.fromkeys(note for page in encoded for note in page.notes if note != _pages(pages))
+    notes = dict.fromkeys(
+        note for page in encoded for note in page.notes if note != pages_note(pages)
+    )
     data = join_pages([page.data for page in encoded])
     return encoded[0]._replace(data=data, notes=tuple(notes))
+
+
+def _result_size(picture: Picture, options: Options) -> tuple[int, int]:
+    height, width = picture.pixels.shape[-2:]
+    return output_size(height, width, options)
 
 
 def _begin(
@@ -98,7 +106,7 @@ def _begin(
 ) -> None:
     """Check before the first step that the format can hold the result, and call `on_stage`."""
     if stage == "upscale":
-        height, width = output_size(*picture.pixels.shape[-2:], options)
+        height, width = _result_size(picture, options)
         check_fits(width, height, format)
     if on_stage:
         on_stage(stage, picture)
@@ -152,9 +160,4 @@ def encode_result(
     provenance = upscaler.describe(options)
     data = encode(result, format, quality=files.quality, provenance=provenance)
     height, width = result.pixels.shape[-2:]
-    notes = result.notes if result.pages == 1 else (*result.notes, _pages(result.pages))
-    return Encoded(data, format, width, height, notes)
-
-
-def _pages(pages: int) -> str:
-    return f"only the first of {pages} pages"
+    return Encoded(data, format, width, height, notes_of(result))

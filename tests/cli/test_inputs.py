@@ -225,6 +225,16 @@ def test_names_that_are_not_utf8_are_printed_readably(small_bundle: Path, tmp_pa
     assert [os.fsencode(path.name) for path in (tmp_path / "out").iterdir()] == [b"caf\xe9.png"]
 
 
+def test_tags_of_a_picture_say_what_was_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Image.new("RGB", (8, 8))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page])
+    monkeypatch.setattr("linearsr.tags.load_tagger", lambda *_: lambda _: [])
+    assert cli.main(["tag", str(tmp_path / "a.tif")]) == 0
+    assert capsys.readouterr().err == f"linearsr: {tmp_path}/a.tif: only the first of 2 pages\n"
+
+
 def test_tags_of_a_folder_name_what_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
