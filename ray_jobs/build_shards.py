@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = job.validated(ShardConfig, {"inputs": options.pop("input"), **options})
     job.connect(data=False)
     result = build_shards(config)
+    for note in result.notes:
+        print(note, file=sys.stderr)
     for failure in (*result.unreadable, *result.failed):
         print(f"failed: {failure}", file=sys.stderr)
     print(result)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from linearsr.cli.flags import HelpFormatter
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
-from linearsr.errors import OptionError, require
+from linearsr.errors import OptionError, printable, require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -157,6 +157,8 @@ def print_report(report: Report, output: str) -> int:
     print(table(report))
     for name, reason in report.skipped.items():
         print(f"skipped: {name}: {reason}")
+    for line in report.notes():
+        print(printable(f"linearsr: {line}"), file=sys.stderr)
     for line in report.failures:
         complain(OSError(line), SOME_FAILED)
     print(f"{output}/report.md")

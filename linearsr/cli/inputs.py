@@ -73,6 +73,7 @@ def _pair_with_folder(
     inputs: list[Path], output: Path, format: str | None, skip_existing: bool
 ) -> tuple[list[Pair], int]:
     from linearsr.imaging.files import WRITE_SUFFIXES, result_name
+    from linearsr.storage.targets import check_collisions
 
     advice = "give a folder for the results of several inputs"
     if os.path.isfile(output):
@@ -83,7 +84,11 @@ def _pair_with_folder(
     pairs = [Pair(source, output / result_name(name, format)) for source, name in listed]
     if skip_existing:
         pairs = _without_results(pairs)
-    _check_collisions(pairs, {source: output / result_name(name, None) for source, name in listed})
+    check_collisions(
+        ((source, str(target)) for source, target in pairs),
+        ((source, str(output / result_name(name, None))) for source, name in listed),
+        "rename one, or upscale them into different folders",
+    )
     return [_checked(pair) for pair in pairs], failed
 
 
@@ -124,19 +129,6 @@ def _without_results(pairs: list[Pair]) -> list[Pair]:
         for pair in pairs
         if os.path.realpath(pair.source) not in targets or read_provenance(pair.source) is None
     ]
-
-
-def _check_collisions(pairs: list[Pair], plain: dict[Path, Path]) -> None:
-    """Raise OptionError if two pictures have one result. plain: results without --format."""
-    sources: dict[Path, Path] = {}
-    for source, target in pairs:
-        other = sources.setdefault(target, source)
-        if other is not source:
-            way = "leave out --format, " if len(set(plain.values())) == len(plain) else ""
-            raise OptionError(
-                f"{other} and {source} would both become {target}; {way}rename one, or "
-                "upscale them into different folders"
-            )
 
 
 def _checked(pair: Pair) -> Pair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,9 +118,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _print_tags(tagger: Tagger, path: Path, as_json: bool) -> bool:
     """Print one picture's tags, or why there are none; False if the picture failed."""
     from linearsr.imaging.files import read
+    from linearsr.pipeline.notes import notes_of
 
     try:
-        tags = tagger(read(path).pixels)
+        picture = read(path)
+        tags = tagger(picture.pixels)
     except (OptionError, WeightsError):
         raise  # the next picture would fail as well
     except Exception as error:  # torch, codecs and models raise errors of many kinds
@@ -133,4 +136,6 @@ def _print_tags(tagger: Tagger, path: Path, as_json: bool) -> bool:
         found = ", ".join(f"{tag.name} {tag.score:.2f}" for tag in tags)
         line = f"{path}: {found or 'no tags'}"
     print(printable(line), flush=True)
+    for note in notes_of(picture):
+        print(printable(f"linearsr: {path}: {note}"), file=sys.stderr)
     return True

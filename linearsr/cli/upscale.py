@@ -12,7 +12,14 @@ from linearsr.cli.flags import HelpFormatter, add_fields
 from linearsr.cli.inputs import pair_files
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import FileOptions, Options
-from linearsr.errors import LinearSRError, OptionError, OutputError, printable
+from linearsr.errors import (
+    LinearSRError,
+    OptionError,
+    OutputError,
+    WeightsError,
+    printable,
+    reason,
+)
 
 if TYPE_CHECKING:
     from linearsr.imaging.files import Picture
@@ -90,12 +97,12 @@ def _run(arguments: argparse.Namespace) -> int:
         line = _Line(f"[{number}/{len(pairs)}] {source.name}")
         try:
             _upscale_file(upscaler, options, files, source, target, line)
-        except OptionError:
-            raise  # the same options would fail for every picture
-        except (LinearSRError, MemoryError) as error:
+        except (OptionError, WeightsError):
+            raise  # the next picture would fail as well
+        except Exception as error:  # one bad picture must not end the run
             failed += 1
             path = target if isinstance(error, OutputError) else source
-            message = str(error) or "out of memory"
+            message = reason(error)
             named = message if str(path) in message else f"{path}: {message}"
             complain(LinearSRError(named), SOME_FAILED)
     if failed and len(pairs) > 1:

@@ -10,6 +10,8 @@ from linearsr.config import Config, Solver
 
 Steps = Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(min_length=1)]
 TRUTH, BICUBIC = "HR", "bicubic"
+# The metric of a Score that holds a note about a picture.
+NOTE = "note"
 
 
 class Source(Config):
@@ -58,7 +60,8 @@ class Score(NamedTuple):
     """The value of one metric for one picture by one method, or the reason why there is none.
 
     An empty metric means that the whole method failed on the picture. If the method is empty too,
-    the whole picture failed, or a worker could not load a metric that others have.
+    the whole picture failed, or a worker could not load a metric that others have. With the metric
+    NOTE, `error` is what a user must know about a file that was read.
     """
 
     id: str

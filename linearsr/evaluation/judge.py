@@ -21,12 +21,22 @@ from torch import Tensor
 from linearsr.config import Options
 from linearsr.errors import InputError, LinearSRError, WeightsError, reason
 from linearsr.evaluation.checkpoint import Checkpoint, is_checkpoint
-from linearsr.evaluation.config import BICUBIC, TRUTH, Item, Score, Settings, Source, result_label
+from linearsr.evaluation.config import (
+    BICUBIC,
+    NOTE,
+    TRUTH,
+    Item,
+    Score,
+    Settings,
+    Source,
+    result_label,
+)
 from linearsr.evaluation.drawing import details
 from linearsr.imaging.degradation import CAMERA, MILD, PRESETS, Degradation, degrade
 from linearsr.imaging.files import Picture, read, to_pil
 from linearsr.imaging.resample import resize
 from linearsr.metrics.measure import has_reference, measure
+from linearsr.pipeline.notes import notes_of
 from linearsr.pipeline.upscaler import Upscaler
 
 # Side in pixels of the detail of a picture that the contact sheet shows, pixel by pixel.
@@ -83,11 +93,14 @@ class Judge:
         load: Callable[[str], Upscaler | Checkpoint],
     ) -> None:
         self.settings, self.read_source = settings, read_source
+        # The notes of the files that the current picture is made from, in order.
+        self.notes: dict[str, None] = {}
         self.models = {name: load(model) for name, model in settings.models.items()}
 
     def scores(self, item: Item) -> list[Score]:
         """Return every metric of every method, or a failure in its place; never raises."""
         scores: list[Score] = []
+        self.notes = {}
         try:
             hr, methods = self._methods(item)
         except Exception as error:  # torch and codecs raise errors of many kinds
@@ -97,6 +110,7 @@ class Judge:
                 scores += list(self._measured(item, name, make(), hr))
             except Exception as error:
                 scores.append(Score(item.id, name, "", None, reason(error)))
+        scores += [Score(item.id, "", NOTE, None, note) for note in self.notes]
         return list(dict.fromkeys(scores))
 
     def _measured(
@@ -185,7 +199,9 @@ class Judge:
         return hr, lr
 
     def _pixels(self, source: Source, name: str) -> Tensor:
-        return read(self.read_source(source), name=name).pixels
+        picture = read(self.read_source(source), name=name)
+        self.notes |= dict.fromkeys(f"{name}: {note}" for note in notes_of(picture))
+        return picture.pixels
 
     def _result(self, source: Source, hr: Tensor | None) -> Tensor:
         """Another program's picture, cut to the size of HR.

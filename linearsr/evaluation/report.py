@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from linearsr.evaluation.config import BICUBIC, TRUTH, Score, Settings
+from linearsr.evaluation.config import BICUBIC, NOTE, TRUTH, Score, Settings
 from linearsr.evaluation.drawing import Row, sheet
 from linearsr.evaluation.judge import DETAIL, Example
 from linearsr.metrics.measure import conventions, has_reference, higher_is_better
@@ -57,7 +57,11 @@ class Report:
 
     def methods(self) -> list[str]:
         """Return the methods that have a score."""
-        return list(dict.fromkeys(s.method for s in self.scores if not s.failed))
+        return list(dict.fromkeys(s.method for s in self.scores if s.method and not s.failed))
+
+    def notes(self) -> list[str]:
+        """Return what a user must know about the files that were read, a line for each."""
+        return list(dict.fromkeys(s.error for s in self.scores if s.metric == NOTE))
 
 
 def table(report: Report) -> str:
@@ -98,6 +102,7 @@ def markdown(report: Report) -> str:
         _section("Models", [f"{name}: {text}" for name, text in report.models.items()]),
         _section("Metrics skipped", [f"{name}: {why}" for name, why in report.skipped.items()]),
         _section("Pictures that a metric could not measure", _gaps(report.scores)),
+        _section("Notes", report.notes()),
         _section("Failed", report.failures),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -139,7 +144,7 @@ def _gaps(scores: Iterable[Score]) -> list[str]:
     """A line for each metric that has no value for some picture, with the first reason."""
     missing: dict[str, list[Score]] = {}
     for score in scores:
-        if score.metric and score.value is None:
+        if score.metric not in ("", NOTE) and score.value is None:
             missing.setdefault(score.metric, []).append(score)
     return [
         f"{scores[0].error}: {scores[0].id} ({len({s.id for s in scores})} in all)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mimetypes
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from linearsr.errors import Denied, InputError, StorageError, is_text, printable
-from linearsr.imaging.files import READ_SUFFIXES, sniff
+from linearsr.imaging.files import READ_SUFFIXES, RESULT_SUFFIXES, sniff
 from linearsr.storage.walk import Kind, Notes, walk
 
 # The first bytes that tell pictures from other files, and the number of files that are opened at
@@ -43,15 +44,19 @@ LITTER: Final = {
     **dict.fromkeys(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"), _WINDOWS),
     "system volume information": _WINDOWS,
     **dict.fromkeys(("@eadir", ".@__thumb", "@__thumb", ".thumbnails", ".thumbs"), _THUMBNAIL),
-    **dict.fromkeys(("#recycle", "@recycle", "$recycle.bin", "recycler", "recycled"), _DELETED),
+    **dict.fromkeys(("#recycle", "@recycle", "$recycle.bin"), _DELETED),
     **dict.fromkeys(("#snapshot", "@recently-snapshot", ".snapshot", ".snapshots"), _BACKUP),
     **dict.fromkeys((".stversions", ".dropbox.cache"), _BACKUP),
     **dict.fromkeys((".git", ".hg", ".svn"), _VERSIONS),
 }
 _LITTER_BEGINNINGS: Final = (("._", _MACOS), (".trash", _DELETED))
+# Windows' older recycle bins by what is in them, since a folder of people may be called "recycled":
+# a folder for each user's number, or files like Dc12.jpg.
+_OLD_BIN: Final = re.compile(r"(^|/)recycle[dr]/(s-1-\d|(.*/)?(d[a-z]\d+(\.[^/]*)?|info2)$)")
 # exiftool keeps the old file as photo.jpg_original.
+_OLD_ENDING: Final = "_original"
 _LITTER_ENDINGS: Final = (
-    *((end, _BACKUP) for end in ("_original", "~")),
+    ("~", _BACKUP),
     *((end, _UNFINISHED) for end in (".part", ".partial", ".crdownload", ".download")),
     # The preview of a video.
     (".thm", _THUMBNAIL),
@@ -168,13 +173,24 @@ def _leave_litter_out(name: str, notes: Notes) -> bool:
 
 def litter(name: str) -> Kind | None:
     """Return the kind of litter that a file, or a folder around it, is; None for no litter."""
-    for part in name.lower().split("/"):
+    name = name.lower()
+    for part in name.split("/"):
         if kind := LITTER.get(part):
             return kind
         for beginning, kind in _LITTER_BEGINNINGS:
             if part.startswith(beginning):
                 return kind
-    return next((kind for end, kind in _LITTER_ENDINGS if name.lower().endswith(end)), None)
+    if _OLD_BIN.search(name):
+        return _DELETED
+    if name.endswith(_OLD_ENDING) and _says_picture(_suffix(name.removesuffix(_OLD_ENDING))):
+        return _BACKUP
+    return next((kind for end, kind in _LITTER_ENDINGS if name.endswith(end)), None)
+
+
+def _says_picture(suffix: str) -> bool:
+    """Return whether a suffix in lower case is one of pictures, also of those that are not read."""
+    known = {*READ_SUFFIXES, *RESULT_SUFFIXES, *_RAW_SUFFIXES, ".heic", ".heif", ".jxl"}
+    return suffix in known or _types().get(suffix, "").startswith("image/")
 
 
 def _must_look(name: str) -> bool:

@@ -8,16 +8,22 @@ stages on different replicas, so it uses the two ends, `read_tagged` and `encode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from linearsr.config import FileOptions, Options
+from linearsr.errors import OutputError
 from linearsr.imaging.files import Picture, check_fits, encode, join_pages, read, result_format
+from linearsr.pipeline.notes import notes_of, pages_note
 from linearsr.pipeline.sizes import output_size
 from linearsr.pipeline.upscaler import Progress, Upscaler
 
 OnStage = Callable[[str, Picture], None]
+# The largest TIFF file, whose offsets have 32 bits, less some room for its directories.
+TIFF_BYTES = 2**32 - 2**24
 
 
 class Encoded(NamedTuple):
@@ -53,30 +59,71 @@ def upscale_encoded(
     can be written. name: what errors call the picture. progress: see `Upscaler.upscale`.
     on_stage: called with "upscale" and the picture that was read, then "encode" and the result; for
     each page.
-    Raises InputError, OptionError, OutOfMemory, TooLarge or OutputError; a result that is too large
-    for its format is refused before the model's first step.
+    Raises InputError, OptionError, OutOfMemory, TooLarge or OutputError. A page that cannot be read
+    and a result that is too large for its format are found before the model's first step, and a
+    file of several pages that would become too large as soon as that is clear.
     """
+    picture = read(source, max_pixels=files.max_pixels, name=name)
+    target = format or result_format(picture.format, files.format)
+    pages = picture.pages if target == "tiff" else 1
+    begin = partial(_begin, options=options, format=target, on_stage=on_stage)
 
-    def begin(stage: str, picture: Picture) -> None:
-        if stage == "upscale":
-            height, width = picture.pixels.shape[-2:]
-            height, width = output_size(height, width, options)
-            check_fits(width, height, format or result_format(picture.format, files.format))
-        if on_stage:
-            on_stage(stage, picture)
-
-    def upscale(page: int) -> tuple[int, Encoded]:
-        picture, tagged = read_tagged(upscaler, source, options, files, name, begin, page)
+    def upscale(picture: Picture) -> Encoded:
+        begin("upscale", picture)
+        tagged = upscaler.with_tags(picture, options)
         result = upscaler.upscale_tagged(picture, tagged, progress)
         begin("encode", result)
-        return picture.pages, encode_result(upscaler, result, tagged, files, format)
+        return encode_result(upscaler, result, tagged, files, format)
 
-    pages, first = upscale(0)
-    if pages == 1 or first.format != "tiff":
-        return first
-    encoded = [first, *(upscale(page)[1] for page in range(1, pages))]
-    notes = dict.fromkeys(note for page in encoded for note in page.notes if note != _pages(pages))
-    return first._replace(data=join_pages([page.data for page in encoded]), notes=tuple(notes))
+    if pages == 1:
+        return upscale(picture)
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    # Read once, since the file may change meanwhile.
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+
+    def read_page(page: int) -> Picture:
+        return read(data, max_pixels=files.max_pixels, name=f"page {page + 1} of {name}", page=page)
+
+    sizes = [_result_size(read_page(page), options) for page in range(pages)]
+    encoded: list[Encoded] = []
+    for page in range(pages):
+        encoded.append(upscale(read_page(page)))
+        _check_joined(encoded, sizes)
+    notes = dict.fromkeys(
+        note for page in encoded for note in page.notes if note != pages_note(pages)
+    )
+    data = join_pages([page.data for page in encoded])
+    return encoded[0]._replace(data=data, notes=tuple(notes))
+
+
+def _result_size(picture: Picture, options: Options) -> tuple[int, int]:
+    height, width = picture.pixels.shape[-2:]
+    return output_size(height, width, options)
+
+
+def _begin(
+    stage: str, picture: Picture, *, options: Options, format: str, on_stage: OnStage | None
+) -> None:
+    """Check before the first step that the format can hold the result, and call `on_stage`."""
+    if stage == "upscale":
+        height, width = _result_size(picture, options)
+        check_fits(width, height, format)
+    if on_stage:
+        on_stage(stage, picture)
+
+
+def _check_joined(encoded: list[Encoded], sizes: list[tuple[int, int]]) -> None:
+    """Raise OutputError if the pages cannot be one file. sizes: those of all pages of the result.
+
+    Pages differ in how well they can be compressed, so an estimate must be far too large to count.
+    """
+    written = sum(len(page.data) for page in encoded)
+    share = sum(map(math.prod, sizes[: len(encoded)])) / sum(map(math.prod, sizes))
+    if written > TIFF_BYTES or written / share > 2 * TIFF_BYTES:
+        raise OutputError(
+            f"the {len(sizes)} pages would need about {written / share / 2**30:.1f} GiB, and a "
+            "TIFF file holds 4; split the file, or choose a smaller scale or another format"
+        )
 
 
 def read_tagged(
@@ -86,14 +133,13 @@ def read_tagged(
     files: FileOptions,
     name: str | None = None,
     on_stage: OnStage | None = None,
-    page: int = 0,
 ) -> tuple[Picture, Options]:
     """Return the decoded picture, and the options with the tags that guide it.
 
     The parameters are those of `upscale_encoded` and `linearsr.imaging.files.read`; the tagger
     counts as the stage "upscale".
     """
-    picture = read(source, max_pixels=files.max_pixels, name=name, page=page)
+    picture = read(source, max_pixels=files.max_pixels, name=name)
     if on_stage:
         on_stage("upscale", picture)
     return picture, upscaler.with_tags(picture, options)
@@ -114,9 +160,4 @@ def encode_result(
     provenance = upscaler.describe(options)
     data = encode(result, format, quality=files.quality, provenance=provenance)
     height, width = result.pixels.shape[-2:]
-    notes = result.notes if result.pages == 1 else (*result.notes, _pages(result.pages))
-    return Encoded(data, format, width, height, notes)
-
-
-def _pages(pages: int) -> str:
-    return f"only the first of {pages} pages"
+    return Encoded(data, format, width, height, notes_of(result))

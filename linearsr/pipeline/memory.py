@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -24,6 +25,11 @@ BYTES_PER_INPUT_PIXEL = 24
 # Memory per output pixel for the first step's guess, if it is kept: 48 channels for each 4 x 4
 # output pixels. At x1 in tiles with half of the detail, 164 bytes were measured in all.
 BYTES_PER_GUESS_PIXEL = 12
+
+# Files of a control group with its limit and what it uses, and in memory.stat the entry of files
+# that Linux holds in memory and can drop.
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 # Messages of allocators, and of CUDA for tensors of more than 2**31 numbers.
 _MESSAGES = ("allocate memory", "out of memory", "ALLOC_FAILED", "32-bit index math")
@@ -57,12 +63,48 @@ def check_memory(picture: Picture, options: Options, size: tuple[int, int], *, t
     if 0 < options.detail < 1:
         per_pixel += BYTES_PER_GUESS_PIXEL
     needed = per_pixel * pixels + BYTES_PER_INPUT_PIXEL * height * width
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if needed > free:
         raise TooLarge(
             f"a {width}x{height} picture needs about {needed / 2**30:.1f} GiB of memory and "
             f"{free / 2**30:.1f} GiB are free; shrink or split it"
         )
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Return how many bytes this process can still have: the machine's, or its container's.
+
+    root: the folder that has proc and sys.
+    """
+    return min([psutil.virtual_memory().available, *_left_to_cgroups(root)])
+
+
+def _left_to_cgroups(root: Path) -> Iterator[int]:
+    """Yield what the memory limit of each control group around this process leaves."""
+    for group, (limit, usage, cache) in _cgroups(root):
+        with contextlib.suppress(OSError, ValueError):  # there is no limit, or it is "max"
+            most = int((group / limit).read_text())
+            used = int((group / usage).read_text())
+            lines = (group / "memory.stat").read_text().splitlines()
+            # Linux frees its copies of files that nobody has used lately before it kills anyone.
+            counts = dict(line.split(maxsplit=1) for line in lines)
+            yield max(0, most - used + int(counts.get(cache, 0)))
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yield the folder and the names of files of each control group that can limit memory.
+
+    In a container the mounted folder is often its own group, and the path below it does not exist.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            controllers, path = line.split(":", 2)[1:]
+            if not controllers or "memory" in controllers.split(","):
+                names = _CGROUP_V1 if controllers else _CGROUP_V2
+                top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+                parts = PurePosixPath(path).parts[1:]
+                for depth in range(len(parts) + 1):
+                    yield top.joinpath(*parts[:depth]), names
 
 
 def keep_freed_memory() -> None:

@@ -87,6 +87,13 @@ class Location:
                 return s3.exists()
             return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
 
+    def is_file(self) -> bool:
+        """Return whether there is a file or an object of exactly this name."""
+        with explained(self):
+            if s3 := _on_s3(self):
+                return s3.is_object()
+            return os.path.isfile(self.path)
+
     def read(self) -> bytes:
         """Return the bytes of a file. Raises InputError; MissingFile if there is no file."""
         with explained(self):
@@ -118,7 +125,7 @@ class Location:
         The result is empty if the folder does not exist. Unfinished files of a killed process are
         left out. Links are followed as in `walk`.
 
-        notes: gets the links that are left out and the subfolders that cannot be listed; without
+        notes: gets the links that are left out and the subfolders that cannot be read; without
         it, such a folder raises InputError. A name that is not UTF-8 has surrogates in its path.
         """
         with explained(self):
@@ -133,8 +140,14 @@ class Location:
         sizes = {}
         with contextlib.suppress(FileNotFoundError):
             for name, entry in walk(self.path, seen):
-                with contextlib.suppress(FileNotFoundError):  # it may be deleted meanwhile
+                try:
                     sizes[(self / name).path] = entry.stat().st_size
+                except FileNotFoundError:
+                    continue  # it was deleted meanwhile
+                except OSError as error:  # a folder that may be listed but not entered
+                    if not (below := os.path.dirname(name)):
+                        raise
+                    seen.fail(below, f"its files cannot be read ({error.strerror or error})")
         if notes is None:
             seen.check(self.path)
         return sizes

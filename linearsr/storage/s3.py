@@ -72,15 +72,20 @@ class S3Path(NamedTuple):
 
     def exists(self) -> bool:
         """Return whether there is such an object, or any object below it."""
+        if self.key and self.is_object():
+            return True
+        page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        return not self.key or bool(page.get("Contents"))
+
+    def is_object(self) -> bool:
+        """Return whether there is such an object."""
         try:
-            if self.key:
-                self.client.head_object(Bucket=self.bucket, Key=self.key)
-                return True
+            self.client.head_object(Bucket=self.bucket, Key=self.key)
         except ClientError as error:
             if error.response["Error"]["Code"] != "404":
                 raise
-        page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
-        return not self.key or bool(page.get("Contents"))
+            return False
+        return True
 
     def read(self) -> bytes:
         """Return the bytes of an object."""

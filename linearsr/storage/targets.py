@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from linearsr.errors import OutputError
+from linearsr.errors import OptionError, OutputError
 
 # The longest name of a file, in bytes, where the file system does not say.
 NAME_BYTES: Final = 255
@@ -48,6 +49,46 @@ class TargetCheck:
             )
         if os.path.isdir(file):
             raise OutputError(f"{file}: a folder has this name; choose another output")
+
+
+def check_collisions(
+    targets: Iterable[tuple[object, str]],
+    plain: Iterable[tuple[object, str]],
+    ways: str,
+    *,
+    nested: bool = False,
+) -> None:
+    """Raise OptionError if two results have one name, or one has the name of another's folder.
+
+    targets: each source with the path of its result; plain: the same without --format. ways: what
+    else a user can do. nested: whether a file may have the name of a folder, as on S3.
+    """
+    if fault := _collision(targets, nested):
+        way = "" if _collision(plain, nested) else "leave out --format, "
+        raise OptionError(f"{fault}; {way}{ways}")
+
+
+def _collision(targets: Iterable[tuple[object, str]], nested: bool) -> str:
+    """Return what is wrong with the names of results; empty if nothing is."""
+    sources: dict[str, object] = {}
+    for source, target in targets:
+        if target in sources:
+            return f"{sources[target]} and {source} would both become {target}"
+        sources[target] = source
+    if nested:
+        return ""
+    folders: set[str] = set()
+    for target, source in sources.items():
+        folder = os.path.dirname(target)
+        while folder and folder not in folders:
+            if folder in sources:
+                return (
+                    f"{sources[folder]} would become {folder}, which is the folder of {target}, "
+                    f"the result of {source}"
+                )
+            folders.add(folder)
+            folder = os.path.dirname(folder)
+    return ""
 
 
 def _fault(folder: str) -> str:

@@ -45,6 +45,10 @@ class Notes:
         """Note a file that is left out on purpose."""
         self.left_out.setdefault(kind, []).append(name)
 
+    def fail(self, name: str, reason: str) -> None:
+        """Note why a name failed. It becomes text, as lists of failures hold nothing else."""
+        self.failures[printable(name)] = reason
+
     def add(self, other: Notes, folder: str) -> None:
         """Add the notes of a folder's listing; names are below `folder` then."""
         for kind, names in other.left_out.items():
@@ -165,7 +169,7 @@ class _Tree:
 
     def _fail(self, name: str, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # it may have been deleted meanwhile
-            self.notes.failures[name] = f"cannot be listed ({error.strerror or error})"
+            self.notes.fail(name, f"cannot be listed ({error.strerror or error})")
 
 
 def _with_slash(path: str) -> str:

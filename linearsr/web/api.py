@@ -36,7 +36,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linearsr import __version__
-from linearsr.imaging.files import WRITE_SUFFIXES
+from linearsr.imaging.files import WRITE_SUFFIXES, result_name
 from linearsr.web.problems import MEDIA_TYPE, Problem, handle_problems, problem
 from linearsr.web.service import Events, Limits, ModelInfo, Progress, Result, Service, TookTooLong
 from linearsr.web.upload import Upload, receive
@@ -305,7 +305,8 @@ def _event(event: Progress | Result, name: str) -> dict[str, str]:
 
 
 def _file_name(uploaded: str, result: Result) -> str:
-    stem = PurePosixPath(uploaded.replace("\\", "/")).stem
+    name = PurePosixPath(uploaded.replace("\\", "/")).name or "picture"
+    stem = result_name(PurePosixPath(name), None).stem
     # Drop control characters, lone surrogates, and marks that change the direction of text.
     stem = "".join(filter(str.isprintable, stem))[:100] or "picture"
     return f"{stem}-{result.width}x{result.height}{SUFFIXES[result.format]}"

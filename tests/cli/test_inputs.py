@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -137,6 +138,16 @@ def test_the_hint_for_two_results_of_one_name_works(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_result_with_the_name_of_another_ones_folder_is_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "in", "a.bmp", "a.png/x/b.png")
+    with pytest.raises(OptionError, match=r"a\.bmp would become .*a\.png, which is the folder of"):
+        _pairs([tmp_path / "in"], tmp_path / "out")
+    _touch(tmp_path / "in2", "a.gif", "a.webp/b.png")
+    with pytest.raises(OptionError, match="; leave out --format, rename one"):
+        _pairs([tmp_path / "in2"], tmp_path / "out", "webp")
+    assert len(_pairs([tmp_path / "in2"], tmp_path / "out")[0]) == 2
+
+
 def test_results_that_cannot_be_written_fail_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +179,33 @@ def test_results_too_wide_for_their_format_are_refused_before_the_first_step(  #
     assert code == 1 and f"{4 * width}x8 is too large for" in err and "write PNG or TIFF" in err
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(KeyError(16), "KeyError: 16"), (RecursionError("deep"), "RecursionError: deep")],
+)
+def test_an_unexpected_error_costs_one_picture(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+    upscale = Upscaler.upscale_tagged
+    failures = iter([error])
+
+    def fail_once(*arguments: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return upscale(*arguments)
+
+    monkeypatch.setattr(Upscaler, "upscale_tagged", fail_once)
+    code, _, err = run(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 1 and err.splitlines() == [
+        f"linearsr: {tmp_path / 'in' / 'a.png'}: {words}",
+        "linearsr: 1 failed; the others are written",
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
+
+
 def test_names_that_are_not_utf8_are_printed_readably(small_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in (b"caf\xe9.png", b"bad\xe9.png"):
@@ -185,6 +223,16 @@ def test_names_that_are_not_utf8_are_printed_readably(small_bundle: Path, tmp_pa
     assert rb"caf\xe9.png -> " in result.stdout and rb"bad\xe9.png: " in result.stderr
     assert rb"left out: 1 file whose name is not UTF-8 (text\xe9.txt)" in result.stderr
     assert [os.fsencode(path.name) for path in (tmp_path / "out").iterdir()] == [b"caf\xe9.png"]
+
+
+def test_tags_of_a_picture_say_what_was_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Image.new("RGB", (8, 8))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page])
+    monkeypatch.setattr("linearsr.tags.load_tagger", lambda *_: lambda _: [])
+    assert cli.main(["tag", str(tmp_path / "a.tif")]) == 0
+    assert capsys.readouterr().err == f"linearsr: {tmp_path}/a.tif: only the first of 2 pages\n"
 
 
 def test_tags_of_a_folder_name_what_is_left_out(

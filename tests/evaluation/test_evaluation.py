@@ -130,6 +130,22 @@ def test_failed_picture_is_named_and_the_others_are_judged(
     assert "nobody.png" in (output / "report.md").read_text()
 
 
+def test_files_that_were_not_read_whole_are_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Image.open(photos / "coffee.png")
+    (tmp_path / "hr").mkdir()
+    page.save(tmp_path / "hr" / "a.tif", save_all=True, append_images=[page])
+    output = tmp_path / "out"
+    words = f"evaluate --hr {tmp_path / 'hr'} --models --metrics psnr -o {output}"
+    assert main(words.split()) == 0
+    captured = capsys.readouterr()
+    assert "linearsr: a.tif: only the first of 2 pages" in captured.err.splitlines()
+    report = (output / "report.md").read_text()
+    assert "## Notes\n\n- a.tif: only the first of 2 pages\n" in report
+    assert "could not measure" not in report and {m for _, m, _ in _values(output)} == {"bicubic"}
+
+
 def test_results_of_other_programs_are_judged_against_hr(photos: Path, tmp_path: Path) -> None:
     results = tmp_path / "mine"
     results.mkdir()

@@ -61,14 +61,15 @@ LITTER = {
     **dict.fromkeys(("Thumbs.db", "sub/desktop.ini"), b""),
     **dict.fromkeys(("sub/@eaDir/ok.jpg/thumb.jpg", ".thumbnails/1.png", "GOPR.THM"), JPEG),
     **dict.fromkeys((".Trash-1000/files/gone.jpg", "#recycle/x.jpg", "$RECYCLE.BIN/y.jpg"), JPEG),
-    **dict.fromkeys(("ok.jpg_original", "sub/ok.jpg~"), JPEG),
+    **dict.fromkeys(("ok.jpg_original", "raw.cr2_original", "sub/ok.jpg~"), JPEG),
+    **dict.fromkeys(("RECYCLER/S-1-5-21-7/x.jpg", "disk/RECYCLED/Dc12.jpg"), JPEG),
 }
 LINES = [
     "left out: 4 files that macOS made",
     "left out: 3 thumbnails",
-    "left out: 3 deleted files",
+    "left out: 5 deleted files",
     "left out: 2 files that Windows made",
-    "left out: 2 copies that programs made",
+    "left out: 3 copies that programs made",
     "left out: 2 HEIC pictures (a.heic, b.heic): convert to PNG or JPEG",
     "left out: 2 JPEG XL pictures (c.jxl, c2): convert to PNG or JPEG",
     "left out: 1 Photoshop picture (e.psd): convert to PNG or JPEG",
@@ -97,6 +98,14 @@ def test_folders_locations_and_buckets_list_the_same_pictures(s3: Server, tmp_pa
         table = list_inputs(place, "lr", notes=notes)
         assert table.column("id").to_pylist() == sorted(PICTURES)
         assert sorted(notes.lines()) == sorted(LINES) and not notes.failures
+
+
+def test_names_of_people_are_not_taken_for_litter(tmp_path: Path) -> None:
+    names = ["Mona_original", "recycled/bottle.jpg", "recycler/d1/a.jpg", "sunset. 1_original"]
+    _write(tmp_path, dict.fromkeys(names, JPEG))
+    notes = Notes()
+    assert find_images(tmp_path, notes) == [tmp_path / name for name in names]
+    assert notes.lines() == []
 
 
 def test_only_files_that_their_suffix_leaves_open_are_opened(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from linearsr import Options, Upscaler
 from linearsr.config import FileOptions
-from linearsr.errors import InputError
+from linearsr.errors import InputError, OutputError, TooLarge
 from linearsr.imaging.files import Picture, encode, read
+from linearsr.pipeline import codec
 from linearsr.pipeline.codec import encode_result, read_tagged, upscale_encoded
 
 OPTIONS = Options(steps=1, seed=3)
@@ -96,6 +98,60 @@ def test_all_pages_of_a_tiff_are_upscaled_into_a_tiff(small: Upscaler) -> None:
         assert written.exif is not None
         assert b"small" in written.exif
     assert upscale_encoded(small, pages(1), OPTIONS, FileOptions()).notes == ()
+
+
+@pytest.fixture
+def steps(small: Upscaler, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the width of each picture that the model upscales."""
+    widths: list[int] = []
+    upscale = small.upscale_tagged
+
+    def counted(picture: Picture, *arguments: Any) -> Picture:
+        widths.append(picture.pixels.shape[-1])
+        return upscale(picture, *arguments)
+
+    monkeypatch.setattr(small, "upscale_tagged", counted)
+    return widths
+
+
+def test_a_later_page_that_cannot_be_read_is_found_before_the_first_step(
+    small: Upscaler, steps: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "a.tif").write_bytes(pages(3))
+    limit = FileOptions(max_pixels=20 * 12)  # the third page has 24 x 12 pixels
+    for source in (pages(3), tmp_path / "a.tif"):
+        with pytest.raises(TooLarge, match=r"page 3 of (the picture|.*a\.tif)"):
+            upscale_encoded(small, source, OPTIONS, limit)
+    assert steps == []
+
+
+def test_a_file_is_opened_once_for_all_its_pages(
+    small: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.tif").write_bytes(pages(3))
+    read_file, opened = Path.read_bytes, []
+
+    def counted(path: Path) -> bytes:
+        opened.append(path.name)
+        return read_file(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    result = upscale_encoded(small, tmp_path / "a.tif", OPTIONS, FileOptions())
+    assert opened.count("a.tif") == 2  # to see that it has pages, and for them
+    assert result == upscale_encoded(small, pages(3), OPTIONS, FileOptions())
+
+
+@pytest.mark.parametrize(("limit", "done"), [(100, 1), (2900, 2)])
+def test_pages_that_one_file_cannot_hold_are_refused_as_soon_as_that_is_clear(
+    small: Upscaler, steps: list[int], monkeypatch: pytest.MonkeyPatch, limit: int, done: int
+) -> None:
+    monkeypatch.setattr(codec, "TIFF_BYTES", limit)
+    monkeypatch.setattr(
+        codec, "encode_result", lambda *_: codec.Encoded(bytes(1500), "tiff", 64, 48)
+    )
+    with pytest.raises(OutputError, match="the 3 pages would need about"):
+        upscale_encoded(small, pages(3), OPTIONS, FileOptions())
+    assert len(steps) == done
 
 
 def test_other_formats_get_the_first_page_with_a_note(small: Upscaler) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from linearsr.distributed.datasets.resume import Errors, Failure
 from linearsr.errors import InputError, OutputError, is_text, printable
 from linearsr.storage.location import locate
 from linearsr.storage.targets import TargetCheck
@@ -87,6 +88,32 @@ def test_a_folder_that_cannot_be_listed_does_not_stop_the_rest(tree: Path) -> No
             locate(tree).files(Notes())
         tree.chmod(0o700)
     (tree / "one").chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_entered_does_not_stop_the_rest(tree: Path) -> None:
+    (tree / "closed").mkdir()
+    for name in ("a.png", "b.png"):
+        (tree / "closed" / name).touch()
+    (tree / "closed").chmod(0o444)
+    notes = Notes()
+    with permissions_hold():
+        files = locate(tree).files(notes)
+        with pytest.raises(InputError, match="closed: its files cannot be read"):
+            locate(tree).files()
+        with pytest.raises(InputError, match="Permission denied"):
+            locate(tree / "closed").files(Notes())
+    assert files and notes.failures == {"closed": "its files cannot be read (Permission denied)"}
+
+
+def test_a_failed_folder_whose_name_is_not_utf8_can_be_listed_as_an_error(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir(mode=0)
+    notes, output = Notes(), locate(tmp_path / "out")
+    with permissions_hold():
+        assert locate(tmp_path).files(notes) == []
+    with Errors(output, keep=lambda _: False) as errors:
+        for name, fault in notes.failures.items():
+            errors.add(name, Failure("list", fault))
+    assert list(Errors(output, keep=lambda _: True).rows) == [r"caf\xe9"]
 
 
 def test_names_that_are_not_utf8_are_listed_and_readable(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -27,12 +28,12 @@ from linearsr.errors import (
     WeightsError,
     is_text,
     one_line,
-    printable,
     reason,
 )
 from linearsr.imaging.files import read
 from linearsr.imaging.listing import NAME_FAULT
 from linearsr.imaging.sources import is_shard_name, map_files, open_shard
+from linearsr.pipeline.notes import notes_of
 from linearsr.storage.location import (
     Location,
     check_writable,
@@ -46,7 +47,8 @@ from linearsr.tags import load_tagger
 from linearsr.tags.base import Tag, TaggerConfig
 
 # The footer's key. Its value is JSON: the `settings`, the shard's `identity`, the number of rows
-# `tagged`, and `errors` by id; the id "" stands for the whole shard.
+# `tagged`, and `errors` by id; the id "" stands for the whole shard. It may have `notes` by id, of
+# pictures that did not fail.
 NOTE: Final = b"linearsr.tags"
 TAGS: Final = (
     pa.field("tags", pa.list_(pa.string())),
@@ -125,6 +127,9 @@ def tag_dataset(config: TagConfig) -> Summary:
                 counts[run] += shard.rows - failed
                 counts["failed"] += failed
                 counts["tagged"] += note["tagged"]
+                counts["noted"] += len(note.get("notes", ()))
+                if run == "done":
+                    _write_notes(shard, note, bar)
                 bar.update(shard.rows)
     return Summary(
         unit="pictures",
@@ -133,7 +138,8 @@ def tag_dataset(config: TagConfig) -> Summary:
         earlier=counts["earlier"],
         done=counts["done"],
         failed=counts["failed"] + len(skipped.failures),
-        detail=f"{counts['tagged']} have tags, in {len(shards)} shards",
+        detail=f"{counts['tagged']} have tags, in {len(shards)} shards"
+        + (f", {counts['noted']} with notes" if counts["noted"] else ""),
     )
 
 
@@ -151,8 +157,8 @@ def _list_shards(folder: Location, column: str, notes: Notes) -> list[_Shard]:
     files = {n: file for n, file in files.items() if is_shard_name(n)}
     for name in [name for name in files if not is_text(name)]:
         del files[name]
-        notes.failures[printable(name)] = NAME_FAULT
-    if not files:
+        notes.fail(name, NAME_FAULT)
+    if not files and not notes.failures:
         raise InputError(f"{folder.path}: no .parquet shards here; see ray_jobs/build_shards.py")
 
     def describe(name: str) -> _Shard:
@@ -220,6 +226,12 @@ def _add_errors(errors: Errors, shard: _Shard, note: Note, bar: Any) -> int:
     return shard.rows if "" in note["errors"] else len(note["errors"])
 
 
+def _write_notes(shard: _Shard, note: Note, bar: Any) -> None:
+    """Print the notes of a shard's pictures above the bar."""
+    for id, text in note.get("notes", {}).items():
+        bar.write(f"{shard.name}#{id}: {text}", file=sys.stderr)
+
+
 def _failed_shard(error: str) -> Note:
     return {"tagged": 0, "errors": {"": error}}
 
@@ -256,7 +268,7 @@ def tag_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
     """
     schema = _schema(file.schema_arrow)
     note: Note = {"settings": config.settings, "identity": identity(file)}
-    note |= {"tagged": 0, "errors": {}}
+    note |= {"tagged": 0, "errors": {}, "notes": {}}
     sink = io.BytesIO()
     # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
     plain: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
@@ -283,13 +295,16 @@ def _tags(id: str, data: bytes | None, tagger: Any, note: Note) -> list[Tag]:
     try:
         if data is None:
             raise InputError("there is no picture")
-        tags: list[Tag] = tagger(read(data, name="the picture").pixels)
+        picture = read(data, name="the picture")
+        tags: list[Tag] = tagger(picture.pixels)
     except (OptionError, WeightsError):
         raise  # the next one would fail as well
     except Exception as error:  # torch, codecs and models have their own ways
         note["errors"][str(id)] = reason(error)
         return []
     note["tagged"] += bool(tags)
+    if notes := notes_of(picture):
+        note["notes"][str(id)] = "; ".join(notes)
     return tags
 
 

@@ -39,7 +39,7 @@ from linearsr.storage.location import (
     url,
     write_table,
 )
-from linearsr.storage.targets import TargetCheck
+from linearsr.storage.targets import TargetCheck, check_collisions
 from linearsr.storage.walk import Notes
 
 RESULTS = pa.schema(
@@ -163,7 +163,7 @@ def _targets(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the name of each result by id, and by id the reason why there can be none.
 
-    Raises OptionError if two results would have one name.
+    Raises OptionError if two results cannot both be written; see `check_collisions`.
     """
     ids: list[str] = inputs.column("id").to_pylist()
     if config.kind == "parquet":
@@ -174,7 +174,9 @@ def _targets(
             targets[id] = target_name(id, config.files, local=output.is_local)
         except InputError as error:
             faults[id] = str(error)
-    _check_unique(targets)
+    plain = ((id, target_name(id, FileOptions(), local=False)) for id in targets)
+    ways = "rename one, or write Parquet (--kind parquet)"
+    check_collisions(targets.items(), plain, ways, nested=not output.is_local)
     return targets, faults
 
 
@@ -186,25 +188,12 @@ def target_name(id: str, files: FileOptions, *, local: bool = True) -> str:
     Raises InputError for an id that points outside the output.
     """
     folder, slash, name = id.rpartition("/")
-    if not name or ".." in id.split("/") or (local and not is_plain(id)):
+    if name in ("", ".") or ".." in id.split("/") or (local and not is_plain(id)):
         raise InputError(
             f"id {id!r} cannot be a file's name: it would lie outside the output, or replace "
             "another file; rename it, or write Parquet"
         )
     return f"{folder}{slash}{result_name(PurePosixPath(name), files.format)}"
-
-
-def _check_unique(targets: dict[str, str]) -> None:
-    taken: dict[str, str] = {}
-    for id, target in targets.items():
-        other = taken.setdefault(target, id)
-        if other != id:
-            plain = {target_name(id, FileOptions(), local=False) for id in targets}
-            way = "leave out --format" if len(plain) == len(targets) else "rename one"
-            raise OptionError(
-                f"{other} and {id} would both become {target}; {way}, or write Parquet "
-                "(--kind parquet)"
-            )
 
 
 def _todo(
@@ -300,7 +289,7 @@ class _Worker:
 
     def _write_image(self, row: dict[str, Any], stage: _Stage) -> tuple[str, ...]:
         target = self.output / row["target"]
-        if target.exists():  # this call is a retry: its actor died in the middle of it
+        if target.is_file():  # this call is a retry: its actor died in the middle of it
             return ()
         suffix = PurePosixPath(row["target"]).suffix.lower()
         result = self._upscale(row, WRITE_SUFFIXES[suffix], stage)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +19,20 @@ from ray.cluster_utils import Cluster
 
 from linearsr.distributed.datasets import tag as tagging
 from linearsr.distributed.datasets.shards.build import SCHEMA
-from linearsr.distributed.datasets.tag import NOTE, TagConfig, tag_dataset, tag_shard
+from linearsr.distributed.datasets.tag import (
+    NOTE,
+    TagConfig,
+    _Shard,
+    _write_notes,
+    tag_dataset,
+    tag_shard,
+)
 from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.storage.location import locate
 from linearsr.storage.walk import Notes
 from linearsr.tags.base import Tag, TaggerConfig
 from ray_jobs import tag_dataset as job
+from tests.helpers.permissions import permissions_hold
 
 
 def _png(folder: Path, name: str, shrink: int) -> bytes:
@@ -116,6 +126,27 @@ def test_a_picture_that_breaks_the_tagger_loses_only_its_tags(shards: Path) -> N
     file = pq.ParquetFile(shards / "shard-00000.parquet")
     _, note = tag_shard(file, TagConfig(input="", output=""), odd)
     assert note["errors"] == {"cat": "TypeError: no such picture"} and note["tagged"] == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_no_folder_without_shards(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir(mode=0)
+    notes = Notes()
+    with permissions_hold():
+        assert tagging._list_shards(locate(tmp_path), "lr", notes) == []
+    assert list(notes.failures) == ["more"]
+
+
+def test_a_picture_that_was_not_read_whole_has_a_note(tmp_path: Path) -> None:
+    buffer, page = io.BytesIO(), Image.new("RGB", (8, 8))
+    page.save(buffer, "TIFF", save_all=True, append_images=[page])
+    pq.write_table(pa.table({"id": ["a"], "lr": [buffer.getvalue()]}), tmp_path / "s.parquet")
+    file = pq.ParquetFile(tmp_path / "s.parquet")
+    _, note = tag_shard(file, TagConfig(input="", output=""), _always)
+    assert note["notes"] == {"a": "only the first of 2 pages"} and note["errors"] == {}
+    lines: list[str] = []
+    bar = SimpleNamespace(write=lambda line, file: lines.append(line))
+    _write_notes(_Shard("s.parquet", 1, ""), note, bar)
+    assert lines == ["s.parquet#a: only the first of 2 pages"]
 
 
 def test_an_error_of_all_pictures_ends_the_shard(shards: Path) -> None:

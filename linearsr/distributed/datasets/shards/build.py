@@ -13,7 +13,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -72,11 +72,15 @@ _IRRELEVANT: Final = {"inputs", "output", "cpus", "max_cpus"}
 
 @dataclass(frozen=True)
 class BuildResult:
-    """The manifest of a dataset, and one line for each picture or shard that failed."""
+    """The manifest of a dataset, and one line for each picture or shard that failed.
+
+    notes: a line for each picture that is used and of whose file a user must know something.
+    """
 
     manifest: dict[str, Any]
     unreadable: list[str]
     failed: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = self.manifest["counts"]
@@ -134,7 +138,14 @@ def build_shards(config: ShardConfig) -> BuildResult:
             *(f"{row['source']}: {row['detail']}" for row in unreadable),
         ],
         [f"{name}: {failure.error}" for name, failure in failed.items()],
+        list_notes(scanned),
     )
+
+
+def list_notes(scanned: pa.Table) -> list[str]:
+    """Return a line for each scanned picture that is used and has notes."""
+    used = scanned.filter(pc.and_(pc.is_null(scanned["reason"]), pc.is_valid(scanned["detail"])))
+    return [f"{row['source']}: {row['detail']}" for row in used.to_pylist()]
 
 
 def shard_name(number: int) -> str:

@@ -22,11 +22,13 @@ from linearsr.distributed.queue import CRASHED, map_tasks
 from linearsr.errors import InputError, StorageError, one_line
 from linearsr.imaging.files import READ_SUFFIXES, Picture, read
 from linearsr.imaging.sources import list_pictures
+from linearsr.pipeline.notes import notes_of
 from linearsr.storage.location import Location, locate
 from linearsr.storage.walk import Notes
 
 BOX: Final = pa.struct([(side, pa.int32()) for side in ("left", "top", "width", "height")])
-# A row per picture. `reason` is null for a picture that is used; `digest` is of the file's bytes.
+# A row per picture. `reason` is null for a picture that is used, and `detail` has its notes then;
+# `digest` is of the file's bytes.
 SCAN: Final = pa.schema(
     [
         ("number", pa.int64()),
@@ -172,12 +174,13 @@ def scan_picture(
     """Return a picture's row of SCAN. Raises StorageError, which does not make it unreadable."""
     try:
         data = fetch(source)
-        pixels, _ = decode(data, source, config)
+        pixels, picture = decode(data, source, config)
         reason, detail, crops = _choose_crops(pixels, source, config)
         if reason:
             return _row(number, source, reason=reason, detail=detail)
         known = {"digest": digest(data), "hash": perceptual_hash(pixels)}
-        return _row(number, source, boxes=crops, **known)
+        notes = "; ".join(notes_of(picture)) or None
+        return _row(number, source, boxes=crops, detail=notes, **known)
     except StorageError:
         raise
     except Exception as error:  # one odd picture must not end the job

@@ -1,0 +1,15 @@
+"""What a user must know about a picture that was read, for everything that uses one page of it."""
+
+from __future__ import annotations
+
+from linearsr.imaging.files import Picture
+
+
+def notes_of(picture: Picture) -> tuple[str, ...]:
+    """Return the notes of a picture's file, with one for the pages that were not read."""
+    return picture.notes if picture.pages == 1 else (*picture.notes, pages_note(picture.pages))
+
+
+def pages_note(pages: int) -> str:
+    """Return the note for a file with several pages."""
+    return f"only the first of {pages} pages"
