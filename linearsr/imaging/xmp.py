@@ -23,12 +23,13 @@ _OLD_START: Final = re.compile(
 )
 _DESCRIPTION_END: Final = b"</rdf:RDF>"
 
+_DATE: Final = 55
 # The fields of IPTC's record 2 that XMP has a property for, and the list that holds its values.
 _FIELDS: Final = {
     5: ("dc:title", "Alt"),
     25: ("dc:subject", "Bag"),
     40: ("photoshop:Instructions", ""),
-    55: ("photoshop:DateCreated", ""),
+    _DATE: ("photoshop:DateCreated", ""),
     80: ("dc:creator", "Seq"),
     90: ("photoshop:City", ""),
     95: ("photoshop:State", ""),
@@ -125,8 +126,16 @@ def _records(iptc: bytes) -> Iterator[tuple[int, str]]:
             return
         body = iptc[at + 5 : at + 5 + size]
         if record == 2 and number in _FIELDS:
-            yield number, _decoded(body, codec)
+            text = _decoded(body, codec)
+            yield number, _dated(text) if number == _DATE else text
         at += 5 + size
+
+
+def _dated(text: str) -> str:
+    """Return IPTC's date, whose unknown parts are zeros, in the way of XMP; other texts as is."""
+    if not re.fullmatch(r"[0-9]{8}", text):
+        return text
+    return re.sub("-00.*", "", f"{text[:4]}-{text[4:6]}-{text[6:]}")
 
 
 def _decoded(body: bytes, codec: str | None) -> str:

@@ -53,3 +53,15 @@ def test_old_elements_go_and_their_neighbours_stay(old: bytes) -> None:
 def test_an_element_that_never_ends_stays() -> None:
     xmp = b"<a><tiff:Orientation>6<exif:PixelXDimension>9</exif:PixelXDimension></a>"
     assert result_xmp(xmp) == b"<a><tiff:Orientation>6</a>"
+
+
+def test_dates_of_iptc_become_dates_of_xmp() -> None:
+    for date, result in (
+        (b"20240131", b"2024-01-31"),
+        (b"20240100", b"2024-01"),
+        (b"20240000", b"2024"),
+        (b"in 1970!", b"in 1970!"),
+    ):
+        xmp = result_xmp(None, b"\x1c\x02\x37\0\x08" + date)
+        assert xmp is not None
+        assert b"<photoshop:DateCreated>" + result + b"</photoshop:DateCreated>" in xmp
