@@ -15,6 +15,8 @@ from PIL.ExifTags import IFD, Base
 
 # A hostile file can point thousands of tags at one large block, so the number of bytes is limited.
 _MAX_READ: Final = 8 * 2**20
+# It can also list directories within directories, so the number of tags is limited as well.
+_MAX_TAGS: Final = 2**19
 _MAX_PAGES: Final = 10_000
 
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 1, 2, 3, 4, 5, 7
@@ -194,7 +196,7 @@ class _Reader:
     """
 
     def __init__(self, data: bytes, left: int = _MAX_READ) -> None:
-        self.data, self.left = data, left
+        self.data, self.left, self.tags_left = data, left, _MAX_TAGS
         self.order = {b"II": "<", b"MM": ">"}.get(data[:2], "")
         self.big = data[2:4] in (b"+\0", b"\0+")
         if not self.order or not (self.big or data[2:4] in (b"*\0", b"\0*")):
@@ -214,6 +216,9 @@ class _Reader:
         tags: Directory = {}
         start = at + count_size
         count = min(count, (len(self.data) - start) // entry)
+        self.tags_left -= count
+        if self.tags_left < 0:
+            raise ValueError("there are too many tags")
         for place in range(start, start + count * entry, entry):
             tag, kind, number = self.unpack(format, place)
             value = self._value(place + entry - (8 if self.big else 4), kind, number)
@@ -293,7 +298,10 @@ class Page(NamedTuple):
 
 
 def tiff_pages(data: bytes) -> list[Page]:
-    """Return the directories of a TIFF file, each followed by its SubIFDs; none if broken."""
+    """Return the directories of a TIFF file, each followed by its SubIFDs; none if broken.
+
+    A directory that is listed again is left out.
+    """
     pages: list[Page] = []
     try:
         reader = _Reader(data, left=len(data) + _MAX_READ)
@@ -305,8 +313,10 @@ def tiff_pages(data: bytes) -> list[Page]:
             tags = Tags(reader.order, root)
             pages.append(Page(number, None, at, tags))
             for sub, offset in enumerate(map(int, tags.numbers(root.get(Base.SubIFDs))[:100])):
-                inner = Tags(reader.order, reader.directory(offset, ())[0])
-                pages.append(Page(number, sub, offset, inner))
+                if offset not in seen:
+                    seen.add(offset)
+                    inner = Tags(reader.order, reader.directory(offset, ())[0])
+                    pages.append(Page(number, sub, offset, inner))
             at, number = following, number + 1
     except (ValueError, struct.error):
         pass
