@@ -21,8 +21,13 @@ _MAX_PAGES: Final = 10_000
 
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 1, 2, 3, 4, 5, 7
 # The size of one value of each type, and the size of the units whose order of bytes matters.
-_SIZES: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-_SIZES_BIG: Final = {**_SIZES, 16: 8, 17: 8, 18: 8}
+# Type 129 is EXIF 3.0's UTF-8.
+_SIZES: Final = {
+    **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4},
+    129: 1,
+}
+# The types of BigTIFF that EXIF lacks (LONG8, SLONG8, IFD8), and those that they become.
+_SHORTER: Final = {16: (LONG, "Q", "I"), 17: (9, "q", "i"), 18: (LONG, "Q", "I")}
 _UNITS: Final = {**_SIZES, 5: 4, 10: 4}
 _NUMBERS: Final = {
     1: "B",
@@ -33,8 +38,6 @@ _NUMBERS: Final = {
     9: "i",
     10: "i",
     13: "I",
-    16: "Q",
-    18: "Q",
 }
 
 
@@ -234,7 +237,7 @@ class _Reader:
         return tags, following
 
     def _value(self, at: int, kind: int, number: int) -> Value | None:
-        size = _SIZES_BIG.get(kind, 0) * number
+        size = (8 if kind in _SHORTER else _SIZES.get(kind, 0)) * number
         room = 8 if self.big else 4
         if not size:
             return None
@@ -245,7 +248,19 @@ class _Reader:
         self.left -= size
         if self.left < 0:
             raise ValueError("the tags refer to too much data")
-        return Value(kind, self.data[at : at + size], at if size > room else None)
+        data = self.data[at : at + size]
+        if kind in _SHORTER:
+            return self._shortened(kind, data)
+        return Value(kind, data, at if size > room else None)
+
+    def _shortened(self, kind: int, data: bytes) -> Value | None:
+        """Return numbers of 8 bytes as numbers of 4; None if one does not fit."""
+        kind, unit, shorter = _SHORTER[kind]
+        numbers = struct.unpack(f"{self.order}{len(data) // 8}{unit}", data)
+        try:
+            return Value(kind, struct.pack(f"{self.order}{len(numbers)}{shorter}", *numbers))
+        except struct.error:
+            return None
 
     def _follow(self, tags: Directory, tag: int, value: Value) -> None:
         # Interop lies in EXIF alone, and the others in the first directory: nothing loops.

@@ -6,8 +6,10 @@ import struct
 from typing import Any
 
 import pytest
+import torch
+from PIL.ExifTags import IFD, Base
 
-from linearsr.imaging import files, tiff
+from linearsr.imaging import exif, files, tiff
 from tests.imaging.test_pages import tiff as tiff_file
 
 
@@ -42,3 +44,50 @@ def test_directories_in_directories_end_soon(
     monkeypatch.setattr(tiff._Reader, "_value", count)
     assert files.measure(hostile(repeats, subs)) == ("tiff", 24, 16)
     assert 20_000 < read < 2**20
+
+
+def big_tiff(order: str) -> bytes:
+    """A BigTIFF file with numbers of 8 bytes, in itself and in EXIF, to which an IFD8 leads."""
+    data = bytearray((b"II+\0" if order == "<" else b"MM\0+") + struct.pack(f"{order}HHQ", 8, 0, 0))
+
+    def add(*entries: tuple[int, int, int]) -> int:
+        at = len(data)
+        data.extend(struct.pack(f"{order}Q", len(entries)))
+        for tag, kind, value in entries:
+            unit = {3: "H6x", 4: "I4x", 16: "Q", 17: "q", 18: "Q"}[kind]
+            data.extend(struct.pack(f"{order}HHQ{unit}", tag, kind, 1, value))
+        data.extend(bytes(8))
+        return at
+
+    strip = len(data)
+    data.extend(bytes(range(64)))
+    inner = add((Base.ISOSpeed, 16, 200), (Base.FlashEnergy, 16, 2**40), (Base.Flash, 17, -9))
+    layout = [(256, 3, 8), (257, 3, 8), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 16, strip)]
+    rest = [(277, 3, 1), (278, 3, 8), (279, 16, 64), (Base.Rating, 16, 4), (IFD.Exif, 18, inner)]
+    struct.pack_into(f"{order}Q", data, 8, add(*layout, *rest))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "tiff"])
+def test_numbers_of_big_tiff_become_those_of_exif(format: str, order: str) -> None:
+    picture = files.read(big_tiff(order))
+    assert picture.pixels.shape == (3, 8, 8)
+    tags = exif.parse(files.read(files.encode(picture, format)).exif)
+    assert tags is not None
+    assert tags.number(Base.Rating) == 4
+    assert tags.number(Base.ISOSpeed, IFD.Exif) == 200
+    assert tags.number(Base.Flash, IFD.Exif) == -9
+    assert Base.FlashEnergy not in tags.group(IFD.Exif)
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "tiff"])
+def test_texts_of_the_type_utf_8_are_kept(format: str) -> None:
+    artist = tiff.Value(129, "Jos\u00e9\0".encode())
+    block = tiff.Tags("<", {Base.Artist: artist}).tobytes()
+    picture = files.Picture(torch.zeros(3, 8, 8), exif=exif.HEADER + block)
+    tags = exif.parse(files.read(files.encode(picture, format)).exif)
+    assert tags is not None
+    kept = tags.root[Base.Artist]
+    assert isinstance(kept, tiff.Value)
+    assert kept[:2] == artist[:2]
