@@ -41,6 +41,25 @@ _NUMBERS: Final = {
 }
 
 
+# What a person wrote, and the tags that EXIF must have.
+_LAST: Final[frozenset[int]] = frozenset(
+    {
+        Base.ImageDescription,
+        Base.Artist,
+        Base.Copyright,
+        Base.Software,
+        Base.DateTimeOriginal,
+        Base.ExifVersion,
+        Base.UserComment,
+        Base.XPTitle,
+        Base.XPComment,
+        Base.XPAuthor,
+        Base.XPKeywords,
+        Base.XPSubject,
+    }
+)
+
+
 class Value(NamedTuple):
     """A tag's value: the number of its type, its bytes, and where in the file they lay."""
 
@@ -101,29 +120,46 @@ class Tags:
         return self if order == self.order else Tags(order, _swapped(self.root))
 
     def tobytes(self, limit: int | None = None) -> bytes:
-        """Return EXIF without its header. If it is longer than `limit`, its largest values go.
+        """Return EXIF without its header.
 
         A maker note stays where it was if possible, because cameras write offsets into it that
-        count from the start of the block.
+        count from the start of the block. If the block is longer than `limit`, the note may move,
+        and then the largest values go, those of _LAST after all others.
         """
         note = self.group(IFD.Exif).get(Base.MakerNote)
         keep = note if isinstance(note, Value) and 8 <= (note.at or 0) < 2**16 else None
+        data = self._written(keep)
+        if limit is None or len(data) <= limit:
+            return data
+        data = self._written()
+        values = self._values(limit)
+        while values and len(data) > limit:
+            excess = len(data) - limit
+            while values and excess > 0:
+                group, tag, size = values.pop()
+                del group[tag]
+                excess -= 12 + size
+            data = self._written()
+        return data if len(data) <= limit else b""
+
+    def _values(self, limit: int) -> list[tuple[Directory, int, int]]:
+        """Return the group, tag and size of each value, those to give up first at the end."""
+        paths = ((), (IFD.Exif,), (IFD.GPSInfo,), (IFD.Exif, IFD.Interop))
+        values = [
+            (group, tag, len(value.data))
+            for group in (self.group(*path) for path in paths)
+            for tag, value in group.items()
+            if isinstance(value, Value)
+        ]
+        # A value that is nearly too long by itself would drive out all others.
+        return sorted(values, key=lambda v: (v[1] not in _LAST or v[2] > limit * 7 // 8, v[2]))
+
+    def _written(self, keep: Value | None = None) -> bytes:
         writer = _Writer(self.order, keep=keep)
         first = writer.directory(self.root)
-        writer.written[:8] = (b"II*\0" if self.order == "<" else b"MM\0*") + struct.pack(
-            f"{self.order}I", first
-        )
-        excess = len(writer.written) - limit if limit else 0
-        if excess <= 0:
-            return bytes(writer.written)
-        groups = [self.root, *(self.group(tag) for tag in (IFD.Exif, IFD.GPSInfo))]
-        values = [(len(v.data), g, t) for g in groups for t, v in g.items() if isinstance(v, Value)]
-        for size, group, tag in sorted(values, key=lambda value: -value[0]):
-            if excess > 0:
-                del group[tag]
-                excess -= size
-        # The padding in front of a maker note goes with it.
-        return self.tobytes(limit)
+        mark = b"II*\0" if self.order == "<" else b"MM\0*"
+        writer.written[:8] = mark + struct.pack(f"{self.order}I", first)
+        return bytes(writer.written)
 
 
 def _swapped(directory: Directory) -> Directory:

@@ -10,6 +10,7 @@ import torch
 from PIL.ExifTags import IFD, Base
 
 from linearsr.imaging import exif, files, tiff
+from linearsr.imaging.containers import MAX_EXIF
 from tests.imaging.test_pages import tiff as tiff_file
 
 
@@ -91,3 +92,41 @@ def test_texts_of_the_type_utf_8_are_kept(format: str) -> None:
     kept = tags.root[Base.Artist]
     assert isinstance(kept, tiff.Value)
     assert kept[:2] == artist[:2]
+
+
+def texts(sizes: dict[int, int]) -> tiff.Directory:
+    return {tag: tiff.Value(2, b"x" * (size - 1) + b"\0") for tag, size in sizes.items()}
+
+
+PERSONAL = {Base.ImageDescription: 500, Base.Artist: 240, Base.Copyright: 210}
+
+
+@pytest.mark.parametrize("at", [8, 200, 65_500])
+@pytest.mark.parametrize("size", [100, 40_000, 65_000])
+def test_a_maker_note_does_not_drive_out_what_people_wrote(size: int, at: int) -> None:
+    tags = tiff.Tags("<", texts({**PERSONAL, Base.Make: 100}))
+    tags.child(IFD.Exif)[Base.MakerNote] = tiff.Value(7, b"N" * size, at=at)
+    kept = tiff.parse(tags.tobytes(MAX_EXIF))
+    assert kept is not None
+    assert kept.root.keys() >= PERSONAL.keys()
+    assert (Base.MakerNote in kept.group(IFD.Exif)) == (size < 65_000)
+
+
+def test_one_value_that_is_too_long_goes_alone() -> None:
+    for path in ((), (IFD.Exif,), (IFD.GPSInfo,), (IFD.Exif, IFD.Interop)):
+        tags = tiff.Tags(">", texts(PERSONAL))
+        tags.root[IFD.GPSInfo] = {}
+        tags.root[IFD.Exif] = {IFD.Interop: {}}
+        tags.group(*path)[Base.DocumentName] = tiff.Value(2, bytes(100_000))
+        kept = tiff.parse(tags.tobytes(MAX_EXIF))
+        assert kept is not None
+        assert kept.root.keys() >= PERSONAL.keys()
+        assert Base.DocumentName not in kept.group(*path)
+    tags = tiff.Tags(">", texts({**PERSONAL, Base.ImageDescription: 65_500}))
+    kept = tiff.parse(tags.tobytes(MAX_EXIF))
+    assert kept is not None
+    assert kept.root.keys() == {Base.Artist, Base.Copyright}
+
+
+def test_exif_that_cannot_be_short_enough_is_left_out() -> None:
+    assert tiff.Tags("<", {IFD.Exif: {IFD.Interop: {}}}).tobytes(20) == b""
