@@ -179,7 +179,7 @@ def read(
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _file_bytes(Path(source), name, max_pixels)
-    file = _File(data, _sniff(data, name), name, max_pixels, *_pages(data, name, page))
+    file = _opened(data, name, max_pixels, page)
     if file.format in _PIL_FORMATS:
         return _read_by_pil(file)
     if file.format == "jpeg":
@@ -198,7 +198,7 @@ def measure(data: bytes) -> tuple[str, int, int]:
     Raises InputError for bytes that are not a picture.
     """
     name = "the picture"
-    file = _File(data, _sniff(data, name), name, DEFAULT_MAX_PIXELS, *_pages(data, name, 0))
+    file = _opened(data, name)
     if file.format in _PIL_FORMATS:
         return file.format, *_open_by_pil(file).size
     try:
@@ -214,33 +214,42 @@ def measure(data: bytes) -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class _File:
-    """A picture file to read. `page` and `pages` are those of TIFF."""
+    """A picture file to read. `page` and `pages` are those of TIFF; `notes` go to the picture."""
 
     data: bytes
     format: str
     name: str
     max_pixels: int
-    page: Page | None
-    pages: int
+    page: Page | None = None
+    pages: int = 1
+    notes: tuple[str, ...] = ()
 
 
-def _pages(data: bytes, name: str, number: int) -> tuple[Page | None, int]:
-    """Return a page of a TIFF file and the number of pages; None and 1 for other files.
+def _opened(data: bytes, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, page: int = 0) -> _File:
+    """Return a file with one of its pages, if it is a TIFF file.
 
-    Pages are the pictures in the chain of directories. If that begins with a thumbnail, the largest
-    picture anywhere in the file is the only page. Raises InputError for a raw photograph.
+    Pages are the pictures in the chain of directories. If that has only a thumbnail, the largest
+    picture anywhere in the file is the only page. Raises InputError for a raw photograph, and
+    NoPicture for no picture.
     """
-    if not data.startswith((b"II", b"MM")) or not (found := tiff_pages(data)):
-        return None, 1
-    if data[8:10] == b"CR" or any(p.value(Base.PhotometricInterpretation) in _RAW for p in found):
+    file = _File(data, _sniff(data, name), name, max_pixels)
+    if file.format != "tiff":
+        return file
+    found, readable = tiff_pages(data)
+    if is_raw(data) or any(p.value(Base.PhotometricInterpretation) in _RAW for p in found):
         raise InputError(
             f"{name}: a raw photograph, which is not read; develop it to TIFF or JPEG first."
         )
+    if not found:
+        return file
     whole = [page for page in found if page.is_whole]
-    if whole and not found[0].is_whole:
-        return max(whole, key=lambda page: page.pixels), 1
-    chain = [page for page in whole if page.sub is None] or found[:1]
-    return chain[min(number, len(chain) - 1)], len(chain)
+    chain = [page for page in whole if page.sub is None]
+    if not chain:
+        chain = [max(whole or found[:1], key=lambda page: page.pixels)]
+    file = replace(file, page=chain[min(page, len(chain) - 1)], pages=len(chain))
+    if readable is None:
+        return file
+    return replace(file, data=readable, notes=("its further pages cannot be read",))
 
 
 def _unusual(page: Page | None) -> str:
@@ -284,7 +293,7 @@ def _read(file: _File, fail_on: str = "error") -> Picture:
         marks.dpi = (across, down) if min(across, down) > 1 else None
     picture = _decode(image, exif, file.format, file.name, marks)
     notes = (f"only the first of {marks.frames} frames",) if marks.frames > 1 else ()
-    return replace(picture, pages=file.pages, notes=notes)
+    return replace(picture, pages=file.pages, notes=(*file.notes, *notes))
 
 
 def _read_jpeg(file: _File) -> Picture:
@@ -328,7 +337,7 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
         image = _open_by_pil(file)
         _check_size(*image.size, file.name, file.max_pixels)
         picture = _from_pil(image, file.name)
-        return replace(picture, format=file.format, pages=file.pages)
+        return replace(picture, format=file.format, pages=file.pages, notes=file.notes)
     except TooLarge:
         raise
     except InputError as error:
@@ -369,6 +378,11 @@ def _sniff(data: bytes, name: str) -> str:
         f"{name}: {f'{kind}, which is ' if kind else ''}not a picture this program reads; give "
         "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
     )
+
+
+def is_raw(data: bytes) -> bool:
+    """Return whether the first bytes are those of Canon's CR2, which begins like TIFF."""
+    return data.startswith(b"II*\0\x10\0\0\0CR\2\0")
 
 
 def sniff(data: bytes) -> str | None:

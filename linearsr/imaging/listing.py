@@ -98,7 +98,7 @@ _MAGIC: Final = tuple(
         (_RAW, 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")),
         (_RAW, 4, (b"ftypcrx",)),
         (_RAW, 6, (b"HEAPCCDR",)),
-        (_RAW, 8, (b"CR\2\0",)),
+        (_RAW, 0, (b"II*\0\x10\0\0\0CR\2\0",)),
     )
     for magic in magics
 )

@@ -7,8 +7,9 @@ that it does not know, PIL turns UNDEFINED into BYTE, and neither writes EXIF in
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple, Union
 
 from PIL.ExifTags import IFD, Base
@@ -58,6 +59,9 @@ _LAST: Final[frozenset[int]] = frozenset(
         Base.XPSubject,
     }
 )
+
+
+_BIG: Final = (b"+\0", b"\0+")
 
 
 class Value(NamedTuple):
@@ -236,8 +240,9 @@ class _Reader:
 
     def __init__(self, data: bytes, left: int = _MAX_READ) -> None:
         self.data, self.left, self.tags_left = data, left, _MAX_TAGS
+        self.link = 0  # the place of the offset of the directory after the last one
         self.order = {b"II": "<", b"MM": ">"}.get(data[:2], "")
-        self.big = data[2:4] in (b"+\0", b"\0+")
+        self.big = data[2:4] in _BIG
         if not self.order or not (self.big or data[2:4] in (b"*\0", b"\0*")):
             raise ValueError("not a block of tags")
         self.first = int(self.unpack("Q" if self.big else "I", 8 if self.big else 4)[0])
@@ -254,7 +259,7 @@ class _Reader:
         (count,) = self.unpack("Q" if self.big else "H", at)
         tags: Directory = {}
         start = at + count_size
-        count = min(count, (len(self.data) - start) // entry)
+        count = max(0, min(count, (len(self.data) - start) // entry))
         self.tags_left -= count
         if self.tags_left < 0:
             raise ValueError("there are too many tags")
@@ -266,8 +271,9 @@ class _Reader:
             tags[tag] = value
             if tag in children:
                 self._follow(tags, tag, value)
+        self.link = start + count * entry
         try:
-            following = int(self.unpack("Q" if self.big else "I", start + count * entry)[0])
+            following = int(self.unpack("Q" if self.big else "I", self.link)[0])
         except struct.error:
             following = 0
         return tags, following
@@ -348,30 +354,40 @@ class Page(NamedTuple):
         return not self.value(Base.NewSubfileType) & 5 and self.value(Base.SubfileType) != 2
 
 
-def tiff_pages(data: bytes) -> list[Page]:
-    """Return the directories of a TIFF file, each followed by its SubIFDs; none if broken.
+def tiff_pages(data: bytes) -> tuple[list[Page], bytes | None]:
+    """Return the directories of a TIFF file, each followed by its SubIFDs.
 
-    A directory that is listed again is left out.
+    A directory that is listed again is left out, and so is a SubIFD that cannot be read. If the
+    chain goes on with directories that cannot be read, the file without them is returned as well.
     """
     pages: list[Page] = []
+    seen: set[int] = set()
+    link = 0
     try:
         reader = _Reader(data, left=len(data) + _MAX_READ)
-        at, seen = reader.first, set()
-        number = 0
-        while at and at not in seen and len(pages) < _MAX_PAGES:
+        at, number = reader.first, 0
+        while at and at not in seen:
+            if len(pages) >= _MAX_PAGES:
+                raise ValueError("there are too many pages")
             seen.add(at)
             root, following = reader.directory(at, ())
+            link = reader.link
             tags = Tags(reader.order, root)
-            pages.append(Page(number, None, at, tags))
-            for sub, offset in enumerate(map(int, tags.numbers(root.get(Base.SubIFDs))[:100])):
-                if offset not in seen:
-                    seen.add(offset)
-                    inner = Tags(reader.order, reader.directory(offset, ())[0])
-                    pages.append(Page(number, sub, offset, inner))
+            pages += [Page(number, None, at, tags), *_sub_pages(reader, number, tags, seen)]
             at, number = following, number + 1
     except (ValueError, struct.error):
-        pass
-    return pages
+        size = 8 if data[2:4] in _BIG else 4
+        return pages, data[:link] + bytes(size) + data[link + size :]
+    return pages, None
+
+
+def _sub_pages(reader: _Reader, number: int, page: Tags, seen: set[int]) -> Iterator[Page]:
+    for sub, offset in enumerate(map(int, page.numbers(page.root.get(Base.SubIFDs))[:100])):
+        if offset not in seen:
+            seen.add(offset)
+            with contextlib.suppress(struct.error):
+                root, _ = reader.directory(offset, ())
+                yield Page(number, sub, offset, Tags(reader.order, root))
 
 
 def join_tiff(files: Sequence[tuple[bytes, Tags | None]]) -> bytes:
