@@ -560,6 +560,8 @@ def read_provenance(source: str | Path | bytes) -> dict[str, str] | None:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         format = _sniff(data, "")
         # A TIFF file is itself a directory of EXIF tags.
+        if format in _PIL_FORMATS:
+            return None
         exif = data if format == "tiff" else _blob(_LOADERS[format](data), "exif-data")
     except (OSError, ValueError, InputError, pyvips.Error):
         return None

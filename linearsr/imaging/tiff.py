@@ -248,6 +248,8 @@ class _Reader:
         self.first = int(self.unpack("Q" if self.big else "I", 8 if self.big else 4)[0])
 
     def unpack(self, format: str, at: int) -> tuple[Any, ...]:
+        if at > len(self.data):  # BigTIFF's offsets may be too large for Python's own check
+            raise struct.error("an offset beyond the end")
         return struct.unpack_from(self.order + format, self.data, at)
 
     def directory(self, at: int, children: Sequence[int]) -> tuple[Directory, int]:

@@ -424,3 +424,10 @@ def test_zstandard_tiff_is_read() -> None:
         (picture.pixels * 255).round().permute(1, 2, 0).numpy(), np.asarray(photo())
     )
     assert files.measure(data) == ("tiff", 48, 32)
+
+
+@pytest.mark.parametrize("format", ["BMP", "JPEG2000"])
+def test_formats_without_provenance_have_none(format: str) -> None:
+    if format == "JPEG2000" and not features.check("jpg_2000"):
+        pytest.skip("this PIL has no JPEG 2000")
+    assert files.read_provenance(saved(photo(), format)) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL.ExifTags import IFD, Base
 
+from linearsr.errors import InputError
 from linearsr.imaging import exif, files, tiff
 from linearsr.imaging.containers import MAX_EXIF
 from tests.imaging.test_pages import tiff as tiff_file
@@ -130,3 +131,10 @@ def test_one_value_that_is_too_long_goes_alone() -> None:
 
 def test_exif_that_cannot_be_short_enough_is_left_out() -> None:
     assert tiff.Tags("<", {IFD.Exif: {IFD.Interop: {}}}).tobytes(20) == b""
+
+
+def test_an_offset_too_large_for_python_is_a_damaged_file() -> None:
+    data = bytearray(big_tiff("<"))
+    data[8:16] = b"\xff" * 8
+    with pytest.raises(InputError, match="damaged"):
+        files.read(bytes(data))
