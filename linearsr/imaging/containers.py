@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from linearsr.imaging.exif import plausible_dpi
+
 _PNG_START: Final = 8
 _XMP_KEY: Final = "XML:com.adobe.xmp"
 _XMP_HEADER: Final = b"http://ns.adobe.com/xap/1.0/\0"
@@ -181,8 +183,8 @@ def _read_jpeg(data: bytes, marks: Marks) -> None:
     if data[6:11] == b"JFIF\0" and len(data) > 18:
         unit, across, down = struct.unpack_from(">BHH", data, 13)
         scale = {1: 1.0, 2: 2.54}.get(unit)
-        if scale and across > 1 and down > 1:
-            marks.dpi = across * scale, down * scale
+        if scale:
+            marks.dpi = plausible_dpi(across * scale, down * scale)
 
 
 def _embed_jpeg(data: bytes, metadata: Metadata) -> bytes:

@@ -19,6 +19,7 @@ AV1 stream tells is taken for sRGB.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
@@ -51,6 +52,7 @@ from linearsr.imaging.exif import (
     is_adobe_rgb,
     is_record,
     pil_exif,
+    plausible_dpi,
     record_line,
     resolution,
     result_tags,
@@ -92,7 +94,6 @@ _MAX_BYTES_PER_PIXEL: Final = 16
 _ROOM_FOR_METADATA: Final = 64 * 2**20
 
 _DEFAULT_DPI: Final = 72.0
-_MAX_DPI: Final = 1_000_000.0
 _MM_PER_INCH: Final = 25.4
 
 _LUMA: Final = (0.299, 0.587, 0.114)
@@ -289,8 +290,8 @@ def _read(file: _File, fail_on: str = "error") -> Picture:
         marks.frames = max(marks.frames, image.get("n-pages"))
     across, down = (round(per_mm * _MM_PER_INCH, 2) for per_mm in (image.xres, image.yres))
     # libvips' default is one pixel in a millimetre.
-    if marks.dpi is None and (image.xres, image.yres) != (1, 1) and max(across, down) <= _MAX_DPI:
-        marks.dpi = (across, down) if min(across, down) > 1 else None
+    if marks.dpi is None and (image.xres, image.yres) != (1, 1):
+        marks.dpi = plausible_dpi(across, down)
     picture = _decode(image, exif, file.format, file.name, marks)
     notes = (f"only the first of {marks.frames} frames",) if marks.frames > 1 else ()
     return replace(picture, pages=file.pages, notes=(*file.notes, *notes))
@@ -861,9 +862,9 @@ def _from_pil(image: PIL.Image.Image, name: str) -> Picture:
     marks = Marks(srgb="srgb" in info, chromaticities=info.get("chromaticity"))
     marks.gamma = 1 / info["gamma"] if info.get("gamma") else None
     marks.texts = [(key, str(text)) for key, text in getattr(image, "text", {}).items()]
-    across, down = map(float, info.get("dpi", (0, 0)))
-    if min(across, down) > 1 and max(across, down) <= _MAX_DPI:
-        marks.dpi = across, down
+    with contextlib.suppress(TypeError, ValueError):  # a tag may hold anything
+        across, down = map(float, info.get("dpi", ()))
+        marks.dpi = plausible_dpi(across, down)
     format = (image.format or "").lower()
     try:
         return _decode(lazy, exif, format if format in _LOADERS else "png", name, marks)

@@ -8,6 +8,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, IptcImagePlugin, features
 from PIL.ExifTags import IFD, Base
@@ -431,3 +432,33 @@ def test_formats_without_provenance_have_none(format: str) -> None:
     if format == "JPEG2000" and not features.check("jpg_2000"):
         pytest.skip("this PIL has no JPEG 2000")
     assert files.read_provenance(saved(photo(), format)) is None
+
+
+def zstd_tiff(bits: int, bands: int, *more: tuple[int, int, int, bytes]) -> bytes:
+    """A TIFF file of 8 x 8 pixels that libvips does not read."""
+    samples = pa.compress(bytes(range(64)) * (bits // 8 * bands), codec="zstd", asbytes=True)
+    short = struct.Struct("<H").pack
+    at = 8 + len(samples) + len(samples) % 2
+    layout = [
+        (Base.ImageWidth, 3, 1, short(8)),
+        (Base.ImageLength, 3, 1, short(8)),
+        (Base.BitsPerSample, 3, bands, short(bits) * bands),
+        (Base.Compression, 3, 1, short(50000)),
+        (Base.PhotometricInterpretation, 3, 1, short(1 if bands == 1 else 2)),
+        (Base.StripOffsets, 3, 1, short(8)),
+        (Base.SamplesPerPixel, 3, 1, short(bands)),
+        (Base.RowsPerStrip, 3, 1, short(8)),
+        (Base.StripByteCounts, 3, 1, short(len(samples))),
+    ]
+    header = b"II*\0" + struct.pack("<I", at)
+    return (header + samples).ljust(at, b"\0") + directory("<", at, sorted([*layout, *more]))
+
+
+needs_zstd = pytest.mark.skipif(not features.check("libtiff"), reason="this PIL has no libtiff")
+
+
+@needs_zstd
+def test_a_print_resolution_that_is_no_number_is_dropped() -> None:
+    words = [(tag, 2, 6, b"abcde\0") for tag in (Base.XResolution, Base.YResolution)]
+    unit = (Base.ResolutionUnit, 3, 1, struct.pack("<H", 2))
+    assert files.read(zstd_tiff(8, 1, *words, unit)).dpi is None
