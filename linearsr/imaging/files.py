@@ -338,7 +338,10 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
         image = _open_by_pil(file)
         _check_size(*image.size, file.name, file.max_pixels)
         picture = _from_pil(image, file.name)
-        return replace(picture, format=file.format, pages=file.pages, notes=file.notes)
+        notes = file.notes
+        if picture.bits == 8 and (bits := _bits(file)) > 8:
+            notes = (*notes, f"its {bits} bits a channel are read as 8")
+        return replace(picture, format=file.format, pages=file.pages, notes=notes)
     except TooLarge:
         raise
     except InputError as error:
@@ -348,6 +351,14 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
             f"{file.name}: holds {unusual}, which cannot be read here; convert it to TIFF with "
             "deflate compression, or to PNG."
         ) from error
+
+
+def _bits(file: _File) -> int:
+    """Return the depth of the samples in a file that PIL reads, whose colours have 8 bits then."""
+    if file.page:
+        return file.page.value(Base.BitsPerSample)
+    size = file.data.find(_JP2_SIZE) if file.format == "jp2" else -1
+    return (file.data[size + 42] & 0x7F) + 1 if size >= 0 else 8
 
 
 def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
@@ -409,6 +420,8 @@ _FIRST: Final = {"webp": b"RIFF", "bmp": b"BM"}
 
 # Formats that PIL reads, with its names for them.
 _PIL_FORMATS: Final = {"bmp": "BMP", "jp2": "JPEG2000"}
+# The start of JPEG 2000's codestream, with the marker of the sizes.
+_JP2_SIZE: Final = b"\xff\x4f\xff\x51"
 _END_OF_JPEG: Final = b"\xff\xd9"
 # Common formats that are not read: name, and the bytes at an offset.
 _OTHERS: Final = (

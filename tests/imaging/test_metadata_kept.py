@@ -462,3 +462,21 @@ def test_a_print_resolution_that_is_no_number_is_dropped() -> None:
     words = [(tag, 2, 6, b"abcde\0") for tag in (Base.XResolution, Base.YResolution)]
     unit = (Base.ResolutionUnit, 3, 1, struct.pack("<H", 2))
     assert files.read(zstd_tiff(8, 1, *words, unit)).dpi is None
+
+
+@needs_zstd
+def test_colours_that_lose_bits_are_noted() -> None:
+    picture = files.read(zstd_tiff(16, 3))
+    assert (picture.bits, picture.notes) == (8, ("its 16 bits a channel are read as 8",))
+    picture = files.read(zstd_tiff(16, 1))
+    assert (picture.bits, picture.notes) == (16, ())
+    assert files.read(zstd_tiff(8, 3)).notes == ()
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this PIL has no JPEG 2000")
+def test_colours_of_jpeg_2000_that_lose_bits_are_noted() -> None:
+    data = bytearray(saved(photo(), "JPEG2000", irreversible=True))
+    assert files.read(bytes(data)).notes == ()
+    depths = data.index(b"\xff\x4f\xff\x51") + 42
+    data[depths : depths + 9 : 3] = bytes([15, 15, 15])
+    assert files.read(bytes(data)).notes == ("its 16 bits a channel are read as 8",)
