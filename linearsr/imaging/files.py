@@ -282,7 +282,7 @@ def _read(file: _File, fail_on: str = "error") -> Picture:
     _check_size(image.width, image.height, file.name, file.max_pixels)
     marks = read_marks(file.data, file.format)
     if file.page is None:
-        exif = _blob(image, "exif-data")
+        exif = _blob(image, "exif-data") or marks.profiles.get("exif")
     else:
         # The tags of the photograph are in the first directory, also if that has the thumbnail.
         exif = descriptive_exif(file.data, None if file.pages == 1 else file.page.at)
@@ -468,7 +468,8 @@ def _decode(
     image: pyvips.Image, exif: bytes | None, format: str, name: str, marks: Marks
 ) -> Picture:
     """Decode a libvips image, which is lazy until now, into a Picture."""
-    xmp, iptc = _blob(image, "xmp-data"), iptc_records(_blob(image, "iptc-data"))
+    xmp = _blob(image, "xmp-data") or marks.profiles.get("xmp")
+    iptc = iptc_records(_blob(image, "iptc-data") or marks.profiles.get("iptc"))
     icc, exif = _blob(image, "icc-profile-data"), upright_exif(exif)
     if image.interpretation in _CONVERTED:
         image, icc, exif = _as_srgb(image), None, srgb_exif(exif)

@@ -480,3 +480,40 @@ def test_colours_of_jpeg_2000_that_lose_bits_are_noted() -> None:
     depths = data.index(b"\xff\x4f\xff\x51") + 42
     data[depths : depths + 9 : 3] = bytes([15, 15, 15])
     assert files.read(bytes(data)).notes == ("its 16 bits a channel are read as 8",)
+
+
+def raw_profile(kind: str, data: bytes) -> bytes:
+    """A chunk of PNG in the way of ImageMagick."""
+    digits = "\n".join(data.hex()[i : i + 72] for i in range(0, len(data.hex()), 72))
+    text = f"\n{kind}\n{len(data):8}\n{digits}\n".encode()
+    return chunk(b"zTXt", b"Raw profile type " + kind.encode() + b"\0\0" + zlib.compress(text))
+
+
+@pytest.mark.parametrize("start", [b"", b"Photoshop 3.0\0"])
+@pytest.mark.parametrize("kinds", [("exif", "iptc", "xmp"), ("APP1", "8bim", "xmp")])
+def test_metadata_in_texts_of_imagemagick_is_kept(
+    kinds: tuple[str, str, str], start: bytes
+) -> None:
+    resource = start + b"8BIM\x04\x04\0\0" + struct.pack(">I", len(IPTC)) + IPTC
+    pieces = (camera_exif(), resource, XMP)
+    chunks = b"".join(map(raw_profile, kinds, pieces))
+    data = saved(photo(), "PNG")
+    picture = files.read(data[:33] + chunks + data[33:])
+    assert picture.texts == ()
+    assert picture.iptc == IPTC
+    assert picture.xmp == XMP
+    assert picture.exif is not None
+    assert b"Acme" in picture.exif
+    broken = chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 4\nno digits")
+    broken += chunk(b"tEXt", b"Raw profile type iptc\0")
+    assert files.read(data[:33] + broken + data[33:]).exif is None
+
+
+def test_texts_that_are_left_out_count_as_well() -> None:
+    data = saved(photo(), "PNG")
+    bomb = chunk(b"zTXt", b"big\0\0" + zlib.compress(bytes(2**20 + 10)))
+    last = chunk(b"tEXt", b"Title\0a lake")
+    assert files.read(data[:33] + bomb * 5 + last + data[33:]).texts == (("Title", "a lake"),)
+    assert files.read(data[:33] + bomb * 10 + last + data[33:]).texts == ()
+    empty = chunk(b"tEXt", b"k\0") * 20_000
+    assert len(files.read(data[:33] + empty + data[33:]).texts) < 10_000
