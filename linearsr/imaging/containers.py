@@ -212,21 +212,34 @@ def _read_jpeg(data: bytes, marks: Marks) -> None:
 
 
 def _embed_jpeg(data: bytes, metadata: Metadata) -> bytes:
-    across, down = (min(65535, max(1, round(dots))) for dots in metadata.dpi)
-    segments = [(0xE0, b"JFIF\0" + struct.pack(">HBHHH", 0x101, 1, across, down, 0))]
-    if metadata.exif:
-        segments.append((0xE1, b"Exif\0\0" + metadata.exif))
-    if metadata.xmp:
-        segments.append((0xE1, _XMP_HEADER + metadata.xmp))
-    if metadata.iptc:
-        resource = _IPTC_RESOURCE + struct.pack(">HI", 0, len(metadata.iptc)) + metadata.iptc
-        segments.append((0xED, _IPTC_HEADER + resource + bytes(len(resource) % 2)))
     added = (
         struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
-        for marker, body in segments
+        for _, marker, body in _segments(metadata)
         if len(body) <= _MAX_SEGMENT
     )
     return b"".join([data[:2], *added, data[2:]])
+
+
+def too_long(format: str, metadata: Metadata) -> list[str]:
+    """Return the names of the metadata that `embed` leaves out because it is too long."""
+    segments = _segments(metadata) if format == "jpeg" else []
+    return [name for name, _, body in segments if len(body) > _MAX_SEGMENT]
+
+
+def _segments(metadata: Metadata) -> list[tuple[str, int, bytes]]:
+    """Return the name, marker and body of the segments of JPEG for metadata."""
+    across, down = (min(65535, max(1, round(dots))) for dots in metadata.dpi)
+    jfif = b"JFIF\0" + struct.pack(">HBHHH", 0x101, 1, across, down, 0)
+    segments = [("print resolution", 0xE0, jfif)]
+    if metadata.exif:
+        segments.append(("EXIF", 0xE1, b"Exif\0\0" + metadata.exif))
+    if metadata.xmp:
+        segments.append(("XMP", 0xE1, _XMP_HEADER + metadata.xmp))
+    if metadata.iptc:
+        resource = _IPTC_RESOURCE + struct.pack(">HI", 0, len(metadata.iptc)) + metadata.iptc
+        body = _IPTC_HEADER + resource + bytes(len(resource) % 2)
+        segments.append(("IPTC", 0xED, body))
+    return segments
 
 
 def iptc_records(data: bytes | None) -> bytes | None:

@@ -12,7 +12,8 @@ Every format carries the profile, EXIF, XMP and the print resolution. PNG and We
 its fields become XMP there. Text chunks of PNG stay in PNG; other formats get those that EXIF has a
 place for.
 
-Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that;
+Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that,
+with a note; colours with 16 bits that only PIL reads become 8 bits, with a note;
 WebP has no grey, so a grey picture comes back from it as colour; AVIF whose colour space only its
 AV1 stream tells is taken for sRGB.
 """
@@ -44,6 +45,7 @@ from linearsr.imaging.containers import (
     embed,
     iptc_records,
     read_marks,
+    too_long,
 )
 from linearsr.imaging.exif import (
     descriptive_exif,
@@ -601,6 +603,13 @@ def encode(
     Raises OptionError for another format or quality, and OutputError for a picture that is not
     finite or is too large for the format.
     """
+    return encode_with_notes(picture, format, quality=quality, provenance=provenance)[0]
+
+
+def encode_with_notes(
+    picture: Picture, format: str, *, quality: int = 95, provenance: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[str, ...]]:
+    """Return what `encode` does, and what a user must know of metadata that was left out."""
     if format not in _SAVERS:
         raise OptionError(f"Format {format!r} is unknown; choose from {', '.join(_SAVERS)}.")
     if not 1 <= quality <= 100:
@@ -628,12 +637,19 @@ def encode(
         texts=_texts(picture, provenance or {}),
         dpi=dpi,
     )
-    if tags and format != "tiff":
+    tags = tags or Tags()
+    count = tags.count()
+    if tags.root and format != "tiff":
         metadata.exif = tags.tobytes(MAX_EXIF if format == "jpeg" else None)
-    data = _save(image, format, quality, _fields(icc, format, metadata))
+    lost = too_long(format, metadata)
+    lost += ["the largest tags of EXIF"] if tags.count() < count else []
+    notes = [f"left out, because {format} allows 64 kB: {', '.join(lost)}"] if lost else []
+    data, refused = _save(image, format, quality, _fields(icc, format, metadata))
+    if refused:
+        notes.append(f"left out, because it cannot be written as {format}: {', '.join(refused)}")
     if format == "tiff":
-        return join_tiff([(data, for_tiff(tags or Tags(), picture.iptc))])
-    return embed(data, format, metadata)
+        return join_tiff([(data, for_tiff(tags, picture.iptc))]), tuple(notes)
+    return embed(data, format, metadata), tuple(notes)
 
 
 def join_pages(pages: Sequence[bytes]) -> bytes:
@@ -670,14 +686,25 @@ def _grey_as_srgb(picture: Picture) -> Picture:
     return replace(picture, pixels=pixels, grey=False, icc=None, exif=srgb_exif(picture.exif))
 
 
-def _save(image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes]) -> bytes:
-    """Encode with these metadata fields, or with none if libvips refuses them."""
+def _save(
+    image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes]
+) -> tuple[bytes, list[str]]:
+    """Encode with these metadata fields, or with none and their names if libvips refuses them."""
     for attempt in (fields, {}):
         try:
-            return bytes(_SAVERS[format](_with_fields(image, attempt), quality))
+            data = bytes(_SAVERS[format](_with_fields(image, attempt), quality))
         except _VIPS_ERRORS as error:
             reason = _reason(error)
+        else:
+            return data, [_FIELD_NAMES[field] for field in fields if field not in attempt]
     raise OutputError(f"the picture cannot be encoded as {format} ({reason}).")
+
+
+_FIELD_NAMES: Final = {
+    "icc-profile-data": "the colour profile",
+    "xmp-data": "XMP",
+    "exif-data": "EXIF",
+}
 
 
 def _save_webp(image: pyvips.Image, quality: int) -> Any:

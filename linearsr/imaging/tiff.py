@@ -146,6 +146,10 @@ class Tags:
             data = self._written()
         return data if len(data) <= limit else b""
 
+    def count(self) -> int:
+        """Return the number of values in all directories."""
+        return len(self._values(0))
+
     def _values(self, limit: int) -> list[tuple[Directory, int, int]]:
         """Return the group, tag and size of each value, those to give up first at the end."""
         paths = ((), (IFD.Exif,), (IFD.GPSInfo,), (IFD.Exif, IFD.Interop))

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from linearsr.config import FileOptions, Options
-from linearsr.imaging.files import Picture, check_fits, encode, join_pages, read, result_format
+from linearsr.imaging.files import (
+    Picture,
+    check_fits,
+    encode_with_notes,
+    join_pages,
+    read,
+    result_format,
+)
 from linearsr.pipeline.sizes import output_size
 from linearsr.pipeline.upscaler import Progress, Upscaler
 
@@ -23,7 +30,8 @@ OnStage = Callable[[str, Picture], None]
 class Encoded(NamedTuple):
     """An upscaled picture as the bytes of a file; `format` is png, jpeg, webp or tiff.
 
-    notes: what a user must know about the file that was read; see `Picture.notes`.
+    notes: what a user must know about the file that was read (see `Picture.notes`), and about
+    metadata that the result lacks.
     """
 
     data: bytes
@@ -112,10 +120,10 @@ def encode_result(
     """
     format = format or result_format(result.format, files.format)
     provenance = upscaler.describe(options)
-    data = encode(result, format, quality=files.quality, provenance=provenance)
+    data, lost = encode_with_notes(result, format, quality=files.quality, provenance=provenance)
     height, width = result.pixels.shape[-2:]
     notes = result.notes if result.pages == 1 else (*result.notes, _pages(result.pages))
-    return Encoded(data, format, width, height, notes)
+    return Encoded(data, format, width, height, (*notes, *lost))
 
 
 def _pages(pages: int) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import pyvips  # type: ignore[import-untyped]
 from PIL import Image, IptcImagePlugin, features
 from PIL.ExifTags import IFD, Base
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from linearsr.errors import InputError, NoPicture
-from linearsr.imaging import files
+from linearsr.imaging import exif, files
+from linearsr.imaging.colour_tags import adobe_profile
+from linearsr.imaging.tiff import Value
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
@@ -517,3 +521,33 @@ def test_texts_that_are_left_out_count_as_well() -> None:
     assert files.read(data[:33] + bomb * 10 + last + data[33:]).texts == ()
     empty = chunk(b"tEXt", b"k\0") * 20_000
     assert len(files.read(data[:33] + empty + data[33:]).texts) < 10_000
+
+
+def test_metadata_that_is_left_out_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = files.read(saved(photo(), "JPEG", exif=camera_exif()))
+    assert files.encode_with_notes(picture, "jpeg")[1] == ()
+    tags = exif.parse(picture.exif)
+    assert tags is not None
+    tags.root[Base.DocumentName] = Value(2, bytes(70_000))
+    long = replace(
+        picture,
+        xmp=b"<x>" + b" " * 70_000 + b"</x>",
+        iptc=b"\x1c\x02\x78\x75\x30" + b"a" * 30_000 + b"\x1c\x02\x78\x9c\x40" + b"a" * 40_000,
+        exif=exif.HEADER + tags.tobytes(),
+        icc=adobe_profile(grey=False),
+    )
+    data, notes = files.encode_with_notes(long, "jpeg")
+    assert notes == ("left out, because jpeg allows 64 kB: XMP, IPTC, the largest tags of EXIF",)
+    assert files.read(data).xmp is None
+    for format in ("png", "webp", "tiff"):
+        assert files.encode_with_notes(long, format)[1] == ()
+
+    def refuse(image: Any, quality: int) -> bytes:
+        if "icc-profile-data" in image.get_fields():
+            raise pyvips.Error("no")
+        return bytes(image.pngsave_buffer())
+
+    monkeypatch.setitem(files._SAVERS, "png", refuse)
+    assert files.encode_with_notes(long, "png")[1] == (
+        "left out, because it cannot be written as png: the colour profile",
+    )
