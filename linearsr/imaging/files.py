@@ -239,7 +239,9 @@ def _opened(data: bytes, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, page: 
     if file.format != "tiff":
         return file
     found, readable = tiff_pages(data)
-    if is_raw(data) or any(p.value(Base.PhotometricInterpretation) in _RAW for p in found):
+    if other_kind(data) == RAW or any(
+        p.value(Base.PhotometricInterpretation) in _RAW for p in found
+    ):
         raise InputError(
             f"{name}: a raw photograph, which is not read; develop it to TIFF or JPEG first."
         )
@@ -387,16 +389,16 @@ def _sniff(data: bytes, name: str) -> str:
         raise NoPicture(f"{name}: the file is empty; get it again.")
     if format := sniff(data):
         return format
-    kind = next((kind for kind, at, mark in _OTHERS if data.startswith(mark, at)), "")
+    kind = other_kind(data)
     raise NoPicture(
         f"{name}: {f'{kind}, which is ' if kind else ''}not a picture this program reads; give "
         "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
     )
 
 
-def is_raw(data: bytes) -> bool:
-    """Return whether the first bytes are those of Canon's CR2, which begins like TIFF."""
-    return data.startswith(b"II*\0\x10\0\0\0CR\2\0")
+def other_kind(data: bytes) -> str:
+    """Return the name in OTHERS that the first bytes show; empty if none."""
+    return next((kind for kind, at, marks in OTHERS if data.startswith(marks, at)), "")
 
 
 def sniff(data: bytes) -> str | None:
@@ -426,12 +428,23 @@ _PIL_FORMATS: Final = {"bmp": "BMP", "jp2": "JPEG2000"}
 _JP2_SIZE: Final = b"\xff\x4f\xff\x51"
 _END_OF_JPEG: Final = b"\xff\xd9"
 # Common formats that are not read: name, and the bytes at an offset.
-_OTHERS: Final = (
+RAW: Final = "a raw photograph"
+OTHERS: Final = (
     ("HEIC", 4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
     ("JPEG XL", 0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
-    ("a raw photograph", 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")),
-    ("a raw photograph", 4, (b"ftypcrx",)),
-    ("a Photoshop document", 0, (b"8BPS",)),
+    ("JPEG XR", 0, (b"II\xbc\x01",)),
+    ("Photoshop", 0, (b"8BPS",)),
+    ("GIMP", 0, (b"gimp xcf",)),
+    ("OpenEXR", 0, (b"\x76\x2f\x31\x01",)),
+    ("Radiance", 0, (b"#?RADIANCE", b"#?RGBE")),
+    ("DDS", 0, (b"DDS |",)),
+    ("QOI", 0, (b"qoif",)),
+    ("farbfeld", 0, (b"farbfeld",)),
+    ("icon", 0, (b"\0\0\1\0",)),
+    (RAW, 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")),
+    (RAW, 0, (b"II*\0\x10\0\0\0CR\2\0",)),  # Canon's CR2, which begins like TIFF
+    (RAW, 4, (b"ftypcrx",)),
+    (RAW, 6, (b"HEAPCCDR",)),
 )
 # Photometric interpretations of raw photographs: a colour filter array, and linear raw.
 _RAW: Final = (32803, 34892)
