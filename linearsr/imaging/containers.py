@@ -17,8 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from linearsr.imaging.exif import plausible_dpi
+
 _PNG_START: Final = 8
 _XMP_KEY: Final = "XML:com.adobe.xmp"
+_RAW_KEY: Final = "Raw profile type "
 _XMP_HEADER: Final = b"http://ns.adobe.com/xap/1.0/\0"
 _IPTC_HEADER: Final = b"Photoshop 3.0\0"
 _IPTC_RESOURCE: Final = b"8BIM\x04\x04"
@@ -28,6 +31,8 @@ MAX_EXIF: Final = _MAX_SEGMENT - 6
 # Text chunks may be compressed, so a small file can hold a large text.
 _MAX_TEXT: Final = 2**20
 _MAX_TEXTS: Final = 2**23
+# What a text costs of that beside its length.
+_TEXT_COST: Final = 2**10
 
 _CONTAINERS: Final = (b"meta", b"moov", b"trak", b"mdia", b"minf", b"stbl", b"iprp", b"ipco")
 
@@ -68,6 +73,8 @@ class Marks:
     chromaticities: tuple[float, ...] | None = None
     """x and y of white, red, green and blue, as in PNG's cHRM."""
     texts: list[tuple[str, str]] = field(default_factory=list)
+    profiles: dict[str, bytes] = field(default_factory=dict)
+    """EXIF, XMP and IPTC from texts of PNG, as ImageMagick writes them."""
     dpi: tuple[float, float] | None = None
     """The density of JFIF."""
     frames: int = 1
@@ -116,9 +123,11 @@ def _read_png(data: bytes, marks: Marks) -> None:
     for kind, body in _chunks(data):
         if kind not in (b"tEXt", b"zTXt", b"iTXt"):
             _mark(marks, kind, body)
-        elif room > 0 and (text := _text(kind, body)):
-            room -= len(text[1])
-            marks.texts.append(text)
+        elif room > 0:
+            text = _text(kind, body)
+            room -= _TEXT_COST + (len(text[1]) if text else _MAX_TEXT)
+            if text and len(text[1]) < _MAX_TEXT:
+                _keep_text(marks, *text)
 
 
 def _mark(marks: Marks, kind: bytes, body: bytes) -> None:
@@ -135,10 +144,10 @@ def _mark(marks: Marks, kind: bytes, body: bytes) -> None:
 
 
 def _text(kind: bytes, body: bytes) -> tuple[str, str] | None:
-    """Return the keyword and the text of a chunk; None if broken, or metadata in disguise."""
+    """Return the keyword and the text of a chunk, of _MAX_TEXT at most; None if broken, or XMP."""
     keyword, _, text = body.partition(b"\0")
     key, codec, compressed = keyword.decode("latin-1"), "latin-1", kind == b"zTXt"
-    if key == _XMP_KEY or key.startswith("Raw profile type"):
+    if key == _XMP_KEY:
         return None
     if kind == b"iTXt":
         codec, compressed = "utf-8", text[:1] == b"\1"
@@ -149,8 +158,25 @@ def _text(kind: bytes, body: bytes) -> tuple[str, str] | None:
     with contextlib.suppress(zlib.error, UnicodeDecodeError):
         if compressed:
             text = zlib.decompressobj().decompress(text, _MAX_TEXT)
-        return (key, text.decode(codec)) if key and len(text) < _MAX_TEXT else None
+        return key, text[:_MAX_TEXT].decode(codec)
     return None
+
+
+def _keep_text(marks: Marks, key: str, text: str) -> None:
+    if key.startswith(_RAW_KEY):
+        # An empty line, a name, the length, and the bytes in hexadecimal digits.
+        with contextlib.suppress(ValueError, IndexError):
+            _keep_profile(marks, key[len(_RAW_KEY) :], bytes.fromhex(text.split("\n", 3)[3]))
+    elif key:
+        marks.texts.append((key, text))
+
+
+def _keep_profile(marks: Marks, kind: str, data: bytes) -> None:
+    """Keep metadata under its right name; APP1 is what JPEG calls both EXIF and XMP."""
+    if data.startswith(_XMP_HEADER):
+        kind, data = "xmp", data.removeprefix(_XMP_HEADER)
+    kind = {"APP1": "exif", "8bim": "iptc"}.get(kind, kind)
+    marks.profiles.setdefault(kind, data)
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -181,32 +207,45 @@ def _read_jpeg(data: bytes, marks: Marks) -> None:
     if data[6:11] == b"JFIF\0" and len(data) > 18:
         unit, across, down = struct.unpack_from(">BHH", data, 13)
         scale = {1: 1.0, 2: 2.54}.get(unit)
-        if scale and across > 1 and down > 1:
-            marks.dpi = across * scale, down * scale
+        if scale:
+            marks.dpi = plausible_dpi(across * scale, down * scale)
 
 
 def _embed_jpeg(data: bytes, metadata: Metadata) -> bytes:
-    across, down = (min(65535, max(1, round(dots))) for dots in metadata.dpi)
-    segments = [(0xE0, b"JFIF\0" + struct.pack(">HBHHH", 0x101, 1, across, down, 0))]
-    if metadata.exif:
-        segments.append((0xE1, b"Exif\0\0" + metadata.exif))
-    if metadata.xmp:
-        segments.append((0xE1, _XMP_HEADER + metadata.xmp))
-    if metadata.iptc:
-        resource = _IPTC_RESOURCE + struct.pack(">HI", 0, len(metadata.iptc)) + metadata.iptc
-        segments.append((0xED, _IPTC_HEADER + resource + bytes(len(resource) % 2)))
     added = (
         struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
-        for marker, body in segments
+        for _, marker, body in _segments(metadata)
         if len(body) <= _MAX_SEGMENT
     )
     return b"".join([data[:2], *added, data[2:]])
 
 
+def too_long(format: str, metadata: Metadata) -> list[str]:
+    """Return the names of the metadata that `embed` leaves out because it is too long."""
+    segments = _segments(metadata) if format == "jpeg" else []
+    return [name for name, _, body in segments if len(body) > _MAX_SEGMENT]
+
+
+def _segments(metadata: Metadata) -> list[tuple[str, int, bytes]]:
+    """Return the name, marker and body of the segments of JPEG for metadata."""
+    across, down = (min(65535, max(1, round(dots))) for dots in metadata.dpi)
+    jfif = b"JFIF\0" + struct.pack(">HBHHH", 0x101, 1, across, down, 0)
+    segments = [("print resolution", 0xE0, jfif)]
+    if metadata.exif:
+        segments.append(("EXIF", 0xE1, b"Exif\0\0" + metadata.exif))
+    if metadata.xmp:
+        segments.append(("XMP", 0xE1, _XMP_HEADER + metadata.xmp))
+    if metadata.iptc:
+        resource = _IPTC_RESOURCE + struct.pack(">HI", 0, len(metadata.iptc)) + metadata.iptc
+        body = _IPTC_HEADER + resource + bytes(len(resource) % 2)
+        segments.append(("IPTC", 0xED, body))
+    return segments
+
+
 def iptc_records(data: bytes | None) -> bytes | None:
     """Return IPTC's records from an APP13 segment of JPEG, or from a tag of TIFF."""
-    data = data or b""
-    if data.startswith(_IPTC_HEADER):
+    data = (data or b"").removeprefix(_IPTC_HEADER)
+    if data.startswith(b"8BIM"):
         data = _iptc_resource(data)
     end = 0
     while data[end : end + 1] == b"\x1c" and end + 5 <= len(data):
@@ -215,7 +254,7 @@ def iptc_records(data: bytes | None) -> bytes | None:
 
 
 def _iptc_resource(data: bytes) -> bytes:
-    at = len(_IPTC_HEADER)
+    at = 0
     while data[at : at + 4] == b"8BIM" and at + 12 <= len(data):
         # A name follows, whose length counts its own byte and is made even, and then the size.
         start = at + 6 + (data[at + 6] + 2) // 2 * 2

@@ -140,7 +140,15 @@ def resolution(data: bytes | None) -> tuple[float, float] | None:
     scale = {1: 0.0, 3: _CM_PER_INCH}.get(int(unit or 2), 1.0)
     across = (tags.number(Base.XResolution) or 0.0) * scale
     down = (tags.number(Base.YResolution) or 0.0) * scale or across
-    return (across, down) if all(1 <= dots <= _MAX_DPI for dots in (across, down)) else None
+    return plausible_dpi(across, down)
+
+
+def plausible_dpi(across: float, down: float) -> tuple[float, float] | None:
+    """Return a print resolution in dots per inch, or None if it cannot be one.
+
+    Many programs write 1 if they know of none.
+    """
+    return (across, down) if all(1 < dots <= _MAX_DPI for dots in (across, down)) else None
 
 
 def is_adobe_rgb(data: bytes | None) -> bool:

@@ -12,13 +12,15 @@ Every format carries the profile, EXIF, XMP and the print resolution. PNG and We
 its fields become XMP there. Text chunks of PNG stay in PNG; other formats get those that EXIF has a
 place for.
 
-Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that;
+Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that,
+with a note; colours with 16 bits that only PIL reads become 8 bits, with a note;
 WebP has no grey, so a grey picture comes back from it as colour; AVIF whose colour space only its
 AV1 stream tells is taken for sRGB.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
@@ -43,6 +45,7 @@ from linearsr.imaging.containers import (
     embed,
     iptc_records,
     read_marks,
+    too_long,
 )
 from linearsr.imaging.exif import (
     descriptive_exif,
@@ -51,6 +54,7 @@ from linearsr.imaging.exif import (
     is_adobe_rgb,
     is_record,
     pil_exif,
+    plausible_dpi,
     record_line,
     resolution,
     result_tags,
@@ -92,7 +96,6 @@ _MAX_BYTES_PER_PIXEL: Final = 16
 _ROOM_FOR_METADATA: Final = 64 * 2**20
 
 _DEFAULT_DPI: Final = 72.0
-_MAX_DPI: Final = 1_000_000.0
 _MM_PER_INCH: Final = 25.4
 
 _LUMA: Final = (0.299, 0.587, 0.114)
@@ -179,7 +182,7 @@ def read(
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _file_bytes(Path(source), name, max_pixels)
-    file = _File(data, _sniff(data, name), name, max_pixels, *_pages(data, name, page))
+    file = _opened(data, name, max_pixels, page)
     if file.format in _PIL_FORMATS:
         return _read_by_pil(file)
     if file.format == "jpeg":
@@ -198,7 +201,7 @@ def measure(data: bytes) -> tuple[str, int, int]:
     Raises InputError for bytes that are not a picture.
     """
     name = "the picture"
-    file = _File(data, _sniff(data, name), name, DEFAULT_MAX_PIXELS, *_pages(data, name, 0))
+    file = _opened(data, name)
     if file.format in _PIL_FORMATS:
         return file.format, *_open_by_pil(file).size
     try:
@@ -214,33 +217,44 @@ def measure(data: bytes) -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class _File:
-    """A picture file to read. `page` and `pages` are those of TIFF."""
+    """A picture file to read. `page` and `pages` are those of TIFF; `notes` go to the picture."""
 
     data: bytes
     format: str
     name: str
     max_pixels: int
-    page: Page | None
-    pages: int
+    page: Page | None = None
+    pages: int = 1
+    notes: tuple[str, ...] = ()
 
 
-def _pages(data: bytes, name: str, number: int) -> tuple[Page | None, int]:
-    """Return a page of a TIFF file and the number of pages; None and 1 for other files.
+def _opened(data: bytes, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, page: int = 0) -> _File:
+    """Return a file with one of its pages, if it is a TIFF file.
 
-    Pages are the pictures in the chain of directories. If that begins with a thumbnail, the largest
-    picture anywhere in the file is the only page. Raises InputError for a raw photograph.
+    Pages are the pictures in the chain of directories. If that has only a thumbnail, the largest
+    picture anywhere in the file is the only page. Raises InputError for a raw photograph, and
+    NoPicture for no picture.
     """
-    if not data.startswith((b"II", b"MM")) or not (found := tiff_pages(data)):
-        return None, 1
-    if data[8:10] == b"CR" or any(p.value(Base.PhotometricInterpretation) in _RAW for p in found):
+    file = _File(data, _sniff(data, name), name, max_pixels)
+    if file.format != "tiff":
+        return file
+    found, readable = tiff_pages(data)
+    if other_kind(data) == RAW or any(
+        p.value(Base.PhotometricInterpretation) in _RAW for p in found
+    ):
         raise InputError(
             f"{name}: a raw photograph, which is not read; develop it to TIFF or JPEG first."
         )
+    if not found:
+        return file
     whole = [page for page in found if page.is_whole]
-    if whole and not found[0].is_whole:
-        return max(whole, key=lambda page: page.pixels), 1
-    chain = [page for page in whole if page.sub is None] or found[:1]
-    return chain[min(number, len(chain) - 1)], len(chain)
+    chain = [page for page in whole if page.sub is None]
+    if not chain:
+        chain = [max(whole or found[:1], key=lambda page: page.pixels)]
+    file = replace(file, page=chain[min(page, len(chain) - 1)], pages=len(chain))
+    if readable is None:
+        return file
+    return replace(file, data=readable, notes=("its further pages cannot be read",))
 
 
 def _unusual(page: Page | None) -> str:
@@ -272,7 +286,7 @@ def _read(file: _File, fail_on: str = "error") -> Picture:
     _check_size(image.width, image.height, file.name, file.max_pixels)
     marks = read_marks(file.data, file.format)
     if file.page is None:
-        exif = _blob(image, "exif-data")
+        exif = _blob(image, "exif-data") or marks.profiles.get("exif")
     else:
         # The tags of the photograph are in the first directory, also if that has the thumbnail.
         exif = descriptive_exif(file.data, None if file.pages == 1 else file.page.at)
@@ -280,11 +294,11 @@ def _read(file: _File, fail_on: str = "error") -> Picture:
         marks.frames = max(marks.frames, image.get("n-pages"))
     across, down = (round(per_mm * _MM_PER_INCH, 2) for per_mm in (image.xres, image.yres))
     # libvips' default is one pixel in a millimetre.
-    if marks.dpi is None and (image.xres, image.yres) != (1, 1) and max(across, down) <= _MAX_DPI:
-        marks.dpi = (across, down) if min(across, down) > 1 else None
+    if marks.dpi is None and (image.xres, image.yres) != (1, 1):
+        marks.dpi = plausible_dpi(across, down)
     picture = _decode(image, exif, file.format, file.name, marks)
     notes = (f"only the first of {marks.frames} frames",) if marks.frames > 1 else ()
-    return replace(picture, pages=file.pages, notes=notes)
+    return replace(picture, pages=file.pages, notes=(*file.notes, *notes))
 
 
 def _read_jpeg(file: _File) -> Picture:
@@ -328,7 +342,10 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
         image = _open_by_pil(file)
         _check_size(*image.size, file.name, file.max_pixels)
         picture = _from_pil(image, file.name)
-        return replace(picture, format=file.format, pages=file.pages)
+        notes = file.notes
+        if picture.bits == 8 and (bits := _bits(file)) > 8:
+            notes = (*notes, f"its {bits} bits a channel are read as 8")
+        return replace(picture, format=file.format, pages=file.pages, notes=notes)
     except TooLarge:
         raise
     except InputError as error:
@@ -338,6 +355,14 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
             f"{file.name}: holds {unusual}, which cannot be read here; convert it to TIFF with "
             "deflate compression, or to PNG."
         ) from error
+
+
+def _bits(file: _File) -> int:
+    """Return the depth of the samples in a file that PIL reads, whose colours have 8 bits then."""
+    if file.page:
+        return file.page.value(Base.BitsPerSample)
+    size = file.data.find(_JP2_SIZE) if file.format == "jp2" else -1
+    return (file.data[size + 42] & 0x7F) + 1 if size >= 0 else 8
 
 
 def _file_bytes(path: Path, name: str, max_pixels: int) -> bytes:
@@ -364,11 +389,16 @@ def _sniff(data: bytes, name: str) -> str:
         raise NoPicture(f"{name}: the file is empty; get it again.")
     if format := sniff(data):
         return format
-    kind = next((kind for kind, at, mark in _OTHERS if data.startswith(mark, at)), "")
+    kind = other_kind(data)
     raise NoPicture(
         f"{name}: {f'{kind}, which is ' if kind else ''}not a picture this program reads; give "
         "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
     )
+
+
+def other_kind(data: bytes) -> str:
+    """Return the name in OTHERS that the first bytes show; empty if none."""
+    return next((kind for kind, at, marks in OTHERS if data.startswith(marks, at)), "")
 
 
 def sniff(data: bytes) -> str | None:
@@ -394,14 +424,27 @@ _FIRST: Final = {"webp": b"RIFF", "bmp": b"BM"}
 
 # Formats that PIL reads, with its names for them.
 _PIL_FORMATS: Final = {"bmp": "BMP", "jp2": "JPEG2000"}
+# The start of JPEG 2000's codestream, with the marker of the sizes.
+_JP2_SIZE: Final = b"\xff\x4f\xff\x51"
 _END_OF_JPEG: Final = b"\xff\xd9"
 # Common formats that are not read: name, and the bytes at an offset.
-_OTHERS: Final = (
+RAW: Final = "a raw photograph"
+OTHERS: Final = (
     ("HEIC", 4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
     ("JPEG XL", 0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
-    ("a raw photograph", 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")),
-    ("a raw photograph", 4, (b"ftypcrx",)),
-    ("a Photoshop document", 0, (b"8BPS",)),
+    ("JPEG XR", 0, (b"II\xbc\x01",)),
+    ("Photoshop", 0, (b"8BPS",)),
+    ("GIMP", 0, (b"gimp xcf",)),
+    ("OpenEXR", 0, (b"\x76\x2f\x31\x01",)),
+    ("Radiance", 0, (b"#?RADIANCE", b"#?RGBE")),
+    ("DDS", 0, (b"DDS |",)),
+    ("QOI", 0, (b"qoif",)),
+    ("farbfeld", 0, (b"farbfeld",)),
+    ("icon", 0, (b"\0\0\1\0",)),
+    (RAW, 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")),
+    (RAW, 0, (b"II*\0\x10\0\0\0CR\2\0",)),  # Canon's CR2, which begins like TIFF
+    (RAW, 4, (b"ftypcrx",)),
+    (RAW, 6, (b"HEAPCCDR",)),
 )
 # Photometric interpretations of raw photographs: a colour filter array, and linear raw.
 _RAW: Final = (32803, 34892)
@@ -440,7 +483,8 @@ def _decode(
     image: pyvips.Image, exif: bytes | None, format: str, name: str, marks: Marks
 ) -> Picture:
     """Decode a libvips image, which is lazy until now, into a Picture."""
-    xmp, iptc = _blob(image, "xmp-data"), iptc_records(_blob(image, "iptc-data"))
+    xmp = _blob(image, "xmp-data") or marks.profiles.get("xmp")
+    iptc = iptc_records(_blob(image, "iptc-data") or marks.profiles.get("iptc"))
     icc, exif = _blob(image, "icc-profile-data"), upright_exif(exif)
     if image.interpretation in _CONVERTED:
         image, icc, exif = _as_srgb(image), None, srgb_exif(exif)
@@ -546,6 +590,8 @@ def read_provenance(source: str | Path | bytes) -> dict[str, str] | None:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         format = _sniff(data, "")
         # A TIFF file is itself a directory of EXIF tags.
+        if format in _PIL_FORMATS:
+            return None
         exif = data if format == "tiff" else _blob(_LOADERS[format](data), "exif-data")
     except (OSError, ValueError, InputError, pyvips.Error):
         return None
@@ -570,6 +616,13 @@ def encode(
     Raises OptionError for another format or quality, and OutputError for a picture that is not
     finite or is too large for the format.
     """
+    return encode_with_notes(picture, format, quality=quality, provenance=provenance)[0]
+
+
+def encode_with_notes(
+    picture: Picture, format: str, *, quality: int = 95, provenance: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[str, ...]]:
+    """Return what `encode` does, and what a user must know of metadata that was left out."""
     if format not in _SAVERS:
         raise OptionError(f"Format {format!r} is unknown; choose from {', '.join(_SAVERS)}.")
     if not 1 <= quality <= 100:
@@ -597,12 +650,19 @@ def encode(
         texts=_texts(picture, provenance or {}),
         dpi=dpi,
     )
-    if tags and format != "tiff":
+    tags = tags or Tags()
+    count = tags.count()
+    if tags.root and format != "tiff":
         metadata.exif = tags.tobytes(MAX_EXIF if format == "jpeg" else None)
-    data = _save(image, format, quality, _fields(icc, format, metadata))
+    lost = too_long(format, metadata)
+    lost += ["the largest tags of EXIF"] if tags.count() < count else []
+    notes = [f"left out, because {format} allows 64 kB: {', '.join(lost)}"] if lost else []
+    data, refused = _save(image, format, quality, _fields(icc, format, metadata))
+    if refused:
+        notes.append(f"left out, because it cannot be written as {format}: {', '.join(refused)}")
     if format == "tiff":
-        return join_tiff([(data, for_tiff(tags or Tags(), picture.iptc))])
-    return embed(data, format, metadata)
+        return join_tiff([(data, for_tiff(tags, picture.iptc))]), tuple(notes)
+    return embed(data, format, metadata), tuple(notes)
 
 
 def join_pages(pages: Sequence[bytes]) -> bytes:
@@ -639,14 +699,25 @@ def _grey_as_srgb(picture: Picture) -> Picture:
     return replace(picture, pixels=pixels, grey=False, icc=None, exif=srgb_exif(picture.exif))
 
 
-def _save(image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes]) -> bytes:
-    """Encode with these metadata fields, or with none if libvips refuses them."""
+def _save(
+    image: pyvips.Image, format: str, quality: int, fields: Mapping[str, bytes]
+) -> tuple[bytes, list[str]]:
+    """Encode with these metadata fields, or with none and their names if libvips refuses them."""
     for attempt in (fields, {}):
         try:
-            return bytes(_SAVERS[format](_with_fields(image, attempt), quality))
+            data = bytes(_SAVERS[format](_with_fields(image, attempt), quality))
         except _VIPS_ERRORS as error:
             reason = _reason(error)
+        else:
+            return data, [_FIELD_NAMES[field] for field in fields if field not in attempt]
     raise OutputError(f"the picture cannot be encoded as {format} ({reason}).")
+
+
+_FIELD_NAMES: Final = {
+    "icc-profile-data": "the colour profile",
+    "xmp-data": "XMP",
+    "exif-data": "EXIF",
+}
 
 
 def _save_webp(image: pyvips.Image, quality: int) -> Any:
@@ -845,9 +916,9 @@ def _from_pil(image: PIL.Image.Image, name: str) -> Picture:
     marks = Marks(srgb="srgb" in info, chromaticities=info.get("chromaticity"))
     marks.gamma = 1 / info["gamma"] if info.get("gamma") else None
     marks.texts = [(key, str(text)) for key, text in getattr(image, "text", {}).items()]
-    across, down = map(float, info.get("dpi", (0, 0)))
-    if min(across, down) > 1 and max(across, down) <= _MAX_DPI:
-        marks.dpi = across, down
+    with contextlib.suppress(TypeError, ValueError):  # a tag may hold anything
+        across, down = map(float, info.get("dpi", ()))
+        marks.dpi = plausible_dpi(across, down)
     format = (image.format or "").lower()
     try:
         return _decode(lazy, exif, format if format in _LOADERS else "png", name, marks)

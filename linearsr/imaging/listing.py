@@ -18,7 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from linearsr.errors import Denied, InputError, StorageError, is_text, printable
-from linearsr.imaging.files import READ_SUFFIXES, RESULT_SUFFIXES, sniff
+from linearsr.imaging.files import (
+    OTHERS,
+    RAW,
+    READ_SUFFIXES,
+    RESULT_SUFFIXES,
+    other_kind,
+    sniff,
+)
 from linearsr.storage.walk import Kind, Notes, walk
 
 # The first bytes that tell pictures from other files, and the number of files that are opened at
@@ -85,28 +92,7 @@ def _unreadable(name: str) -> Kind:
 
 
 _RAW: Final = Kind("camera raw file", "camera raw files", "develop to TIFF, PNG or JPEG")
-# Kinds by the first bytes, from an offset on.
-_MAGIC: Final = tuple(
-    (offset, magic, kind)
-    for kind, offset, magics in (
-        (_unreadable("HEIC"), 4, (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")),
-        (_unreadable("JPEG XL"), 0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
-        (_unreadable("JPEG XR"), 0, (b"II\xbc\x01",)),
-        (_unreadable("Photoshop"), 0, (b"8BPS",)),
-        (_unreadable("GIMP"), 0, (b"gimp xcf",)),
-        (_unreadable("OpenEXR"), 0, (b"\x76\x2f\x31\x01",)),
-        (_unreadable("Radiance"), 0, (b"#?RADIANCE", b"#?RGBE")),
-        (_unreadable("DDS"), 0, (b"DDS |",)),
-        (_unreadable("QOI"), 0, (b"qoif",)),
-        (_unreadable("farbfeld"), 0, (b"farbfeld",)),
-        (_unreadable("icon"), 0, (b"\0\0\1\0",)),
-        (_RAW, 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")),
-        (_RAW, 4, (b"ftypcrx",)),
-        (_RAW, 6, (b"HEAPCCDR",)),
-        (_RAW, 8, (b"CR\2\0",)),
-    )
-    for magic in magics
-)
+_KINDS: Final = {name: _RAW if name == RAW else _unreadable(name) for name, _, _ in OTHERS}
 _PNM: Final = _unreadable("PNM")
 _SVG: Final = _unreadable("SVG")
 
@@ -232,21 +218,14 @@ def _judge_all(names: Sequence[str], head: Callable[[str], bytes]) -> list[Kind 
 
 def _judge(head: bytes, suffix: str) -> Kind | bool:
     """Return whether a file begins like a picture, or the kind of a picture that is not read."""
-    kinds = (kind for offset, magic, kind in _MAGIC if head.startswith(magic, offset))
-    kind = next(kinds, None)
+    kind = _KINDS.get(other_kind(head))
     format = sniff(head)
     if kind is _RAW or (format == "tiff" and suffix in _RAW_SUFFIXES):
         return _RAW  # many of them are TIFF files as well
-    if format or _is_bmp(head):
+    if format:
         return True
     if kind:
         return kind
     if head[:1] == b"P" and head[1:2] in b"1234567fF" and head[2:3].isspace():
         return _PNM
     return _SVG if b"<svg" in head else False
-
-
-def _is_bmp(head: bytes) -> bool:
-    """Return whether this is a BMP file: two letters, and the size of a known second header."""
-    size = int.from_bytes(head[14:18], "little")
-    return head[:2] == b"BM" and size in (12, 16, 40, 52, 56, 64, 108, 124)

@@ -7,20 +7,28 @@ that it does not know, PIL turns UNDEFINED into BYTE, and neither writes EXIF in
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple, Union
 
 from PIL.ExifTags import IFD, Base
 
 # A hostile file can point thousands of tags at one large block, so the number of bytes is limited.
 _MAX_READ: Final = 8 * 2**20
+# It can also list directories within directories, so the number of tags is limited as well.
+_MAX_TAGS: Final = 2**19
 _MAX_PAGES: Final = 10_000
 
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 1, 2, 3, 4, 5, 7
 # The size of one value of each type, and the size of the units whose order of bytes matters.
-_SIZES: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-_SIZES_BIG: Final = {**_SIZES, 16: 8, 17: 8, 18: 8}
+# Type 129 is EXIF 3.0's UTF-8.
+_SIZES: Final = {
+    **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4},
+    129: 1,
+}
+# The types of BigTIFF that EXIF lacks (LONG8, SLONG8, IFD8), and those that they become.
+_SHORTER: Final = {16: (LONG, "Q", "I"), 17: (9, "q", "i"), 18: (LONG, "Q", "I")}
 _UNITS: Final = {**_SIZES, 5: 4, 10: 4}
 _NUMBERS: Final = {
     1: "B",
@@ -31,9 +39,29 @@ _NUMBERS: Final = {
     9: "i",
     10: "i",
     13: "I",
-    16: "Q",
-    18: "Q",
 }
+
+
+# What a person wrote, and the tags that EXIF must have.
+_LAST: Final[frozenset[int]] = frozenset(
+    {
+        Base.ImageDescription,
+        Base.Artist,
+        Base.Copyright,
+        Base.Software,
+        Base.DateTimeOriginal,
+        Base.ExifVersion,
+        Base.UserComment,
+        Base.XPTitle,
+        Base.XPComment,
+        Base.XPAuthor,
+        Base.XPKeywords,
+        Base.XPSubject,
+    }
+)
+
+
+_BIG: Final = (b"+\0", b"\0+")
 
 
 class Value(NamedTuple):
@@ -96,29 +124,50 @@ class Tags:
         return self if order == self.order else Tags(order, _swapped(self.root))
 
     def tobytes(self, limit: int | None = None) -> bytes:
-        """Return EXIF without its header. If it is longer than `limit`, its largest values go.
+        """Return EXIF without its header.
 
         A maker note stays where it was if possible, because cameras write offsets into it that
-        count from the start of the block.
+        count from the start of the block. If the block is longer than `limit`, the note may move,
+        and then the largest values go, those of _LAST after all others.
         """
         note = self.group(IFD.Exif).get(Base.MakerNote)
         keep = note if isinstance(note, Value) and 8 <= (note.at or 0) < 2**16 else None
+        data = self._written(keep)
+        if limit is None or len(data) <= limit:
+            return data
+        data = self._written()
+        values = self._values(limit)
+        while values and len(data) > limit:
+            excess = len(data) - limit
+            while values and excess > 0:
+                group, tag, size = values.pop()
+                del group[tag]
+                excess -= 12 + size
+            data = self._written()
+        return data if len(data) <= limit else b""
+
+    def count(self) -> int:
+        """Return the number of values in all directories."""
+        return len(self._values(0))
+
+    def _values(self, limit: int) -> list[tuple[Directory, int, int]]:
+        """Return the group, tag and size of each value, those to give up first at the end."""
+        paths = ((), (IFD.Exif,), (IFD.GPSInfo,), (IFD.Exif, IFD.Interop))
+        values = [
+            (group, tag, len(value.data))
+            for group in (self.group(*path) for path in paths)
+            for tag, value in group.items()
+            if isinstance(value, Value)
+        ]
+        # A value that is nearly too long by itself would drive out all others.
+        return sorted(values, key=lambda v: (v[1] not in _LAST or v[2] > limit * 7 // 8, v[2]))
+
+    def _written(self, keep: Value | None = None) -> bytes:
         writer = _Writer(self.order, keep=keep)
         first = writer.directory(self.root)
-        writer.written[:8] = (b"II*\0" if self.order == "<" else b"MM\0*") + struct.pack(
-            f"{self.order}I", first
-        )
-        excess = len(writer.written) - limit if limit else 0
-        if excess <= 0:
-            return bytes(writer.written)
-        groups = [self.root, *(self.group(tag) for tag in (IFD.Exif, IFD.GPSInfo))]
-        values = [(len(v.data), g, t) for g in groups for t, v in g.items() if isinstance(v, Value)]
-        for size, group, tag in sorted(values, key=lambda value: -value[0]):
-            if excess > 0:
-                del group[tag]
-                excess -= size
-        # The padding in front of a maker note goes with it.
-        return self.tobytes(limit)
+        mark = b"II*\0" if self.order == "<" else b"MM\0*"
+        writer.written[:8] = mark + struct.pack(f"{self.order}I", first)
+        return bytes(writer.written)
 
 
 def _swapped(directory: Directory) -> Directory:
@@ -194,14 +243,17 @@ class _Reader:
     """
 
     def __init__(self, data: bytes, left: int = _MAX_READ) -> None:
-        self.data, self.left = data, left
+        self.data, self.left, self.tags_left = data, left, _MAX_TAGS
+        self.link = 0  # the place of the offset of the directory after the last one
         self.order = {b"II": "<", b"MM": ">"}.get(data[:2], "")
-        self.big = data[2:4] in (b"+\0", b"\0+")
+        self.big = data[2:4] in _BIG
         if not self.order or not (self.big or data[2:4] in (b"*\0", b"\0*")):
             raise ValueError("not a block of tags")
         self.first = int(self.unpack("Q" if self.big else "I", 8 if self.big else 4)[0])
 
     def unpack(self, format: str, at: int) -> tuple[Any, ...]:
+        if at > len(self.data):  # BigTIFF's offsets may be too large for Python's own check
+            raise struct.error("an offset beyond the end")
         return struct.unpack_from(self.order + format, self.data, at)
 
     def directory(self, at: int, children: Sequence[int]) -> tuple[Directory, int]:
@@ -213,7 +265,10 @@ class _Reader:
         (count,) = self.unpack("Q" if self.big else "H", at)
         tags: Directory = {}
         start = at + count_size
-        count = min(count, (len(self.data) - start) // entry)
+        count = max(0, min(count, (len(self.data) - start) // entry))
+        self.tags_left -= count
+        if self.tags_left < 0:
+            raise ValueError("there are too many tags")
         for place in range(start, start + count * entry, entry):
             tag, kind, number = self.unpack(format, place)
             value = self._value(place + entry - (8 if self.big else 4), kind, number)
@@ -222,14 +277,15 @@ class _Reader:
             tags[tag] = value
             if tag in children:
                 self._follow(tags, tag, value)
+        self.link = start + count * entry
         try:
-            following = int(self.unpack("Q" if self.big else "I", start + count * entry)[0])
+            following = int(self.unpack("Q" if self.big else "I", self.link)[0])
         except struct.error:
             following = 0
         return tags, following
 
     def _value(self, at: int, kind: int, number: int) -> Value | None:
-        size = _SIZES_BIG.get(kind, 0) * number
+        size = (8 if kind in _SHORTER else _SIZES.get(kind, 0)) * number
         room = 8 if self.big else 4
         if not size:
             return None
@@ -240,7 +296,19 @@ class _Reader:
         self.left -= size
         if self.left < 0:
             raise ValueError("the tags refer to too much data")
-        return Value(kind, self.data[at : at + size], at if size > room else None)
+        data = self.data[at : at + size]
+        if kind in _SHORTER:
+            return self._shortened(kind, data)
+        return Value(kind, data, at if size > room else None)
+
+    def _shortened(self, kind: int, data: bytes) -> Value | None:
+        """Return numbers of 8 bytes as numbers of 4; None if one does not fit."""
+        kind, unit, shorter = _SHORTER[kind]
+        numbers = struct.unpack(f"{self.order}{len(data) // 8}{unit}", data)
+        try:
+            return Value(kind, struct.pack(f"{self.order}{len(numbers)}{shorter}", *numbers))
+        except struct.error:
+            return None
 
     def _follow(self, tags: Directory, tag: int, value: Value) -> None:
         # Interop lies in EXIF alone, and the others in the first directory: nothing loops.
@@ -292,25 +360,40 @@ class Page(NamedTuple):
         return not self.value(Base.NewSubfileType) & 5 and self.value(Base.SubfileType) != 2
 
 
-def tiff_pages(data: bytes) -> list[Page]:
-    """Return the directories of a TIFF file, each followed by its SubIFDs; none if broken."""
+def tiff_pages(data: bytes) -> tuple[list[Page], bytes | None]:
+    """Return the directories of a TIFF file, each followed by its SubIFDs.
+
+    A directory that is listed again is left out, and so is a SubIFD that cannot be read. If the
+    chain goes on with directories that cannot be read, the file without them is returned as well.
+    """
     pages: list[Page] = []
+    seen: set[int] = set()
+    link = 0
     try:
         reader = _Reader(data, left=len(data) + _MAX_READ)
-        at, seen = reader.first, set()
-        number = 0
-        while at and at not in seen and len(pages) < _MAX_PAGES:
+        at, number = reader.first, 0
+        while at and at not in seen:
+            if len(pages) >= _MAX_PAGES:
+                raise ValueError("there are too many pages")
             seen.add(at)
             root, following = reader.directory(at, ())
+            link = reader.link
             tags = Tags(reader.order, root)
-            pages.append(Page(number, None, at, tags))
-            for sub, offset in enumerate(map(int, tags.numbers(root.get(Base.SubIFDs))[:100])):
-                inner = Tags(reader.order, reader.directory(offset, ())[0])
-                pages.append(Page(number, sub, offset, inner))
+            pages += [Page(number, None, at, tags), *_sub_pages(reader, number, tags, seen)]
             at, number = following, number + 1
     except (ValueError, struct.error):
-        pass
-    return pages
+        size = 8 if data[2:4] in _BIG else 4
+        return pages, data[:link] + bytes(size) + data[link + size :]
+    return pages, None
+
+
+def _sub_pages(reader: _Reader, number: int, page: Tags, seen: set[int]) -> Iterator[Page]:
+    for sub, offset in enumerate(map(int, page.numbers(page.root.get(Base.SubIFDs))[:100])):
+        if offset not in seen:
+            seen.add(offset)
+            with contextlib.suppress(struct.error):
+                root, _ = reader.directory(offset, ())
+                yield Page(number, sub, offset, Tags(reader.order, root))
 
 
 def join_tiff(files: Sequence[tuple[bytes, Tags | None]]) -> bytes:

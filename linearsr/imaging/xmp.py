@@ -14,18 +14,22 @@ from xml.sax.saxutils import escape
 _OLD: Final = (
     rb"(?:tiff:(?:Orientation|ImageWidth|ImageLength|XResolution|YResolution|ResolutionUnit)"
     rb"|exif:(?:PixelXDimension|PixelYDimension)"
-    rb"|xmp:Thumbnails|xmpGImg:[A-Za-z]+)"
+    rb"|xmp:Thumbnails|xmpGImg:(?:width|height|format|image))"
 )
 _OLD_ATTRIBUTE: Final = re.compile(rb"\s" + _OLD + rb"\s*=\s*(?:\"[^\"]*\"|'[^']*')")
-_OLD_ELEMENT: Final = re.compile(rb"<(" + _OLD + rb")(?:\s[^<>]*)?(?:/>|>.*?</\1\s*>)", re.DOTALL)
+# A start tag; the second group is a slash if the element ends with it.
+_OLD_START: Final = re.compile(
+    rb"<(" + _OLD + rb")(?:\s+[\w:.-]+\s*=\s*(?:\"[^\"<]*\"|'[^'<]*'))*\s*(/?)>"
+)
 _DESCRIPTION_END: Final = b"</rdf:RDF>"
 
+_DATE: Final = 55
 # The fields of IPTC's record 2 that XMP has a property for, and the list that holds its values.
 _FIELDS: Final = {
     5: ("dc:title", "Alt"),
     25: ("dc:subject", "Bag"),
     40: ("photoshop:Instructions", ""),
-    55: ("photoshop:DateCreated", ""),
+    _DATE: ("photoshop:DateCreated", ""),
     80: ("dc:creator", "Seq"),
     90: ("photoshop:City", ""),
     95: ("photoshop:State", ""),
@@ -57,7 +61,7 @@ def result_xmp(xmp: bytes | None, iptc: bytes | None = None) -> bytes | None:
     returned unchanged.
     """
     if xmp is not None:
-        xmp = _OLD_ELEMENT.sub(b"", _OLD_ATTRIBUTE.sub(b"", xmp))
+        xmp = _without_old_elements(_OLD_ATTRIBUTE.sub(b"", xmp))
     added = _properties(iptc, xmp or b"") if iptc else ""
     if not added:
         return xmp
@@ -66,6 +70,28 @@ def result_xmp(xmp: bytes | None, iptc: bytes | None = None) -> bytes | None:
         return xmp
     description = f'<rdf:Description rdf:about="" {_NAMESPACES}>{added}</rdf:Description>'
     return before + description.encode() + end + after
+
+
+def _without_old_elements(xmp: bytes) -> bytes:
+    """Return XMP without the elements of the old file; one without an end tag stays.
+
+    Each byte is searched once for each name at most, so that no file takes long.
+    """
+    kept, at = [], 0
+    unclosed: set[bytes] = set()
+    for start in _OLD_START.finditer(xmp):
+        name, slash = start.groups()
+        if start.start() < at or name in unclosed:
+            continue
+        end: re.Match[bytes] | None = start
+        if not slash:
+            end = re.compile(rb"</" + name + rb"\s*>").search(xmp, start.end())
+        if end is None:
+            unclosed.add(name)
+            continue
+        kept.append(xmp[at : start.start()])
+        at = end.end()
+    return b"".join([*kept, xmp[at:]])
 
 
 def _properties(iptc: bytes, xmp: bytes) -> str:
@@ -100,8 +126,16 @@ def _records(iptc: bytes) -> Iterator[tuple[int, str]]:
             return
         body = iptc[at + 5 : at + 5 + size]
         if record == 2 and number in _FIELDS:
-            yield number, _decoded(body, codec)
+            text = _decoded(body, codec)
+            yield number, _dated(text) if number == _DATE else text
         at += 5 + size
+
+
+def _dated(text: str) -> str:
+    """Return IPTC's date, whose unknown parts are zeros, in the way of XMP; other texts as is."""
+    if not re.fullmatch(r"[0-9]{8}", text):
+        return text
+    return re.sub("-00.*", "", f"{text[:4]}-{text[4:6]}-{text[6:]}")
 
 
 def _decoded(body: bytes, codec: str | None) -> str:

@@ -16,7 +16,14 @@ from typing import NamedTuple
 
 from linearsr.config import FileOptions, Options
 from linearsr.errors import OutputError
-from linearsr.imaging.files import Picture, check_fits, encode, join_pages, read, result_format
+from linearsr.imaging.files import (
+    Picture,
+    check_fits,
+    encode_with_notes,
+    join_pages,
+    read,
+    result_format,
+)
 from linearsr.pipeline.notes import notes_of, pages_note
 from linearsr.pipeline.sizes import output_size
 from linearsr.pipeline.upscaler import Progress, Upscaler
@@ -29,7 +36,8 @@ TIFF_BYTES = 2**32 - 2**24
 class Encoded(NamedTuple):
     """An upscaled picture as the bytes of a file; `format` is png, jpeg, webp or tiff.
 
-    notes: what a user must know about the file that was read; see `Picture.notes`.
+    notes: what a user must know about the file that was read (see `Picture.notes`), and about
+    metadata that the result lacks.
     """
 
     data: bytes
@@ -158,6 +166,6 @@ def encode_result(
     """
     format = format or result_format(result.format, files.format)
     provenance = upscaler.describe(options)
-    data = encode(result, format, quality=files.quality, provenance=provenance)
+    data, lost = encode_with_notes(result, format, quality=files.quality, provenance=provenance)
     height, width = result.pixels.shape[-2:]
-    return Encoded(data, format, width, height, notes_of(result))
+    return Encoded(data, format, width, height, (*notes_of(result), *lost))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import pyvips  # type: ignore[import-untyped]
 from PIL import Image, IptcImagePlugin, features
 from PIL.ExifTags import IFD, Base
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from linearsr.errors import InputError, NoPicture
-from linearsr.imaging import files
+from linearsr.imaging import exif, files
+from linearsr.imaging.colour_tags import adobe_profile
+from linearsr.imaging.tiff import Value
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
@@ -424,3 +429,125 @@ def test_zstandard_tiff_is_read() -> None:
         (picture.pixels * 255).round().permute(1, 2, 0).numpy(), np.asarray(photo())
     )
     assert files.measure(data) == ("tiff", 48, 32)
+
+
+@pytest.mark.parametrize("format", ["BMP", "JPEG2000"])
+def test_formats_without_provenance_have_none(format: str) -> None:
+    if format == "JPEG2000" and not features.check("jpg_2000"):
+        pytest.skip("this PIL has no JPEG 2000")
+    assert files.read_provenance(saved(photo(), format)) is None
+
+
+def zstd_tiff(bits: int, bands: int, *more: tuple[int, int, int, bytes]) -> bytes:
+    """A TIFF file of 8 x 8 pixels that libvips does not read."""
+    samples = pa.compress(bytes(range(64)) * (bits // 8 * bands), codec="zstd", asbytes=True)
+    short = struct.Struct("<H").pack
+    at = 8 + len(samples) + len(samples) % 2
+    layout = [
+        (Base.ImageWidth, 3, 1, short(8)),
+        (Base.ImageLength, 3, 1, short(8)),
+        (Base.BitsPerSample, 3, bands, short(bits) * bands),
+        (Base.Compression, 3, 1, short(50000)),
+        (Base.PhotometricInterpretation, 3, 1, short(1 if bands == 1 else 2)),
+        (Base.StripOffsets, 3, 1, short(8)),
+        (Base.SamplesPerPixel, 3, 1, short(bands)),
+        (Base.RowsPerStrip, 3, 1, short(8)),
+        (Base.StripByteCounts, 3, 1, short(len(samples))),
+    ]
+    header = b"II*\0" + struct.pack("<I", at)
+    return (header + samples).ljust(at, b"\0") + directory("<", at, sorted([*layout, *more]))
+
+
+needs_zstd = pytest.mark.skipif(not features.check("libtiff"), reason="this PIL has no libtiff")
+
+
+@needs_zstd
+def test_a_print_resolution_that_is_no_number_is_dropped() -> None:
+    words = [(tag, 2, 6, b"abcde\0") for tag in (Base.XResolution, Base.YResolution)]
+    unit = (Base.ResolutionUnit, 3, 1, struct.pack("<H", 2))
+    assert files.read(zstd_tiff(8, 1, *words, unit)).dpi is None
+
+
+@needs_zstd
+def test_colours_that_lose_bits_are_noted() -> None:
+    picture = files.read(zstd_tiff(16, 3))
+    assert (picture.bits, picture.notes) == (8, ("its 16 bits a channel are read as 8",))
+    picture = files.read(zstd_tiff(16, 1))
+    assert (picture.bits, picture.notes) == (16, ())
+    assert files.read(zstd_tiff(8, 3)).notes == ()
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this PIL has no JPEG 2000")
+def test_colours_of_jpeg_2000_that_lose_bits_are_noted() -> None:
+    data = bytearray(saved(photo(), "JPEG2000", irreversible=True))
+    assert files.read(bytes(data)).notes == ()
+    depths = data.index(b"\xff\x4f\xff\x51") + 42
+    data[depths : depths + 9 : 3] = bytes([15, 15, 15])
+    assert files.read(bytes(data)).notes == ("its 16 bits a channel are read as 8",)
+
+
+def raw_profile(kind: str, data: bytes) -> bytes:
+    """A chunk of PNG in the way of ImageMagick."""
+    digits = "\n".join(data.hex()[i : i + 72] for i in range(0, len(data.hex()), 72))
+    text = f"\n{kind}\n{len(data):8}\n{digits}\n".encode()
+    return chunk(b"zTXt", b"Raw profile type " + kind.encode() + b"\0\0" + zlib.compress(text))
+
+
+@pytest.mark.parametrize("start", [b"", b"Photoshop 3.0\0"])
+@pytest.mark.parametrize("kinds", [("exif", "iptc", "xmp"), ("APP1", "8bim", "xmp")])
+def test_metadata_in_texts_of_imagemagick_is_kept(
+    kinds: tuple[str, str, str], start: bytes
+) -> None:
+    resource = start + b"8BIM\x04\x04\0\0" + struct.pack(">I", len(IPTC)) + IPTC
+    pieces = (camera_exif(), resource, XMP)
+    chunks = b"".join(map(raw_profile, kinds, pieces))
+    data = saved(photo(), "PNG")
+    picture = files.read(data[:33] + chunks + data[33:])
+    assert picture.texts == ()
+    assert picture.iptc == IPTC
+    assert picture.xmp == XMP
+    assert picture.exif is not None
+    assert b"Acme" in picture.exif
+    broken = chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 4\nno digits")
+    broken += chunk(b"tEXt", b"Raw profile type iptc\0")
+    assert files.read(data[:33] + broken + data[33:]).exif is None
+
+
+def test_texts_that_are_left_out_count_as_well() -> None:
+    data = saved(photo(), "PNG")
+    bomb = chunk(b"zTXt", b"big\0\0" + zlib.compress(bytes(2**20 + 10)))
+    last = chunk(b"tEXt", b"Title\0a lake")
+    assert files.read(data[:33] + bomb * 5 + last + data[33:]).texts == (("Title", "a lake"),)
+    assert files.read(data[:33] + bomb * 10 + last + data[33:]).texts == ()
+    empty = chunk(b"tEXt", b"k\0") * 20_000
+    assert len(files.read(data[:33] + empty + data[33:]).texts) < 10_000
+
+
+def test_metadata_that_is_left_out_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = files.read(saved(photo(), "JPEG", exif=camera_exif()))
+    assert files.encode_with_notes(picture, "jpeg")[1] == ()
+    tags = exif.parse(picture.exif)
+    assert tags is not None
+    tags.root[Base.DocumentName] = Value(2, bytes(70_000))
+    long = replace(
+        picture,
+        xmp=b"<x>" + b" " * 70_000 + b"</x>",
+        iptc=b"\x1c\x02\x78\x75\x30" + b"a" * 30_000 + b"\x1c\x02\x78\x9c\x40" + b"a" * 40_000,
+        exif=exif.HEADER + tags.tobytes(),
+        icc=adobe_profile(grey=False),
+    )
+    data, notes = files.encode_with_notes(long, "jpeg")
+    assert notes == ("left out, because jpeg allows 64 kB: XMP, IPTC, the largest tags of EXIF",)
+    assert files.read(data).xmp is None
+    for format in ("png", "webp", "tiff"):
+        assert files.encode_with_notes(long, format)[1] == ()
+
+    def refuse(image: Any, quality: int) -> bytes:
+        if "icc-profile-data" in image.get_fields():
+            raise pyvips.Error("no")
+        return bytes(image.pngsave_buffer())
+
+    monkeypatch.setitem(files._SAVERS, "png", refuse)
+    assert files.encode_with_notes(long, "png")[1] == (
+        "left out, because it cannot be written as png: the colour profile",
+    )

@@ -13,6 +13,8 @@ from PIL import Image, features
 from linearsr.errors import InputError
 from linearsr.imaging import files
 from linearsr.imaging.files import encode, join_pages, read
+from linearsr.imaging.listing import choose_pictures
+from linearsr.storage.walk import Notes
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -26,11 +28,14 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+CR2_DIRECTORY = 2 + 10 * 12 + 4
+
+
 def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
     """A TIFF file of uncompressed pages: size, kind (NewSubfileType), photometric, sub (pages)."""
     data = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(8))
     if cr2:
-        data[8:10] = b"CR"
+        data.extend(bytes(4 + CR2_DIRECTORY))
 
     def add(page: dict[str, Any]) -> tuple[int, int]:
         """Append a page; return where it is and where its next offset belongs."""
@@ -73,6 +78,10 @@ def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
         at, following = add(page)
         data[link : link + 4] = struct.pack(f"{order}I", at)
         link = following
+    if cr2:
+        (first,) = struct.unpack_from("<I", data, 4)
+        data[16 : 16 + CR2_DIRECTORY] = data[first : first + CR2_DIRECTORY]
+        data[4:12] = b"\x10\0\0\0CR\2\0"
     return bytes(data)
 
 
@@ -175,3 +184,42 @@ def test_animations_say_that_one_frame_is_read(format: str) -> None:
     data = saved(frames[0], format, save_all=True, append_images=frames[1:], duration=100)
     assert read(data).notes == ("only the first of 4 frames",)
     assert read(saved(frames[0], format)).notes == ()
+
+
+def test_pages_after_a_thumbnail_are_all_pages() -> None:
+    data = tiff(THUMBNAIL, {"size": (24, 16), "value": 7}, {"size": (12, 8), "value": 9})
+    for number, (size, value) in enumerate((((16, 24), 7), ((8, 12), 9))):
+        result = read(data, page=number)
+        assert (result.pages, result.notes) == (2, ())
+        assert result.pixels.shape[1:] == size
+        assert (result.pixels * 255).round().unique().tolist() == [value]
+
+
+def test_a_broken_subifd_costs_no_page() -> None:
+    pages = [{"size": (24, 16), "sub": [THUMBNAIL]}, {"size": (8, 9)}, {"size": (8, 9)}]
+    data = bytearray(tiff(*pages))
+    at = data.index(struct.pack("<HHI", 330, 4, 1)) + 8
+    for offset in (len(data) + 1000, len(data) - 1, 2**32 - 1):
+        data[at : at + 4] = struct.pack("<I", offset)
+        assert (read(bytes(data)).pages, read(bytes(data)).notes) == (3, ())
+
+
+def test_pages_that_cannot_be_read_are_noted() -> None:
+    two = tiff({"size": (24, 16)}, {"size": (8, 9)})
+    three = tiff({"size": (24, 16)}, {"size": (8, 9)}, {"size": (8, 9)})
+    for cut in (len(two), len(three) - CR2_DIRECTORY):
+        result = read(three[:cut])
+        assert result.pages == 2
+        assert result.notes == ("its further pages cannot be read",)
+    data = tiff(*[{"size": (1, 1)}] * 10_001)
+    assert read(data).pages == 10_000
+    assert read(data).notes == ("its further pages cannot be read",)
+
+
+def test_pixels_that_look_like_the_mark_of_a_raw_photograph_are_read() -> None:
+    data = bytearray(tiff({"size": (24, 16), "photometric": 1}))
+    strip = data.index(struct.pack("<HHI", 273, 4, 1)) + 8
+    data[strip : strip + 4] = struct.pack("<I", 8)
+    data[8:12] = b"CR\2\0"
+    assert read(bytes(data)).pixels.shape == (3, 16, 24)
+    assert choose_pictures(["scan"], lambda _: bytes(data), Notes()) == ["scan"]
