@@ -108,7 +108,7 @@ def test_two_results_of_one_name_are_refused_before_the_output_is_claimed(
         upscale_dataset(config)
     assert not (tmp_path / "out" / JOB).exists()
     (tmp_path / "in" / "p.gif").rename(tmp_path / "in" / "p.jpg")
-    with pytest.raises(OptionError, match="leave out --format, or write Parquet"):
+    with pytest.raises(OptionError, match="leave out --format, rename one, or write Parquet"):
         upscale_dataset(config.model_copy(update={"files": FileOptions(format="webp")}))
     upscale_dataset(config.model_copy(update={"kind": "parquet"}))
     upscale_dataset(config.model_copy(update={"output": str(tmp_path / "other")}))
