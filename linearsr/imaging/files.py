@@ -215,17 +215,33 @@ def measure(data: bytes) -> tuple[str, int, int]:
     return file.format, image.width, image.height
 
 
+def page_sizes(data: bytes) -> list[tuple[int, int]]:
+    """Return the width and height of each upright page of a TIFF file from its header alone.
+
+    The list is empty for other files. Raises InputError for bytes that are not a picture.
+    """
+    return list(_opened(data, "the picture").sizes)
+
+
 @dataclass(frozen=True)
 class _File:
-    """A picture file to read. `page` and `pages` are those of TIFF; `notes` go to the picture."""
+    """A picture file to read. `page` and `sizes` (of all pages) are those of TIFF.
+
+    notes: go to the picture.
+    """
 
     data: bytes
     format: str
     name: str
     max_pixels: int
     page: Page | None = None
-    pages: int = 1
+    sizes: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def pages(self) -> int:
+        """Return the number of pages; 1 for formats that have none."""
+        return max(1, len(self.sizes))
 
 
 def _opened(data: bytes, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, page: int = 0) -> _File:
@@ -251,10 +267,18 @@ def _opened(data: bytes, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, page: 
     chain = [page for page in whole if page.sub is None]
     if not chain:
         chain = [max(whole or found[:1], key=lambda page: page.pixels)]
-    file = replace(file, page=chain[min(page, len(chain) - 1)], pages=len(chain))
+    file = replace(
+        file, page=chain[min(page, len(chain) - 1)], sizes=tuple(map(_upright_size, chain))
+    )
     if readable is None:
         return file
     return replace(file, data=readable, notes=("its further pages cannot be read",))
+
+
+def _upright_size(page: Page) -> tuple[int, int]:
+    """Return the width and height of a page of TIFF once it is turned upright."""
+    width, height = page.value(Base.ImageWidth), page.value(Base.ImageLength)
+    return (height, width) if page.value(Base.Orientation) >= 5 else (width, height)
 
 
 def _unusual(page: Page | None) -> str:

@@ -24,7 +24,7 @@ from linearsr.imaging.files import (
     read,
     result_format,
 )
-from linearsr.pipeline.notes import notes_of, pages_note
+from linearsr.pipeline.notes import notes_of, notes_of_pages
 from linearsr.pipeline.sizes import output_size
 from linearsr.pipeline.upscaler import Progress, Upscaler
 
@@ -73,7 +73,7 @@ def upscale_encoded(
     """
     picture = read(source, max_pixels=files.max_pixels, name=name)
     target = format or result_format(picture.format, files.format)
-    pages = picture.pages if target == "tiff" else 1
+    pages = result_pages(picture, target)
     begin = partial(_begin, options=options, format=target, on_stage=on_stage)
 
     def upscale(picture: Picture) -> Encoded:
@@ -97,11 +97,13 @@ def upscale_encoded(
     for page in range(pages):
         encoded.append(upscale(read_page(page)))
         _check_joined(encoded, sizes)
-    notes = dict.fromkeys(
-        note for page in encoded for note in page.notes if note != pages_note(pages)
-    )
     data = join_pages([page.data for page in encoded])
-    return encoded[0]._replace(data=data, notes=tuple(notes))
+    return encoded[0]._replace(data=data, notes=notes_of_pages([page.notes for page in encoded]))
+
+
+def result_pages(picture: Picture, format: str) -> int:
+    """Return how many pages of a picture's file a result of this format holds."""
+    return picture.pages if format == "tiff" else 1
 
 
 def _result_size(picture: Picture, options: Options) -> tuple[int, int]:
@@ -141,13 +143,14 @@ def read_tagged(
     files: FileOptions,
     name: str | None = None,
     on_stage: OnStage | None = None,
+    page: int = 0,
 ) -> tuple[Picture, Options]:
     """Return the decoded picture, and the options with the tags that guide it.
 
-    The parameters are those of `upscale_encoded` and `linearsr.imaging.files.read`; the tagger
-    counts as the stage "upscale".
+    page: number of the page of a TIFF file. The other parameters are those of `upscale_encoded` and
+    `linearsr.imaging.files.read`; the tagger counts as the stage "upscale".
     """
-    picture = read(source, max_pixels=files.max_pixels, name=name)
+    picture = read(source, max_pixels=files.max_pixels, name=name, page=page)
     if on_stage:
         on_stage("upscale", picture)
     return picture, upscaler.with_tags(picture, options)

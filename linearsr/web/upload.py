@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import UploadFile
@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from linearsr.config import FileOptions, Format, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
-from linearsr.imaging.files import check_fits, measure, result_format
+from linearsr.imaging.files import check_fits, measure, page_sizes, result_format
 from linearsr.pipeline.sizes import output_size
 from linearsr.web.service import Limits, ModelInfo, UpscaleRequest
 
@@ -184,14 +184,17 @@ def _check(request: UpscaleRequest, limits: Limits, model: ModelInfo) -> None:
     if request.options.tags and not model.tags:
         raise OptionError(f"tags: {model.name} was trained without tags; leave them out")
     format, width, height = measure(request.data)
-    _check_pixels("the picture", width, height, limits.pixels)
+    target = result_format(format, request.files.format)
+    further = page_sizes(request.data)[1:] if target == "tiff" else []
+    pages = [(width, height), *further]
+    _check_pixels("the picture", pages, limits.pixels)
     tile = _tile(request.options, max(width, height))
     if tile > limits.tile:
         raise OptionError(f"tile: {tile} is more than the limit of {limits.tile}; use auto")
-    height, width = output_size(height, width, request.options)
-    _check_pixels("the result", width, height, limits.output_pixels)
+    results = [output_size(height, width, request.options)[::-1] for width, height in pages]
+    _check_pixels("the result", results, limits.output_pixels)
     try:
-        check_fits(width, height, result_format(format, request.files.format))
+        check_fits(*results[0], target)
     except OutputError as error:
         raise OptionError(f"format: {error}") from None
 
@@ -203,6 +206,11 @@ def _tile(options: Options, longest: int) -> int:
     return longest if options.tile == "off" else min(longest, options.tile)
 
 
-def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise TooLarge(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels}")
+def _check_pixels(name: str, pages: Sequence[tuple[int, int]], max_pixels: int) -> None:
+    """Raise TooLarge if pages of these widths and heights have too many pixels in all."""
+    total = sum(width * height for width, height in pages)
+    if total > max_pixels:
+        has = "{}x{} pixels".format(*pages[0])
+        if len(pages) > 1:
+            has = f"{total} pixels on {len(pages)} pages"
+        raise TooLarge(f"{name} has {has}, more than the limit of {max_pixels}")

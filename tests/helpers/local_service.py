@@ -11,14 +11,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from functools import partial
 
 import uvicorn
 
 from linearsr.diffusion.experts import Segment
-from linearsr.pipeline.codec import encode_result, read_tagged
+from linearsr.imaging.files import result_format
+from linearsr.pipeline.codec import encode_result, read_tagged, result_pages
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.web.api import create_app
+from linearsr.web.pages import upscale_pages
 from linearsr.web.service import (
     Events,
     Full,
@@ -66,23 +70,34 @@ class Local:
         self.requests += 1
         self._take(1)
         try:
-            job, prepared = await _timed(self._prepare, request)
-            timing = {"prepare": prepared, "queue": 0.0}
-            for segment in job.segments:
-                expert = self.upscaler.expert_name(segment.expert)
-                if request.progress:
-                    yield Progress(expert, segment.start, job.steps)
-                job, timing[expert] = await _timed(self._denoise, job, segment)
-                if request.progress:
-                    yield Progress(expert, segment.stop, job.steps)
-            picture, timing["decode"] = await _timed(self.upscaler.finish, job)
-            result, timing["encode"] = await _timed(
-                encode_result, self.upscaler, picture, job.options, request.files
-            )
-            model, seed = self.upscaler.config.name, job.options.seed
-            yield Result(*result[:4], model, seed, job.steps, job.scale, timing, notes=result.notes)
+            pages = await asyncio.to_thread(self._pages, request)
+            page = partial(self._upscale_page, request)
+            async with aclosing(upscale_pages(pages, page)) as events:
+                async for event in events:
+                    yield event
         finally:
             self._take(-1)
+
+    def _pages(self, request: UpscaleRequest) -> int:
+        picture, _ = read_tagged(self.upscaler, request.data, request.options, request.files)
+        return result_pages(picture, result_format(picture.format, request.files.format))
+
+    async def _upscale_page(self, request: UpscaleRequest, page: int) -> Events:
+        job, prepared = await _timed(self._prepare, request, page)
+        timing = {"prepare": prepared, "queue": 0.0}
+        for segment in job.segments:
+            expert = self.upscaler.expert_name(segment.expert)
+            if request.progress:
+                yield Progress(expert, segment.start, job.steps)
+            job, timing[expert] = await _timed(self._denoise, job, segment)
+            if request.progress:
+                yield Progress(expert, segment.stop, job.steps)
+        picture, timing["decode"] = await _timed(self.upscaler.finish, job)
+        result, timing["encode"] = await _timed(
+            encode_result, self.upscaler, picture, job.options, request.files
+        )
+        model, seed = self.upscaler.config.name, job.options.seed
+        yield Result(*result[:4], model, seed, job.steps, job.scale, timing, notes=result.notes)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -103,8 +118,10 @@ class Local:
             self.free -= slots
             self._changed.notify_all()
 
-    def _prepare(self, request: UpscaleRequest) -> UpscaleState:
-        picture, options = read_tagged(self.upscaler, request.data, request.options, request.files)
+    def _prepare(self, request: UpscaleRequest, page: int) -> UpscaleState:
+        picture, options = read_tagged(
+            self.upscaler, request.data, request.options, request.files, page=page
+        )
         return self.upscaler.prepare(
             picture, options, next(self.upscaler.tile_sizes(picture, options))
         )

@@ -22,14 +22,17 @@ import ray
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from linearsr.config import Options
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
 from linearsr.distributed.serve.expert import Handoff
 from linearsr.distributed.serve.finisher import Finisher
 from linearsr.distributed.serve.retry import ReplicaDied, WeightsChanged, unwrap, with_retries
-from linearsr.pipeline.codec import read_tagged
+from linearsr.imaging.files import Picture, result_format
+from linearsr.pipeline.codec import read_tagged, result_pages
 from linearsr.pipeline.memory import OutOfMemory
 from linearsr.pipeline.state import UpscaleState
+from linearsr.web.pages import upscale_pages
 from linearsr.web.service import Events, Progress, UpscaleRequest
 
 Value = TypeVar("Value")
@@ -63,14 +66,38 @@ class Router:
     async def upscale(self, request: UpscaleRequest) -> Events:
         """Yield progress, then the result: see `linearsr.web.service.Service`.
 
-        If an expert runs out of memory, the request is planned again with smaller tiles. Raises
+        All pages of a TIFF file are upscaled in turn if the result is one, in the same slot. Raises
         StaleModel if the experts have a new model; the ingress then sends the request to a new
         router.
         """
         start = time.perf_counter()
-        picture, options = await self._in_thread(
-            read_tagged, self.upscaler, request.data, request.options, request.files
+        first, options = await self._read(request, 0)
+        pages = result_pages(first, result_format(first.format, request.files.format))
+
+        async def upscale(page: int) -> Events:
+            began = time.perf_counter() if page else start
+            picture, tagged = await self._read(request, page) if page else (first, options)
+            async with aclosing(self._upscale(picture, tagged, request, began)) as events:
+                async for event in events:
+                    yield event
+
+        async with aclosing(upscale_pages(pages, upscale)) as events:
+            async for event in events:
+                yield event
+
+    async def _read(self, request: UpscaleRequest, page: int) -> tuple[Picture, Options]:
+        read = partial(read_tagged, page=page)
+        return await self._in_thread(
+            read, self.upscaler, request.data, request.options, request.files
         )
+
+    async def _upscale(
+        self, picture: Picture, options: Options, request: UpscaleRequest, start: float
+    ) -> Events:
+        """Upscale one picture; if an expert runs out of memory, plan again with smaller tiles.
+
+        start: when the work on the picture began, in seconds of `time.perf_counter`.
+        """
         for tile in self.upscaler.tile_sizes(picture, options):
             with contextlib.suppress(OutOfMemory):
                 state = await self._in_thread(self.upscaler.prepare, picture, options, tile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 from collections.abc import Iterator
@@ -12,15 +13,17 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from linearsr.config import LINEARSR_1_6B, ModelConfig, Options
+from linearsr.config import LINEARSR_1_6B, FileOptions, ModelConfig, Options
 from linearsr.distributed.serve import ServeConfig, build_app
 from linearsr.distributed.serve.config import default_steps, divide_replicas
 from linearsr.errors import OptionError
 from linearsr.imaging.files import encode
 from linearsr.imaging.files import read as read_picture
+from linearsr.pipeline.codec import upscale_encoded
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.weights import expert_names, read_config, save
 from tests.helpers.cluster import living_actors
@@ -97,6 +100,26 @@ def test_single_request_has_the_bits_of_the_command(endpoint: Endpoint, cases: l
 
 def test_concurrent_requests_get_their_own_pictures(endpoint: Endpoint, cases: list[Case]) -> None:
     check(in_session(lambda session: crowd(session, endpoint, cases, REQUESTS)), cases)
+
+
+def test_all_pages_of_a_tiff_have_the_bits_of_the_command(
+    endpoint: Endpoint, scaling_bundle: Path
+) -> None:
+    pages = [Image.open(io.BytesIO(photograph(number, 40, 24))) for number in range(2)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    upscaler = Upscaler.load(scaling_bundle, "cpu")
+    options = {"steps": 2, "seed": 5}
+    expected = upscale_encoded(upscaler, file.getvalue(), Options.parse(**options), FileOptions())
+    case = Case(file.getvalue(), {"steps": 2, "seed": 5}, pixels_of(expected.data))
+    (answer,) = in_session(lambda session: crowd(session, endpoint, [case], 1))
+    assert answer.status == 200 and answer.headers["content-type"] == "image/tiff"
+    scan, other = (Image.open(io.BytesIO(data)) for data in (answer.body, expected.data))
+    assert (scan.n_frames, other.n_frames) == (2, 2)  # type: ignore[attr-defined]
+    for page in range(2):
+        scan.seek(page)
+        other.seek(page)
+        assert np.array_equal(np.asarray(scan), np.asarray(other))
 
 
 def replicas(name: str) -> list[int]:
