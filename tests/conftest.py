@@ -60,6 +60,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse versions of pytest with which pytest-xdist ignores groups (pytest-xdist #1386).
+
+    Both processes would then start the clusters and endpoints of all tests.
+    """
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            group = item.get_closest_marker("xdist_group")
+            if group and not item.nodeid.endswith(f"@{group.args[0]}"):
+                raise pytest.UsageError(
+                    "pytest-xdist ignores the groups of tests with this version of pytest; install "
+                    "the versions of constraints.txt"
+                )
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
