@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -14,11 +15,16 @@ from linearsr.errors import OptionError
 
 @pytest.fixture
 def another_node(cluster: Cluster) -> Iterator[None]:
-    """A node with two CPUs beside the head with four."""
-    node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
-    cluster.wait_for_nodes()
-    yield
-    cluster.remove_node(node)
+    """A node with two CPUs beside the head with four.
+
+    It has a folder of its own, as another machine has: in a common one it would replace the head's
+    copy of the jobs' working folder, and leave half of it behind when it is removed.
+    """
+    with tempfile.TemporaryDirectory(prefix="lsr-", ignore_cleanup_errors=True) as folder:
+        node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20, temp_dir=folder)
+        cluster.wait_for_nodes()
+        yield
+        cluster.remove_node(node)
 
 
 def test_a_total_fits_the_cluster_and_a_process_fits_a_node(another_node: None) -> None:
