@@ -229,7 +229,7 @@ def training() -> str:
 
 
 def memory() -> str:
-    """Of a training rank, and of a checkpoint: bytes by the layout of ZeRO-1 in bfloat16."""
+    """Bytes of a training rank and of a checkpoint, by the layout of ZeRO-1 in bfloat16."""
     rows = []
     for name, make in RECIPES.items():
         recipe = make()
@@ -245,7 +245,7 @@ def memory() -> str:
 
 
 def weights() -> str:
-    """What upscaling and serving hold on a GPU, in bfloat16."""
+    """Memory of upscaling and serving on a GPU, in bfloat16."""
     rows = []
     for config in MODELS.values():
         one, learned = size(config)
@@ -256,7 +256,7 @@ def weights() -> str:
 
 
 def measured() -> str:
-    """What machines sustained in a forward of linearsr-tiny as it is shipped."""
+    """Rates that machines sustained in a forward of linearsr-tiny as it is shipped."""
     rows = []
     for file in sorted((Path(__file__).parent / "results").glob("*/forward.json")):
         forward = json.loads(file.read_text())

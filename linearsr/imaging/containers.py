@@ -31,7 +31,7 @@ MAX_EXIF: Final = _MAX_SEGMENT - 6
 # Text chunks may be compressed, so a small file can hold a large text.
 _MAX_TEXT: Final = 2**20
 _MAX_TEXTS: Final = 2**23
-# What a text costs of that beside its length.
+# Each text costs this much of that room beside its length.
 _TEXT_COST: Final = 2**10
 
 _CONTAINERS: Final = (b"meta", b"moov", b"trak", b"mdia", b"minf", b"stbl", b"iprp", b"ipco")
@@ -62,7 +62,7 @@ class Cicp(NamedTuple):
 
 @dataclass
 class Marks:
-    """What a file says about itself and libvips does not tell."""
+    """Properties in the file that libvips does not report."""
 
     cicp: Cicp | None = None
     cicp_first: bool = False

@@ -157,7 +157,7 @@ class Picture:
     """The number of pages of a TIFF file, of which this is one."""
 
     notes: tuple[str, ...] = ()
-    """What a user must know about the file: what was left out, or may be damaged."""
+    """Notes for a user about the file: parts that were left out, or may be damaged."""
 
 
 # Reading

@@ -42,7 +42,7 @@ _NUMBERS: Final = {
 }
 
 
-# What a person wrote, and the tags that EXIF must have.
+# Tags that hold the words of a person, or that EXIF must have.
 _LAST: Final[frozenset[int]] = frozenset(
     {
         Base.ImageDescription,

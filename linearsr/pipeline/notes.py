@@ -1,4 +1,4 @@
-"""What a user must know about a picture that was read, for everything that uses one page of it."""
+"""Notes for a user about a picture that was read, for all code that uses one page of its file."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Result:
     scale: float
     # Milliseconds of prepare, queue, each expert by name, decode, encode and travel.
     timing: dict[str, float] = field(default_factory=dict)
-    # What was left out of the result, or may be damaged.
+    # Notes for a user: parts that were left out of the result, or may be damaged.
     notes: tuple[str, ...] = ()
 
 

@@ -83,7 +83,7 @@ def srgb_linear(values: np.ndarray) -> np.ndarray:
 
 
 def shown(data: bytes) -> np.ndarray:
-    """What a viewer that knows ICC profiles alone shows on an sRGB screen."""
+    """Return the pixels that a viewer of ICC profiles alone shows on an sRGB screen."""
     image = Image.open(io.BytesIO(data))
     icc = image.info.get("icc_profile")
     if icc:

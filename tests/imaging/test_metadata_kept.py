@@ -77,7 +77,7 @@ def directory(order: str, at: int, entries: list[tuple[int, int, int, bytes]]) -
 
 
 def camera_exif(comment: bytes = b"ASCII\0\0\0my own words", order: str = ">") -> bytes:
-    """What a camera writes: tags of many types, Interop, XP tags, and the old size."""
+    """Return a camera's EXIF: tags of many types, Interop, XP tags, and the old size."""
     short = struct.Struct(f"{order}H").pack
     long = struct.Struct(f"{order}I").pack
     interop_at, exif_at, first_at = 200, 300, 8
@@ -263,7 +263,7 @@ def test_iptc_becomes_xmp_where_there_is_no_iptc(format: str) -> None:
     xmp = opened(result(jpeg_with_iptc(), format)).info["xmp"]
     assert b'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">A lake<' in xmp
     assert b"<dc:subject><rdf:Bag><rdf:li>boat<" in xmp
-    # What XMP says already is not said twice.
+    # A property that XMP has already is not added again.
     data = jpeg_with_iptc(b"\x1c\x02\x78\x00\x03a<b")
     other = b"http://ns.adobe.com/xap/1.0/\0" + xmp
     data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(other) + 2) + other + data[2:]
