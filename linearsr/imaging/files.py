@@ -195,32 +195,28 @@ def read(
         raise _input_error(name, error) from error
 
 
-def measure(data: bytes) -> tuple[str, int, int]:
-    """Return the format, width and height of an upright picture from its header alone.
+def measure(data: bytes) -> tuple[str, list[tuple[int, int]]]:
+    """Return the format, and the width and height of each upright page, from headers alone.
+
+    Formats other than TIFF have one page.
 
     Raises InputError for bytes that are not a picture.
     """
     name = "the picture"
     file = _opened(data, name)
     if file.format in _PIL_FORMATS:
-        return file.format, *_open_by_pil(file).size
+        return file.format, [_open_by_pil(file).size]
     try:
         image = _open(file)
     except _VIPS_ERRORS as error:
         if not file.page or not _unusual(file.page):
             raise _input_error(name, error) from error
-        return file.format, file.page.value(Base.ImageWidth), file.page.value(Base.ImageLength)
-    if "orientation" in image.get_fields() and image.get("orientation") >= 5:
-        return file.format, image.height, image.width
-    return file.format, image.width, image.height
-
-
-def page_sizes(data: bytes) -> list[tuple[int, int]]:
-    """Return the width and height of each upright page of a TIFF file from its header alone.
-
-    The list is empty for other files. Raises InputError for bytes that are not a picture.
-    """
-    return list(_opened(data, "the picture").sizes)
+        width, height = file.page.value(Base.ImageWidth), file.page.value(Base.ImageLength)
+    else:
+        width, height = image.width, image.height
+        if "orientation" in image.get_fields() and image.get("orientation") >= 5:
+            width, height = height, width
+    return file.format, [(width, height), *file.sizes[1:]]
 
 
 @dataclass(frozen=True)
@@ -613,9 +609,9 @@ def read_provenance(source: str | Path | bytes) -> dict[str, str] | None:
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         format = _sniff(data, "")
-        # A TIFF file is itself a directory of EXIF tags.
         if format in _PIL_FORMATS:
             return None
+        # A TIFF file is itself a directory of EXIF tags.
         exif = data if format == "tiff" else _blob(_LOADERS[format](data), "exif-data")
     except (OSError, ValueError, InputError, pyvips.Error):
         return None

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from linearsr.errors import Denied, InputError, StorageError, is_text, printable
+from linearsr.errors import Denied, InputError, StorageError, is_text
 from linearsr.imaging.files import (
     OTHERS,
     RAW,
@@ -144,7 +144,7 @@ def choose_pictures(
         elif not text or is_text(name):
             pictures += [name] if verdict else []
         elif verdict:
-            notes.failures[printable(name)] = NAME_FAULT
+            notes.fail(name, NAME_FAULT)
         if not verdict and not is_text(name):
             notes.leave_out(NOT_TEXT, name)
     return pictures

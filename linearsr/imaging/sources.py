@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from linearsr.errors import InputError, is_text, one_line, printable
+from linearsr.errors import InputError, is_text, one_line
 from linearsr.imaging.listing import HEAD_BYTES, NAME_FAULT, choose_pictures, litter
 from linearsr.storage.location import Location, explained, is_plain
 from linearsr.storage.walk import Notes
@@ -92,7 +92,7 @@ def choose(
     tables = [file for file in files if is_shard_name(file.relative_to(folder))]
     for name in [file.relative_to(folder) for file in tables]:
         if not is_text(name):
-            seen.failures[printable(name)] = NAME_FAULT
+            seen.fail(name, NAME_FAULT)
     tables = [file for file in tables if is_text(file.relative_to(folder))]
     if notes is None:
         seen.check(folder.path)

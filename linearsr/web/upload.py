@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from linearsr.config import FileOptions, Format, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
-from linearsr.imaging.files import check_fits, measure, page_sizes, result_format
+from linearsr.imaging.files import check_fits, measure, result_format
 from linearsr.pipeline.sizes import output_size
 from linearsr.web.service import Limits, ModelInfo, UpscaleRequest
 
@@ -183,12 +183,11 @@ def _check(request: UpscaleRequest, limits: Limits, model: ModelInfo) -> None:
         raise OptionError(f"steps: {steps} is more than the limit of {limits.steps}")
     if request.options.tags and not model.tags:
         raise OptionError(f"tags: {model.name} was trained without tags; leave them out")
-    format, width, height = measure(request.data)
+    format, pages = measure(request.data)
     target = result_format(format, request.files.format)
-    further = page_sizes(request.data)[1:] if target == "tiff" else []
-    pages = [(width, height), *further]
+    pages = pages if target == "tiff" else pages[:1]
     _check_pixels("the picture", pages, limits.pixels)
-    tile = _tile(request.options, max(width, height))
+    tile = _tile(request.options, max(pages[0]))
     if tile > limits.tile:
         raise OptionError(f"tile: {tile} is more than the limit of {limits.tile}; use auto")
     results = [output_size(height, width, request.options)[::-1] for width, height in pages]
