@@ -92,11 +92,13 @@ def upscale_encoded(
     def read_page(page: int) -> Picture:
         return read(data, max_pixels=files.max_pixels, name=f"page {page + 1} of {name}", page=page)
 
-    sizes = [_result_size(read_page(page), options) for page in range(pages)]
-    encoded: list[Encoded] = []
-    for page in range(pages):
-        encoded.append(upscale(read_page(page)))
+    further = range(1, pages)
+    sizes = [_result_size(p, options) for p in (picture, *map(read_page, further))]
+    encoded = [upscale(picture)]
+    for page in further:
         _check_joined(encoded, sizes)
+        encoded.append(upscale(read_page(page)))
+    _check_joined(encoded, sizes)
     data = join_pages([page.data for page in encoded])
     return encoded[0]._replace(data=data, notes=notes_of_pages([page.notes for page in encoded]))
 

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from linearsr.imaging.files import join_pages
+from linearsr.config import FileOptions, Options
+from linearsr.imaging.files import Picture, join_pages, result_format
+from linearsr.pipeline.codec import result_pages
 from linearsr.pipeline.notes import notes_of_pages
 from linearsr.web.service import Events, Result
 
 
-async def upscale_pages(pages: int, upscale: Callable[[int], Events]) -> Events:
-    """Yield the progress over all pages, then their results as one.
+async def upscale_pages(
+    files: FileOptions,
+    read: Callable[[int], Awaitable[tuple[Picture, Options]]],
+    upscale: Callable[[Picture, Options, float], Events],
+) -> Events:
+    """Yield the progress over all pages that the result holds, then their results as one.
 
-    upscale: returns the events of the page of a number from 0.
+    read: returns the page of a number from 0, and the options for it. upscale: returns the events
+    of a page; its last argument is the `time.perf_counter` at which the page began to be read.
     """
+    start = time.perf_counter()
+    picture, options = await read(0)
+    pages = result_pages(picture, result_format(picture.format, files.format))
     results: list[Result] = []
     for page in range(pages):
-        async with aclosing(upscale(page)) as events:
+        if page:
+            start = time.perf_counter()
+            picture, options = await read(page)
+        async with aclosing(upscale(picture, options, start)) as events:
             async for event in events:
                 if isinstance(event, Result):
                     results.append(event)

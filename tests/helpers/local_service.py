@@ -16,9 +16,10 @@ from functools import partial
 
 import uvicorn
 
+from linearsr.config import Options
 from linearsr.diffusion.experts import Segment
-from linearsr.imaging.files import result_format
-from linearsr.pipeline.codec import encode_result, read_tagged, result_pages
+from linearsr.imaging.files import Picture
+from linearsr.pipeline.codec import encode_result, read_tagged
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.web.api import create_app
@@ -70,21 +71,23 @@ class Local:
         self.requests += 1
         self._take(1)
         try:
-            pages = await asyncio.to_thread(self._pages, request)
-            page = partial(self._upscale_page, request)
-            async with aclosing(upscale_pages(pages, page)) as events:
+            read, upscale = partial(self._read, request), partial(self._upscale, request)
+            async with aclosing(upscale_pages(request.files, read, upscale)) as events:
                 async for event in events:
                     yield event
         finally:
             self._take(-1)
 
-    def _pages(self, request: UpscaleRequest) -> int:
-        picture, _ = read_tagged(self.upscaler, request.data, request.options, request.files)
-        return result_pages(picture, result_format(picture.format, request.files.format))
+    async def _read(self, request: UpscaleRequest, page: int) -> tuple[Picture, Options]:
+        upscaler, data, options, files = self.upscaler, request.data, request.options, request.files
+        return await asyncio.to_thread(read_tagged, upscaler, data, options, files, page=page)
 
-    async def _upscale_page(self, request: UpscaleRequest, page: int) -> Events:
-        job, prepared = await _timed(self._prepare, request, page)
-        timing = {"prepare": prepared, "queue": 0.0}
+    async def _upscale(
+        self, request: UpscaleRequest, picture: Picture, options: Options, start: float
+    ) -> Events:
+        tile = next(self.upscaler.tile_sizes(picture, options))
+        job = await asyncio.to_thread(self.upscaler.prepare, picture, options, tile)
+        timing = {"prepare": 1000 * (time.perf_counter() - start), "queue": 0.0}
         for segment in job.segments:
             expert = self.upscaler.expert_name(segment.expert)
             if request.progress:
@@ -117,14 +120,6 @@ class Local:
         with self._changed:
             self.free -= slots
             self._changed.notify_all()
-
-    def _prepare(self, request: UpscaleRequest, page: int) -> UpscaleState:
-        picture, options = read_tagged(
-            self.upscaler, request.data, request.options, request.files, page=page
-        )
-        return self.upscaler.prepare(
-            picture, options, next(self.upscaler.tile_sizes(picture, options))
-        )
 
     def _denoise(self, job: UpscaleState, segment: Segment) -> UpscaleState:
         assert self._gate.wait(PATIENCE)

@@ -28,8 +28,8 @@ from linearsr.distributed.serve.config import ServeConfig
 from linearsr.distributed.serve.expert import Handoff
 from linearsr.distributed.serve.finisher import Finisher
 from linearsr.distributed.serve.retry import ReplicaDied, WeightsChanged, unwrap, with_retries
-from linearsr.imaging.files import Picture, result_format
-from linearsr.pipeline.codec import read_tagged, result_pages
+from linearsr.imaging.files import Picture
+from linearsr.pipeline.codec import read_tagged
 from linearsr.pipeline.memory import OutOfMemory
 from linearsr.pipeline.state import UpscaleState
 from linearsr.web.pages import upscale_pages
@@ -70,29 +70,17 @@ class Router:
         StaleModel if the experts have a new model; the ingress then sends the request to a new
         router.
         """
-        start = time.perf_counter()
-        first, options = await self._read(request, 0)
-        pages = result_pages(first, result_format(first.format, request.files.format))
-
-        async def upscale(page: int) -> Events:
-            began = time.perf_counter() if page else start
-            picture, tagged = await self._read(request, page) if page else (first, options)
-            async with aclosing(self._upscale(picture, tagged, request, began)) as events:
-                async for event in events:
-                    yield event
-
-        async with aclosing(upscale_pages(pages, upscale)) as events:
+        read, upscale = partial(self._read, request), partial(self._upscale, request)
+        async with aclosing(upscale_pages(request.files, read, upscale)) as events:
             async for event in events:
                 yield event
 
     async def _read(self, request: UpscaleRequest, page: int) -> tuple[Picture, Options]:
-        read = partial(read_tagged, page=page)
-        return await self._in_thread(
-            read, self.upscaler, request.data, request.options, request.files
-        )
+        upscaler, data, options, files = self.upscaler, request.data, request.options, request.files
+        return await self._in_thread(read_tagged, upscaler, data, options, files, page=page)
 
     async def _upscale(
-        self, picture: Picture, options: Options, request: UpscaleRequest, start: float
+        self, request: UpscaleRequest, picture: Picture, options: Options, start: float
     ) -> Events:
         """Upscale one picture; if an expert runs out of memory, plan again with smaller tiles.
 
