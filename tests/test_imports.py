@@ -45,6 +45,7 @@ HEAVY = {
     "diffusers": ["latent", "weights.convert"],
     "pyiqa": ["metrics"],
     "lpips": ["metrics"],
+    "torchmetrics": ["metrics"],
     "spandrel": ["evaluation.checkpoint"],
     "pyvips": ["imaging"],
     "imagehash": ["distributed.datasets"],

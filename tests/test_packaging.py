@@ -26,7 +26,8 @@ from linearsr.errors import LinearSRError, MissingExtra, require
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"sana", "quality", "tags", "data", "train", "serve", "all", "demo", "bench", "dev"}
+JOBS = {"evaluation", "tags", "data", "serve"}
+EXTRAS = {*JOBS, "sana", "quality", "train", "all", "demo", "bench", "dev"}
 # Tracked files at the top level that are not for users; all others are.
 NOT_FOR_USERS = {".ci", ".pre-commit-config.yaml"}
 
@@ -151,9 +152,17 @@ def test_extras_keep_the_base_small(about: Metadata) -> None:
         *("safetensors", "torch", "typing-extensions"),
     }
     everything = _brought(about, "all")
-    for extra in ("sana", "quality", "tags", "data", "train", "serve"):
+    for extra in (*JOBS, "sana", "quality", "train"):
         assert _brought(about, extra) <= everything
     assert not everything & {"pytest", "scikit-image"}
+
+
+def test_only_quality_and_training_bring_packages_that_are_not_for_commercial_use(
+    about: Metadata,
+) -> None:
+    for extra in JOBS:
+        assert "pyiqa" not in _brought(about, extra)
+    assert "pyiqa" in _brought(about, "quality") & _brought(about, "train")
 
 
 def _asked() -> Iterator[tuple[str, list[str]]]:
@@ -168,9 +177,7 @@ def _asked() -> Iterator[tuple[str, list[str]]]:
 def test_advice_names_an_extra_that_brings_the_package(about: Metadata) -> None:
     homes = metadata.packages_distributions()
     requirements = list(_asked())
-    assert {"sana", "quality", "tags", "data", "train", "serve"} <= {
-        extra for extra, _ in requirements
-    }
+    assert {*JOBS, "sana", "quality", "train"} <= {extra for extra, _ in requirements}
     for extra, packages in requirements:
         brought = _brought(about, extra)
         for package in packages:
@@ -225,7 +232,7 @@ TRAINING = ("--data=d", "--validation=v", "--storage=s")
     ("extra", "command"),
     [
         ("serve", ["linearsr", "serve"]),
-        ("quality", ["linearsr", "evaluate", "--hr=photos", "-o=report"]),
+        ("evaluation", ["linearsr", "evaluate", "--hr=photos", "-o=report"]),
         ("tags", ["linearsr", "tag", "photo.png"]),
         ("data", ["python", ROOT / "ray_jobs/build_shards.py", "--input=i", "--output=o"]),
         ("data", ["python", ROOT / "ray_jobs/tag_dataset.py", "--input=i", "--output=o"]),

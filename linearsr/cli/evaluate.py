@@ -33,8 +33,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="measure models and results",
         description="Compare models and finished pictures with bicubic and the truth.",
         formatter_class=HelpFormatter,
-        epilog="Metrics have pyiqa's names, but lpips uses SqueezeNet as its trunk. A metric whose "
-        "weights are not available is listed as skipped.",
+        epilog="Metrics have pyiqa's names, but lpips uses SqueezeNet as its trunk. All except "
+        "lpips, psnr and ssim need the extra quality, whose licence forbids commercial use. A "
+        "metric whose weights are not available is listed as skipped.",
     )
     parser.set_defaults(run=_evaluate)
     add_options(parser)
@@ -167,7 +168,7 @@ def print_report(report: Report, output: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     # A missing package is reported before hours of work, not after.
-    require("quality", "pyiqa", "lpips", "pyarrow", "tqdm")
+    require("evaluation", "lpips", "pyarrow", "torchmetrics", "tqdm")
     request = parse(arguments)
     from linearsr.evaluation.judge import Judge, load_model
     from linearsr.evaluation.run import ModelViews, finish, plan

@@ -50,7 +50,7 @@ class Checkpoint:
         know, or a model that is not from RGB to RGB; OptionError for a device that cannot be used;
         MissingExtra without spandrel.
         """
-        require("quality", "spandrel")
+        require("evaluation", "spandrel")
         from spandrel import (
             ImageModelDescriptor,
             ModelLoader,

@@ -90,7 +90,7 @@ def plan(request: Request, list_pictures: Callable[..., Listing]) -> Evaluation:
     Raises OptionError for unknown metrics or degradations and for a request without pictures,
     InputError for folders without pictures.
     """
-    wanted = tuple(dict.fromkeys(request.metrics or metrics.DEFAULT))
+    wanted = tuple(dict.fromkeys(request.metrics or metrics.default_names()))
     metrics.check_names(wanted)
     if request.rank and request.rank not in wanted:
         raise OptionError(

@@ -40,7 +40,7 @@ def load(trunk: str | Path | None = None, net: Literal["squeeze"] = "squeeze") -
     Raises WeightsError if the trunk cannot be found or downloaded or is not SqueezeNet's, and
     MissingExtra without the packages.
     """
-    require("quality", "lpips", "torchvision")
+    require("evaluation", "lpips", "torchvision")
     import lpips
 
     path = Path(trunk) if trunk else find_trunk()

@@ -98,7 +98,7 @@ def test_report_has_conventions_means_and_provenance(whole: tuple[int, Path]) ->
     mean = sum(values[f"{name}.png", "bicubic", "psnr"] for name in SIZES) / 3
     row = next(line for line in text.splitlines() if line.startswith("| bicubic"))
     assert f" 3 | {mean:.4f} " in row
-    for note in ("pyiqa 0.", "both with scale pixels cropped", "CRC-32", "licence: test"):
+    for note in ("pyiqa 0.", "with scale pixels cropped", "CRC-32", "licence: test"):
         assert note in text
 
 

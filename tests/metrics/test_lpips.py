@@ -166,7 +166,7 @@ def test_default_metric_is_measured_if_its_trunk_exists_and_never_downloaded(
 
     from linearsr.evaluation.config import Source
 
-    monkeypatch.setattr(metrics, "DEFAULT", ("lpips", "psnr"))
+    monkeypatch.setattr(metrics, "default_names", lambda: ("lpips", "psnr"))
     monkeypatch.setattr(lpips, "_downloaded", download)
     request = Request(hr="photos")
     pictures = {"a.png": Source(folder="photos", file="a.png")}

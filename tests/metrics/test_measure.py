@@ -2,6 +2,7 @@
 
 import math
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import skimage.metrics
 import torch
 
-from linearsr.errors import LinearSRError, OptionError
+from linearsr.errors import LinearSRError, MissingExtra, OptionError
+from linearsr.metrics import lpips
 from linearsr.metrics import measure as metrics
 from linearsr.metrics.measure import conventions, measure
 
@@ -49,6 +51,40 @@ def test_ssim_is_that_of_wang_2004_on_y() -> None:
     )
     expected = full[5:-5, 5:-5].mean()  # where the window of 11 lies inside
     assert measure("ssim", picture, truth, 4) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim"])
+def test_psnr_and_ssim_are_those_of_pyiqa(name: str) -> None:
+    import pyiqa
+
+    picture, truth = _noisy()
+    picture = (picture * 255).round() / 255
+    settings = {"test_y_channel": True, "color_space": "ycbcr", "crop_border": 4}
+    expected = float(pyiqa.create_metric(name, device="cpu", **settings)(picture, truth))
+    assert measure(name, picture, truth, 4) == pytest.approx(expected, rel=1e-4)
+
+
+def test_psnr_of_equal_pictures_is_80_decibels() -> None:
+    _, truth = _noisy()
+    assert measure("psnr", truth, truth, 4) == 80
+
+
+def test_psnr_ssim_and_lpips_are_measured_without_pyiqa(
+    lpips_trunk: Path, fresh_metrics: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyiqa", None)  # as if it were not installed
+    monkeypatch.setenv(lpips.TRUNK_VARIABLE, str(lpips_trunk))
+    metrics._configs.cache_clear()
+    names = metrics.default_names()
+    assert names == ("lpips", "psnr", "ssim")
+    metrics.check_names(names)
+    picture, truth = _noisy()
+    assert all(math.isfinite(measure(name, picture, truth, 4)) for name in names)
+    assert [metrics.higher_is_better(name) for name in names] == [False, True, True]
+    assert "pyiqa" not in conventions()
+    with pytest.raises(MissingExtra, match=r"pyiqa: not installed.*quality"):
+        metrics.check_names(["niqe"])
+    assert "pyiqa: not installed" in metrics.unavailable(["niqe"])["niqe"]
 
 
 def test_ssim_of_equal_pictures_is_one() -> None:
