@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,14 +39,12 @@ class Peak:
     """The largest number of bytes alive just after weights were loaded or written."""
 
     def __init__(self) -> None:
-        self.earlier = self._models()
         self.baseline = self._bytes()
         self.experts, self.bytes = 0, 0
 
     def look(self) -> None:
         self.bytes = max(self.bytes, self._bytes() - self.baseline)
-        new = [m for m in self._models() if not any(m is old for old in self.earlier)]
-        self.experts = max(self.experts, sum(not m.embed.weight.is_meta for m in new))
+        self.experts = max(self.experts, sum(not m.embed.weight.is_meta for m in self._models()))
 
     @staticmethod
     def _models() -> list[LinearSR]:
@@ -63,7 +61,10 @@ class Peak:
 
 
 @pytest.fixture
-def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
+def peak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peak]:
+    # What is there already is neither counted nor looked at again, which takes seconds in a process
+    # with all tests.
+    gc.freeze()
     peak = Peak()
 
     def after(target: str) -> None:
@@ -81,7 +82,8 @@ def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
         after(f"linearsr.{target}")
     for target in ("_load_expert", "save_file"):
         after(f"linearsr.weights.bundle.{target}")
-    return peak
+    yield peak
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
