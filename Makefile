@@ -39,7 +39,7 @@ PYTEST := $(QUICK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TWO := --numprocesses 2 --dist loadgroup
 
 test: $(VENV)/dev.stamp $(S3)/stamp lint types
-	$(PYTEST) $(TWO) --ignore tests/drills --ignore tests/pages
+	$(PYTEST) $(TWO) -m "not thorough" --ignore tests/drills --ignore tests/pages
 
 # Without a cluster and without a browser.
 test-fast: $(VENV)/dev.stamp
@@ -48,8 +48,12 @@ test-fast: $(VENV)/dev.stamp
 
 # Clusters of their own, which two cores cannot have beside the others: every command of every page,
 # and what breaks a fleet.
-pages drills: $(VENV)/dev.stamp $(S3)/stamp
-	$(PYTEST) tests/$@
+pages: $(VENV)/dev.stamp $(S3)/stamp
+	$(PYTEST) tests/pages
+
+drills: $(VENV)/dev.stamp $(S3)/stamp
+	$(PYTEST) tests/drills
+	$(PYTEST) -m thorough tests/distributed
 
 # The whole story on an autoscaling cluster of this machine. On a real one:
 # make rehearse STORAGE=s3://bucket/folder

@@ -39,7 +39,7 @@ from tests.helpers.tag_models import save_gemma
 from tools import s3_server
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
-SECOND_CLUSTER = ("distributed/serve/", "distributed/datasets/test_upscale.py")
+FIRST_CLUSTER = "distributed/train/"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,7 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = path
         if path.startswith("distributed/") and "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.cluster)
-            group = "second cluster" if path.startswith(SECOND_CLUSTER) else "first cluster"
+            group = "first cluster" if path.startswith(FIRST_CLUSTER) else "second cluster"
+        for layouts in item.iter_markers("thorough_in"):
+            assert isinstance(item, pytest.Function)
+            if item.callspec.params["endpoint"] in layouts.args:
+                item.add_marker(pytest.mark.thorough)
         if path == "web/test_page.py":
             item.add_marker(pytest.mark.browser)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -186,9 +186,10 @@ def test_failing_s3_requests_lose_nothing(on_s3: UpscaleConfig, s3: Server) -> N
     assert_all_there(on_s3)
 
 
-def test_a_restarted_driver_upscales_only_the_rest(on_s3: UpscaleConfig) -> None:
-    """The driver is killed three times, at times from a seed; no result is written twice."""
-    chosen = np.random.default_rng(2).choice(np.arange(5, MANY - 20), 3, replace=False)
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.thorough)])
+def test_a_restarted_driver_upscales_only_the_rest(on_s3: UpscaleConfig, kills: int) -> None:
+    """The driver is killed at times from a seed; no result is written twice."""
+    chosen = np.random.default_rng(2).choice(np.arange(5, MANY - 20), kills, replace=False)
     finished: dict[str, int] = {}
     for moment in np.sort(chosen):
         driver = _start(on_s3)

@@ -98,6 +98,7 @@ def _kill(driver: subprocess.Popen[bytes]) -> None:
     driver.wait()
 
 
+@pytest.mark.thorough
 def test_a_job_whose_machine_died_goes_on_when_submitted_again(
     driver: subprocess.Popen[bytes], jobs: Jobs, photos: Path, runs: Path, whole: Outcome
 ) -> None:
@@ -116,21 +117,17 @@ def test_a_job_whose_machine_died_goes_on_when_submitted_again(
     assert {v.step for v in read_knee(locate(run)).history} >= {12, 18, 24}
 
 
-def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
-    jobs: Jobs, photos: Path, runs: Path, photograph: Image.Image
-) -> None:
-    assert (runs / "pretrain").exists(), "the pretraining test has to run first"
-    command = _command("finetune_experts", photos, runs, "experts", f"--from={runs}/pretrain")
+def _fine_tuning(photos: Path, runs: Path, start: Outcome, *more: str) -> list[str]:
     # Both runs fit on the cluster at once.
-    command += ["--worker-cpus=1", "--stages", "experts"]
-    refused, allowed = (
-        jobs.submit(command + extra) for extra in ([], ["--i-know-this-is-not-the-knee"])
-    )
-    status, code, output = jobs.end(refused)
-    assert (status, code) == (JobStatus.FAILED, 2)
-    assert "not confirmed" in output and "--i-know-this-is-not-the-knee" in output
-    assert "Traceback" not in output
-    status, _, output = jobs.end(allowed)
+    flags = (f"--from={start.run.path}", "--worker-cpus=1", "--stages", "experts")
+    return _command("finetune_experts", photos, runs, "experts", *flags, *more)
+
+
+def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
+    jobs: Jobs, photos: Path, runs: Path, whole: Outcome, photograph: Image.Image
+) -> None:
+    command = _fine_tuning(photos, runs, whole, "--i-know-this-is-not-the-knee")
+    status, _, output = jobs.end(jobs.submit(command))
     assert status == JobStatus.SUCCEEDED, output
     folders = {folder.name for folder in (runs / "experts").glob("experts-[0-9]*")}
     assert folders == {"experts-0-expert-0", "experts-1-expert-1"}
@@ -210,11 +207,11 @@ def test_an_impossible_stage_is_refused_before_the_stages_ahead_of_it_run(
     check_stages(["experts", "finetune"], missing)
 
 
-def test_job_errors_are_one_line_with_an_exit_code(jobs: Jobs, photos: Path, runs: Path) -> None:
+def test_job_errors_are_one_line_with_an_exit_code(
+    jobs: Jobs, photos: Path, runs: Path, whole: Outcome
+) -> None:
     wrong = {
-        ("pretrain.stepz: no such field", 2): _command(
-            "pretrain", photos, runs, "wrong", "--set", "pretrain.stepz=1"
-        ),
+        ("not confirmed", 2): _fine_tuning(photos, runs, whole),
         ("no pictures and no .parquet shards", 1): _command(
             "pretrain", runs / "nowhere", runs, "missing"
         ),
@@ -252,6 +249,7 @@ def test_flags_become_the_cluster_config() -> None:
         ("--max-failures=many", "--max-failures"),
         ("--set=pretrain.steps", "settings look like"),
         ("--set=pretrain.steps=-1", r"pretrain\.steps"),
+        ("--set=pretrain.stepz=1", r"pretrain\.stepz: no such field"),
     ],
 )
 def test_wrong_flags_are_named_in_the_error(flag: str, message: str) -> None:

@@ -154,6 +154,7 @@ def test_no_stored_checkpoint_holds_a_weight_that_is_not_finite(diverged: Path) 
         assert all(torch.isfinite(t).all() for t in tensors)
 
 
+@pytest.mark.thorough
 def test_a_run_that_diverges_too_often_ends_with_one_clear_error(
     recipe: Recipe, photos: Path, tmp_path: Path
 ) -> None:
