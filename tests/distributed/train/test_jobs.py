@@ -18,7 +18,8 @@ from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus
 
 from linearsr import weights
-from linearsr.cli.job import configs, parser
+from linearsr.cli.job import parser
+from linearsr.cli.jobs.shared import configs
 from linearsr.diffusion.experts import EXPERTS, ranges
 from linearsr.distributed.train.config import ClusterConfig
 from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage, stages_of
@@ -232,7 +233,7 @@ def test_job_errors_are_one_line_with_an_exit_code(jobs: Jobs, photos: Path, run
 
 def _parsed(*flags: str) -> tuple[object, ClusterConfig]:
     places = ["--data=d", "--validation=/v", "--storage=s3://b/s"]
-    return configs(parser("").parse_args([*places, *flags]))
+    return configs(parser("pretrain").parse_args([*places, *flags]))
 
 
 def test_flags_become_the_cluster_config() -> None:
@@ -252,6 +253,11 @@ def test_flags_become_the_cluster_config() -> None:
         ("--max-failures=many", "--max-failures"),
         ("--set=pretrain.steps", "settings look like"),
         ("--set=pretrain.steps=-1", r"pretrain\.steps"),
+        # The whole stage is not shown.
+        (
+            "--set=pretrain.checkpoint_every=75",
+            "^pretrain: checkpoint_every 75 must be a multiple of report_every 50$",
+        ),
     ],
 )
 def test_wrong_flags_are_named_in_the_error(flag: str, message: str) -> None:
