@@ -51,7 +51,6 @@ def submit(
     cluster does not take the job.
     """
     require("data", "ray", "requests", "aiohttp")
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
     address = options.address or _environment_address() or DASHBOARD
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="linearsr-job-") as folder:
@@ -181,6 +180,8 @@ def _connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard_sdk", "job.sdk"):  # which set their level when they are imported
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     # Ray would take the address in RAY_ADDRESS instead of --address.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:

@@ -115,11 +115,11 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 def test_token_of_this_machine_is_sent_to_a_cluster_that_asks_for_one(
     guarded: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(LinearSRError, match="asks for its token, and there is none here: put the"):
+    with pytest.raises(LinearSRError, match="asks for its token, and there is none here: copy ~"):
         submit._connect(guarded)
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("another\n")
-    with pytest.raises(LinearSRError, match="refuses the token of this machine: put the token"):
+    with pytest.raises(LinearSRError, match=r"the token of this machine: copy ~/\.ray"):
         submit._connect(guarded)
     (tmp_path / ".ray" / "auth_token").write_text(f"{TOKEN}\n")
     submit._connect(guarded)

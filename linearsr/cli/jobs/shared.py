@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Config)
 
 TRAINING_PLACES = ("data", "validation", "storage")
-TOKEN_ADVICE = (
-    "put the token of its head node into ~/.ray/auth_token or RAY_AUTH_TOKEN here, and set "
-    "RAY_AUTH_MODE=token"
-)
+TOKEN_ADVICE = "copy ~/.ray/auth_token from its head node to this machine, or set RAY_AUTH_TOKEN"
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +83,9 @@ def connect(*, data: bool = True) -> str:
     try:
         context = ray.init(log_to_driver=True, logging_level="WARNING")
     except ray.exceptions.AuthenticationError as error:
-        raise LinearSRError(f"the Ray cluster asks for its token: {TOKEN_ADVICE}") from error
+        raise LinearSRError(
+            f"the Ray cluster asks for its token: {TOKEN_ADVICE}, and set RAY_AUTH_MODE=token"
+        ) from error
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         # No cluster, another version of Ray, or no token for it.
         raise LinearSRError(
