@@ -50,7 +50,7 @@ def submit(
     places, sent: see `linearsr.cli.jobs`. Raises MissingExtra without Ray, and LinearSRError if the
     cluster does not take the job.
     """
-    require("data", "ray", "requests", "aiohttp")
+    require("data", "ray")
     address = options.address or _environment_address() or DASHBOARD
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="linearsr-job-") as folder:
