@@ -26,6 +26,7 @@ from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
 from benchmarks.timing import Settings
+from linearsr.cli.flags import Parser
 from linearsr.config import MODELS
 from linearsr.errors import OptionError
 from linearsr.pipeline.device import best_dtype, pick_device
@@ -95,9 +96,7 @@ def _models(device: torch.device) -> Sequence[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="number of CPU threads; all by default")
     parser.add_argument("--models", nargs="+", choices=MODELS)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from benchmarks.tables import markdown
 from linearsr import weights
-from linearsr.cli import job
-from linearsr.cli.flags import add_fields
+from linearsr.cli.flags import JobHelpFormatter, Parser, add_fields
+from linearsr.cli.report import exit_code
 from linearsr.config import Config, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import boundaries, ranges
@@ -138,7 +139,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = job.new_parser(__doc__)
+    parser = Parser(description=__doc__, formatter_class=JobHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder to train on")
     parser.add_argument("--data", type=Path, required=True, help="folder of validation pictures")
     parser.add_argument("--out", type=Path, required=True, help="where results and weights go")
@@ -395,4 +396,4 @@ def _error(values: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    job.run(main)
+    sys.exit(exit_code(main, "start it again to continue"))

@@ -9,7 +9,6 @@ anything is timed. Rates are taken between the first and the last result, withou
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -28,6 +27,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+from linearsr.cli.flags import Parser
 from linearsr.config import Options
 from linearsr.distributed.datasets.upscale import UpscaleConfig, upscale_dataset
 from linearsr.imaging.files import read, write
@@ -38,7 +38,7 @@ NAMES = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry")
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("throughput", "memory"))
     parser.add_argument("--pictures", type=int, nargs="+", default=[400])
     parser.add_argument("--size", type=int, default=64)

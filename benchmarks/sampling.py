@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from linearsr import Options, Upscaler
+from linearsr.cli.flags import Parser
 from linearsr.cli.report import exit_code
 from linearsr.config import Solver
 from linearsr.diffusion.experts import plan
@@ -43,9 +44,7 @@ Values = dict[str, dict[str, float]]
 
 def main() -> None:
     """Measure, print a line of values per picture, and a table per folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of HR")
     parser.add_argument(
         "--every", type=int, default=1, help="only every n-th picture, in folders of more than ten"

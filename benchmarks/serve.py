@@ -11,7 +11,6 @@ calls take turns, so that other load on the machine slows both.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import os
@@ -33,6 +32,7 @@ import torch
 from PIL import Image
 from ray import serve
 
+from linearsr.cli.flags import Parser
 from linearsr.config import Options
 from linearsr.distributed.serve import ServeConfig, build_app
 from linearsr.imaging.files import encode, read
@@ -48,7 +48,7 @@ AT_ONCE = 16
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("overhead", "throughput", "batching"))
     parser.add_argument(
         "--size", type=int, default=64, help="side of the uploaded picture in pixels"

@@ -12,7 +12,6 @@ with 95% bootstrap intervals.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import zlib
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from linearsr import Options, Upscaler, weights
+from linearsr.cli.flags import Parser
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.imaging.degradation import CLEAN, degrade
@@ -110,7 +110,7 @@ def _signs(ngram: str, dim: int) -> np.ndarray:
 
 def main() -> int:
     """Tag, train, judge, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="training photographs")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="HR pictures")
     parser.add_argument("--every", type=int, default=1, help="only every n-th picture of the last")

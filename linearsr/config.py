@@ -39,9 +39,18 @@ class Config(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "options"
-            raise OptionError(f"{name}: {first['msg']} (got {first['input']!r})") from error
+            place, message = explain(error)
+            raise OptionError(f"{place.split('.')[0] or 'options'}: {message}") from error
+
+
+def explain(error: ValidationError) -> tuple[str, str]:
+    """Return the path of the first wrong field, "" for the whole config, and what is wrong."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    # A whole config is the input of a check of several fields; the message names those.
+    if not isinstance(first["input"], dict | BaseModel):
+        message += f" (got {first['input']!r})"
+    return ".".join(map(str, first["loc"])), message
 
 
 class DenoiserConfig(Config):

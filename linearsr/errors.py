@@ -1,7 +1,11 @@
 """Errors that a user can act on. Each message names what is wrong and says what to do about it."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class LinearSRError(Exception):
@@ -75,9 +79,23 @@ def require(extra: str, *packages: str) -> None:
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise MissingExtra(
-            f"{', '.join(missing)}: not installed here; pip install 'linearsr[{extra}]'"
-        )
+        raise MissingExtra(f"{', '.join(missing)}: not installed here; {_install(extra)}")
+
+
+def _install(extra: str) -> str:
+    """Return the command that adds an extra to this installation: a clone, or a wheel."""
+    clone = Path(__file__).parents[1]
+    if not (clone / "pyproject.toml").is_file():
+        return f"pip install 'linearsr[{extra}]'"
+    return f"pip install -e '{'.' if clone == Path.cwd() else clone}[{extra}]'"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the nearest known word, or "" if none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def reason(error: Exception) -> str:

@@ -128,7 +128,7 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         ("linearsr", ["torch", "ray", "numpy"]),
         ("linearsr.config", ["torch", "ray"]),
         ("linearsr.diffusion.experts", ["torch", "ray"]),
-        ("linearsr.cli", ["torch", "ray"]),
+        ("linearsr.cli", ["torch", "ray", "numpy", "tqdm", "PIL"]),
         ("linearsr.training.knee", ["torch", "ray", "scipy", "kneed"]),
         ("linearsr.training.loop", ["ray", "deepspeed", "pyiqa"]),
         # A machine with a GPU may have little besides torch.
@@ -136,6 +136,11 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         # `linearsr evaluate` on Parquet needs no Ray.
         ("linearsr.evaluation.sources", ["ray"]),
         ("linearsr.pipeline.upscaler", ["ray", "triton", "diffusers", "pyiqa", "deepspeed"]),
+        # The base install is small.
+        (
+            "linearsr.pipeline.codec",
+            ["torchvision", "transformers", "timm", "pyarrow", "boto3", "scipy", "matplotlib"],
+        ),
         # A replica only runs a model.
         ("linearsr.distributed.serve.expert", ["linearsr.training", "deepspeed"]),
     ],

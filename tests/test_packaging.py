@@ -31,6 +31,9 @@ EXTRAS = {*JOBS, "sana", "quality", "train", "all", "demo", "bench", "dev"}
 # Tracked files at the top level that are not for users; all others are.
 NOT_FOR_USERS = {".ci", ".pre-commit-config.yaml"}
 
+# A build of PyTorch for CPUs that the package works with, as pip names it.
+CPU_BUILD = "2.13.0+cpu"
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -149,7 +152,7 @@ def test_extras_keep_the_base_small(about: Metadata) -> None:
     base = {r.name for r in about.requires_dist or [] if r.marker is None}
     assert base == {
         *("numpy", "pillow", "psutil", "pydantic", "pyvips"),
-        *("safetensors", "torch", "typing-extensions"),
+        *("safetensors", "torch", "tqdm", "typing-extensions"),
     }
     everything = _brought(about, "all")
     for extra in (*JOBS, "sana", "quality", "train"):
@@ -191,7 +194,7 @@ def test_require_passes_on_the_error_of_a_broken_package(
     (tmp_path / "broken_here.py").write_text("import nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
     require("data", "broken_here", "numpy")
-    with pytest.raises(MissingExtra, match=r"nowhere_at_all: .*pip install 'linearsr\[data\]'"):
+    with pytest.raises(MissingExtra, match=r"nowhere_at_all: .*pip install -e '.*\[data\]'"):
         require("data", "broken_here", "nowhere_at_all")
     assert issubclass(MissingExtra, LinearSRError) and issubclass(MissingExtra, ImportError)
 
@@ -205,6 +208,42 @@ def test_importing_is_quick_and_loads_neither_torch_nor_ray(run: Run) -> None:
     assert [loaded for _, *loaded in lines] == [["False", "False"]] * 3
     # This is the documented bound; an import takes a twentieth of it, even if the machine is busy.
     assert min(float(seconds) for seconds, *_ in lines) < 0.3
+
+
+def _install_for_cpus(wheel: Path, folder: Path) -> None:
+    """Install the wheel and PyTorch without CUDA into an environment; skip if there is no such."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    options = {"capture_output": True, "text": True}
+    uv = ("uv", "pip", "install", "--python", python, "--torch-backend=cpu", wheel)
+    tried = subprocess.run(
+        [sys.executable, "-m", *uv], **options, env=_environment(UV_HTTP_TIMEOUT="60")
+    )
+    if tried.returncode == 0:
+        return
+    # A build that lies on this machine, or in a place that pip is configured to look at.
+    pip = ("pip", "install", f"torch=={CPU_BUILD}", wheel)
+    again = subprocess.run([python, "-m", *pip], **options, env=_environment())
+    if "No matching distribution found for torch" in again.stderr:
+        pytest.skip(f"neither PyTorch's index nor pip has torch for CPUs: {tried.stderr[-300:]}")
+    assert again.returncode == 0, again.stderr
+
+
+def test_base_install_for_cpus_takes_less_than_1_3_gb(wheel: Path, tmp_path: Path) -> None:
+    _install_for_cpus(wheel, tmp_path / "venv")
+    listed = subprocess.run(
+        [tmp_path / "venv" / "bin" / "linearsr", "models"],
+        capture_output=True,
+        text=True,
+        env=_environment(),
+        cwd=tmp_path,
+    )
+    assert "linearsr-tiny" in listed.stdout, listed.stderr
+    files = [file for file in (tmp_path / "venv").rglob("*") if not file.is_symlink()]
+    size = sum(file.stat().st_blocks * 512 for file in files)
+    print(f"the base install for CPUs takes {size / 1e9:.2f} GB")
+    assert size < 1.3e9
+    assert not [file for file in files if file.name.startswith("libcu")]
 
 
 def test_the_base_install_upscales_to_the_same_bytes(
@@ -237,6 +276,8 @@ TRAINING = ("--data=d", "--validation=v", "--storage=s")
         ("data", ["python", ROOT / "ray_jobs/build_shards.py", "--input=i", "--output=o"]),
         ("data", ["python", ROOT / "ray_jobs/tag_dataset.py", "--input=i", "--output=o"]),
         ("data", ["python", ROOT / "ray_jobs/upscale_dataset.py", "--input=i", "--output=o"]),
+        ("data", ["linearsr", "job", "upscale-dataset", "--input=i", "--output=o"]),
+        ("train", ["linearsr", "job", "pretrain", *TRAINING]),
         ("data", ["python", ROOT / "ray_jobs/evaluate.py", "--hr=photos", "-o=report"]),
         ("serve", ["python", ROOT / "ray_jobs/deploy.py"]),
         ("train", ["python", ROOT / "ray_jobs/pretrain.py", *TRAINING]),

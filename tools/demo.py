@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from linearsr.cli.flags import Parser
+from linearsr.cli.progress import Display
 from linearsr.config import Options
 from linearsr.errors import LinearSRError, require
 from linearsr.evaluation.drawing import Row, details, sheet
@@ -24,7 +25,7 @@ LARGEST = 256 * 256
 
 def main() -> int:
     """Write OUTPUT/input.png, OUTPUT/upscaled.png and OUTPUT/compare.png; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input", type=Path, help="photograph to upscale (default: scikit-image's cat)"
     )
@@ -48,19 +49,18 @@ def main() -> int:
 def _demo(source: Path | None, output: Path, model: str) -> None:
     picture = _fit(read(source)) if source else _cat()
     output.mkdir(parents=True, exist_ok=True)
-    upscaler = Upscaler.load(model)
-    began = time.perf_counter()
-    result = upscaler.upscale(picture, Options(), _print_progress)
+    with Display(f"loading {model}") as display:
+        upscaler = Upscaler.load(model)
+        began = time.perf_counter()
+        result = upscaler.upscale(
+            picture, Options(), lambda done: display.show(f"{done.expert} expert", done.fraction)
+        )
     seconds = time.perf_counter() - began
     write(picture, output / "input.png")
     write(result, output / "upscaled.png", provenance=upscaler.describe(Options()))
     write(from_pil(compare(picture, result)), output / "compare.png")
     size = "{1}x{0}".format(*result.pixels.shape[-2:])
     print(f"{output}/upscaled.png  {size} in {seconds:.1f} s\n{output}/compare.png")
-
-
-def _print_progress(expert: str, done: int, steps: int) -> None:
-    print(f"  {expert}: step {done} of {steps}", flush=True)
 
 
 def _fit(picture: Picture) -> Picture:

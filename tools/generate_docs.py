@@ -11,14 +11,14 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+from linearsr.cli import job
 from linearsr.cli import serve as serve_command
-from linearsr.cli.flags import help_text
+from linearsr.cli.flags import Parser, help_text
 from linearsr.config import Config, FileOptions, Options
 from linearsr.distributed.datasets.evaluate import EvaluationConfig
 from linearsr.distributed.datasets.shards.config import ShardConfig
@@ -53,16 +53,16 @@ def pages() -> dict[str, str]:
 
 
 def _job(name: str, configs: Iterable[type[Config]]) -> str:
-    script = import_module(f"ray_jobs.{name}")
-    parts = [f"# {name}", NOTICE, markdown(script.__doc__), "## Flags"]
-    parts.append(_flags(script.parser(), configs))
+    parser = job.parser(name.replace("_", "-"))
+    parts = [f"# {name}", NOTICE, markdown(parser.description), "## Flags"]
+    parts.append(_flags(parser, configs))
     if ClusterConfig in configs:
         parts.append("`--set` takes every field of the [recipe](recipe.md).")
     return _page(parts)
 
 
 def _serve() -> str:
-    commands = argparse.ArgumentParser().add_subparsers()
+    commands = Parser().add_subparsers()
     serve_command.add(commands)
     parser = commands.choices["serve"]
     parts = ["# serve", NOTICE, markdown(serve_command.__doc__), "## Flags of `linearsr serve`"]

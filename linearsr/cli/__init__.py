@@ -5,14 +5,13 @@ Exit codes: 0 success; 1 some inputs failed (each is named, the others are writt
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from collections.abc import Sequence
 
 from linearsr import __version__
-from linearsr.cli import evaluate, models, serve, tag, upscale
-from linearsr.cli.flags import HelpFormatter
+from linearsr.cli import evaluate, job, models, serve, tag, upscale
+from linearsr.cli.flags import Parser
 from linearsr.cli.report import exit_code
 
 COMMANDS = (upscale, serve, tag, evaluate, models)
@@ -23,18 +22,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may be invalid text
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: options.run(options), "finished files are kept")
+    words = sys.argv[1:] if arguments is None else arguments
+
+    def parse_and_run() -> int:
+        options = parser(words).parse_args(words)
+        code: int = options.run(options)
+        return code
+
+    return exit_code(parse_and_run, "finished files are kept")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="linearsr",
-        description="Make photographs larger and sharper, with linear attention.",
-        formatter_class=HelpFormatter,
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser of the command line `words`; see `linearsr.cli.job.add`."""
+    parser = Parser(
+        prog="linearsr", description="Make photographs larger and sharper, with linear attention."
     )
     parser.add_argument("--version", action="version", version=f"linearsr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    job.add(commands, words)
     return parser

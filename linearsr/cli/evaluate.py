@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from linearsr.cli.flags import HelpFormatter
+from linearsr.cli.flags import Commands
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.config import Solver
 from linearsr.errors import OptionError, printable, require
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 FIELDS = ("hr", "lr", "steps", "solvers", "metrics", "scale", "seed", "every", "rank", "examples")
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "evaluate",
         help="measure models and results",
         description="Compare models and finished pictures with bicubic and the truth.",
-        formatter_class=HelpFormatter,
         epilog="Metrics have pyiqa's names, but lpips uses SqueezeNet as its trunk. All except "
         "lpips, psnr and ssim need the extra quality, whose licence forbids commercial use. A "
         "metric whose weights are not available is listed as skipped.",
@@ -168,7 +167,7 @@ def print_report(report: Report, output: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     # A missing package is reported before hours of work, not after.
-    require("evaluation", "lpips", "pyarrow", "torchmetrics", "tqdm")
+    require("evaluation", "lpips", "pyarrow", "torchmetrics")
     request = parse(arguments)
     from linearsr.evaluation.judge import Judge, load_model
     from linearsr.evaluation.run import ModelViews, finish, plan

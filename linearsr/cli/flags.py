@@ -1,13 +1,15 @@
-"""Flags made from the fields of a config, and how `--help` and docs/reference show flags."""
+"""The parser of all commands: one line per error, flags from configs, texts of `--help`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
 
 from linearsr.config import Config
+from linearsr.errors import did_you_mean
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -15,6 +17,56 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return help_text(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the option or word that was probably meant."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        settings.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*arguments, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error on one line and end the process with code 2."""
+        message = " ".join(message.split())
+        print(f"linearsr: {message} (help: {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse as argparse does, but refuse an unknown option before the command."""
+        args = sys.argv[1:] if args is None else list(args)
+        if self._subparsers and args:
+            self._check_known(super()._parse_optional(args[0]))
+        return super().parse_known_args(args, namespace)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        # Refused here, and not after all words were parsed: a required option that was misspelt
+        # would be reported as missing.
+        option = super()._parse_optional(arg_string)
+        if not self._subparsers:  # whose options may be those of a command
+            self._check_known(option)
+        return option
+
+    def _check_known(self, option: Any) -> None:
+        # Newer versions of argparse return a list of all options that begin so.
+        action, word, *_ = (option[0] if isinstance(option, list) else option) or (self, "")
+        if action is None:
+            name = word.partition("=")[0]
+            self.error(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = list(map(str, action.choices))
+        advice = did_you_mean(str(value), known) or f"; known are {', '.join(known)}"
+        if isinstance(action, argparse._SubParsersAction):
+            self.error(f"unknown command {str(value)!r}{advice}")
+        raise argparse.ArgumentError(action, f"unknown choice {str(value)!r}{advice}")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 class JobHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1,106 +1,99 @@
-"""Functions that the scripts in ray_jobs/ share: exit codes, the cluster, flags from configs."""
+"""`linearsr job`: run a job of linearsr.cli.jobs here, or submit it to a cluster.
+
+The scripts in ray_jobs/ are the same jobs with the same flags.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from typing import NoReturn
 
-from linearsr.cli.flags import JobHelpFormatter, add_fields
+from linearsr.cli.flags import Commands, JobHelpFormatter, Parser
 from linearsr.cli.report import exit_code
-from linearsr.config import Config
-from linearsr.errors import LinearSRError, OptionError, require
 
-if TYPE_CHECKING:
-    from linearsr.distributed.train.config import ClusterConfig
-    from linearsr.training.recipes import Recipe
-
-C = TypeVar("C", bound=Config)
-
-
-def new_parser(docstring: str | None) -> argparse.ArgumentParser:
-    """Return a parser that shows a script's docstring."""
-    return argparse.ArgumentParser(description=docstring, formatter_class=JobHelpFormatter)
+JOBS = {
+    "build-shards": "build a shard dataset from folders of pictures",
+    "tag-dataset": "name what the pictures of a shard dataset show",
+    "pretrain": "pretrain one model and find its knee",
+    "finetune-experts": "fine-tune four experts from a pretraining run",
+    "upscale-dataset": "upscale a folder, a bucket or shards",
+    "evaluate": "measure models and results",
+    "deploy": "deploy the endpoint on a cluster",
+}
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the flags of both training jobs, which choose a recipe and a cluster.
+def add(commands: Commands, words: Sequence[str]) -> None:
+    """Add the subcommand.
 
-    Raises MissingExtra without the packages that training needs.
+    words: the command line. Only the job that it names gets its flags, since reading the configs
+    of all jobs takes seconds.
     """
-    require("train", "ray", "deepspeed")
-    from linearsr.distributed.train.config import ClusterConfig
-    from linearsr.training.recipes import RECIPES
-
-    training = new_parser(description)
-    training.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        default="tiny_cpu",
-        help="preset of the model, its training pairs and the schedule (docs/reference/recipe.md)",
+    command = commands.add_parser(
+        "job",
+        help="run a job on a dataset or a training, here or on a cluster",
+        description="Run a job here, or on a Ray cluster with --submit.",
+        epilog="linearsr job JOB --help shows the flags of a job.",
     )
-    add_fields(training, ClusterConfig, ClusterConfig.model_fields)
-    training.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change a field of the recipe (docs/reference/recipe.md), as in pretrain.steps=1000",
+    jobs = command.add_subparsers(required=True, metavar="JOB")
+    for name, text in JOBS.items():
+        job = jobs.add_parser(name, help=text, formatter_class=JobHelpFormatter)
+        if list(words[:2]) == ["job", name]:
+            _fill(job, name)
+
+
+def parser(name: str) -> Parser:
+    """Return the parser of a job. Raises MissingExtra without the packages that the job needs."""
+    job = Parser(formatter_class=JobHelpFormatter)
+    _fill(job, name)
+    return job
+
+
+def run(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Parse the flags of a job, run it, and return its exit code; an error is one line."""
+
+    def parse_and_run() -> int:
+        options = parser(name).parse_args(arguments)
+        code: int = options.run(options)
+        return code
+
+    return exit_code(parse_and_run, "start it again to continue")
+
+
+def main(name: str) -> NoReturn:
+    """Run a job with the arguments of this process, and end with its exit code."""
+    sys.exit(run(name))
+
+
+def _fill(job: Parser, name: str) -> None:
+    """Give a parser the flags of a job, and the function that runs it."""
+    module = import_module(f"linearsr.cli.jobs.{name.replace('-', '_')}")
+    job.description = module.__doc__
+    module.add_flags(job)
+    job.add_argument(
+        "--submit",
+        action="store_true",
+        help="send the job to a running Ray cluster, print its log, and end with its exit code; "
+        "without this flag, the job runs here, or on the cluster of RAY_ADDRESS",
     )
-    return training
+    job.add_argument(
+        "--address",
+        metavar="URL",
+        help="address of that cluster's dashboard; by default RAY_ADDRESS, or "
+        "http://127.0.0.1:8265",
+    )
+    job.set_defaults(run=partial(_run, job, name))
 
 
-def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
-    """Return the recipe and the cluster's config that the flags choose. Raises OptionError."""
-    from linearsr.distributed.train.config import ClusterConfig
-    from linearsr.training.recipes import RECIPES, override
+def _run(job: Parser, name: str, options: argparse.Namespace) -> int:
+    module = import_module(f"linearsr.cli.jobs.{name.replace('-', '_')}")
+    if not options.submit:
+        if options.address:
+            job.error("--address is for --submit; for a job that runs here, set RAY_ADDRESS")
+        return exit_code(lambda: module.run(options), "start it again to continue")
+    from linearsr.cli.submit import submit
 
-    recipe = override(RECIPES[options.recipe](), options.set)
-    fields = {name: getattr(options, name) for name in ClusterConfig.model_fields}
-    return recipe, validated(ClusterConfig, fields)
-
-
-def validated(config: type[C], fields: Mapping[str, object]) -> C:
-    """Return a config made from the values of flags. Raises OptionError naming the flag."""
-    from pydantic import ValidationError
-
-    try:
-        return config.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = str(first["loc"][0]).replace("_", "-")
-        raise OptionError(f"--{flag}: {first['msg']} (got {first['input']!r})") from error
-
-
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run the job's `main` and end the process with its exit code; an error is one line."""
-    sys.exit(exit_code(main, "start it again to continue"))
-
-
-def connect(*, data: bool = True) -> str:
-    """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start one here.
-
-    Return the dashboard's address, http://HOST:PORT. data: whether the job uses Ray Data, as
-    training does. Raises MissingExtra without Ray, LinearSRError if the cluster cannot be reached.
-    """
-    require("data", "ray")
-    import ray
-
-    # A report waits for the controller's next poll; the default of 2 s would slow training down.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # A GPU node takes minutes to start, and after this deadline Train asks for its workers again.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
-    try:
-        context = ray.init(log_to_driver=True, logging_level="WARNING")
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        # No cluster, another version of Ray, or no token for it.
-        raise LinearSRError(
-            f"cannot connect to a Ray cluster: {error} (check RAY_ADDRESS)"
-        ) from error
-    if data:
-        from linearsr.distributed.compat import keep_data_actors_here
-
-        keep_data_actors_here()
-    return f"http://{context.dashboard_url}"
+    return submit(job, name, options, places=module.PLACES, sent=module.SENT)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from linearsr.cli.flags import HelpFormatter
+from linearsr.cli.flags import Commands
 from linearsr.cli.report import OK
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     text = "list the bundled models with their size, experts, steps and licence"
-    parser = commands.add_parser(
-        "models", help=text, description=f"{text.capitalize()}.", formatter_class=HelpFormatter
-    )
+    parser = commands.add_parser("models", help=text, description=f"{text.capitalize()}.")
     parser.set_defaults(run=_run)
 
 

@@ -1,4 +1,4 @@
-"""Exit codes, and errors as one line on stderr."""
+"""Exit codes, and lines that a progress bar does not garble: results, and errors as one line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from linearsr.errors import LinearSRError, OptionError, WeightsError, printable
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line on stdout, or on stderr, above the progress bar if there is one."""
+    stream = sys.stderr if error else sys.stdout
+    if "tqdm" in sys.modules:  # otherwise there is no bar
+        from tqdm import tqdm
+
+        tqdm.write(text, file=stream)
+        stream.flush()
+    else:
+        print(text, file=stream, flush=True)
+
+
 def complain(error: Exception, code: int) -> int:
     """Print the error on one line; returns `code`."""
-    print(f"linearsr: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    say(f"linearsr: {printable(' '.join(str(error).split()))}", error=True)
     return code
 
 
@@ -28,5 +40,5 @@ def exit_code(run: Callable[[], int | None], interrupted: str) -> int:
     except (LinearSRError, OSError) as error:
         return complain(error, SOME_FAILED)
     except KeyboardInterrupt:
-        print(f"linearsr: interrupted; {interrupted}", file=sys.stderr)
+        say(f"linearsr: interrupted; {interrupted}", error=True)
         return INTERRUPTED

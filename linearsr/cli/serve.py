@@ -16,20 +16,20 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
-from linearsr.cli.flags import HelpFormatter
-from linearsr.cli.report import OK
+from linearsr.cli.flags import Commands
+from linearsr.cli.report import OK, say
 from linearsr.errors import require
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "serve",
         help="run an HTTP endpoint with a web page",
         description="Run an HTTP endpoint, with a web page that upscales the photographs dropped "
         "on it.",
-        formatter_class=HelpFormatter,
         epilog="Starts Ray on this machine, or joins the cluster at RAY_ADDRESS. If LINEARSR_TOKEN "
         "is set, uploads need it as a bearer token. On a fleet, use a config file instead: see "
         "ray_jobs/serve.yaml and docs/guides/serving.md.",
@@ -70,6 +70,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     require("serve", "ray")
+    from linearsr.cli.progress import Display
+
+    say(f"Loading {arguments.model} and starting Ray.")
+    with Display(f"loading {arguments.model}", share=False) as display:
+        return _serve(arguments, display.close)
+
+
+def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
     from linearsr.distributed.serve import ServeConfig
     from linearsr.distributed.serve.local import run
 
@@ -82,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         expert_cpus=_value(arguments.expert_cpus, 1 if split else os.cpu_count() or 1),
         expert_gpus=arguments.expert_gpus,
     )
-    run(config, arguments.host, arguments.port)
+    run(config, arguments.host, arguments.port, on_ready)
     return OK
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearsr.cli.flags import HelpFormatter
+from linearsr.cli.flags import Commands
 from linearsr.cli.inputs import list_folder
 from linearsr.cli.report import OK, SOME_FAILED, complain
 from linearsr.errors import (
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from linearsr.tags.base import Tagger
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "tag",
         help="name what pictures show",
         description="Name what pictures show.",
-        formatter_class=HelpFormatter,
         epilog="The default tagger knows ImageNet's objects and needs no download; it names "
         "nothing rather than something wrong. docs/guides/tags.md compares the taggers.",
     )

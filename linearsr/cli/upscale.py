@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearsr.cli.flags import HelpFormatter, add_fields
-from linearsr.cli.inputs import pair_files
-from linearsr.cli.report import OK, SOME_FAILED, complain
+from linearsr.cli.flags import Commands, add_fields
+from linearsr.cli.inputs import Pair, pair_files
+from linearsr.cli.report import OK, SOME_FAILED, complain, say
 from linearsr.config import FileOptions, Options
 from linearsr.errors import (
     LinearSRError,
@@ -22,17 +23,20 @@ from linearsr.errors import (
 )
 
 if TYPE_CHECKING:
+    from linearsr.cli.progress import Display
     from linearsr.imaging.files import Picture
-    from linearsr.pipeline.upscaler import Upscaler
+    from linearsr.pipeline.upscaler import Progress, Upscaler
+
+# Longer names of files are cut in the progress bar.
+NAME_SHOWN = 30
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "upscale",
         help="upscale picture files",
         description="Upscale picture files.",
-        formatter_class=HelpFormatter,
         epilog="--detail trades fidelity for sharpness: 0 is closest to the truth and softest (as "
         "--steps 1), 1 is sharpest and keeps all the detail that the further steps add.",
     )
@@ -82,19 +86,40 @@ def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
 
 def _run(arguments: argparse.Namespace) -> int:
     options, files = parse(arguments)
-    pairs, failed = pair_files(
-        arguments.inputs,
-        arguments.output,
-        files.format,
-        skip_existing=arguments.skip_existing,
-    )
-    if not pairs:
-        return SOME_FAILED if failed else OK
-    from linearsr.pipeline.upscaler import Upscaler
+    from linearsr.cli.progress import Display
 
-    upscaler = Upscaler.load(arguments.model, arguments.device, compiled=arguments.compile)
-    for number, (source, target) in enumerate(pairs, 1):
-        line = _Line(f"[{number}/{len(pairs)}] {source.name}")
+    with Display(f"loading {arguments.model}") as display:
+        from linearsr.pipeline.upscaler import Upscaler
+
+        with display.cleared():
+            pairs, failed = pair_files(
+                arguments.inputs,
+                arguments.output,
+                files.format,
+                skip_existing=arguments.skip_existing,
+            )
+        if not pairs:
+            return SOME_FAILED if failed else OK
+        upscaler = Upscaler.load(arguments.model, arguments.device, compiled=arguments.compile)
+        failed += _upscale_files(upscaler, options, files, pairs, display)
+    if failed and len(pairs) > 1:
+        written = "; the others are written" if failed < len(pairs) else ""
+        say(f"linearsr: {failed} failed{written}", error=True)
+    return SOME_FAILED if failed else OK
+
+
+def _upscale_files(
+    upscaler: Upscaler,
+    options: Options,
+    files: FileOptions,
+    pairs: Sequence[Pair],
+    display: Display,
+) -> int:
+    """Upscale files one after the other, and return how many failed."""
+    failed = 0
+    areas = _areas(pairs)
+    for number, (source, target) in enumerate(pairs):
+        line = _Line(display, source.name, number, areas)
         try:
             _upscale_file(upscaler, options, files, source, target, line)
         except (OptionError, WeightsError):
@@ -105,10 +130,23 @@ def _run(arguments: argparse.Namespace) -> int:
             message = reason(error)
             named = message if str(path) in message else f"{path}: {message}"
             complain(LinearSRError(named), SOME_FAILED)
-    if failed and len(pairs) > 1:
-        written = "; the others are written" if failed < len(pairs) else ""
-        print(f"linearsr: {failed} failed{written}", file=sys.stderr)
-    return SOME_FAILED if failed else OK
+    return failed
+
+
+def _areas(pairs: Sequence[Pair]) -> list[int]:
+    """Return the number of pixels of each picture, from headers; 1 if a header cannot be read."""
+    import PIL.Image
+
+    areas = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for source, _ in pairs:
+            try:
+                with PIL.Image.open(source) as image:
+                    areas.append(max(1, image.width * image.height))
+            except Exception:  # reading the picture says what is wrong with it
+                areas.append(1)
+    return areas
 
 
 def _upscale_file(
@@ -137,6 +175,8 @@ def _upscale_file(
                     "another"
                 ) from error
             note = _resampling(upscaler, picture, options)
+        else:
+            line.encoding()
 
     result = upscale_encoded(
         upscaler,
@@ -151,7 +191,7 @@ def _upscale_file(
     seconds = time.perf_counter() - began
     line.end(f"{target}  {result.width}x{result.height}  {seconds:.1f} s{note}")
     for remark in result.notes:
-        print(f"linearsr: {source}: {remark}", file=sys.stderr)
+        say(f"linearsr: {source}: {remark}", error=True)
 
 
 def _resampling(upscaler: Upscaler, picture: Picture, options: Options) -> str:
@@ -167,19 +207,37 @@ def _resampling(upscaler: Upscaler, picture: Picture, options: Options) -> str:
 
 
 class _Line:
-    """One picture's line: on a terminal it shows which expert is working, at the end the result."""
+    """One picture's part of the progress, and its line with the result."""
 
-    def __init__(self, label: str) -> None:
-        self.label = printable(label)
-        self.live = sys.stderr.isatty()
+    def __init__(self, display: Display, name: str, number: int, areas: Sequence[int]) -> None:
+        """Begin picture `number` (from 0) of those with these numbers of pixels."""
+        self.display = display
+        self.name = printable(name)
+        self.number, self.areas = number, areas
+        self.fraction = 0.0
 
-    def show(self, expert: str, done: int, steps: int) -> None:
-        """Replace the line with the expert's progress."""
-        if self.live:
-            print(f"\r\x1b[K{self.label}  {expert} {done}/{steps}", end="", file=sys.stderr)
+    def show(self, progress: Progress) -> None:
+        """Show which tile and which step the picture has come to."""
+        self.fraction = progress.fraction
+        self._show(
+            "joining the tiles"
+            if progress.fraction == 1
+            else f"{progress.expert}, tile {progress.tile}/{progress.tiles}, "
+            f"step {progress.step}/{progress.steps}"
+        )
+
+    def encoding(self) -> None:
+        """Show that the result is being encoded and written."""
+        self._show("writing the result")
+
+    def _show(self, activity: str) -> None:
+        name, count = self.name, len(self.areas)
+        if len(name) > NAME_SHOWN:
+            name = f"{name[: NAME_SHOWN - 1]}…"
+        done = sum(self.areas[: self.number]) + self.areas[self.number] * self.fraction
+        pictures = f"{self.number} of {count} done, " if count > 1 else ""
+        self.display.show(f"{pictures}{name}: {activity}", done / sum(self.areas))
 
     def end(self, text: str) -> None:
-        """Replace the line with the result."""
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr)
-        print(f"{self.label} -> {printable(text)}")
+        """Print the line of the result."""
+        say(f"[{self.number + 1}/{len(self.areas)}] {self.name} -> {printable(text)}")

@@ -90,6 +90,7 @@ def denoise_batch(
     encode: Callable[[Tensor], Tensor] | None,
     cells: int,
     wanted: Callable[[int], bool],
+    on_step: Callable[[int], None],
 ) -> list[AnyState]:
     """Return requests after one expert's segment of steps on each; see `Upscaler.denoise_batch`.
 
@@ -110,7 +111,7 @@ def denoise_batch(
         )
         for group in group_tiles(tasks, cells):
             for task, result in zip(
-                group, _denoise_group(model, group, factor, encode), strict=True
+                group, _denoise_group(model, group, factor, encode, on_step), strict=True
             ):
                 results[task.owner].append(result)
     return [
@@ -143,6 +144,7 @@ def _denoise_group(
     group: Sequence[TileTask],
     factor: int,
     encode: Callable[[Tensor], Tensor] | None,
+    on_step: Callable[[int], None],
 ) -> list[SolverState]:
     """Sample the segment for a group of tiles; returns tensors (1, C, th, tw) on the CPU."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
@@ -153,6 +155,8 @@ def _denoise_group(
 
     def velocity(latent: Tensor, t: Tensor) -> Tensor:
         nonlocal guess
+        for task in group:
+            on_step(task.owner)
         v = model(latent, t, condition)
         if guess is None and any(task.keeps_guess for task in group):
             guess = clean_guess(latent, v, t)

@@ -26,7 +26,7 @@ from linearsr.imaging.files import (
 )
 from linearsr.pipeline.notes import notes_of, notes_of_pages
 from linearsr.pipeline.sizes import output_size
-from linearsr.pipeline.upscaler import Progress, Upscaler
+from linearsr.pipeline.upscaler import OnProgress, Progress, Upscaler
 
 OnStage = Callable[[str, Picture], None]
 # The largest TIFF file, whose offsets have 32 bits, less some room for its directories.
@@ -55,7 +55,7 @@ def upscale_encoded(
     *,
     format: str | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
 ) -> Encoded:
     """Upscale a picture file, or its bytes, and encode the result with its provenance.
@@ -64,7 +64,8 @@ def upscale_encoded(
     the result's `notes` say so.
 
     format: png, jpeg, webp or tiff; by default `files.format`, else the format of the source if it
-    can be written. name: what errors call the picture. progress: see `Upscaler.upscale`.
+    can be written. name: what errors call the picture. progress: see `Upscaler.upscale`; its
+    fraction is that of all pages.
     on_stage: called with "upscale" and the picture that was read, then "encode" and the result; for
     each page.
     Raises InputError, OptionError, OutOfMemory, TooLarge or OutputError. A page that cannot be read
@@ -76,7 +77,7 @@ def upscale_encoded(
     pages = result_pages(picture, target)
     begin = partial(_begin, options=options, format=target, on_stage=on_stage)
 
-    def upscale(picture: Picture) -> Encoded:
+    def upscale(picture: Picture, progress: OnProgress | None = progress) -> Encoded:
         begin("upscale", picture)
         tagged = upscaler.with_tags(picture, options)
         result = upscaler.upscale_tagged(picture, tagged, progress)
@@ -94,13 +95,28 @@ def upscale_encoded(
 
     further = range(1, pages)
     sizes = [_result_size(p, options) for p in (picture, *map(read_page, further))]
-    encoded = [upscale(picture)]
+    encoded = [upscale(picture, _page_progress(progress, sizes, 0))]
     for page in further:
         _check_joined(encoded, sizes)
-        encoded.append(upscale(read_page(page)))
+        encoded.append(upscale(read_page(page), _page_progress(progress, sizes, page)))
     _check_joined(encoded, sizes)
     data = join_pages([page.data for page in encoded])
     return encoded[0]._replace(data=data, notes=notes_of_pages([page.notes for page in encoded]))
+
+
+def _page_progress(
+    progress: OnProgress | None, sizes: list[tuple[int, int]], page: int
+) -> OnProgress | None:
+    """Return a function that reports the progress of one page as that of all of them."""
+    if progress is None:
+        return None
+    areas = [math.prod(size) for size in sizes]
+    before, area, total = sum(areas[:page]), areas[page], sum(areas)
+
+    def report(page: Progress) -> None:
+        progress(page._replace(fraction=(before + area * page.fraction) / total))
+
+    return report
 
 
 def result_pages(picture: Picture, format: str) -> int:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -51,7 +53,23 @@ SMALLEST_TILE = 32
 CPU_BATCH = 2048
 GPU_BATCH = 192**2
 
-Progress = Callable[[str, int, int], None]
+
+class Progress(NamedTuple):
+    """The tile and the step that a picture has come to; both count from 1.
+
+    fraction: share of all steps on all tiles that are done, 0 to 1. It falls back to 0 if memory
+    ran out and smaller tiles are tried.
+    """
+
+    expert: str
+    tile: int
+    tiles: int
+    step: int
+    steps: int
+    fraction: float
+
+
+OnProgress = Callable[[Progress], None]
 
 DEFAULTS = Options()
 
@@ -116,9 +134,9 @@ class Upscaler:
         return to_pil(self.upscale(from_pil(image), Options.parse(scale=scale, **options)))
 
     def upscale(
-        self, picture: Picture, options: Options = DEFAULTS, progress: Progress | None = None
+        self, picture: Picture, options: Options = DEFAULTS, progress: OnProgress | None = None
     ) -> Picture:
-        """Upscale a picture; `progress(expert, steps_done, steps)` is called after each segment.
+        """Upscale a picture; `progress` is called before each step on each tile, and at the end.
 
         If memory runs out, tiles of half the size are tried, unless `options` fix the tile.
         Raises OptionError, OutOfMemory or TooLarge.
@@ -126,19 +144,36 @@ class Upscaler:
         return self.upscale_tagged(picture, self.with_tags(picture, options), progress)
 
     def upscale_tagged(
-        self, picture: Picture, options: Options, progress: Progress | None = None
+        self, picture: Picture, options: Options, progress: OnProgress | None = None
     ) -> Picture:
         """Do the same as `upscale`, with options that `with_tags` returned."""
         for tile in self.tile_sizes(picture, options):
             with contextlib.suppress(OutOfMemory):
                 state = self.prepare(picture, options, tile)
                 for segment in state.segments:
-                    state = self.denoise(state, segment)
-                    if progress:
-                        progress(self.expert_name(segment.expert), segment.stop, state.steps)
+                    state = self.denoise(state, segment, self._counter(state, segment, progress))
+                if progress:
+                    name, tiles = self.expert_name(segment.expert), len(state.tiles)
+                    progress(Progress(name, tiles, tiles, state.steps, state.steps, 1))
                 return self.finish(state)
         hint = "choose a smaller --tile" if options.tile != "auto" else "free some of its memory"
         raise OutOfMemory(f"out of memory on {self.device}: {hint}")
+
+    def _counter(
+        self, state: UpscaleState, segment: Segment, progress: OnProgress | None
+    ) -> Callable[[int], None]:
+        """Return a function that reports a segment's progress each time that it is called."""
+        name, tiles, steps = self.expert_name(segment.expert), len(state.tiles), state.steps
+        length, counter = segment.stop - segment.start, itertools.count()
+
+        def report(_: int) -> None:
+            if progress:
+                tile, step = divmod(next(counter), length)
+                fraction = (segment.start * tiles + tile * length + step) / (steps * tiles)
+                step += segment.start + 1
+                progress(Progress(name, tile + 1, tiles, step, steps, fraction))
+
+        return report
 
     def with_tags(self, picture: Picture, options: Options) -> Options:
         """Return `options` with the tags that guide the picture; "auto" asks the tagger for them.
@@ -247,9 +282,17 @@ class Upscaler:
         encoded = self.encoder([options.tags])
         return encoded.embeddings.cpu() if encoded.mask.all() else None
 
-    def denoise(self, state: AnyState, segment: Segment) -> AnyState:
-        """Return the state after one expert has taken a segment of steps on every tile."""
-        return self.denoise_batch([(state, segment)])[0]
+    def denoise(
+        self,
+        state: AnyState,
+        segment: Segment,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> AnyState:
+        """Return the state after one expert has taken a segment of steps on every tile.
+
+        on_step: see `denoise_batch`.
+        """
+        return self.denoise_batch([(state, segment)], on_step=on_step)[0]
 
     @memory_errors()
     @torch.inference_mode()
@@ -258,6 +301,7 @@ class Upscaler:
         batch: Sequence[tuple[AnyState, Segment]],
         cells: int | None = None,
         wanted: Callable[[int], bool] = lambda _: True,
+        on_step: Callable[[int], None] = lambda _: None,
     ) -> list[AnyState]:
         """Let one expert take its steps on several requests, each with its own timesteps.
 
@@ -267,6 +311,7 @@ class Upscaler:
         bits as from `denoise`.
         wanted: called with a request's index in the batch before each of its tiles; a request that
         is no longer wanted comes back unchanged.
+        on_step: called with a request's index in the batch before each step on each of its tiles.
         Raises ValueError for segments of several experts, WeightsError for an expert that is not
         loaded, and OutOfMemory.
         """
@@ -283,7 +328,13 @@ class Upscaler:
         with self._turn:
             encode = self.autoencoder.condition if model.config.condition_latent else None
             return batching.denoise_batch(
-                model, batch, factor=factor, encode=encode, cells=cells, wanted=wanted
+                model,
+                batch,
+                factor=factor,
+                encode=encode,
+                cells=cells,
+                wanted=wanted,
+                on_step=on_step,
             )
 
     def finish(self, state: UpscaleState) -> Picture:

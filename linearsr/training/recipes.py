@@ -14,7 +14,16 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B, TINY, Config, ModelConfig
+from linearsr.config import (
+    LINEARSR_0_6B,
+    LINEARSR_1_6B,
+    TINY,
+    Config,
+    DenoiserConfig,
+    ModelConfig,
+    SamplingConfig,
+    explain,
+)
 from linearsr.diffusion.experts import ranges
 from linearsr.errors import OptionError
 from linearsr.imaging.degradation import Preset
@@ -282,7 +291,42 @@ def sana_1_6b() -> Recipe:
     return _sana(LINEARSR_1_6B)
 
 
-RECIPES = {f.__name__: f for f in (tiny_cpu, tiny_gpu, sana_0_6b, sana_1_6b)}
+def smoke() -> Recipe:
+    """All stages in two minutes on two cores, to see that they run; the weights are of no use.
+
+    The model has two experts. LPIPS is left out, so no download is needed.
+    """
+    sizes = DenoiserConfig(
+        latent_channels=48,
+        depth=2,
+        width=32,
+        head_dim=16,
+        local_kernel=3,
+        stem_channels=(8, 8, 8),
+        stem_strides=(2, 2, 1),
+        condition_latent=True,
+        prediction="preconditioned",
+    )
+    sampling = SamplingConfig(steps=2, boundaries=(0.5,))
+    model = ModelConfig(name="smoke", denoiser=sizes, latent=TINY.latent, sampling=sampling)
+    base = TrainConfig(steps=10, warmup=2, report_every=1, checkpoint_every=5)
+    judged = _PERCEPTUAL.model_copy(
+        update={"warmup": 2, "lpips": 0.0, "channels": (8, 8, 8, 8, 8), "gan_warmup": 2}
+    )
+    return Recipe(
+        model=model,
+        data=tiny_cpu().data.model_copy(update={"patch": 32, "batch": 4, "margin": 8}),
+        pretrain=base,
+        experts=_experts(model, base, (5, 5), at_one=0.7),
+        finetune=_experts(model, base, (5, 5), at_one=1.0),
+        perceptual=_experts(model, judged, (5,), at_one=0.0),
+        validation=ValidationConfig(
+            metrics=("psnr@1",), knee={"psnr@1": True}, pictures=1, size=64
+        ),
+    )
+
+
+RECIPES = {f.__name__: f for f in (smoke, tiny_cpu, tiny_gpu, sana_0_6b, sana_1_6b)}
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
@@ -300,9 +344,8 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise OptionError(f"{where}: {first['msg']} (got {first['input']!r})") from error
+        place, message = explain(error)
+        raise OptionError(f"{place}: {message}" if place else message) from error
 
 
 def _replace(fields: object, path: str, value: object) -> None:

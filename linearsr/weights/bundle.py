@@ -21,7 +21,7 @@ from torch import Tensor
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import EXPERTS
-from linearsr.errors import OutputError, WeightsError, one_line
+from linearsr.errors import OutputError, WeightsError, did_you_mean, one_line
 from linearsr.storage import atomic
 
 BUNDLED = Path(__file__).parent
@@ -55,6 +55,7 @@ def find(name_or_folder: str | Path) -> Path:
     raise WeightsError(
         f"unknown model {str(name_or_folder)!r}: bundled are {', '.join(available()) or 'none'}; "
         "anything else must be a folder of safetensors"
+        f"{did_you_mean(str(name_or_folder), available())}"
     )
 
 

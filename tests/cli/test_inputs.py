@@ -69,7 +69,7 @@ def test_pictures_of_all_names_are_upscaled_and_the_rest_is_told(  # type: ignor
     code, _, err = run(folder, "-o", out)
     assert code == 0
     assert sorted(p.name for p in out.iterdir()) == ["Mt. Everest.png", "a.jpg", "scan.001.png"]
-    assert err.splitlines() == [
+    assert err.splitlines()[:-1] == [  # the last line is the progress
         "linearsr: left out: 1 link that leads in a circle (loop)",
         "linearsr: left out: 3 files that macOS made",
         "linearsr: left out: 1 HEIC picture (b.heic): convert to PNG or JPEG",
@@ -96,7 +96,7 @@ def test_a_second_run_in_place_skips_the_results_of_the_first(  # type: ignore[n
     before = (tmp_path / "a.webp").stat()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.gif")
     code, out, err = run(*arguments)
-    assert (code, err) == (0, "") and "b.gif" in out and "a.png" not in out
+    assert (code, err.count("\n")) == (0, 1) and "b.gif" in out and "a.png" not in out
     assert sorted(path.name for path in tmp_path.glob("*.*")) == [
         "a.png",
         "a.webp",
@@ -199,7 +199,7 @@ def test_an_unexpected_error_costs_one_picture(  # type: ignore[no-untyped-def]
 
     monkeypatch.setattr(Upscaler, "upscale_tagged", fail_once)
     code, _, err = run(tmp_path / "in", "-o", tmp_path / "out")
-    assert code == 1 and err.splitlines() == [
+    assert code == 1 and [line for line in err.splitlines() if "step" not in line] == [
         f"linearsr: {tmp_path / 'in' / 'a.png'}: {words}",
         "linearsr: 1 failed; the others are written",
     ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 
+from linearsr.cli.job import parser as parser_of
 from tools.generate_docs import FOLDER, JOBS, NOTICE, pages
 
 
@@ -20,7 +19,7 @@ def test_reference_pages_equal_the_output_of_the_generator() -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_is_explained_on_the_page_as_in_help(job: str) -> None:
-    parser = import_module(f"ray_jobs.{job}").parser()
+    parser = parser_of(job.replace("_", "-"))
     help_text = " ".join(parser.format_help().split())
     flags = [line for line in pages()[job].splitlines() if line.startswith("| `")]
     assert len(flags) == len(parser._actions) - 1

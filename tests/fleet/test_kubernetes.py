@@ -112,7 +112,7 @@ def test_the_rayjob_runs_an_existing_job_and_fits_a_gpu_worker() -> None:
     assert program == "python"
     # The folder of the image is set in deploy/Dockerfile.
     assert (TOP / script.removeprefix("/home/ray/linearsr/")).is_file()
-    options = job.parser("").parse_args(arguments)
+    options = job.parser(script.rpartition("/")[2].removesuffix(".py")).parse_args(arguments)
     workers = int(options.workers)
     assert options.gpu and RECIPES[options.recipe]().data.batch % workers == 0
     gpu = spec("rayjob")["workerGroupSpecs"][0]["rayStartParams"]

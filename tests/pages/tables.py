@@ -33,18 +33,16 @@ _TRAINING = [part for setting in (*SMALL, *_SHORT) for part in ("--set", setting
 
 # Flags after the page's own, so that a command ends in seconds. The last of two equal flags counts.
 # Commands with --gpu get one CPU process instead.
+_EXPERTS = [*_TRAINING, "--i-know-this-is-not-the-knee"]  # such a short run has no knee
 ADDED = {
-    "python ray_jobs/pretrain.py": _TRAINING,
-    "python ray_jobs/finetune_experts.py": [
-        *_TRAINING,
-        "--i-know-this-is-not-the-knee",  # such a short run has no knee
-    ],
+    "linearsr job pretrain": _TRAINING,
+    "linearsr job finetune-experts": _EXPERTS,
     "python -m tools.train_bundled": [
         *("--patch=32", "--batch=2", "--shrinks=0", "--stages"),
         *(f"{name}=1" for name in ("pretrain", "structure", "texture", "polish", "refinement")),
     ],
-    "python ray_jobs/build_shards.py": ["--min-sharpness=0", "--crops-per-picture=1"],
-    "python ray_jobs/tag_dataset.py": ["--actors", "1"],
+    "linearsr job build-shards": ["--min-sharpness=0", "--crops-per-picture=1"],
+    "linearsr job tag-dataset": ["--actors", "1"],
     "python -m benchmarks": [
         *("--sides", "64", "--rounds", "1", "--compiled-up-to", "0", "--models", "linearsr-tiny"),
         *("--output", "runs/results"),

@@ -43,6 +43,8 @@ def test_every_command_of_the_page_runs(user: User, page: str) -> None:
         "linearsr upscale photo.jpg -o big.png --stepz 2",
         "linearsr upscale gone.jpg -o big.png",
         "linearsr serve --layout splits",
+        "linearsr job gone",
+        "linearsr job upscale-dataset --submit --input PHOTOS --outputs there",
         "python ray_jobs/gone.py",
         "python ray_jobs/pretrain.py --recipes tiny_cpu --data PHOTOS",
         "ray job submit --working-dir . -- python ray_jobs/deploy.py --sets replicas=2",

@@ -100,6 +100,16 @@ def test_all_pages_of_a_tiff_are_upscaled_into_a_tiff(small: Upscaler) -> None:
     assert upscale_encoded(small, pages(1), OPTIONS, FileOptions()).notes == ()
 
 
+def test_progress_is_that_of_all_pages(small: Upscaler) -> None:
+    seen: list[float] = []
+    upscale_encoded(
+        small, pages(3), OPTIONS, FileOptions(), progress=lambda one: seen.append(one.fraction)
+    )
+    # The pages are 16, 20 and 24 pixels wide.
+    ends = [0, 16 / 60, 36 / 60, 1]
+    assert seen == pytest.approx([ends[0], ends[1], ends[1], ends[2], ends[2], ends[3]])
+
+
 @pytest.fixture
 def steps(small: Upscaler, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the width of each picture that the model upscales."""

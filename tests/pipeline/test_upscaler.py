@@ -24,6 +24,7 @@ from linearsr.pipeline import upscaler
 from linearsr.pipeline.device import best_dtype
 from linearsr.pipeline.memory import OutOfMemory, memory_errors
 from linearsr.pipeline.state import UpscaleState
+from linearsr.pipeline.upscaler import Progress
 from linearsr.tags.base import Tag, TaggerConfig
 from tests.helpers.experts import random_experts
 
@@ -473,14 +474,23 @@ def test_result_keeps_alpha_and_metadata(small: Upscaler, picture: Picture) -> N
 
 
 def test_progress_names_the_experts(small: Upscaler, picture: Picture) -> None:
-    steps: list[tuple[str, int, int]] = []
-    small.upscale(picture, Options(steps=20), lambda *step: steps.append(step))
-    assert steps == [
-        ("structure", 4, 20),
-        ("refinement", 6, 20),
-        ("texture", 19, 20),
-        ("polish", 20, 20),
-    ]
+    seen: list[Progress] = []
+    small.upscale(picture, Options(steps=20), seen.append)
+    assert [one.step for one in seen] == [*range(1, 21), 20]
+    assert [one.fraction for one in seen] == [step / 20 for step in range(21)]
+    firsts = {one.expert: one.step for one in reversed(seen)}
+    assert firsts == {"structure": 1, "refinement": 5, "texture": 7, "polish": 20}
+
+
+def test_progress_counts_each_step_on_each_tile(small: Upscaler, picture: Picture) -> None:
+    seen: list[Progress] = []
+    small.upscale(picture, Options(steps=2, tile=40), seen.append)
+    tiles = seen[0].tiles
+    assert tiles > 2 and seen[0] == Progress("structure", 1, tiles, 1, 2, 0)
+    assert [one.fraction for one in seen] == [i / (2 * tiles) for i in range(2 * tiles + 1)]
+    assert {(one.tile, one.step) for one in seen} == {
+        (tile, step) for tile in range(1, tiles + 1) for step in (1, 2)
+    }
 
 
 def test_out_of_memory_tries_smaller_tiles(

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from PIL import Image
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from linearsr.cli import job
+from linearsr.cli.jobs.shared import configs
 from linearsr.distributed.serve import ServeConfig
 from tools.rehearsal.__main__ import main
 from tools.rehearsal.machine import CLUSTER, Target, scaled_down
@@ -27,10 +27,10 @@ TARGET = Target("http://127.0.0.1:1", "http://127.0.0.1:2", "s3://bucket/folder"
 def test_the_parser_of_each_job_accepts_its_flags(gpu: bool) -> None:
     for step in scenario(TARGET, gpu=gpu):
         script, *flags = shlex.split(step.command)
-        parser = import_module(f"ray_jobs.{script.removesuffix('.py')}").parser()
-        options = parser.parse_args(flags)
+        name = script.removesuffix(".py").replace("_", "-")
+        options = job.parser(name).parse_args(flags)
         if script in ("pretrain.py", "finetune_experts.py"):
-            recipe, cluster = job.configs(options)
+            recipe, cluster = configs(options)
             assert cluster.gpu == gpu
             assert recipe.data.batch % cluster.workers == 0
         if script == "deploy.py":

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from linearsr.cli.flags import Parser
 from linearsr.errors import LinearSRError
 from linearsr.storage.location import locate
 from tools.rehearsal.machine import Target, machine
@@ -52,7 +53,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.rehearsal",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

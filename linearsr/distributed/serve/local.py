@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 
 import ray
 from ray import serve
@@ -26,9 +27,12 @@ APPLICATION = "linearsr"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(config: ServeConfig, host: str, port: int) -> None:
+def run(
+    config: ServeConfig, host: str, port: int, on_ready: Callable[[], None] = lambda: None
+) -> None:
     """Serve until SIGINT or SIGTERM, then finish the requests in flight.
 
+    on_ready: called once, before the line that says that the endpoint serves.
     Raises OptionError if the cluster is too small, the port is taken or the config has several
     ingresses, and LinearSRError if a deployment does not start.
     """
@@ -60,6 +64,7 @@ def run(config: ServeConfig, host: str, port: int) -> None:
         serve.run(app, name=APPLICATION)
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise LinearSRError(f"the endpoint did not start: {one_line(error)}") from error
+    on_ready()
     print(f"Serving {model.name} at http://{host}:{port}/ (press Ctrl-C to stop)", flush=True)
     stop.wait()
     for number in STOP_SIGNALS:

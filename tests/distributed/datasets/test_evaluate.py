@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 from spandrel.architectures.Compact import Compact
 
-from linearsr.cli import main
+from linearsr.cli import job, main
 from linearsr.distributed.datasets import evaluate as evaluation
 from linearsr.distributed.datasets.evaluate import EvaluationConfig, evaluate
 from linearsr.errors import InputError, WeightsError
@@ -25,7 +25,6 @@ from linearsr.evaluation.config import Score
 from linearsr.evaluation.run import Request, plan
 from linearsr.evaluation.sources import list_pictures
 from linearsr.storage.location import locate
-from ray_jobs import evaluate as job
 
 ROOT = Path(__file__).parents[3]
 METRICS = ("psnr", "ssim", "piqe")
@@ -145,7 +144,7 @@ def test_damaged_parts_are_refused(tmp_path: Path) -> None:
     [("", "cpu"), ("--gpu", "cuda"), ("--gpu --device cpu", "cpu"), ("--device cuda:1", "cuda:1")],
 )
 def test_models_run_on_the_chosen_device(words: str, device: str) -> None:
-    arguments = job.parser().parse_args(["-o", "out", *words.split()])
+    arguments = job.parser("evaluate").parse_args(["-o", "out", *words.split()])
     config = EvaluationConfig(
         request=Request(), output="out", gpu=arguments.gpu, device=arguments.device
     )

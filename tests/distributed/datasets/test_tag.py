@@ -17,6 +17,7 @@ import skimage.data
 from PIL import Image
 from ray.cluster_utils import Cluster
 
+from linearsr.cli import job
 from linearsr.distributed.datasets import tag as tagging
 from linearsr.distributed.datasets.shards.build import SCHEMA
 from linearsr.distributed.datasets.tag import (
@@ -31,7 +32,6 @@ from linearsr.errors import InputError, OptionError, WeightsError
 from linearsr.storage.location import locate
 from linearsr.storage.walk import Notes
 from linearsr.tags.base import Tag, TaggerConfig
-from ray_jobs import tag_dataset as job
 from tests.helpers.permissions import permissions_hold
 
 
@@ -269,17 +269,17 @@ def test_the_job_tags_in_place(
     # The job must use the cluster of the tests.
     monkeypatch.setattr("ray.init", functools.partial(ray.init, ignore_reinit_error=True))
     flags = ["--input", str(shards), "--output", str(shards), "--actor-cpus", "0.5"]
-    assert job.main(flags) == 1
+    assert job.run("tag-dataset", flags) == 1
     summary = "4 pictures: 3 processed, 1 failed; 2 have tags, in 2 shards"
     assert summary in capsys.readouterr().out
     file = shards / "shard-00000.parquet"
     assert _tags(file)["cat"] == ["cat"]
     before = file.stat().st_mtime_ns
-    assert job.main(flags) == 1
+    assert job.run("tag-dataset", flags) == 1
     assert "0 processed, 3 done earlier, 1 failed" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
     # Another tagger tags all shards again.
-    assert job.main([*flags, "--threshold", "1"]) == 1
+    assert job.run("tag-dataset", [*flags, "--threshold", "1"]) == 1
     assert _tags(file) == {"cat": [], "cup": []}
     note = json.loads(pq.read_metadata(file).metadata[NOTE])
     assert note["settings"]["threshold"] == 1 and note["tagged"] == 0

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
+from linearsr.cli.jobs.deploy import _settings
 from linearsr.distributed.serve.deploy import deploy, read_file
 from linearsr.errors import LinearSRError, OptionError, WeightsError
-from ray_jobs.deploy import _settings
 
 FILE = Path(__file__).parents[3] / "ray_jobs" / "serve.yaml"
 

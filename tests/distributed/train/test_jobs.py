@@ -18,7 +18,8 @@ from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus
 
 from linearsr import weights
-from linearsr.cli.job import configs, parser
+from linearsr.cli.job import parser
+from linearsr.cli.jobs.shared import configs
 from linearsr.diffusion.experts import EXPERTS, ranges
 from linearsr.distributed.train.config import ClusterConfig
 from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage, stages_of
@@ -229,7 +230,7 @@ def test_job_errors_are_one_line_with_an_exit_code(
 
 def _parsed(*flags: str) -> tuple[object, ClusterConfig]:
     places = ["--data=d", "--validation=/v", "--storage=s3://b/s"]
-    return configs(parser("").parse_args([*places, *flags]))
+    return configs(parser("pretrain").parse_args([*places, *flags]))
 
 
 def test_flags_become_the_cluster_config() -> None:
@@ -250,6 +251,11 @@ def test_flags_become_the_cluster_config() -> None:
         ("--set=pretrain.steps", "settings look like"),
         ("--set=pretrain.steps=-1", r"pretrain\.steps"),
         ("--set=pretrain.stepz=1", r"pretrain\.stepz: no such field"),
+        # The whole stage is not shown.
+        (
+            "--set=pretrain.checkpoint_every=75",
+            "^pretrain: checkpoint_every 75 must be a multiple of report_every 50$",
+        ),
     ],
 )
 def test_wrong_flags_are_named_in_the_error(flag: str, message: str) -> None:

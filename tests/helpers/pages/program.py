@@ -61,10 +61,11 @@ def _real(context: Table, command: str, name: str, arguments: list[str]) -> int:
     program = shutil.which(name)
     assert program, f"{name} is not installed"
     flags = [*arguments, *(_first(context["added"], command) or [])]
-    job = re.match(r"python ray_jobs/(\w+)\.py", command)
+    job = re.match(r"(?:python ray_jobs/(\w+)\.py|linearsr job ([\w-]+))", command)
     if job and "--gpu" in flags:
         flags.remove("--gpu")
-        flags += [context["gpu"].get(job[1], "--actors"), "1"]
+        name = job[1] or job[2].replace("-", "_")
+        flags += [context["gpu"].get(name, "--actors"), "1"]
     refusal = _first(context["refuses"], command)
     if refusal is None:
         return subprocess.call([program, *flags])
