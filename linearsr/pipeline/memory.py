@@ -52,17 +52,27 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
+def memory_needed(
+    height: int, width: int, options: Options, size: tuple[int, int], *, tiled: bool
+) -> int:
+    """Return about how many bytes of main memory a picture of this height and width needs at most.
+
+    size: height and width of the picture that the network makes, before any resampling.
+    """
+    pixels = max(math.prod(size), math.prod(output_size(height, width, options)))
+    per_pixel = BYTES_PER_PIXEL if tiled else BYTES_PER_PIXEL_UNTILED
+    if 0 < options.detail < 1:
+        per_pixel += BYTES_PER_GUESS_PIXEL
+    return per_pixel * pixels + BYTES_PER_INPUT_PIXEL * height * width
+
+
 def check_memory(picture: Picture, options: Options, size: tuple[int, int], *, tiled: bool) -> None:
     """Raise TooLarge if main memory cannot hold the result: later, Linux would kill the process.
 
     size: height and width of the picture that the network makes, before any resampling.
     """
     height, width = picture.pixels.shape[-2:]
-    pixels = max(math.prod(size), math.prod(output_size(height, width, options)))
-    per_pixel = BYTES_PER_PIXEL if tiled else BYTES_PER_PIXEL_UNTILED
-    if 0 < options.detail < 1:
-        per_pixel += BYTES_PER_GUESS_PIXEL
-    needed = per_pixel * pixels + BYTES_PER_INPUT_PIXEL * height * width
+    needed = memory_needed(height, width, options, size, tiled=tiled)
     free = free_memory()
     if needed > free:
         raise TooLarge(

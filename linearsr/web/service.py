@@ -9,15 +9,16 @@ from typing import Protocol
 from pydantic import Field
 
 from linearsr.config import Config, FileOptions, ModelConfig, Options
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, OptionError
 
 
 class Limits(Config):
     """The limits of one request; a request beyond them is refused before any work is done."""
 
-    bytes: int = Field(default=20_000_000, ge=1)
+    # A photograph of a phone (12 to 16 megapixels) at x1 and x2.
+    bytes: int = Field(default=50_000_000, ge=1)
     """Maximum size of an upload in bytes."""
-    pixels: int = Field(default=4_000_000, ge=1)
+    pixels: int = Field(default=16_000_000, ge=1)
     """Maximum number of pixels of the uploaded picture."""
     output_pixels: int = Field(default=64_000_000, ge=1)
     """Maximum number of pixels of the result."""
@@ -26,8 +27,8 @@ class Limits(Config):
     # With one tile, linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
     tile: int = Field(default=512, ge=16)
     """Maximum side of a tile in input pixels; tile=off counts as the longer side."""
-    seconds: float = Field(default=300.0, gt=0)
-    """Maximum time from the upload to the result."""
+    seconds: float = Field(default=3600.0, gt=0)
+    """Maximum time from the upload to the result in seconds."""
 
 
 class ModelInfo(Config):
@@ -57,20 +58,32 @@ class UpscaleRequest:
     files: FileOptions
     # Whether the client wants progress, which costs a little time at each expert.
     progress: bool = False
+    # Width and height of each page that the result holds; empty if they were not measured.
+    pages: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The number of steps taken so far, sent when an expert begins and when it ends."""
+    """The number of steps taken so far, sent when an expert begins, between its tiles, and when it
+    ends.
+
+    part: steps that the expert has taken since on some of the tiles, as a share of all tiles.
+    """
 
     expert: str
     step: int
     steps: int
+    part: float = 0.0
 
     @property
     def percent(self) -> int:
         """The steps taken so far, in percent of all steps."""
-        return 100 * self.step // self.steps
+        return int(100 * (self.step + self.part) / self.steps)
+
+    def public(self) -> dict[str, str | int]:
+        """Return what clients see of it."""
+        fields = {"expert": self.expert, "step": self.step, "steps": self.steps}
+        return {**fields, "percent": self.percent}
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,25 @@ class NotReady(LinearSRError):
     """A part of the service has not loaded yet, has died, or is shutting down."""
 
 
+class UnknownModel(OptionError):
+    """A request names a model that is not served."""
+
+
+class UnknownJob(LinearSRError):
+    """There is no job of this id for the bearer of this token, or it has expired."""
+
+
+class NotFinished(LinearSRError):
+    """A job has no result yet; ask again in `seconds`."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"the job has not finished; ask again in {self.seconds} s"
+
+
 class TookTooLong(LinearSRError):
     """There was no result within the time limit of a request."""
 
@@ -118,12 +150,16 @@ class TookTooLong(LinearSRError):
 class Service(Protocol):
     """The interface of the backend that runs the model."""
 
-    def models(self) -> list[ModelInfo]:
-        """Return the models that are served."""
+    def models(self) -> list[ModelConfig]:
+        """Return the configs of the models that are served; the first one is the default."""
         ...
 
     async def ready(self) -> None:
         """Raise NotReady unless every part answers."""
+        ...
+
+    async def memory(self) -> int:
+        """Return how many bytes of memory one request may need. Raises NotReady."""
         ...
 
     def upscale(self, request: UpscaleRequest) -> Events:

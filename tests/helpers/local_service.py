@@ -16,25 +16,24 @@ from functools import partial
 
 import uvicorn
 
-from linearsr.config import Options
+from linearsr.config import ModelConfig, Options
 from linearsr.diffusion.experts import Segment
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.codec import encode_result, read_tagged
+from linearsr.pipeline.memory import free_memory
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
-from linearsr.web.api import create_app
+from linearsr.web.api import create_app, digest
 from linearsr.web.pages import upscale_pages
 from linearsr.web.service import (
     Events,
     Full,
     Limits,
-    ModelInfo,
     NotReady,
     Progress,
     Result,
     Service,
     UpscaleRequest,
-    model_info,
 )
 
 # A test that waits longer than this for something to happen fails.
@@ -58,8 +57,11 @@ class Local:
         self.segments = 0
         self._changed = threading.Condition()
 
-    def models(self) -> list[ModelInfo]:
-        return [model_info(self.upscaler.config)]
+    def models(self) -> list[ModelConfig]:
+        return [self.upscaler.config]
+
+    async def memory(self) -> int:
+        return free_memory()
 
     async def ready(self) -> None:
         if not self.works:
@@ -151,7 +153,7 @@ def served(
     service: Service, limits: Limits | None = None, token: str | None = None
 ) -> Iterator[str]:
     """Run a server in a thread; yield its address, without a slash at the end."""
-    app = create_app(service, limits or Limits(), token)
+    app = create_app(service, limits or Limits(), digest(token))
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
     server = _Server(config)
     with socket.socket() as listener:
