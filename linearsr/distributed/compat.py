@@ -96,6 +96,18 @@ def progress_bar(description: str, total: int, unit: str) -> Any:
     return tqdm_ray.tqdm(desc=description, total=total, unit=unit)
 
 
+def http_address() -> tuple[str, int]:
+    """Return host and port of the HTTP proxies of the Serve that this process is connected to.
+
+    Only the REST API has them, and `linearsr serve` starts no dashboard. Replace it once
+    `serve.status` has them.
+    """
+    from ray.serve.context import _get_global_client
+
+    http = _get_global_client().http_config
+    return http.host, http.port
+
+
 def session_folder() -> Path:
     """Return the folder of Ray's session on this node, which Ray deletes neither soon nor itself.
 

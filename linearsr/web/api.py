@@ -227,12 +227,10 @@ def create_app(
             allow_headers=REQUEST_HEADERS,
             expose_headers=RESPONSE_HEADERS,
         )
-    guarded = {
-        uploads: "Problem",
-        images: "OpenAIProblem",
-        **({job_routes: "Problem"} if jobs else {}),
-    }
-    for routes, schema in guarded.items():
+    guarded = [(uploads, "Problem"), (images, "OpenAIProblem")]
+    if jobs:
+        guarded.append((job_routes, "Problem"))
+    for routes, schema in guarded:
         if token:
             refusal = _unauthorised(schema)
             app.include_router(routes, dependencies=[Depends(_check_token)], responses=refusal)

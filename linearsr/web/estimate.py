@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from contextlib import aclosing
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -125,6 +125,12 @@ class Question(Fields):
     """Height of the picture in pixels, not of the result."""
     bytes: Annotated[int, Field(ge=0)] | Absent = None
     """Size of the picture's file in bytes."""
+
+    def fields(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the fields of Options and FileOptions. Raises OptionError."""
+        fields = super().fields(model)
+        # In a form, these are the size of the result.
+        return {name: value for name, value in fields.items() if name not in ("width", "height")}
 
 
 class Estimate(BaseModel):

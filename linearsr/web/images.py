@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
@@ -42,6 +43,11 @@ class ImageUpload(Upload):
     """Quality of JPEG and WebP; OpenAI's words change nothing."""
     user: str = Field(default="", max_length=1000)
     """A name of the user, which is ignored."""
+
+    @classmethod
+    def parse(cls, values: Iterable[tuple[str, Any]]) -> Self:
+        """Return the fields of a form. OpenAI's client sends a list of pictures as "image[]"."""
+        return super().parse(("image" if k == "image[]" else k, v) for k, v in values)
 
     def fields(self, model: ModelConfig) -> dict[str, Any]:
         """Return the fields of /v1/upscale. Raises UnknownModel."""

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import anyio
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from linearsr.config import Config, FileOptions, Options
+from linearsr.config import FileOptions, Options
 from linearsr.errors import LinearSRError, TooLarge
 from linearsr.pipeline.sizes import output_size
 from linearsr.storage.atomic import replace_file
 from linearsr.web.problems import Problem, problem
 from linearsr.web.service import (
     Full,
+    JobLimits,
     NotFinished,
     Progress,
     Result,
@@ -45,22 +46,6 @@ from linearsr.web.service import (
 ASK_AGAIN = 2
 # Bytes that are kept free for each pixel of a result until its size is known: 8-bit RGB.
 RESERVED_BYTES = 3
-
-
-class JobLimits(Config):
-    """The limits of jobs, which are requests with `Prefer: respond-async`."""
-
-    count: int = Field(default=100, ge=0)
-    """Maximum number of jobs that are kept at the same time, finished ones included; 0 for no
-    jobs."""
-    bytes: int = Field(default=2_000_000_000, ge=1)
-    """Maximum number of bytes on disk for the pictures and results of all jobs."""
-    running: int = Field(default=2, ge=1)
-    """Maximum number of jobs that are worked on at the same time; the others wait."""
-    seconds: float = Field(default=21_600.0, gt=0)
-    """Maximum time for the work on one job in seconds, without its wait."""
-    kept_seconds: float = Field(default=3_600.0, gt=0)
-    """Time for which a finished job is kept in seconds."""
 
 
 class JobState(BaseModel):

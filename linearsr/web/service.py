@@ -31,6 +31,22 @@ class Limits(Config):
     """Maximum time from the upload to the result in seconds."""
 
 
+class JobLimits(Config):
+    """The limits of jobs, which are requests with `Prefer: respond-async`."""
+
+    count: int = Field(default=100, ge=0)
+    """Maximum number of jobs that are kept at the same time, finished ones included; 0 for no
+    jobs."""
+    bytes: int = Field(default=2_000_000_000, ge=1)
+    """Maximum number of bytes on disk for the pictures and results of all jobs."""
+    running: int = Field(default=2, ge=1)
+    """Maximum number of jobs that are worked on at the same time; the others wait."""
+    seconds: float = Field(default=21_600.0, gt=0)
+    """Maximum time for the work on one job in seconds, without its wait."""
+    kept_seconds: float = Field(default=3_600.0, gt=0)
+    """Time for which a finished job is kept in seconds."""
+
+
 class ModelInfo(Config):
     """The properties of a model that a client needs to know."""
 

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 # By pydantic's type of error; the placeholders are the error's context.
 WORDS: Mapping[str, str] = {
     "missing": "is required",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be below {lt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be above {gt:g}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
     "int_parsing": "must be a whole number",
     "int_parsing_size": "must be a whole number of fewer digits",
     "int_from_float": "must be a whole number",
@@ -57,4 +57,7 @@ def _field(name: str, errors: list[dict[str, Any]], fields: tuple[str, ...]) -> 
 
 def _words(error: Mapping[str, Any]) -> str:
     words = WORDS.get(error["type"])
-    return words.format(**error.get("ctx", {})) if words else str(error["msg"])
+    if words is None:
+        return str(error["msg"])
+    context = error.get("ctx", {}).items()
+    return words.format(**{k: f"{v:g}" if isinstance(v, float) else v for k, v in context})

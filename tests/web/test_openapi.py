@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig
-from linearsr.web.api import create_app
+from linearsr.web.api import create_app, digest
 from linearsr.web.service import Limits
 from tests.helpers.experts import random_experts
 from tests.helpers.local_service import Local, served
@@ -64,7 +64,7 @@ def test_server_behaves_as_its_openapi_document_says(
 
 
 def document(upscaler: Upscaler, token: str | None = None) -> dict[str, Any]:
-    client = TestClient(create_app(Local(upscaler), Limits(), token))
+    client = TestClient(create_app(Local(upscaler), Limits(), digest(token)))
     return client.get("/openapi.json").json()
 
 

@@ -12,8 +12,7 @@ from linearsr.diffusion.experts import plan, shares
 from linearsr.diffusion.schedule import schedule
 from linearsr.distributed.resources import ResourceRequest
 from linearsr.errors import OptionError
-from linearsr.web.jobs import JobLimits
-from linearsr.web.service import Limits
+from linearsr.web.service import JobLimits, Limits
 
 
 class ServeConfig(Config):

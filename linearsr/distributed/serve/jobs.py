@@ -24,8 +24,8 @@ from linearsr.distributed.serve.retry import (
     unwrap,
 )
 from linearsr.distributed.serve.sender import Sender
-from linearsr.web.jobs import JobLimits, JobState, JobStore
-from linearsr.web.service import NotReady, Result, UpscaleRequest
+from linearsr.web.jobs import JobState, JobStore
+from linearsr.web.service import JobLimits, NotReady, Result, UpscaleRequest
 
 FOLDER = "linearsr-jobs"
 
