@@ -36,10 +36,10 @@ from linearsr.web.service import (
     NotFinished,
     Progress,
     Result,
-    Service,
     TookTooLong,
     UnknownJob,
     UpscaleRequest,
+    Upscaling,
 )
 
 # Seconds after which a client may ask again.
@@ -168,7 +168,7 @@ class _Job:
 class JobStore:
     """Jobs in a folder, worked on by a service. Only one store may use a folder at a time."""
 
-    def __init__(self, service: Service, limits: JobLimits, folder: Path) -> None:
+    def __init__(self, service: Upscaling, limits: JobLimits, folder: Path) -> None:
         self._service = service
         self._limits = limits
         self._folder = folder

@@ -98,8 +98,12 @@ class Progress:
 
     def public(self) -> dict[str, str | int]:
         """Return what clients see of it."""
-        fields = {"expert": self.expert, "step": self.step, "steps": self.steps}
-        return {**fields, "percent": self.percent}
+        return {
+            "expert": self.expert,
+            "step": self.step,
+            "steps": self.steps,
+            "percent": self.percent,
+        }
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,19 @@ class TookTooLong(LinearSRError):
     """There was no result within the time limit of a request."""
 
 
-class Service(Protocol):
+class Upscaling(Protocol):
+    """The part of a `Service` that upscales."""
+
+    def upscale(self, request: UpscaleRequest) -> Events:
+        """Yield the progress of each expert if the request wants it, then the result.
+
+        Raises InputError, OptionError, Full or another LinearSRError. Closing the generator cancels
+        the request and frees its slot.
+        """
+        ...
+
+
+class Service(Upscaling, Protocol):
     """The interface of the backend that runs the model."""
 
     def models(self) -> list[ModelConfig]:
@@ -176,14 +192,6 @@ class Service(Protocol):
 
     async def memory(self) -> int:
         """Return how many bytes of memory one request may need. Raises NotReady."""
-        ...
-
-    def upscale(self, request: UpscaleRequest) -> Events:
-        """Yield the progress of each expert if the request wants it, then the result.
-
-        Raises InputError, OptionError, Full or another LinearSRError. Closing the generator cancels
-        the request and frees its slot.
-        """
         ...
 
 

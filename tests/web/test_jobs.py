@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +25,18 @@ from linearsr.web.service import (
     Limits,
     NotFinished,
     Progress,
-    Service,
     UnknownJob,
     UpscaleRequest,
 )
 from tests.helpers.forms import detail
-from tests.helpers.local_service import PATIENCE, Local
+from tests.helpers.local_service import PATIENCE, Local, StoreOfTheServer
 
 PREFER = {"Prefer": "respond-async"}
 
 
-class StoreOfTheServer:
-    """A store that is made in the event loop of the server that uses it."""
-
-    def __init__(self, service: Service, limits: JobLimits, folder: Path) -> None:
-        self.arguments = service, limits, folder
-        self.store: JobStore | None = None
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        async def call(*arguments: Any) -> Any:
-            if self.store is None:
-                self.store = JobStore(*self.arguments)
-                await self.store.start()
-            return await getattr(self.store, name)(*arguments)
-
-        return call
-
-
 @contextlib.contextmanager
 def client_of(
-    service: Service, folder: Path, token: str | None = None, **limits: Any
+    service: Local, folder: Path, token: str | None = None, **limits: Any
 ) -> Iterator[TestClient]:
     jobs: Any = StoreOfTheServer(service, JobLimits(**limits), folder)
     app = create_app(service, Limits(), digest(token), jobs=jobs)

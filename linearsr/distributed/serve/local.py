@@ -86,7 +86,7 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     except (ConnectionError, RayServeException):
         running = False
     if not running:
-        raise OptionError("--redeploy: no endpoint of `linearsr serve` runs here; leave it out")
+        raise OptionError("--redeploy: no endpoint runs here; leave it out")
     listens = http_address()
     if (host or listens[0], port or listens[1]) != listens:
         raise OptionError(
