@@ -366,6 +366,12 @@ async def get_content(id: str, request: Request) -> Response:
     return picture_response(result, name)
 
 
+@job_routes.api_route("/{id}", methods=["OPTIONS", "PATCH", "POST", "PUT"], include_in_schema=False)
+async def refuse_method(id: str) -> None:  # noqa: ARG001
+    """Refuse other methods; by itself, the router would list only those of the first route."""
+    raise HTTPException(405, headers={"Allow": "DELETE, GET"})
+
+
 @job_routes.delete("/{id}", status_code=204, responses=NO_JOB)
 async def delete_job(id: str, request: Request) -> None:
     """Cancel a job if it has not finished, and delete its picture and its result."""

@@ -339,3 +339,13 @@ def test_room_for_the_result_is_kept_free(small: Upscaler, png: bytes, tmp_path:
         assert await finished(store, "an-id") == "succeeded"
 
     asyncio.run(converse())
+
+
+def test_method_that_a_job_does_not_have_is_refused_with_those_that_it_has(
+    small: Upscaler, tmp_path: Path
+) -> None:
+    with client_of(Local(small), tmp_path) as client:
+        for method in ("OPTIONS", "POST", "PUT", "PATCH"):
+            answer = client.request(method, "/v1/jobs/x")
+            detail(answer, 405)
+            assert answer.headers["Allow"] == "DELETE, GET"
