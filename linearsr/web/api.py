@@ -113,7 +113,7 @@ def _refusals(schema: str, field: int) -> dict[int | str, dict[str, Any]]:
 NOT_READY = _documented(503, "the server is not ready")
 WRONG_FIELD = _documented(422, "a field is unknown or out of its range")
 NO_JOB = _documented(404, "there is no such job, or it has expired")
-_PICTURE = {f"image/{format}": {} for format in SUFFIXES}
+_PICTURE: dict[str, dict[str, Any]] = {f"image/{format}": {} for format in SUFFIXES}
 _DESCRIPTION = {
     name: {"schema": {"type": "string"}, "description": f"{text}; absent from a stream"}
     for name, text in HEADERS.items()
