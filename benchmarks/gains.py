@@ -22,7 +22,7 @@ from benchmarks.timing import Settings, in_turn
 from linearsr.config import Options
 from linearsr.denoiser import LinearSR, cpu_block
 from linearsr.imaging.files import Picture
-from linearsr.pipeline import upscaler as pipeline
+from linearsr.pipeline import tiling
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
 
@@ -92,8 +92,8 @@ def _switches(upscaler: Upscaler) -> list[Switch]:
             lambda: mock.patch.object(LinearSR, "use_strips", False),
         ),
         Switch(
-            f"tiles of {pipeline.AUTO_TILE} cells, not {SMALLER_TILE}",
-            lambda: mock.patch.object(pipeline, "AUTO_TILE", SMALLER_TILE),
+            f"tiles of {tiling.AUTO_TILE} cells, not {SMALLER_TILE}",
+            lambda: mock.patch.object(tiling, "AUTO_TILE", SMALLER_TILE),
         ),
         Switch(
             f"strips of {cpu_block.CACHED_TOKENS} tokens, not {SMALLER_STRIP}",

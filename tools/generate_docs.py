@@ -30,6 +30,7 @@ from linearsr.evaluation.run import Request
 from linearsr.tags.base import TaggerConfig
 from linearsr.training import recipes
 from linearsr.training.config import PerceptualConfig, TrainConfig
+from linearsr.web.service import JobLimits, Limits
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 # The configs that check each job's flags: their fields have the flags' names.
@@ -66,7 +67,11 @@ def _serve() -> str:
     serve_command.add(commands)
     parser = commands.choices["serve"]
     parts = ["# serve", NOTICE, markdown(serve_command.__doc__), "## Flags of `linearsr serve`"]
-    parts += [_flags(parser, ()), markdown(parser.epilog), "## Fields of a ServeConfig"]
+    parts += [
+        _flags(parser, (), _prefixed()),
+        markdown(parser.epilog),
+        "## Fields of a ServeConfig",
+    ]
     return _page([*parts, *_sections(ServeConfig.model_json_schema())])
 
 
@@ -94,8 +99,21 @@ def _recipe() -> str:
     return _page(parts)
 
 
-def _flags(parser: argparse.ArgumentParser, configs: Iterable[type[Config]]) -> str:
-    known: dict[str, Schema] = {}
+def _prefixed() -> dict[str, Schema]:
+    """Return the schemas of the fields of `linearsr serve` whose flags have a prefix."""
+    return {
+        f"{prefix}{name}".replace("-", "_"): schema
+        for prefix, config in ((serve_command.LIMITS, Limits), (serve_command.JOBS, JobLimits))
+        for name, schema in config.model_json_schema()["properties"].items()
+    }
+
+
+def _flags(
+    parser: argparse.ArgumentParser,
+    configs: Iterable[type[Config]],
+    fields: Mapping[str, Schema] | None = None,
+) -> str:
+    known = dict(fields or {})
     for config in configs:
         known.update(config.model_json_schema()["properties"])
     rows = []

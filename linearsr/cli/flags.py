@@ -86,15 +86,18 @@ def help_text(action: argparse.Action) -> str:
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, config: type[Config], names: Iterable[str] | None = None
+    parser: argparse.ArgumentParser,
+    config: type[Config],
+    names: Iterable[str] | None = None,
+    prefix: str = "",
 ) -> None:
     """Add a flag for each of these fields (all by default), with its description as help text.
 
-    Values stay text: the config converts and checks them.
+    Values stay text: the config converts and checks them. prefix: begins the names of the flags.
     """
     for name in config.model_fields if names is None else names:
         field = config.model_fields[name]
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{prefix}{name.replace('_', '-')}"
         text = " ".join((field.description or "").split()).removesuffix(".").replace("%", "%%")
         if field.annotation is bool:
             parser.add_argument(flag, action="store_true", help=text)

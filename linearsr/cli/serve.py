@@ -6,6 +6,10 @@ On a fleet, use a Serve config file, whose `args` are the fields of a ServeConfi
 
     serve deploy ray_jobs/serve.yaml
 
+Change the token or the limits of a running endpoint, without ending it:
+
+    LINEARSR_TOKEN=... linearsr serve --redeploy --max-pixels 24000000
+
 It runs until Ctrl-C or SIGTERM, and writes no files except Ray's logs. Exit codes: 0 it was
 stopped, 1 it did not start, 2 usage.
 
@@ -17,10 +21,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
-from linearsr.cli.flags import Commands
+from linearsr.cli.flags import Commands, add_fields
 from linearsr.cli.report import OK, say
+from linearsr.config import Config
 from linearsr.errors import require
+from linearsr.web.service import JobLimits, Limits
+
+HOST, PORT = "127.0.0.1", 8000
+# The beginnings of the flags of limits.
+LIMITS, JOBS = "max-", "jobs-"
+
+Parsed = TypeVar("Parsed", bound=Config)
 
 
 def add(commands: Commands) -> None:
@@ -38,8 +51,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--model", default="linearsr-tiny", help="name of a bundled model, or a folder of weights"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--host", help="address to listen on, 0.0.0.0 for all (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
     parser.add_argument(
         "--device", default="auto", help="device that models run on: auto, cpu, cuda or mps"
     )
@@ -66,20 +79,42 @@ def add(commands: Commands) -> None:
         default=0,
         help="GPUs of each replica; with 0 it runs on the CPU, with 0.25 four replicas share a GPU",
     )
+    parser.add_argument(
+        "--router-memory",
+        type=int,
+        help="bytes of memory that requests may need together; others wait (default: 70%% of what "
+        "is free at the start)",
+    )
+    parser.add_argument(
+        "--cors-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="other origins, such as https://example.org, whose pages may use the endpoint",
+    )
+    add_fields(parser, Limits, prefix=LIMITS)
+    add_fields(parser, JobLimits, prefix=JOBS)
+    parser.add_argument(
+        "--redeploy",
+        action="store_true",
+        help="give these flags, and LINEARSR_TOKEN, to the endpoint that `linearsr serve` runs on "
+        "this machine already, without ending it; flags that are left out get their defaults",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     require("serve", "ray")
     from linearsr.cli.progress import Display
 
-    say(f"Loading {arguments.model} and starting Ray.")
+    if not arguments.redeploy:
+        say(f"Loading {arguments.model} and starting Ray.")
     with Display(f"loading {arguments.model}", share=False) as display:
         return _serve(arguments, display.close)
 
 
 def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
     from linearsr.distributed.serve import ServeConfig
-    from linearsr.distributed.serve.local import run
+    from linearsr.distributed.serve.local import redeploy, run
 
     split = arguments.layout == "split"
     config = ServeConfig.parse(
@@ -89,9 +124,24 @@ def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
         replicas=_value(arguments.replicas, 4 if split else 1),
         expert_cpus=_value(arguments.expert_cpus, 1 if split else os.cpu_count() or 1),
         expert_gpus=arguments.expert_gpus,
+        router_memory=arguments.router_memory,
+        cors_origins=tuple(arguments.cors_origins),
+        limits=_config(Limits, arguments, LIMITS),
+        jobs=_config(JobLimits, arguments, JOBS),
     )
-    run(config, arguments.host, arguments.port, on_ready)
+    if arguments.redeploy:
+        address = redeploy(config, arguments.host, arguments.port)
+        on_ready()
+        print(f"Redeployed {arguments.model} at {address}")
+        return OK
+    run(config, arguments.host or HOST, arguments.port or PORT, on_ready)
     return OK
+
+
+def _config(kind: type[Parsed], arguments: argparse.Namespace, prefix: str) -> Parsed:
+    """Return the config whose flags have this prefix. Raises OptionError."""
+    names = {name: f"{prefix}{name}".replace("-", "_") for name in kind.model_fields}
+    return kind.parse(**{name: getattr(arguments, flag) for name, flag in names.items()})
 
 
 def _value(value: float | None, default: float) -> float:

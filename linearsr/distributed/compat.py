@@ -6,6 +6,7 @@ Checked with Ray 2.60. Each function imports what it needs, so that training loa
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +14,8 @@ import ray
 # The resource that only the head node has. Ray Serve schedules by it, but no public constant names
 # it. Replace it by a label selector, once the head has a documented label.
 HEAD_RESOURCE = "node:__internal_head__"
+# The namespace of notes; see `put_note`.
+NOTES = "linearsr"
 
 
 def keep_data_actors_here() -> None:
@@ -91,3 +94,67 @@ def progress_bar(description: str, total: int, unit: str) -> Any:
     from ray.experimental import tqdm_ray
 
     return tqdm_ray.tqdm(desc=description, total=total, unit=unit)
+
+
+def http_address() -> tuple[str, int]:
+    """Return host and port of the HTTP proxies of the Serve that this process is connected to.
+
+    Only the REST API has them, and `linearsr serve` starts no dashboard. Replace it once
+    `serve.status` has them.
+    """
+    from ray.serve.context import _get_global_client
+
+    http = _get_global_client().http_config
+    return http.host, http.port
+
+
+def session_folder() -> Path:
+    """Return the folder of Ray's session on this node, which Ray deletes neither soon nor itself.
+
+    Only the dashboard and the logs name it. Replace it once the runtime context has it.
+    """
+    from ray._private.worker import global_worker
+
+    return Path(global_worker.node.get_session_dir_path())
+
+
+def application_ends(name: str) -> bool:
+    """Return whether a Serve application is being deleted, or is gone; for its own replicas.
+
+    `serve.status` is public, but its client in a replica is not documented to outlive the
+    application, so every failure counts as its end.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    try:
+        application = serve.status().applications.get(name)
+    except Exception:
+        return True
+    return application is None or application.status == ApplicationStatus.DELETING
+
+
+def put_note(key: str, value: str) -> None:
+    """Write a short note that every process of the cluster can read.
+
+    It lies in the key-value store of Ray's head, whose client is not documented. Replace it once
+    Serve lets a call report its progress beside its result.
+    """
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(key, value.encode(), overwrite=True, namespace=NOTES)
+
+
+def read_note(key: str) -> str | None:
+    """Return a note, or None if there is none; see `put_note`."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    value = _internal_kv_get(key, namespace=NOTES)
+    return None if value is None else value.decode()
+
+
+def delete_note(key: str) -> None:
+    """Delete a note; see `put_note`."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(key, namespace=NOTES)

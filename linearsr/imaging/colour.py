@@ -17,6 +17,10 @@ from linearsr.errors import OptionError
 COLOUR_FIXES: Final = ("wavelet", "adain", "none")
 
 _LEVELS: Final = 5
+# Rows above and below a row that its blurred values depend on.
+_REACH: Final = sum(2**level for level in range(_LEVELS))
+# Rows that are blurred at a time: few, so that memory does not grow with the picture's height.
+_BAND: Final = 256
 _TINY_VARIANCE: Final = 1e-5
 
 
@@ -24,7 +28,8 @@ def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> tor
     """Return `restored` with the colours of `source`.
 
     Both are (B, 3, H, W) of the same size and range, `source` being the low-resolution picture
-    upsampled. The result may lie outside [0, 1]: clamp it. Memory: about three more pictures.
+    upsampled. `restored` is changed in place. The result may lie outside [0, 1]: clamp it. Memory:
+    about one more picture.
 
     Raises OptionError for a method not in COLOUR_FIXES, or for pictures of different shapes.
     """
@@ -41,12 +46,26 @@ def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> tor
     if method == "wavelet":
         # The high frequencies of one plus the low frequencies of the other. The low-pass is linear,
         # so restored - low(restored) + low(source) needs it only once, for the difference.
-        return restored + _low_pass(source - restored)
+        return _add_low_pass(restored, source - restored)
     if method == "adain":
         restored_mean, restored_std = _statistics(restored)
         source_mean, source_std = _statistics(source)
-        return (restored - restored_mean) * (source_std / restored_std) + source_mean
+        return restored.sub_(restored_mean).mul_(source_std / restored_std).add_(source_mean)
     return restored
+
+
+def _add_low_pass(picture: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """Add the low frequencies of `difference` to `picture`, in place, some rows at a time.
+
+    The result has the bits that the whole picture at once would have.
+    """
+    height = picture.shape[-2]
+    for top in range(0, height, _BAND):
+        bottom = min(top + _BAND, height)
+        first, last = max(0, top - _REACH), min(bottom + _REACH, height)
+        blurred = _low_pass(difference[..., first:last, :])
+        picture[..., top:bottom, :] += blurred[..., top - first : bottom - first, :]
+    return picture
 
 
 def _low_pass(picture: torch.Tensor) -> torch.Tensor:

@@ -15,15 +15,17 @@ from linearsr.errors import LinearSRError, TooLarge
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.sizes import output_size
 
-# Peak memory per output pixel, measured with linearsr-tiny from 2048 pixels a side up: 82 to 138
-# bytes in tiles, and 124 to 192 when the whole picture goes through the model at once (most in
-# float32).
-BYTES_PER_PIXEL = 150
+# Peak memory per pixel of the picture that the network makes, measured with linearsr-tiny from 2048
+# pixels a side up. In tiles it was 58 bytes when the result is half as wide and 66 when it is as
+# large. It was 124 to 192 when the whole picture goes through the model at once, most in float32.
+BYTES_PER_PIXEL = 60
 BYTES_PER_PIXEL_UNTILED = 200
+# Memory per pixel of the result, in addition.
+BYTES_PER_OUTPUT_PIXEL = 20
 # Memory per input pixel, which counts at small scales: the picture is held as read and in [-1, 1].
 BYTES_PER_INPUT_PIXEL = 24
-# Memory per output pixel for the first step's guess, if it is kept: 48 channels for each 4 x 4
-# output pixels. At x1 in tiles with half of the detail, 164 bytes were measured in all.
+# Memory per pixel that the network makes for the first step's guess, if it is kept: 48 channels for
+# each 4 x 4 pixels.
 BYTES_PER_GUESS_PIXEL = 12
 
 # Files of a control group with its limit and what it uses, and in memory.stat the entry of files
@@ -52,17 +54,27 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
+def memory_needed(
+    height: int, width: int, options: Options, size: tuple[int, int], *, tiled: bool
+) -> int:
+    """Return about how many bytes of main memory a picture of this height and width needs at most.
+
+    size: height and width of the picture that the network makes, before any resampling.
+    """
+    output = BYTES_PER_OUTPUT_PIXEL * math.prod(output_size(height, width, options))
+    per_pixel = BYTES_PER_PIXEL if tiled else BYTES_PER_PIXEL_UNTILED
+    if 0 < options.detail < 1:
+        per_pixel += BYTES_PER_GUESS_PIXEL
+    return per_pixel * math.prod(size) + output + BYTES_PER_INPUT_PIXEL * height * width
+
+
 def check_memory(picture: Picture, options: Options, size: tuple[int, int], *, tiled: bool) -> None:
     """Raise TooLarge if main memory cannot hold the result: later, Linux would kill the process.
 
     size: height and width of the picture that the network makes, before any resampling.
     """
     height, width = picture.pixels.shape[-2:]
-    pixels = max(math.prod(size), math.prod(output_size(height, width, options)))
-    per_pixel = BYTES_PER_PIXEL if tiled else BYTES_PER_PIXEL_UNTILED
-    if 0 < options.detail < 1:
-        per_pixel += BYTES_PER_GUESS_PIXEL
-    needed = per_pixel * pixels + BYTES_PER_INPUT_PIXEL * height * width
+    needed = memory_needed(height, width, options, size, tiled=tiled)
     free = free_memory()
     if needed > free:
         raise TooLarge(

@@ -32,22 +32,17 @@ from linearsr.imaging.alpha import flatten, hides, spread_colours
 from linearsr.imaging.colour import fix_colour
 from linearsr.imaging.files import Picture, from_pil, to_pil
 from linearsr.imaging.resample import resize
-from linearsr.imaging.tiles import Canvas, tile_grid
+from linearsr.imaging.tiles import Canvas
 from linearsr.latent import Autoencoder, load_autoencoder
-from linearsr.pipeline import batching
+from linearsr.pipeline import batching, tiling
 from linearsr.pipeline.device import best_dtype, pick_device
 from linearsr.pipeline.memory import OutOfMemory, check_memory, keep_freed_memory, memory_errors
-from linearsr.pipeline.sizes import output_size, requested_scale, scaled_size
+from linearsr.pipeline.sizes import output_size, scaled_size
 from linearsr.pipeline.state import AnyState, UpscaleState
 from linearsr.tags import load_tagger
 from linearsr.tags.base import Tagger, TaggerConfig
 from linearsr.tags.encoder import tag_encoder
 
-# Latent cells. Tiles bound memory; large ones spend few cells on the overlap, which is twice what
-# the convolutions of eight blocks can see. Outputs of up to 1280 pixels need no tiles (tiny).
-AUTO_TILE = 320
-OVERLAP = 16
-SMALLEST_TILE = 32
 # Latent cells of several requests that go through a model at once. More would leave a CPU's caches:
 # 8 requests of 64 x 64 cells together took 1.5 times as long as in turn, of 16 x 16 half as long.
 CPU_BATCH = 2048
@@ -196,20 +191,12 @@ class Upscaler:
         was trained for, whose result is resampled.
         """
         height, width = picture.pixels.shape[-2:]
-        return self.config.trained_scale(requested_scale(height, width, options))
+        return tiling.network_scale(self.config, height, width, options)
 
     def tile_sizes(self, picture: Picture, options: Options) -> Iterator[int | None]:
         """Yield tile sides to try, in latent cells; None is the whole picture at once."""
-        if options.tile == "off":
-            yield None
-        elif options.tile != "auto":
-            scale = self.network_scale(picture, options)
-            yield max(SMALLEST_TILE // 4, round(options.tile * scale / self.config.latent.factor))
-        else:
-            size = AUTO_TILE
-            while size >= SMALLEST_TILE:
-                yield size
-                size //= 2
+        height, width = picture.pixels.shape[-2:]
+        return tiling.tile_sizes(self.config, height, width, options)
 
     def expert_name(self, expert: int) -> str:
         """Return an expert's name: the paper's in a model of four experts, else its number."""
@@ -233,7 +220,7 @@ class Upscaler:
     @memory_errors()
     @torch.inference_mode()
     def prepare(
-        self, picture: Picture, options: Options, tile: int | None = AUTO_TILE
+        self, picture: Picture, options: Options, tile: int | None = tiling.AUTO_TILE
     ) -> UpscaleState:
         """Return the state of a request before the first step.
 
@@ -249,11 +236,8 @@ class Upscaler:
         height, width = picture.pixels.shape[-2:]
         size = scaled_size(height, width, scale)
         check_memory(picture, options, size, tiled=bool(tile))
-        # At least two cells: oneDNN's bfloat16 convolution with stride 2 is wrong if its result is
-        # one wide.
-        rows, columns = (max(2, -(-n // self.config.latent.factor)) for n in size)
-        side, overlap = (tile, min(OVERLAP, tile // 4)) if tile else (max(rows, columns), 0)
-        tiles = tile_grid(rows, columns, side, overlap)
+        rows, columns = tiling.latent_size(self.config, size)
+        tiles = tiling.latent_tiles(rows, columns, tile)
         # One field for the whole picture, which overlapping tiles share. It is drawn on the CPU, so
         # that every device gets the same noise.
         shape = (1, self.config.denoiser.latent_channels, rows, columns)

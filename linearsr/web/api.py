@@ -1,9 +1,14 @@
-"""The HTTP API: its routes and responses. The form's fields are in upload.py.
+"""The HTTP API: its routes. The form's fields are in upload.py, OpenAI's routes in images.py.
 
-    POST /v1/upscale   returns a picture, or server-sent events: progress, then the picture
-    GET  /v1/models    returns the model and the limits
-    GET  /healthz      returns 200 when every part is ready
-    GET  /             returns the page; /docs describes the API
+    POST /v1/upscale          returns a picture, or server-sent events: progress, then the picture;
+                              with "Prefer: respond-async" a job that goes on by itself
+    GET  /v1/jobs/ID          returns the state of a job; /content returns its picture
+    DELETE /v1/jobs/ID        cancels a job
+    POST /v1/images/upscale   returns OpenAI's image object; so do /upscales and /edits
+    GET  /v1/models           returns the model and the limits
+    GET  /v1/estimate         returns how long a picture would take
+    GET  /healthz             returns 200 when every part is ready
+    GET  /                    returns the page; /docs describes the API
 
 The work itself is done by a `linearsr.web.service.Service`.
 """
@@ -11,16 +16,14 @@ The work itself is done by a `linearsr.web.service.Service`.
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
+import contextlib
+import hashlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import replace
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
-from urllib.parse import quote
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -30,27 +33,47 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from python_multipart.multipart import parse_options_header
-from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linearsr import __version__
-from linearsr.imaging.files import WRITE_SUFFIXES, result_name
-from linearsr.web.problems import MEDIA_TYPE, Problem, handle_problems, problem
-from linearsr.web.service import Events, Limits, ModelInfo, Progress, Result, Service, TookTooLong
+from linearsr.config import ModelConfig
+from linearsr.web.estimate import Estimate, Measured, Question, estimate
+from linearsr.web.images import ImageEdit, Images, ImageUpload, upscale_image
+from linearsr.web.jobs import ASK_AGAIN, JobFailed, Jobs, JobState, new_id
+from linearsr.web.problems import (
+    MEDIA_TYPE,
+    OpenAIProblem,
+    Problem,
+    handle_problems,
+    problem_response,
+)
+from linearsr.web.responses import (
+    EVENTS,
+    HEADERS,
+    SUFFIXES,
+    Stream,
+    accepts_events,
+    picture_response,
+)
+from linearsr.web.running import accept, before, result_of, while_connected
+from linearsr.web.service import Limits, ModelInfo, Service, UnknownModel, model_info
 from linearsr.web.upload import Upload, receive
 
 PAGE = Path(__file__).parent / "page"
-EVENTS = "text/event-stream"
 ABOUT = """Super-resolution: send a picture and receive it larger.
 
-Errors are problems (RFC 9457). With `Accept: text/event-stream`, the response is a stream:
-`progress` events (expert, step, steps, percent) when an expert begins or ends, then `result` (image
-in base64, media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds,
-notes)
-or `error` (a problem). Closing the connection cancels the request."""
-HEADERS = {
+Errors are problems (RFC 9457), and below /v1/images/ OpenAI's error object.
+
+With `Accept: text/event-stream`, the response to an upload is a stream: `progress` events (expert,
+step, steps, percent) when an expert begins or ends and between its tiles, then `result` (image in
+base64, media_type, filename, width, height, model, seed, steps, scale, timing in milliseconds,
+notes) or `error` (a problem). Closing the connection cancels the request.
+
+With `Prefer: respond-async` (RFC 7240), the response to an upload is 202 and the address of a job,
+which goes on without a connection."""
+PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -58,62 +81,107 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 READABLE = ("png", "jpeg", "webp", "tiff", "avif", "gif", "bmp", "jp2")
-SUFFIXES = {format: suffix for suffix, format in reversed(WRITE_SUFFIXES.items())}
+# The headers that pages of other origins may send and read.
+REQUEST_HEADERS = ("Authorization", "Content-Type", "Prefer", "X-Request-Id")
+RESPONSE_HEADERS = (*HEADERS, "Location", "Preference-Applied", "Retry-After", "X-Request-Id")
 
-Value = TypeVar("Value")
 
-
-def _documented(status: int, description: str, *headers: str) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI document's entry for a problem with this status."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+def _documented(
+    status: int, description: str, *headers: str, schema: str = "Problem"
+) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI document's entry for an error with this status."""
+    kind = MEDIA_TYPE if schema == "Problem" else "application/json"
+    content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     required = {name: {"schema": {"type": "string"}, "required": True} for name in headers}
     return {status: {"description": description, "content": content, "headers": required}}
 
 
-NOT_READY = _documented(503, "the server is not ready, or out of memory")
-UNAUTHORISED = _documented(401, "the bearer token is missing or wrong", "WWW-Authenticate")
-PROBLEMS = {
-    **_documented(400, "the form or the picture cannot be decoded"),
-    **_documented(413, "too many bytes, or too many pixels in the picture or its result"),
-    **_documented(415, "the body is not a form, or its image not a picture"),
-    **_documented(422, "a field is unknown or out of its range"),
-    **_documented(429, "the server is busy", "Retry-After"),
-    **NOT_READY,
-    **_documented(504, "the request took too long"),
+def _refusals(schema: str, field: int) -> dict[int | str, dict[str, Any]]:
+    """Return the entries for the refusals of an upload. field: the status for a wrong field."""
+    document = partial(_documented, schema=schema)
+    return {
+        **document(400, "the form or the picture cannot be decoded"),
+        **document(413, "too many bytes, or too many pixels in the picture or its result"),
+        **document(415, "the body is not a form, or its image not a picture"),
+        **document(field, "a field is unknown or out of its range"),
+        **document(429, "the server is busy", "Retry-After"),
+        **document(503, "the server is not ready, or out of memory"),
+        **document(504, "the request took too long"),
+    }
+
+
+NOT_READY = _documented(503, "the server is not ready")
+WRONG_FIELD = _documented(422, "a field is unknown or out of its range")
+NO_JOB = _documented(404, "there is no such job, or it has expired")
+_PICTURE: dict[str, dict[str, Any]] = {f"image/{format}": {} for format in SUFFIXES}
+_DESCRIPTION = {
+    name: {"schema": {"type": "string"}, "description": f"{text}; absent from a stream"}
+    for name, text in HEADERS.items()
 }
 PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the picture", "content": _PICTURE, "headers": _DESCRIPTION}
+}
+PICTURE_OR_EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the picture, or a stream of events",
-        "content": {**{f"image/{format}": {} for format in SUFFIXES}, EVENTS: {}},
+        "content": {**_PICTURE, EVENTS: {}},
+        "headers": _DESCRIPTION,
+    },
+    202: {
+        "description": "the job that was begun, if the client prefers not to wait",
+        "model": JobState,
         "headers": {
-            name: {"schema": {"type": "string"}, "description": f"{text}; absent from a stream"}
-            for name, text in {
-                "Server-Timing": "milliseconds spent in each part",
-                "X-LinearSR-Model": "name of the model",
-                "X-LinearSR-Seed": "seed of the noise; the same seed gives the same pixels",
-                "X-LinearSR-Steps": "number of steps taken",
-                "X-LinearSR-Scale": "scale at which the network worked; other sizes are resampled",
-                "X-LinearSR-Notes": "what was left out or may be damaged, such as further pages",
-                "Content-Disposition": "suggested file name",
-            }.items()
+            "Location": {"schema": {"type": "string"}, "description": "address of the job"},
+            "Preference-Applied": {"schema": {"type": "string"}, "description": "respond-async"},
         },
-    }
-}
-FORM = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {"$ref": "#/components/schemas/Upload"},
-            "encoding": {"image": {"contentType": ", ".join(f"image/{kind}" for kind in READABLE)}},
-        }
     },
 }
+IMAGES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "OpenAI's image object, or the picture",
+        "model": Images,
+        "content": _PICTURE,
+        "headers": _DESCRIPTION,
+    },
+    **_documented(404, "the model is not served here", schema="OpenAIProblem"),
+    **_refusals("OpenAIProblem", 400),
+}
+
+
+def _form(kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI document's entry for a form."""
+    image = {"contentType": ", ".join(f"image/{kind}" for kind in READABLE)}
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    form = {"schema": schema, "encoding": {"image": image}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
+
+
+def _parameters(kind: type[BaseModel]) -> list[dict[str, Any]]:
+    """Return the OpenAPI document's entry for the parameters of a query."""
+    schema = kind.model_json_schema()
+    required = schema["required"]
+    return [
+        {"name": name, "in": "query", "required": name in required, "schema": field}
+        for name, field in schema["properties"].items()
+    ]
+
+
+class ListedModel(ModelInfo):
+    """A model in OpenAI's list, with its capabilities."""
+
+    id: str
+    """Name of the model."""
+    object: Literal["model"] = "model"
+    created: int
+    """When this part of the endpoint started, in seconds since 1970."""
+    owned_by: Literal["linearsr"] = "linearsr"
 
 
 class Served(BaseModel):
-    """The models, the limits, and whether uploads need a token."""
+    """The models as OpenAI lists them, the limits, and whether uploads need a token."""
 
-    models: list[ModelInfo]
+    object: Literal["list"] = "list"
+    data: list[ListedModel]
     limits: Limits
     token: bool = Field(description="whether uploads need a bearer token")
 
@@ -121,28 +189,82 @@ class Served(BaseModel):
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def create_app(service: Service, limits: Limits, token: str | None = None) -> FastAPI:
-    """Return the application. With `token`, uploads need it as a bearer token."""
+def create_app(
+    service: Service,
+    limits: Limits,
+    token: str | None = None,
+    *,
+    jobs: Jobs | None = None,
+    cors_origins: Sequence[str] = (),
+    warm_up: bool = False,
+) -> FastAPI:
+    """Return the application.
+
+    token: digest of the bearer token that uploads need (see `digest`), if they need one. jobs:
+    keeps the jobs of clients that do not wait; without it they wait. cors_origins: the other
+    origins whose pages may use the API, "*" for all. warm_up: whether to measure the speed at the
+    start, and not when a client first asks for an estimate.
+    """
     # FastAPIOffline serves the scripts of /docs itself; FastAPI would load them from a CDN.
-    app = FastAPIOffline(title="LinearSR", version=__version__, description=ABOUT, redoc_url=None)
+    app = FastAPIOffline(
+        title="LinearSR",
+        version=__version__,
+        description=ABOUT,
+        redoc_url=None,
+        lifespan=_warmed_up if warm_up else None,
+    )
     app.openapi = partial(_document, app.openapi)  # type: ignore[method-assign]
-    app.state.service, app.state.limits, app.state.token = service, limits, token
+    state = app.state
+    state.service, state.limits, state.token, state.jobs = Measured(service), limits, token, jobs
+    state.created = int(time.time())
     handle_problems(app)
     app.add_middleware(_HeadAsGet)
-    if token:
-        app.include_router(uploads, dependencies=[Depends(_check_token)], responses=UNAUTHORISED)
-    else:
-        app.include_router(uploads)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=REQUEST_HEADERS,
+            expose_headers=RESPONSE_HEADERS,
+        )
+    guarded = [(uploads, "Problem"), (images, "OpenAIProblem")]
+    if jobs:
+        guarded.append((job_routes, "Problem"))
+    for routes, schema in guarded:
+        if token:
+            refusal = _unauthorised(schema)
+            app.include_router(routes, dependencies=[Depends(_check_token)], responses=refusal)
+        else:
+            app.include_router(routes)
     app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
 
 
+def digest(token: str | None) -> str | None:
+    """Return the SHA-256 digest of a token in hexadecimal, or None for no token."""
+    return hashlib.sha256(token.encode()).hexdigest() if token else None
+
+
+def _unauthorised(schema: str) -> dict[int | str, dict[str, Any]]:
+    text = "the bearer token is missing or wrong"
+    return _documented(401, text, "WWW-Authenticate", schema=schema)
+
+
+@contextlib.asynccontextmanager
+async def _warmed_up(app: FastAPI) -> AsyncIterator[None]:
+    warming = asyncio.create_task(app.state.service.warm_up())
+    yield
+    warming.cancel()
+
+
 def _document(generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return FastAPI's OpenAPI document with the schemas that no handler names."""
     document = generate()
-    for model in (Problem, Upload):
-        document["components"]["schemas"][model.__name__] = model.model_json_schema()
+    for model in (Problem, OpenAIProblem, Upload, ImageUpload, ImageEdit):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"].update(schema.pop("$defs", {}))
+        document["components"]["schemas"][model.__name__] = schema
     return document
 
 
@@ -163,13 +285,15 @@ class _HeadAsGet:
 
 
 uploads = APIRouter()
+images = APIRouter(prefix="/v1/images")
+job_routes = APIRouter(prefix="/v1/jobs")
 router = APIRouter()
 
 
 async def _check_token(bearer: Bearer, request: Request) -> None:
-    token, needed = bearer.credentials if bearer else "", request.app.state.token
     # Starlette decodes headers as Latin-1.
-    if needed and not secrets.compare_digest(token.encode("latin-1"), needed.encode()):
+    token = bearer.credentials.encode("latin-1") if bearer else b""
+    if not secrets.compare_digest(hashlib.sha256(token).hexdigest(), request.app.state.token):
         challenge = {"WWW-Authenticate": "Bearer"}
         raise HTTPException(401, "send the right bearer token", headers=challenge)
 
@@ -177,30 +301,132 @@ async def _check_token(bearer: Bearer, request: Request) -> None:
 @uploads.post(
     "/v1/upscale",
     response_class=Response,
-    responses={**PICTURE, **PROBLEMS},
-    openapi_extra={"requestBody": FORM},
+    responses={**PICTURE_OR_EVENTS, **_refusals("Problem", 422)},
+    openapi_extra=_form(Upload),
 )
 async def upscale(request: Request) -> Response:
     """Upscale one picture. The same picture, options and seed give the same pixels."""
-    state = request.app.state
-    deadline = anyio.current_time() + state.limits.seconds
-    # The form is read here: FastAPI would read all of it before it checks the token.
-    upload = receive(request, state.limits, state.service.models()[0])
-    checked, name = await _before(deadline, upload)
-    stream = _accepts_events(request.headers.get("Accept", ""))
-    events = _in_time(state.service.upscale(replace(checked, progress=stream)), deadline)
+    if request.app.state.jobs and _prefers_async(request.headers.getlist("Prefer")):
+        return await _begin_job(request)
+    stream = accepts_events(request.headers.get("Accept", ""))
+    received, events = await accept(request, Upload, progress=stream)
     if stream:
         # A failure before the first event still gets its own status.
-        return _Stream(await _while_connected(request, anext(events)), events, name)
-    return _response(await _while_connected(request, _result(events)), name)
+        return Stream(await while_connected(request, anext(events)), events, received.name)
+    return picture_response(await while_connected(request, result_of(events)), received.name)
+
+
+async def _begin_job(request: Request) -> Response:
+    state = request.app.state
+    deadline = anyio.current_time() + state.limits.seconds
+    form = receive(request, state.limits, state.service.models()[0], Upload)
+    received = await before(deadline, form)
+    job = await state.jobs.submit(new_id(), received.request, received.name, state.token or "")
+    address = request.app.url_path_for("get_job", id=job.id)
+    headers = {"Location": str(address), "Preference-Applied": "respond-async"}
+    return Response(job.model_dump_json(), 202, headers, "application/json")
+
+
+def _prefers_async(headers: Sequence[str]) -> bool:
+    """Return whether one of these Prefer headers has `respond-async`."""
+    preferences = ",".join(headers).split(",")
+    names = (parse_options_header(preference)[0].lower() for preference in preferences)
+    return b"respond-async" in names
+
+
+@job_routes.get("/{id}", responses=NO_JOB)
+async def get_job(id: str, request: Request, response: Response) -> JobState:
+    """Return the state of a job. It has a picture when its status is "succeeded"."""
+    state = request.app.state
+    job: JobState = await state.jobs.get(id, state.token or "")
+    if job.expires is None:
+        response.headers["Retry-After"] = str(ASK_AGAIN)
+    return job
+
+
+@job_routes.get(
+    "/{id}/content",
+    response_class=Response,
+    responses={
+        **PICTURE,
+        **NO_JOB,
+        **_documented(409, "the job has not finished", "Retry-After"),
+        **_documented(413, "the job failed: too large"),
+        **_documented(500, "the job failed"),
+        **NOT_READY,
+    },
+)
+async def get_content(id: str, request: Request) -> Response:
+    """Return the picture of a job, as /v1/upscale would; a job that failed returns its problem."""
+    state = request.app.state
+    try:
+        result, name = await state.jobs.content(id, state.token or "")
+    except JobFailed as error:
+        return problem_response(error.problem)
+    return picture_response(result, name)
+
+
+@job_routes.api_route("/{id}", methods=["OPTIONS", "PATCH", "POST", "PUT"], include_in_schema=False)
+async def refuse_method(id: str) -> None:  # noqa: ARG001
+    """Refuse other methods; by itself, the router would list only those of the first route."""
+    raise HTTPException(405, headers={"Allow": "DELETE, GET"})
+
+
+@job_routes.delete("/{id}", status_code=204, responses=NO_JOB)
+async def delete_job(id: str, request: Request) -> None:
+    """Cancel a job if it has not finished, and delete its picture and its result."""
+    await request.app.state.jobs.delete(id, request.app.state.token or "")
+
+
+@images.post(
+    "/upscale", response_class=Response, responses=IMAGES, openapi_extra=_form(ImageUpload)
+)
+@images.post(
+    "/upscales", response_class=Response, responses=IMAGES, openapi_extra=_form(ImageUpload)
+)
+async def upscale_images(request: Request) -> Response:
+    """Upscale one picture, and return OpenAI's image object."""
+    return await upscale_image(request, ImageUpload)
+
+
+@images.post("/edits", response_class=Response, responses=IMAGES, openapi_extra=_form(ImageEdit))
+async def edit_images(request: Request) -> Response:
+    """Upscale one picture for a client of OpenAI's image edits."""
+    return await upscale_image(request, ImageEdit)
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> Served:
-    """Return the models, the limits, and whether uploads need a token."""
+    """Return the models as OpenAI lists them, the limits, and whether uploads need a token."""
     state = request.app.state
-    token = state.token is not None
-    return Served(models=state.service.models(), limits=state.limits, token=token)
+    data = [_listed(config, state.created) for config in state.service.models()]
+    return Served(data=data, limits=state.limits, token=state.token is not None)
+
+
+@router.get("/v1/models/{id}", responses=_documented(404, "the model is not served here"))
+async def get_model(id: str, request: Request) -> ListedModel:
+    """Return one model."""
+    state = request.app.state
+    for config in state.service.models():
+        if config.name == id:
+            return _listed(config, state.created)
+    raise UnknownModel(f"model: {id} is not served here; see /v1/models")
+
+
+def _listed(config: ModelConfig, created: int) -> ListedModel:
+    return ListedModel(id=config.name, created=created, **model_info(config).model_dump())
+
+
+@router.get(
+    "/v1/estimate",
+    responses={**WRONG_FIELD, **NOT_READY},
+    openapi_extra={"parameters": _parameters(Question)},
+)
+async def get_estimate(request: Request) -> Estimate:
+    """Return how long a picture would take here, and whether the limits admit it."""
+    state = request.app.state
+    question = Question.parse(request.query_params.multi_items())
+    return await estimate(question, state.service, state.limits)
 
 
 @router.get("/healthz", responses=NOT_READY)
@@ -213,117 +439,4 @@ async def healthz(request: Request) -> dict[str, str]:
 @router.get("/", include_in_schema=False)
 async def page() -> FileResponse:
     """Return the page."""
-    return FileResponse(PAGE / "index.html", headers=HEADERS)
-
-
-def _accepts_events(accept: str) -> bool:
-    """Return whether an Accept header names the stream of events, with a quality above 0."""
-    for part in accept.split(","):
-        media_type, parameters = parse_options_header(part)
-        if media_type == EVENTS.encode():
-            quality = parameters.get(b"q", b"1").strip()
-            return quality.strip(b"0.") != b""
-    return False
-
-
-async def _before(deadline: float, work: Awaitable[Value]) -> Value:
-    """Await `work`. Raises TookTooLong after the deadline."""
-    with anyio.CancelScope(deadline=deadline):
-        return await work
-    raise TookTooLong("the request took too long; send a smaller picture or use fewer steps")
-
-
-async def _in_time(events: Events, deadline: float) -> Events:
-    """Yield the events up to the result. Raises TookTooLong after the deadline.
-
-    The service is closed before the result is yielded: a client that reads slowly holds no slot.
-    """
-    async with aclosing(events):
-        while not isinstance(event := await _before(deadline, anext(events)), Result):
-            yield event
-    yield event
-
-
-async def _while_connected(request: Request, work: Awaitable[Value]) -> Value:
-    """Await `work`; cancel it and raise ClientDisconnect if the client disconnects."""
-    task = asyncio.ensure_future(work)
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if watcher.done():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watcher.cancel()
-
-
-async def _result(events: Events) -> Result:
-    *_, last = [event async for event in events]
-    assert isinstance(last, Result)
-    return last
-
-
-class _Stream(EventSourceResponse):
-    """Server-sent events; an error is the last one. A closed connection cancels the request."""
-
-    def __init__(self, first: Progress | Result, rest: Events, name: str) -> None:
-        super().__init__(_sse(first, rest, name))
-        self.rest = rest
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self.rest):
-            await super().__call__(scope, receive, send)
-
-
-async def _sse(first: Progress | Result, rest: Events, name: str) -> AsyncIterator[dict[str, str]]:
-    yield _event(first, name)
-    try:
-        async for event in rest:
-            yield _event(event, name)
-    except Exception as error:
-        yield {"event": "error", "data": problem(error).text()}
-
-
-def _event(event: Progress | Result, name: str) -> dict[str, str]:
-    if isinstance(event, Progress):
-        progress = {**vars(event), "percent": event.percent}
-        return {"event": "progress", "data": json.dumps(progress)}
-    result = {
-        **vars(event),
-        "image": base64.b64encode(event.image).decode(),
-        "media_type": f"image/{event.format}",
-        "filename": _file_name(name, event),
-    }
-    return {"event": "result", "data": json.dumps(result)}
-
-
-def _file_name(uploaded: str, result: Result) -> str:
-    name = PurePosixPath(uploaded.replace("\\", "/")).name or "picture"
-    stem = result_name(PurePosixPath(name), None).stem
-    # Drop control characters, lone surrogates, and marks that change the direction of text.
-    stem = "".join(filter(str.isprintable, stem))[:100] or "picture"
-    return f"{stem}-{result.width}x{result.height}{SUFFIXES[result.format]}"
-
-
-def _response(result: Result, name: str) -> Response:
-    timing = ", ".join(f"{part};dur={ms:.1f}" for part, ms in result.timing.items())
-    file_name = quote(_file_name(name, result), safe="")
-    headers = {
-        "X-LinearSR-Model": quote(result.model),
-        "X-LinearSR-Seed": str(result.seed),
-        "X-LinearSR-Steps": str(result.steps),
-        "X-LinearSR-Scale": f"{result.scale:.4g}",
-        "X-Content-Type-Options": "nosniff",
-        "Server-Timing": timing,
-        "Content-Disposition": f"inline; filename*=UTF-8''{file_name}",
-    }
-    if result.notes:
-        headers["X-LinearSR-Notes"] = quote("; ".join(result.notes), safe=" ;,:()/'")
-    return Response(result.image, media_type=f"image/{result.format}", headers=headers)
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)

@@ -1,11 +1,16 @@
-"""Turn every error into `application/problem+json` (RFC 9457)."""
+"""Turn every error into `application/problem+json` (RFC 9457), or into OpenAI's error object.
+
+OpenAI's object is for the routes below /v1/images/, whose clients expect it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Literal
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -14,7 +19,14 @@ from starlette.requests import ClientDisconnect
 
 from linearsr.errors import InputError, LinearSRError, NoPicture, OptionError, TooLarge, one_line
 from linearsr.pipeline.memory import OutOfMemory
-from linearsr.web.service import Full, NotReady, TookTooLong
+from linearsr.web.service import (
+    Full,
+    NotFinished,
+    NotReady,
+    TookTooLong,
+    UnknownJob,
+    UnknownModel,
+)
 
 MEDIA_TYPE = "application/problem+json"
 # The first kind that fits counts; an error of no kind is the server's fault.
@@ -22,6 +34,9 @@ STATUS: tuple[tuple[type[LinearSRError], HTTPStatus], ...] = (
     (NoPicture, HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
     (TooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (InputError, HTTPStatus.BAD_REQUEST),
+    (UnknownModel, HTTPStatus.NOT_FOUND),
+    (UnknownJob, HTTPStatus.NOT_FOUND),
+    (NotFinished, HTTPStatus.CONFLICT),
     (OptionError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (Full, HTTPStatus.TOO_MANY_REQUESTS),
     (NotReady, HTTPStatus.SERVICE_UNAVAILABLE),
@@ -30,6 +45,8 @@ STATUS: tuple[tuple[type[LinearSRError], HTTPStatus], ...] = (
 )
 # Other servers log this status too for a client that has disconnected; nobody receives it.
 CLIENT_CLOSED_REQUEST = 499
+# The routes whose errors are OpenAI's object.
+OPENAI_PATHS = "/v1/images/"
 
 
 class Problem(BaseModel):
@@ -59,22 +76,71 @@ def _problem(status: int, detail: str) -> Problem:
     return Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
 
 
-def _response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+class OpenAIError(BaseModel):
+    """An error as OpenAI's API sends it."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = None
+    """The field that is wrong."""
+    code: str | None = None
+
+
+class OpenAIProblem(BaseModel):
+    """The body of an error of the routes below /v1/images/."""
+
+    error: OpenAIError
+
+
+CODES = {
+    HTTPStatus.UNAUTHORIZED: "invalid_api_key",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_exceeded",
+}
+
+
+def _openai(problem: Problem) -> OpenAIProblem:
+    status, field = HTTPStatus(problem.status), re.match(r"(\w+): ", problem.detail)
+    param = field[1] if field and status < HTTPStatus.INTERNAL_SERVER_ERROR else None
+    code = "model_not_found" if (status, param) == (404, "model") else CODES.get(status)
+    kind: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        kind = "rate_limit_error"
+    error = OpenAIError(message=problem.detail, type=kind, param=param, code=code)
+    return OpenAIProblem(error=error)
+
+
+def _response(
+    request: Request, problem: Problem, headers: Mapping[str, str] | None = None
+) -> Response:
+    if not request.url.path.startswith(OPENAI_PATHS):
+        return problem_response(problem, headers)
+    status = problem.status
+    if status == HTTPStatus.UNPROCESSABLE_ENTITY:  # OpenAI's status for a wrong field
+        status = HTTPStatus.BAD_REQUEST
+    text = json.dumps(_openai(problem).model_dump())
+    return Response(text, status, headers, "application/json")
+
+
+def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the response to a request that failed."""
     return Response(problem.text(), problem.status, headers, MEDIA_TYPE)
 
 
 def handle_problems(app: FastAPI) -> None:
-    """Make `app` answer every error with a problem."""
+    """Make `app` answer every error with a problem, or with OpenAI's object."""
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return _response(_problem(error.status_code, error.detail), error.headers)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return _response(request, _problem(error.status_code, error.detail), error.headers)
 
     @app.exception_handler(LinearSRError)
     @app.exception_handler(Exception)
-    async def other_error(_: Request, error: Exception) -> Response:
-        headers = {"Retry-After": str(error.seconds)} if isinstance(error, Full) else None
-        return _response(problem(error), headers)
+    async def other_error(request: Request, error: Exception) -> Response:
+        headers = None
+        if isinstance(error, (Full, NotFinished)):
+            headers = {"Retry-After": str(error.seconds)}
+        return _response(request, problem(error), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(_: Request, __: ClientDisconnect) -> Response:

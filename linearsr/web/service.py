@@ -9,15 +9,16 @@ from typing import Protocol
 from pydantic import Field
 
 from linearsr.config import Config, FileOptions, ModelConfig, Options
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, OptionError
 
 
 class Limits(Config):
     """The limits of one request; a request beyond them is refused before any work is done."""
 
-    bytes: int = Field(default=20_000_000, ge=1)
+    # A photograph of a phone (12 to 16 megapixels) at x1 and x2.
+    bytes: int = Field(default=50_000_000, ge=1)
     """Maximum size of an upload in bytes."""
-    pixels: int = Field(default=4_000_000, ge=1)
+    pixels: int = Field(default=16_000_000, ge=1)
     """Maximum number of pixels of the uploaded picture."""
     output_pixels: int = Field(default=64_000_000, ge=1)
     """Maximum number of pixels of the result."""
@@ -26,8 +27,24 @@ class Limits(Config):
     # With one tile, linearsr-tiny takes about 5 kB of memory for each pixel of the picture.
     tile: int = Field(default=512, ge=16)
     """Maximum side of a tile in input pixels; tile=off counts as the longer side."""
-    seconds: float = Field(default=300.0, gt=0)
-    """Maximum time from the upload to the result."""
+    seconds: float = Field(default=3600.0, gt=0)
+    """Maximum time from the upload to the result in seconds."""
+
+
+class JobLimits(Config):
+    """The limits of jobs, which are requests with `Prefer: respond-async`."""
+
+    count: int = Field(default=100, ge=0)
+    """Maximum number of jobs that are kept at the same time, finished ones included; 0 for no
+    jobs."""
+    bytes: int = Field(default=2_000_000_000, ge=1)
+    """Maximum number of bytes on disk for the pictures and results of all jobs."""
+    running: int = Field(default=2, ge=1)
+    """Maximum number of jobs that are worked on at the same time; the others wait."""
+    seconds: float = Field(default=21_600.0, gt=0)
+    """Maximum time for the work on one job in seconds, without its wait."""
+    kept_seconds: float = Field(default=3_600.0, gt=0)
+    """Time for which a finished job is kept in seconds."""
 
 
 class ModelInfo(Config):
@@ -57,20 +74,36 @@ class UpscaleRequest:
     files: FileOptions
     # Whether the client wants progress, which costs a little time at each expert.
     progress: bool = False
+    # Width and height of each page that the result holds; empty if they were not measured.
+    pages: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The number of steps taken so far, sent when an expert begins and when it ends."""
+    """The number of steps taken so far, sent when an expert begins, between its tiles, and when it
+    ends.
+
+    part: steps that the expert has taken since on some of the tiles, as a share of all tiles.
+    """
 
     expert: str
     step: int
     steps: int
+    part: float = 0.0
 
     @property
     def percent(self) -> int:
         """The steps taken so far, in percent of all steps."""
-        return 100 * self.step // self.steps
+        return int(100 * (self.step + self.part) / self.steps)
+
+    def public(self) -> dict[str, str | int]:
+        """Return what clients see of it."""
+        return {
+            "expert": self.expert,
+            "step": self.step,
+            "steps": self.steps,
+            "percent": self.percent,
+        }
 
 
 @dataclass(frozen=True)
@@ -111,20 +144,31 @@ class NotReady(LinearSRError):
     """A part of the service has not loaded yet, has died, or is shutting down."""
 
 
+class UnknownModel(OptionError):
+    """A request names a model that is not served."""
+
+
+class UnknownJob(LinearSRError):
+    """There is no job of this id for the bearer of this token, or it has expired."""
+
+
+class NotFinished(LinearSRError):
+    """A job has no result yet; ask again in `seconds`."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"the job has not finished; ask again in {self.seconds} s"
+
+
 class TookTooLong(LinearSRError):
     """There was no result within the time limit of a request."""
 
 
-class Service(Protocol):
-    """The interface of the backend that runs the model."""
-
-    def models(self) -> list[ModelInfo]:
-        """Return the models that are served."""
-        ...
-
-    async def ready(self) -> None:
-        """Raise NotReady unless every part answers."""
-        ...
+class Upscaling(Protocol):
+    """The part of a `Service` that upscales."""
 
     def upscale(self, request: UpscaleRequest) -> Events:
         """Yield the progress of each expert if the request wants it, then the result.
@@ -132,6 +176,22 @@ class Service(Protocol):
         Raises InputError, OptionError, Full or another LinearSRError. Closing the generator cancels
         the request and frees its slot.
         """
+        ...
+
+
+class Service(Upscaling, Protocol):
+    """The interface of the backend that runs the model."""
+
+    def models(self) -> list[ModelConfig]:
+        """Return the configs of the models that are served; the first one is the default."""
+        ...
+
+    async def ready(self) -> None:
+        """Raise NotReady unless every part answers."""
+        ...
+
+    async def memory(self) -> int:
+        """Return how many bytes of memory one request may need. Raises NotReady."""
         ...
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -14,19 +15,24 @@ from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
+from typing_extensions import NamedTuple, Self
 
-from linearsr.config import FileOptions, Format, Options, Solver
+from linearsr.config import FileOptions, Format, ModelConfig, Options, Solver
 from linearsr.errors import OptionError, OutputError, TooLarge
 from linearsr.imaging.files import check_fits, measure, result_format
 from linearsr.pipeline.sizes import output_size
-from linearsr.web.service import Limits, ModelInfo, UpscaleRequest
+from linearsr.web.service import Limits, UpscaleRequest
+from linearsr.web.words import plain_words
 
 # Bytes for fields and boundaries, in addition to the picture.
 FORM_OVERHEAD = 65_536
 MAX_FIELD_BYTES = 8_192
+# The scales that messages advise.
+SCALES = (4.0, 3.0, 2.0, 1.5, 1.0)
 # Forms have no null: a field without a value is left out.
 Absent: TypeAlias = SkipJsonSchema[None]
-Side: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
+MAX_SIDE = 65535
+Side: TypeAlias = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Steps: TypeAlias = Annotated[int, Field(ge=1, le=50)]
 
 
@@ -36,23 +42,13 @@ def _check_is_file(value: object) -> object:
     return value
 
 
-class Upload(BaseModel):
-    """The form: a picture, and the same options as on the command line."""
+class Fields(BaseModel):
+    """The options of a form or a query that do not depend on a picture."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    image: Annotated[UploadFile, BeforeValidator(_check_is_file)] = Field(
-        json_schema_extra={"minLength": 1}
-    )
-    """The picture: PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."""
     scale: float = Field(default=4, ge=1, le=4)
     """How many times larger the result is; 1 repairs without enlarging."""
-    width: Side | Absent = None
-    """Width of the result in pixels, instead of a scale; unless the height is given too, it follows
-    from the aspect ratio."""
-    height: Side | Absent = None
-    """Height of the result in pixels, instead of a scale; unless the width is given too, it follows
-    from the aspect ratio."""
     steps: Steps | Absent = None
     """Number of steps: 1 is closest to the truth, more are sharper but invent texture."""
     detail: float = Field(default=1, ge=0, le=1)
@@ -74,48 +70,83 @@ class Upload(BaseModel):
     """Quality of JPEG and WebP."""
 
     @classmethod
-    def from_form(cls, form: FormData) -> Upload:
-        """Return the fields of a form; empty ones count as absent. Raises OptionError."""
-        names = [name for name, _ in form.multi_items()]
-        if repeated := [name for name in form if names.count(name) > 1]:
+    def parse(cls, values: Iterable[tuple[str, Any]]) -> Self:
+        """Return the fields of a form or a query; empty ones count as absent.
+
+        Raises OptionError, which names every wrong field.
+        """
+        values = list(values)
+        names = [name for name, _ in values]
+        if repeated := [name for name in names if names.count(name) > 1]:
             raise OptionError(f"{repeated[0]}: sent more than once; send it once")
         try:
-            return cls.model_validate({name: value for name, value in form.items() if value != ""})
+            return cls.model_validate({name: value for name, value in values if value != ""})
         except ValidationError as error:
-            # Pydantic adds that an optional field "should be None", which a form cannot express. A
-            # field whose name is not Unicode has no location.
-            errors = [e for e in error.errors() if e["type"] != "none_required"]
-            messages = (f"{(*e['loc'], 'a field')[0]}: {e['msg']}" for e in errors)
-            raise OptionError("; ".join(messages)) from None
+            wrong = plain_words(error, cls.model_fields)
+            raise OptionError("; ".join(f"{name}: {words}" for name, words in wrong)) from None
 
-    def request(self, data: bytes, max_pixels: int) -> UpscaleRequest:
-        """Return the request for a picture of these bytes. Raises OptionError."""
-        fields = self.model_dump(exclude={"image"})
+    def fields(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the fields of Options and FileOptions. Raises OptionError."""
+        if self.tags and model.tags is None:
+            raise OptionError(f"tags: {model.name} was trained without tags; leave them out")
+        return self.model_dump(include={*Options.model_fields, *FileOptions.model_fields})
+
+    def parsed(self, model: ModelConfig, max_pixels: int) -> tuple[Options, FileOptions]:
+        """Return how the picture is upscaled, and how files are read and written.
+
+        Raises OptionError for what the model cannot do.
+        """
+        fields = self.fields(model)
         files = {name: fields.pop(name) for name in ("format", "quality")}
-        return UpscaleRequest(
-            data, Options.parse(**fields), FileOptions.parse(**files, max_pixels=max_pixels)
-        )
+        return Options.parse(**fields), FileOptions.parse(**files, max_pixels=max_pixels)
 
 
-async def receive(request: Request, limits: Limits, model: ModelInfo) -> tuple[UpscaleRequest, str]:
-    """Receive an upload and check it; return its request and the picture's file name.
+class Upload(Fields):
+    """The form: a picture, and the same options as on the command line."""
+
+    image: Annotated[UploadFile, BeforeValidator(_check_is_file)] = Field(
+        json_schema_extra={"minLength": 1}
+    )
+    """The picture: PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."""
+    width: Side | Absent = None
+    """Width of the result in pixels, instead of a scale; unless the height is given too, it follows
+    from the aspect ratio."""
+    height: Side | Absent = None
+    """Height of the result in pixels, instead of a scale; unless the width is given too, it follows
+    from the aspect ratio."""
+
+
+Form = TypeVar("Form", bound=Upload)
+
+
+class Received(NamedTuple, Generic[Form]):
+    """A checked upload: its form, its request, and the picture's file name."""
+
+    form: Form
+    request: UpscaleRequest
+    name: str
+
+
+async def receive(
+    request: Request, limits: Limits, model: ModelConfig, kind: type[Form]
+) -> Received[Form]:
+    """Receive an upload with the fields of `kind` and check it.
 
     Raises InputError, OptionError, HTTPException, or ClientDisconnect.
     """
-    form = await _form(request, limits.bytes)
+    form = await _form(request, limits.bytes, kind)
     try:
-        upload = Upload.from_form(form)
-        size = upload.image.size or 0
-        if size > limits.bytes:
-            raise TooLarge(f"the picture has {size} bytes, more than the limit of {limits.bytes}")
-        checked = upload.request(await upload.image.read(), limits.pixels)
+        upload = kind.parse(form.multi_items())
+        check_bytes(upload.image.size or 0, limits)
+        data = await upload.image.read()
     finally:
         await form.close()
-    await run_in_threadpool(_check, checked, limits, model)
-    return checked, upload.image.filename or ""
+    checked = UpscaleRequest(data, *upload.parsed(model, limits.pixels))
+    pages = await run_in_threadpool(_check, checked, limits, model)
+    return Received(upload, replace(checked, pages=tuple(pages)), upload.image.filename or "")
 
 
-async def _form(request: Request, max_bytes: int) -> FormData:
+async def _form(request: Request, max_bytes: int, kind: type[Upload]) -> FormData:
     """Read the form, but never more bytes than the limit, whatever its Content-Length says.
 
     A body of another type, or one that claims to be too long, is refused before it is read.
@@ -131,7 +162,7 @@ async def _form(request: Request, max_bytes: int) -> FormData:
         request.headers,
         limited.stream(),
         max_files=1,
-        max_fields=len(Upload.model_fields),
+        max_fields=len(kind.model_fields),
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
@@ -176,26 +207,72 @@ def _limited(receive: Callable[[], Awaitable[Any]], max_bytes: int) -> Callable[
     return limited
 
 
-def _check(request: UpscaleRequest, limits: Limits, model: ModelInfo) -> None:
-    """Refuse what the limits or the model do not allow; of the picture, only its header is read."""
-    steps = request.options.steps or model.steps
-    if steps > limits.steps:
-        raise OptionError(f"steps: {steps} is more than the limit of {limits.steps}")
-    if request.options.tags and not model.tags:
-        raise OptionError(f"tags: {model.name} was trained without tags; leave them out")
+def _check(
+    request: UpscaleRequest, limits: Limits, model: ModelConfig
+) -> Sequence[tuple[int, int]]:
+    """Refuse what the limits or the model do not allow; of the picture, only its header is read.
+
+    Returns width and height of the pages that the result holds.
+    """
+    check_steps(request.options, limits, model)
     format, pages = measure(request.data)
     target = result_format(format, request.files.format)
     pages = pages if target == "tiff" else pages[:1]
-    _check_pixels("the picture", pages, limits.pixels)
-    tile = _tile(request.options, max(pages[0]))
+    check_pages(pages, request.options, limits)
+    check_format(pages[0], request.options, target)
+    return pages
+
+
+def check_bytes(size: int, limits: Limits) -> None:
+    """Raise TooLarge if an upload of `size` bytes is over the limit."""
+    if size > limits.bytes:
+        raise TooLarge(f"the picture has {size} bytes, more than the limit of {limits.bytes}")
+
+
+def check_steps(options: Options, limits: Limits, model: ModelConfig) -> None:
+    """Raise OptionError for more steps than the limits allow."""
+    steps = options.steps or model.sampling.steps
+    if steps > limits.steps:
+        raise OptionError(f"steps: {steps} is more than the limit of {limits.steps}")
+
+
+def check_pages(pages: Sequence[tuple[int, int]], options: Options, limits: Limits) -> None:
+    """Raise TooLarge or OptionError if the limits do not allow pages of these widths and heights.
+
+    The message says what the limits would allow.
+    """
+    _check_pixels("the picture", pages, limits.pixels, "crop it or make it smaller")
+    tile = _tile(options, max(pages[0]))
     if tile > limits.tile:
         raise OptionError(f"tile: {tile} is more than the limit of {limits.tile}; use auto")
-    results = [output_size(height, width, request.options)[::-1] for width, height in pages]
-    _check_pixels("the result", results, limits.output_pixels)
+    results = _results(pages, options)
+    fitting = (
+        s for s in SCALES if _total(_results(pages, _scaled(options, s))) <= limits.output_pixels
+    )
+    scale = next(fitting, None)
+    advice = f"use scale {scale:g}" if scale else "crop the picture or make it smaller"
+    _check_pixels("the result", results, limits.output_pixels, advice)
+
+
+def check_format(page: tuple[int, int], options: Options, format: str) -> None:
+    """Raise OptionError if a format cannot hold the result of a page of this width and height."""
     try:
-        check_fits(*results[0], target)
+        check_fits(*_results([page], options)[0], format)
     except OutputError as error:
         raise OptionError(f"format: {error}") from None
+
+
+def _scaled(options: Options, scale: float) -> Options:
+    return options.model_copy(update={"scale": scale, "width": None, "height": None})
+
+
+def _results(pages: Sequence[tuple[int, int]], options: Options) -> list[tuple[int, int]]:
+    """Return the width and the height of the result of each page."""
+    return [output_size(height, width, options)[::-1] for width, height in pages]
+
+
+def _total(pages: Sequence[tuple[int, int]]) -> int:
+    return sum(width * height for width, height in pages)
 
 
 def _tile(options: Options, longest: int) -> int:
@@ -205,11 +282,13 @@ def _tile(options: Options, longest: int) -> int:
     return longest if options.tile == "off" else min(longest, options.tile)
 
 
-def _check_pixels(name: str, pages: Sequence[tuple[int, int]], max_pixels: int) -> None:
+def _check_pixels(
+    name: str, pages: Sequence[tuple[int, int]], max_pixels: int, advice: str
+) -> None:
     """Raise TooLarge if pages of these widths and heights have too many pixels in all."""
-    total = sum(width * height for width, height in pages)
+    total = _total(pages)
     if total > max_pixels:
         has = "{}x{} pixels".format(*pages[0])
         if len(pages) > 1:
             has = f"{total} pixels on {len(pages)} pages"
-        raise TooLarge(f"{name} has {has}, more than the limit of {max_pixels}")
+        raise TooLarge(f"{name} has {has}, more than the limit of {max_pixels}; {advice}")

@@ -13,28 +13,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 
-from linearsr.config import Options
+from linearsr.config import ModelConfig, Options
 from linearsr.diffusion.experts import Segment
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.codec import encode_result, read_tagged
+from linearsr.pipeline.memory import free_memory
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
-from linearsr.web.api import create_app
+from linearsr.web.api import create_app, digest
+from linearsr.web.jobs import JobStore
 from linearsr.web.pages import upscale_pages
 from linearsr.web.service import (
     Events,
     Full,
+    JobLimits,
     Limits,
-    ModelInfo,
     NotReady,
     Progress,
     Result,
     Service,
     UpscaleRequest,
-    model_info,
 )
 
 # A test that waits longer than this for something to happen fails.
@@ -58,8 +61,11 @@ class Local:
         self.segments = 0
         self._changed = threading.Condition()
 
-    def models(self) -> list[ModelInfo]:
-        return [model_info(self.upscaler.config)]
+    def models(self) -> list[ModelConfig]:
+        return [self.upscaler.config]
+
+    async def memory(self) -> int:
+        return free_memory()
 
     async def ready(self) -> None:
         if not self.works:
@@ -134,6 +140,23 @@ async def _timed(work: Callable[..., object], *arguments: object) -> tuple:  # t
     return result, 1000 * (time.perf_counter() - began)
 
 
+class StoreOfTheServer:
+    """A store that is made in the event loop of the server that uses it."""
+
+    def __init__(self, service: Service, limits: JobLimits, folder: Path) -> None:
+        self.arguments = service, limits, folder
+        self.store: JobStore | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def call(*arguments: Any) -> Any:
+            if self.store is None:
+                self.store = JobStore(*self.arguments)
+                await self.store.start()
+            return await getattr(self.store, name)(*arguments)
+
+        return call
+
+
 class _Server(uvicorn.Server):
     """A server with an event for when it listens."""
 
@@ -148,10 +171,13 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def served(
-    service: Service, limits: Limits | None = None, token: str | None = None
+    service: Service,
+    limits: Limits | None = None,
+    token: str | None = None,
+    jobs: StoreOfTheServer | None = None,
 ) -> Iterator[str]:
     """Run a server in a thread; yield its address, without a slash at the end."""
-    app = create_app(service, limits or Limits(), token)
+    app = create_app(service, limits or Limits(), digest(token), jobs=jobs)  # type: ignore[arg-type]
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
     server = _Server(config)
     with socket.socket() as listener:

@@ -12,6 +12,7 @@ import re
 import select
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,17 +33,15 @@ from linearsr.config import FileOptions, ModelConfig, Options
 from linearsr.errors import InputError, OptionError, OutputError, TooLarge, WeightsError
 from linearsr.imaging.files import Picture, encode, read, read_provenance
 from linearsr.pipeline.memory import OutOfMemory
-from linearsr.web.api import create_app
+from linearsr.web.api import create_app, digest
 from linearsr.web.service import (
     Events,
     Full,
     Limits,
-    ModelInfo,
     NotReady,
     Progress,
     Result,
     UpscaleRequest,
-    model_info,
 )
 from linearsr.web.upload import FORM_OVERHEAD, MAX_FIELD_BYTES, Upload
 from tests.helpers.experts import random_experts
@@ -248,34 +247,35 @@ def test_stream_refused_at_once_has_the_status_of_the_refusal(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scale": 5}, "scale: .*less than or equal to 4"),
-        ({"scale": 0.9}, "scale: .*greater than or equal to 1"),
-        ({"scale": "four"}, "scale: .*number"),
-        ({"scale": "NaN"}, "scale"),
-        ({"detail": 1.5}, "detail: .*less than or equal to 1"),
-        ({"detail": "inf"}, "detail"),
-        ({"steps": 0}, "steps"),
-        ({"steps": 51}, "steps"),
-        ({"steps": "NaN"}, "steps"),
-        ({"steps": "1e400"}, "steps"),
-        ({"steps": "9" * 5000}, "steps"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**63}, "seed"),
-        ({"width": 0}, "width"),
-        ({"height": 65536}, "height"),
-        ({"tile": 15}, "tile"),
-        ({"tile": "big"}, "tile"),
-        ({"tile": "٣٢"}, "tile"),
+        ({"scale": 5}, "scale: must be at most 4, not '5'$"),
+        ({"scale": 0.9}, "scale: must be at least 1, not '0.9'$"),
+        ({"scale": "four"}, "scale: must be a number, not 'four'$"),
+        ({"scale": "NaN"}, "scale: must be "),
+        ({"detail": 1.5}, "detail: must be at most 1"),
+        ({"detail": "inf"}, "detail: must be "),
+        ({"steps": 0}, "steps: must be at least 1, not '0'$"),
+        ({"steps": 51}, "steps: must be at most 50"),
+        ({"steps": "NaN"}, "steps: must be a whole number"),
+        ({"steps": "1e400"}, "steps: must be a whole number"),
+        ({"steps": "9" * 5000}, "steps: must be "),
+        ({"seed": -1}, "seed: must be at least 0"),
+        ({"seed": 2**63}, "seed: must be below 9223372036854775808"),
+        ({"width": 0}, "width: must be at least 1"),
+        ({"height": 65536}, "height: must be at most 65535"),
+        ({"tile": 15}, "tile: must be 'auto' or 'off', or at least 16, not '15'$"),
+        ({"tile": "big"}, "tile: must be 'auto' or 'off', or a whole number, not 'big'$"),
+        ({"tile": "٣٢"}, "tile: must be 'auto' or 'off', or a whole number"),
         ({"tile": 65536}, "tile: .*65535"),
-        ({"tile": "16.5"}, "tile"),
-        ({"colour_fix": "magic"}, "colour_fix: .*'wavelet'"),
-        ({"solver": "magic"}, "solver: .*'euler'"),
-        ({"format": "gif"}, "format: .*'png'"),
-        ({"quality": 101}, "quality"),
-        ({"tags": "x" * 1001}, "tags: .*1000"),
+        ({"tile": "16.5"}, "tile: must be 'auto' or 'off', or a whole number"),
+        ({"colour_fix": "magic"}, "colour_fix: must be 'wavelet', 'adain' or 'none', not 'magic'$"),
+        ({"solver": "magic"}, "solver: must be 'euler', 'dpm' or 'adams', not 'magic'$"),
+        ({"format": "gif"}, "format: must be 'png', 'jpg', 'webp' or 'tif', not 'gif'$"),
+        ({"quality": 101}, "quality: must be at most 100"),
+        ({"tags": "x" * 1001}, "tags: must have at most 1000 characters$"),
         ({"tags": "cat"}, "tags: small was trained without tags; leave them out"),
         ({"tags": "auto"}, "tags: small was trained without"),
-        ({"unknown": 1}, "unknown: "),
+        ({"unknown": 1}, "unknown: is not known; leave it out$"),
+        ({"color_fix": "none"}, "color_fix: is not known; did you mean colour_fix"),
         ({"cls": 1}, "cls: "),
         ({"data": 1}, "data: "),
         ({"max_pixels": 10**9}, "max_pixels: "),
@@ -297,11 +297,11 @@ def test_empty_field_counts_as_absent(client: TestClient, png: bytes) -> None:
     assert empty.content == upload(client, png).content
 
 
-def test_form_has_the_fields_of_the_command() -> None:
+def test_form_has_the_fields_of_the_command(small_config: ModelConfig) -> None:
     fields = {*Options.model_fields, *FileOptions.model_fields} - {"max_pixels"}
     assert set(Upload.model_fields) == fields | {"image"}
-    request = Upload(image=UploadFile(io.BytesIO())).request(b"", max_pixels=5)
-    assert (request.options, request.files) == (Options(), FileOptions(max_pixels=5))
+    parsed = Upload(image=UploadFile(io.BytesIO())).parsed(small_config, max_pixels=5)
+    assert parsed == (Options(), FileOptions(max_pixels=5))
 
 
 @pytest.mark.parametrize(
@@ -394,9 +394,11 @@ def test_request_over_a_limit_is_refused(service: Local, png: bytes) -> None:
     assert "steps: 5 is more than the limit of 4" in detail(upload(client, png, steps=5), 422)
     before = service.requests
     client = limited(service, pixels=12 * 9 - 1)
-    assert "the picture has 12x9 pixels" in detail(upload(client, png), 413)
+    message = "the picture has 12x9 pixels, more than the limit of 107; crop it or make it smaller"
+    assert detail(upload(client, png), 413) == message
     client = limited(service, output_pixels=48 * 36 - 1)
-    assert "the result has 48x36 pixels" in detail(upload(client, png), 413)
+    message = detail(upload(client, png), 413)
+    assert message == "the result has 48x36 pixels, more than the limit of 1727; use scale 3"
     assert upload(client, png, scale=3).status_code == 200
     # The model takes four steps by default.
     client = limited(service, steps=3)
@@ -577,10 +579,20 @@ def test_health_follows_the_service(client: TestClient, service: Local) -> None:
     assert "try again soon" in detail(client.get("/healthz"), 503)
 
 
-def test_models_lists_model_and_limits(client: TestClient) -> None:
-    assert client.get("/v1/models").json() == {
-        "models": [
+def test_models_lists_model_and_limits(service: Local) -> None:
+    before = int(time.time())
+    client = TestClient(create_app(service, Limits()))
+    answer = client.get("/v1/models").json()
+    created = answer["data"][0]["created"]
+    assert before <= created <= time.time()
+    assert answer == {
+        "object": "list",
+        "data": [
             {
+                "id": "small",
+                "object": "model",
+                "created": created,
+                "owned_by": "linearsr",
                 "name": "small",
                 "scale": 4,
                 "smallest_scale": 4.0,
@@ -616,7 +628,8 @@ def test_models_lists_model_and_limits(client: TestClient) -> None:
 def test_upload_needs_the_right_token(
     service: Local, png: bytes, header: str | None, status: int
 ) -> None:
-    client = TestClient(create_app(service, Limits(), "gehëim"), raise_server_exceptions=False)
+    app = create_app(service, Limits(), digest("gehëim"))
+    client = TestClient(app, raise_server_exceptions=False)
     headers: Any = {} if header is None else {"Authorization": header.encode()}
     answer = upload(client, png, headers=headers)
     assert answer.status_code == status
@@ -627,7 +640,7 @@ def test_upload_needs_the_right_token(
 
 
 def test_everything_but_uploads_needs_no_token(service: Local) -> None:
-    client = TestClient(create_app(service, Limits(), "secret"))
+    client = TestClient(create_app(service, Limits(), digest("secret")))
     for path in ("/", "/docs", "/openapi.json", "/healthz", "/v1/models"):
         assert client.get(path).status_code == 200, path
     assert client.get("/v1/models").json()["token"] is True
@@ -686,12 +699,15 @@ class Scripted:
     """A service that yields the events of a test."""
 
     def __init__(self, upscaler: Upscaler, script: Callable[[], Events]) -> None:
-        self.info = model_info(upscaler.config)
+        self.config = upscaler.config
         self.script = script
         self.begun, self.closed = threading.Event(), threading.Event()
 
-    def models(self) -> list[ModelInfo]:
-        return [self.info]
+    def models(self) -> list[ModelConfig]:
+        return [self.config]
+
+    async def memory(self) -> int:
+        return 2**40
 
     async def ready(self) -> None:
         raise RuntimeError("/secret/path")
@@ -946,7 +962,7 @@ def test_tags_reach_the_model(tagged_config: ModelConfig, tmp_path: Path, png: b
     assert provenance is not None and provenance["tags"] == "cat, grass"
     odd = upload(client, png, tags="猫\0,\u202e\x1b[2J")
     assert odd.status_code == 200 and np.isfinite(read(odd.content).pixels.numpy()).all()
-    assert client.get("/v1/models").json()["models"][0]["tags"] is True
+    assert client.get("/v1/models").json()["data"][0]["tags"] is True
 
 
 def test_page_and_its_files_are_served(client: TestClient) -> None:

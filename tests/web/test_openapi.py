@@ -15,15 +15,16 @@ from starlette.testclient import TestClient
 
 from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig
-from linearsr.web.api import create_app
-from linearsr.web.service import Limits
+from linearsr.web.api import create_app, digest
+from linearsr.web.service import JobLimits, Limits
 from tests.helpers.experts import random_experts
-from tests.helpers.local_service import Local, served
+from tests.helpers.local_service import Local, StoreOfTheServer, served
 
-# A result can be too large although each field is in its range; a schema cannot express that.
+# A result can be too large although each field is in its range, and a model or a job unknown; a
+# schema cannot express that.
 CONFIG = """
 [checks]
-positive_data_acceptance.expected-statuses = ["2xx", "413"]
+positive_data_acceptance.expected-statuses = ["2xx", "404", "413"]
 negative_data_rejection.expected-statuses = ["400", "413", "415", "422"]
 """
 
@@ -51,7 +52,8 @@ def test_server_behaves_as_its_openapi_document_says(
         "SCHEMATHESIS_HOOKS": "tests.helpers.schemathesis_hooks",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    with served(Local(tagged), Limits(output_pixels=10_000), token) as url:
+    jobs = StoreOfTheServer(Local(tagged), JobLimits(), tmp_path / "jobs")
+    with served(Local(tagged), Limits(output_pixels=10_000), token, jobs) as url:
         done = subprocess.run(
             [*run, f"{url}/openapi.json", *options, *header],
             env={**os.environ, **hooks},
@@ -60,18 +62,18 @@ def test_server_behaves_as_its_openapi_document_says(
             text=True,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Operations:       3 selected / 3 total" in done.stdout
+    assert "Operations:       11 selected / 11 total" in done.stdout
 
 
 def document(upscaler: Upscaler, token: str | None = None) -> dict[str, Any]:
-    client = TestClient(create_app(Local(upscaler), Limits(), token))
+    client = TestClient(create_app(Local(upscaler), Limits(), digest(token)))
     return client.get("/openapi.json").json()
 
 
 def test_openapi_document_lists_problems_and_security(small: Upscaler) -> None:
     operation = document(small)["paths"]["/v1/upscale"]["post"]
     problems = {"400", "413", "415", "422", "429", "503", "504"}
-    assert operation["responses"].keys() == {"200", *problems}
+    assert operation["responses"].keys() == {"200", "202", *problems}
     for status in problems:
         (kind, content), *others = operation["responses"][status]["content"].items()
         assert kind == "application/problem+json" and not others
@@ -81,7 +83,7 @@ def test_openapi_document_lists_problems_and_security(small: Upscaler) -> None:
     assert "security" not in operation
     guarded = document(small, "a-token")
     operation = guarded["paths"]["/v1/upscale"]["post"]
-    assert operation["responses"].keys() == {"200", "401", *problems}
+    assert operation["responses"].keys() == {"200", "202", "401", *problems}
     assert operation["security"] == [{"HTTPBearer": []}]
     assert guarded["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert "security" not in guarded["paths"]["/v1/models"]["get"]

@@ -694,7 +694,8 @@ def test_field_refused_by_the_server_has_its_message_beside_it(
     start(page)
     expect(page.get_by_label("Seed")).to_be_focused()
     expect(page.get_by_label("Seed")).to_have_accessible_description(
-        "Input should be less than 9223372036854775808. The same seed gives the same result."
+        "Must be below 9223372036854775808, not '9999999999999999999'. "
+        "The same seed gives the same result."
     )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
+from linearsr.web.api import create_app, digest
+from linearsr.web.service import Limits
 from tests.helpers.forms import BOUNDARY, END, FORM, detail, part
+from tests.helpers.local_service import Local
 
 
 def form(png: bytes, **fields: str) -> bytes:
@@ -91,3 +94,42 @@ def test_unknown_format_is_refused_with_the_known_ones(client: TestClient, png: 
     body = form(png, steps="1", format="bmp")
     answer = client.post("/v1/upscale", content=body, headers=FORM)
     assert "'png', 'jpg', 'webp' or 'tif'" in detail(answer, 422)
+
+
+ORIGIN = {"Origin": "https://example.org"}
+
+
+@pytest.fixture
+def open_client(service: Local) -> TestClient:
+    """Return a client of an endpoint that pages of one other origin may use."""
+    app = create_app(service, Limits(), digest("sesame"), cors_origins=["https://example.org"])
+    return TestClient(app)
+
+
+def test_pages_of_other_origins_are_let_in_only_by_the_setting(
+    client: TestClient, open_client: TestClient
+) -> None:
+    assert "Access-Control-Allow-Origin" not in client.get("/v1/models", headers=ORIGIN).headers
+    answer = open_client.get("/v1/models", headers=ORIGIN)
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    assert "X-LinearSR-Seed" in answer.headers["Access-Control-Expose-Headers"]
+    other = open_client.get("/v1/models", headers={"Origin": "https://example.com"})
+    assert "Access-Control-Allow-Origin" not in other.headers
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/upscale"), ("DELETE", "/v1/jobs/x")])
+def test_preflight_needs_no_token(open_client: TestClient, method: str, path: str) -> None:
+    headers = {
+        **ORIGIN,
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "authorization, prefer",
+    }
+    answer = open_client.options(path, headers=headers)
+    assert answer.status_code == 200
+    assert method in answer.headers["Access-Control-Allow-Methods"]
+
+
+def test_refusal_can_be_read_by_pages_of_other_origins(open_client: TestClient) -> None:
+    answer = open_client.post("/v1/upscale", headers=ORIGIN)
+    detail(answer, 401)
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"

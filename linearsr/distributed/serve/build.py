@@ -17,9 +17,10 @@ from linearsr.distributed.serve.config import ServeConfig, needs_finisher
 from linearsr.distributed.serve.expert import Experts
 from linearsr.distributed.serve.finisher import Finisher
 from linearsr.distributed.serve.ingress import TOKEN, Ingress
+from linearsr.distributed.serve.jobs import JobKeeper
 from linearsr.distributed.serve.router import Router
 from linearsr.errors import OptionError
-from linearsr.web.service import model_info
+from linearsr.web.api import digest
 from linearsr.weights import expert_names
 
 # The ingress answers pages, refusals and health checks while uploads wait.
@@ -55,7 +56,10 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     deployment = serve.deployment(Router).options(**options, num_replicas=config.routers)
     router = deployment.bind(config, groups, workers, finisher)
     workers += [finisher] if finisher else []
-    return _ingress(config).bind(config.limits, model_info(model), router, workers)
+    token = digest(os.environ.get(TOKEN)) or config.token_sha256
+    return _ingress(config).bind(
+        config.limits, model, router, workers, _jobs(config, router), token, config.cors_origins
+    )
 
 
 def _scaling(config: ServeConfig, name: str, replicas: int) -> dict[str, Any]:
@@ -81,11 +85,21 @@ def _ingress(config: ServeConfig) -> serve.Deployment:
     actor = options["ray_actor_options"]
     if config.ingress_node == "head":
         actor["resources"] = {HEAD_RESOURCE: 0.001}
-    # The token is set where the application is built, and needed where the ingress runs.
-    if token := os.environ.get(TOKEN):
-        actor["runtime_env"]["env_vars"][TOKEN] = token
     return serve.deployment(serve.ingress()(Ingress)).options(
         **options, num_replicas=config.ingresses
+    )
+
+
+def _jobs(config: ServeConfig, router: Application) -> Application | None:
+    """Return the deployment that keeps jobs; None if there are to be none."""
+    if not config.jobs.count:
+        return None
+    options = {**_options(config, 0), "max_surge_percent": 0}  # a folder has one keeper at a time
+    options["max_ongoing_requests"] = INGRESS_REQUESTS
+    if config.jobs_folder is None:
+        options["ray_actor_options"]["resources"] = {HEAD_RESOURCE: 0.001}
+    return (
+        serve.deployment(JobKeeper).options(**options).bind(config.jobs, config.jobs_folder, router)
     )
 
 

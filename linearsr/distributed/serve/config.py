@@ -12,7 +12,7 @@ from linearsr.diffusion.experts import plan, shares
 from linearsr.diffusion.schedule import schedule
 from linearsr.distributed.resources import ResourceRequest
 from linearsr.errors import OptionError
-from linearsr.web.service import Limits
+from linearsr.web.service import JobLimits, Limits
 
 
 class ServeConfig(Config):
@@ -60,8 +60,22 @@ class ServeConfig(Config):
     max_surge_percent: int = Field(default=0, ge=0, le=100)
     """The percentage of replicas that may start beside the ones they replace in a roll-out, if the
     cluster has room for both. With 0, old replicas end first, a fifth of them at a time."""
+    router_memory: int | None = Field(default=None, ge=1)
+    """Memory in bytes that the requests of one router may need together; others wait. None for
+    70% of the memory that is free when the router starts, divided by the number of routers."""
     limits: Limits = Limits()
     """The limits of one request."""
+    jobs: JobLimits = JobLimits()
+    """The limits of jobs, which are requests whose clients do not wait."""
+    jobs_folder: str | None = None
+    """The folder in which jobs are kept, if all nodes share one. None for a folder of Ray's session
+    on the head node."""
+    token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """The SHA-256 digest, in hexadecimal, of the bearer token that uploads need. LINEARSR_TOKEN in
+    the environment of whoever deploys comes first; without both, that of the ingress counts."""
+    cors_origins: tuple[str, ...] = ()
+    """The other origins, such as "https://example.org", whose pages may use the endpoint from a
+    browser; "*" for all of them."""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> ServeConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from tenacity import (
 from linearsr.distributed.compat import serve_client
 from linearsr.distributed.models import check_model
 from linearsr.distributed.serve.config import ServeConfig
+from linearsr.distributed.serve.ingress import TOKEN
 from linearsr.errors import LinearSRError, OptionError, one_line
+from linearsr.web.api import digest
 
 DEPLOYING = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING)
 
@@ -31,7 +34,8 @@ def read_file(
 ) -> dict[str, Any]:
     """Return the content of a Serve config file, with `settings` put into its ServeConfig.
 
-    The file has one application. port: the HTTP port, if not the file's.
+    The file has one application. If LINEARSR_TOKEN is set, uploads will need it.
+    port: the HTTP port, if not the file's.
     on_head: whether the HTTP proxy and the ingress run on the head only.
     Raises OptionError for a wrong file, field or value, and WeightsError for a wrong model.
     """
@@ -50,6 +54,8 @@ def read_file(
         http["port"] = port
     if on_head:
         args["ingress_node"], file["proxy_location"] = "head", "HeadOnly"
+    if token := digest(os.environ.get(TOKEN)):
+        args["token_sha256"] = token
     check_model(ServeConfig.parse(**args).model)
     return {**file, "http_options": http, "applications": [{**application, "args": args}]}
 

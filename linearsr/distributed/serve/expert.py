@@ -16,6 +16,7 @@ from linearsr.config import ModelConfig, Options
 from linearsr.diffusion.experts import Segment, ranges
 from linearsr.distributed.models import load_upscaler
 from linearsr.distributed.serve.config import ServeConfig
+from linearsr.distributed.serve.progress import TileCounter
 from linearsr.distributed.serve.retry import StaleModel, WeightsChanged
 from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
@@ -38,6 +39,8 @@ class Handoff:
     queue: float = 0.0
     # By the experts' names.
     denoise: dict[str, float] = field(default_factory=dict)
+    # The key under which experts note how far they are; None if the client wants no progress.
+    note: str | None = None
 
 
 @dataclass
@@ -47,6 +50,7 @@ class _Item:
     handoff: Handoff
     segment: Segment
     arrival: float
+    tiles: TileCounter
     wanted: bool = True
 
 
@@ -81,7 +85,8 @@ class Experts:
         check_same_model(self.upscaler, handoff)
         if handoff.weights not in (None, self.weights):
             raise WeightsChanged("the experts are getting new weights; send the request again")
-        item = _Item(handoff, segment, time.perf_counter())
+        tiles = TileCounter(handoff.note, segment.expert, len(handoff.state.tiles))
+        item = _Item(handoff, segment, time.perf_counter(), tiles)
         try:
             result: Handoff | Exception = await self.queues[segment.expert](item)
         except asyncio.CancelledError:
@@ -113,7 +118,12 @@ class Experts:
     def _denoise_batch(self, items: list[_Item]) -> list[Handoff | Exception]:
         start, self.forwards = time.perf_counter(), 0
         batch = [(item.handoff.state, item.segment) for item in items]
-        states = self.upscaler.denoise_batch(batch, wanted=lambda i: items[i].wanted)
+
+        def wanted(number: int) -> bool:
+            items[number].tiles.begin_tile()
+            return items[number].wanted
+
+        states = self.upscaler.denoise_batch(batch, wanted=wanted)
         duration = 1000 * (time.perf_counter() - start)
         name = self.upscaler.expert_name(items[0].segment.expert)
         tags = {"expert": name}
@@ -126,7 +136,8 @@ class Experts:
             self.queue_ms.observe(wait, tags)
             denoise = {**item.handoff.denoise, name: duration}
             queue = item.handoff.queue + wait
-            results.append(Handoff(state, item.handoff.config, self.weights, queue, denoise))
+            note = item.handoff.note
+            results.append(Handoff(state, item.handoff.config, self.weights, queue, denoise, note))
         return results
 
     def _count(self, *_: object) -> None:

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
-from functools import partial
-from statistics import median
 from typing import Any
 
-import ray
-from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from linearsr.distributed.serve.retry import (
-    NoCapacity,
-    ReplicaDied,
-    StaleModel,
-    unwrap,
-    with_retries,
-)
-from linearsr.web.api import create_app
-from linearsr.web.service import (
-    Events,
-    Full,
-    Limits,
-    ModelInfo,
-    NotReady,
-    Result,
-    UpscaleRequest,
-)
+from linearsr.config import ModelConfig
+from linearsr.distributed.serve.jobs import RemoteJobs
+from linearsr.distributed.serve.sender import Sender
+from linearsr.web.api import create_app, digest
+from linearsr.web.service import Events, Limits, NotReady, UpscaleRequest
 
 # The environment variable with the bearer token that uploads need.
 TOKEN = "LINEARSR_TOKEN"
-# A refused request is told to wait as long as recent requests took; until there was one, this long.
-RETRY_AFTER_SECONDS = 2
 # A replica that has not answered a health check by then counts as gone.
 READY_SECONDS = 5
 
@@ -46,33 +25,49 @@ READY_SECONDS = 5
 class Ingress:
     """A `linearsr.web.service.Service` over the handles of the other deployments.
 
-    workers: the experts, and the finisher where there is one.
+    workers: the experts, and the finisher where there is one. jobs: the deployment that keeps jobs;
+    None if there are none. token: digest of the bearer token; None for that of this process's
+    environment.
     """
 
     def __init__(
         self,
         limits: Limits,
-        info: ModelInfo,
+        model: ModelConfig,
         router: DeploymentHandle,
         workers: Sequence[DeploymentHandle],
+        jobs: DeploymentHandle | None,
+        token: str | None,
+        cors_origins: Sequence[str],
     ) -> None:
         self.limits = limits
-        self.info = info
+        self.model = model
         self.router = router
         self.workers = workers
+        self.jobs = RemoteJobs(jobs, self._check_open) if jobs else None
+        self.token = token or digest(os.environ.get(TOKEN))
+        self.cors_origins = cors_origins
+        self.sender = Sender(router)
+        self.budget: int | None = None
         self.draining = False
         self.in_flight = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self.durations: deque[float] = deque(maxlen=32)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application that Serve puts behind its proxy."""
-        return create_app(self, self.limits, os.environ.get(TOKEN) or None)
+        return create_app(
+            self,
+            self.limits,
+            self.token,
+            jobs=self.jobs,
+            cors_origins=self.cors_origins,
+            warm_up=True,
+        )
 
-    def models(self) -> list[ModelInfo]:
-        """Return the one model that is served."""
-        return [self.info]
+    def models(self) -> list[ModelConfig]:
+        """Return the config of the one model that is served."""
+        return [self.model]
 
     async def ready(self) -> None:
         """Raise NotReady unless a replica of every expert, and of the finisher, answers.
@@ -86,6 +81,15 @@ class Ingress:
         except Exception as error:
             raise NotReady("some experts have not loaded yet; try again soon") from error
 
+    async def memory(self) -> int:
+        """Return the memory that a router has for its requests, in bytes. Raises NotReady."""
+        if self.budget is None:
+            try:
+                self.budget = await asyncio.wait_for(self._budget(), READY_SECONDS)
+            except Exception as error:
+                raise NotReady("no router answers yet; try again soon") from error
+        return self.budget
+
     async def upscale(self, request: UpscaleRequest) -> Events:
         """Yield progress, then the result; start again with another router if the first one died.
 
@@ -94,13 +98,9 @@ class Ingress:
         self._check_open()
         self.in_flight += 1
         self.idle.clear()
-        start = time.perf_counter()
-        attempts = with_retries(partial(self._send, request), ReplicaDied, StaleModel, NoCapacity)
         try:
-            async with aclosing(attempts) as events:
+            async with aclosing(self.sender.upscale(request)) as events:
                 async for event in events:
-                    if isinstance(event, Result):
-                        self.durations.append(time.perf_counter() - start)
                     yield event
         finally:
             self.in_flight -= 1
@@ -108,27 +108,15 @@ class Ingress:
                 self.idle.set()
 
     async def drain(self) -> None:
-        """Refuse new requests, and return when those in flight have finished."""
+        """Refuse new requests, return when those in flight have finished, and end all jobs."""
         self.draining = True
         await self.idle.wait()
+        if self.jobs:
+            await self.jobs.clear()
 
     def _check_open(self) -> None:
         if self.draining:
             raise NotReady("the endpoint is shutting down; try again later")
 
-    async def _send(self, request: UpscaleRequest, attempt: int) -> Events:
-        """Send the request to a router, and cancel it there if this generator is closed."""
-        events = self.router.upscale.options(stream=True).remote(request)
-        try:
-            async for event in events:
-                yield event
-        except BackPressureError as error:
-            if attempt > 1:
-                raise NoCapacity("all slots are taken") from error
-            wait = median(self.durations) if self.durations else RETRY_AFTER_SECONDS
-            raise Full(math.ceil(wait)) from None
-        except (ray.exceptions.RayError, RayServeException) as error:
-            raise unwrap(error) from error
-        except (GeneratorExit, asyncio.CancelledError):
-            events.cancel()
-            raise
+    async def _budget(self) -> int:
+        return await self.router.memory.remote()

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from linearsr.distributed.compat import delete_application
+from linearsr.distributed.compat import delete_application, http_address
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.serve.build import build_app
@@ -72,6 +72,39 @@ def run(
     print("Finishing in-flight requests. Press Ctrl-C again to stop now.", flush=True)
     _drain(config.limits.seconds)
     ray.shutdown()
+
+
+def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
+    """Deploy over the endpoint that `linearsr serve` runs already; return its address.
+
+    Raises OptionError if there is none, if its cluster is too small for the config, or if it
+    listens elsewhere: Serve cannot move. Raises LinearSRError if a deployment does not start.
+    """
+    app = build_app(config)
+    try:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "auto"),
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        running = APPLICATION in serve.status().applications
+    except (ConnectionError, RayServeException):
+        running = False
+    if not running:
+        raise OptionError("--redeploy: no endpoint runs here; leave it out")
+    listens = http_address()
+    if (host or listens[0], port or listens[1]) != listens:
+        raise OptionError(
+            '--host and --port cannot change while the endpoint runs on {}:{}; see "Opening it to '
+            'others" in docs/guides/serving.md'.format(*listens)
+        )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.run(app, name=APPLICATION)
+    except (RuntimeError, RayError) as error:
+        raise LinearSRError(f"the endpoint did not change: {one_line(error)}") from error
+    ray.shutdown()
+    return "http://{}:{}/".format(*listens)
 
 
 def _drain(seconds: float) -> None:
