@@ -38,7 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from linearsr import __version__
 from linearsr.imaging.files import WRITE_SUFFIXES, result_name
 from linearsr.web.problems import MEDIA_TYPE, Problem, handle_problems, problem
-from linearsr.web.service import Events, Limits, ModelInfo, Progress, Result, Service, TookTooLong
+from linearsr.web.service import Events, Limits, Progress, Result, Service, TookTooLong
 from linearsr.web.upload import Upload, receive
 
 PAGE = Path(__file__).parent / "page"
@@ -113,7 +113,8 @@ FORM = {
 class Served(BaseModel):
     """The models, the limits, and whether uploads need a token."""
 
-    models: list[ModelInfo]
+    object: str = "list"
+    data: list[dict[str, Any]]
     limits: Limits
     token: bool = Field(description="whether uploads need a bearer token")
 
@@ -200,7 +201,27 @@ async def models(request: Request) -> Served:
     """Return the models, the limits, and whether uploads need a token."""
     state = request.app.state
     token = state.token is not None
-    return Served(models=state.service.models(), limits=state.limits, token=token)
+    models = [m.model_dump() | {"id": m.name, "object": "model"} for m in state.service.models()]
+    return Served(data=models, limits=state.limits, token=token)
+
+
+@router.get("/v1/estimate", include_in_schema=False)
+async def estimate(
+    request: Request, width: int, height: int, scale: float = 4, steps: int = 2, detail: float = 1
+) -> dict[str, Any]:
+    """Return how long a picture will take. For development: replaced by the endpoint's."""
+    seconds = 30e-6 * width * height * (steps if detail else 1)
+    limit = request.app.state.limits.seconds
+    detail_ = (
+        "" if seconds <= limit else f"it would take {seconds:.0f} s, and the limit is {limit:.0f} s"
+    )
+    return {
+        "seconds": seconds,
+        "width": round(width * scale),
+        "height": round(height * scale),
+        "fits": not detail_,
+        "detail": detail_,
+    }
 
 
 @router.get("/healthz", responses=NOT_READY)
