@@ -74,10 +74,11 @@ export function drawThumbnail(canvas, image) {
 }
 
 // Return a part of a picture as a PNG file, which keeps every pixel but no EXIF.
-export async function cut(file, { x, y, width, height }) {
+// alpha: whether the picture may be transparent.
+export async function cut(file, { x, y, width, height }, alpha) {
   const canvas = document.createElement("canvas");
   Object.assign(canvas, { width, height });
-  canvas.getContext("2d").drawImage(await draw(file), x, y, width, height, 0, 0, width, height);
+  canvas.getContext("2d", { alpha }).drawImage(await draw(file), x, y, width, height, 0, 0, width, height);
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   return new File([blob], file.name.replace(/(\.[^.]*)?$/, "-crop.png"), { type: "image/png" });
 }

@@ -484,7 +484,7 @@ async function useWhole() {
 
 async function useCrop() {
   const { x, y, width, height } = crop.rectangle();
-  const file = await cut(selected.original.file, { x, y, width, height });
+  const file = await cut(selected.original.file, { x, y, width, height }, selected.kind !== "jpeg");
   await replace(selected, { file, width, height }, { x, y, width, height });
 }
 
