@@ -552,7 +552,7 @@ function show() {
     zooms: result?.drawn && !rectangle,
     start: !queue && !rectangle,
     cancel: queue && !rectangle,
-    download: result && item.state !== "running" && !rectangle,
+    download: result && items.length === 1 && item.state !== "running" && !rectangle,
     cropping: server && drawn && !["running", "queued"].includes(item.state) && !rectangle,
     use: rectangle,
     whole: rectangle,
@@ -572,8 +572,8 @@ function show() {
   ask();
   if (!held.hidden && !held.closest("[hidden]")) return;
   // The focused element is hidden now: focus the next one.
-  const after = queue ? "cancel" : compared ? "slider" : result ? "download" : "start";
-  $(after).focus();
+  const after = queue ? "cancel" : compared ? "slider" : "download";
+  $($(after).hidden ? "start" : after).focus();
 }
 
 function resize() {
@@ -600,10 +600,12 @@ function label() {
   setText("name", item.file.name);
   setText("size", sizes(item));
   setText("count", tally());
-  const count = pending().length;
-  const again = items.length === 1 && item.result ? " again" : "";
-  setText("start", items.length > 1 && count ? `Upscale ${photos(count)}` : `Upscale${again}`);
-  $("start").classList.toggle("main", !item.result || count > 1);
+  const some = pending();
+  const again = some.length > 0 && !some.some(isOpen);
+  const which = items.length > 1 && some.length ? `Upscale ${photos(some.length)}` : "Upscale";
+  setText("start", again ? `${which} again` : which);
+  $("start").classList.toggle("main", !again);
+  $("zip").classList.toggle("main", again);
   setText("cancel", items.length > 1 ? "Cancel all" : "Cancel");
   setText("blank",
     `This browser cannot show ${item.file.name}. If it is a photo, it can still be upscaled.`);
@@ -633,8 +635,7 @@ function advice() {
   }
   if (!selected || running) return "";
   const less = items.length === 1 ? reduction(selected) : "";
-  const done = items.length === 1 && selected.result && !isOpen(selected);
-  return [less, done ? "" : forecast()].filter(Boolean).join(" ");
+  return [less, pending().some(isOpen) ? forecast() : ""].filter(Boolean).join(" ");
 }
 
 function tally() {
@@ -665,7 +666,7 @@ const ROW_STATES = {
   ready: (item) => forecastOf(item),
   queued: () => "waiting",
   running: (item) => `${Math.floor(item.percent)}%`,
-  done: (item) => `done, ${FORMATS[item.result.media_type]} ${bytes(item.result.blob.size)}`,
+  done: (item) => `done, ${bytes(item.result.blob.size)}`,
   failed: (item) => item.problem[1],
   cancelled: () => "cancelled",
 };
@@ -737,7 +738,8 @@ on("detail", "input", () => ($("detail-value").value = $("detail").value));
 on("steps", "input", () => ($("steps-range").value = $("steps").value));
 on("steps-range", "input", () => ($("steps").value = $("steps-range").value));
 on("token", "change", () => estimates.clear());
-on("settings", "change", show);
+// On every input, because a button that moves when a field is left misses the click that leaves it.
+for (const event of ["input", "change"]) on("settings", event, show);
 on("drop", "click", ({ target }) => target.closest("label") ?? $("file").click());
 if (!("webkitdirectory" in $("folder"))) {
   for (const control of document.querySelectorAll("#folder, .folder")) control.remove();
