@@ -133,8 +133,10 @@ HAND_OVER = """
     transfer.items.add(new File([data], name));
   }
   const event = how === "paste"
-    ? new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true })
+    ? new ClipboardEvent("paste", { bubbles: true })
     : new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+  // Firefox would drop the files that are given to the constructor.
+  if (how === "paste") Object.defineProperty(event, "clipboardData", { value: transfer });
   document.body.dispatchEvent(event);
 }
 """
@@ -379,7 +381,7 @@ def test_keyboard_alone_gets_from_photo_to_file(
     page = open_page(url)
 
     def tab_to(control: playwright.Locator) -> None:
-        for _ in range(15):
+        for _ in range(30):
             page.keyboard.press("Tab")
             if control.evaluate("element => element === document.activeElement"):
                 return
@@ -442,8 +444,10 @@ def test_slider_moves_by_arrows_mouse_and_touch(open_page: Open, url: str, photo
     def at(share: float) -> tuple[float, float]:
         return box["x"] + share * box["width"], box["y"] + box["height"] / 2
 
-    page.touchscreen.tap(*at(0.25))
-    expect(slider).to_have_value("25")
+    # Playwright gives Firefox no touch screen.
+    if not is_firefox(page):
+        page.touchscreen.tap(*at(0.25))
+        expect(slider).to_have_value("25")
     page.mouse.move(*at(0.25))
     page.mouse.down()
     page.mouse.move(*at(0.75))
@@ -468,7 +472,7 @@ def test_zoom_shows_both_photos_at_the_same_spot(open_page: Open, url: str, phot
         zoom.get_by_text(label, exact=True).click()
         assert after.bounding_box()["width"] == before.bounding_box()["width"] == width
         # The middle stays in the middle.
-        middle = (width * 3 / 4 - pan.bounding_box()["height"]) / 2
+        middle = (width * 3 / 4 - pan.evaluate("pan => pan.clientHeight")) / 2
         assert hidden_above(before) == hidden_above(after) == pytest.approx(middle, abs=1)
     pan.press("End")
     page.wait_for_function("() => pan.scrollTop === pan.scrollHeight - pan.clientHeight")
@@ -912,7 +916,11 @@ def test_folder_is_upscaled_and_downloaded_as_a_zip(
     (holiday[0].parent / "notes.txt").write_text("the third one is the best")
     (holiday[0].parent / ".hidden.png").write_bytes(holiday[0].read_bytes())
     page = open_page(url)
-    page.get_by_label("Choose a folder").set_input_files(holiday[0].parent)
+    if is_firefox(page):
+        # Playwright cannot choose a folder in it.
+        hand_over(page, "drop", *sorted(holiday[0].parent.iterdir()))
+    else:
+        page.get_by_label("Choose a folder").set_input_files(holiday[0].parent)
     rows = page.get_by_role("region", name="Photos").get_by_role("listitem")
     expect(rows.locator("b")).to_have_text([path.name for path in holiday])
     expect(alert(page)).to_have_text("notes.txt: not a picture that can be read here, so left out.")
@@ -1226,7 +1234,9 @@ def test_every_state_fits_and_is_accessible(
     )
 
     def check() -> None:
-        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
         photo_box, stage = page.locator("figure").bounding_box(), page.locator("#stage")
         assert photo_box is None or photo_box["width"] <= stage.bounding_box()["width"]
         contrast, text = page.evaluate(LEAST_CONTRAST)

@@ -241,12 +241,15 @@ let asking = null;
 
 // Ask the server how long the photos will take, the one on the stage first.
 async function ask() {
-  if (asking || !server || (server.token && !$("token").value)) return;
+  if (asking || !server) return;
   const open = [selected, ...items].find((item) => item?.width && !estimates.has(query(item)));
   if (!open || !isComplete()) return;
   asking = query(open);
-  const answer = await estimate(asking, $("token").value).catch(() => null);
-  estimates.set(asking, answer);
+  const question = asking;
+  const answer = await estimate(question).catch(() => null);
+  estimates.set(question, answer);
+  // The server may not be ready yet.
+  if (!answer) setTimeout(() => estimates.delete(question) && ask(), 10_000);
   asking = null;
   show();
 }
@@ -737,7 +740,6 @@ on("scales", "input", ({ target }) => {
 on("detail", "input", () => ($("detail-value").value = $("detail").value));
 on("steps", "input", () => ($("steps-range").value = $("steps").value));
 on("steps-range", "input", () => ($("steps").value = $("steps-range").value));
-on("token", "change", () => estimates.clear());
 // On every input, because a button that moves when a field is left misses the click that leaves it.
 for (const event of ["input", "change"]) on("settings", event, show);
 on("drop", "click", ({ target }) => target.closest("label") ?? $("file").click());

@@ -19,8 +19,8 @@ export async function describe() {
 }
 
 // Return how long a picture will take and whether the server takes it; null if it does not say.
-export async function estimate(query, token) {
-  const response = await fetch(`v1/estimate?${query}`, { headers: authorisation(token) });
+export async function estimate(query) {
+  const response = await fetch(`v1/estimate?${query}`);
   return response.ok ? response.json() : null;
 }
 
