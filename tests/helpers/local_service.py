@@ -38,7 +38,7 @@ from linearsr.web.service import (
 )
 
 # A test that waits longer than this for something to happen fails.
-PATIENCE = 20
+PATIENCE = 60
 
 
 class Local:
