@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 DOCS = Path(__file__).parents[1] / "docs"
-DESKTOP = {"width": 1180, "height": 820}
+DESKTOP = {"width": 1180, "height": 760}
 PHONE = {"width": 390, "height": 844}
 # Names of photographs, and the box that is cut out of each.
 PHOTOS = {
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def _photos(folder: Path) -> list[Path]:
-    """Write the photographs at a third of their size, so that there is something to gain."""
+    """Write the photographs at half of their size, so that there is something to gain."""
     paths = []
     for name, (source, box) in PHOTOS.items():
         photo = Image.fromarray(getattr(skimage.data, source)()).crop(box)
@@ -133,9 +133,9 @@ def _states(page: Page, photos: list[Path], to: Path) -> None:
 
 
 def _save(page: Page, path: Path) -> None:
-    """Write what the page shows, with as many colours as keep the file small."""
-    with Image.open(io.BytesIO(page.screenshot())) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    """Write the whole page, with as many colours as keep the file small."""
+    with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
+        small = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
         small.save(path, optimize=True)
 
 
