@@ -13,14 +13,16 @@ import io
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import skimage.data
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 DOCS = Path(__file__).parents[1] / "docs"
-DESKTOP = {"width": 1180, "height": 760}
-PHONE = {"width": 390, "height": 844}
+DESKTOP: ViewportSize = {"width": 1180, "height": 760}
+PHONE: ViewportSize = {"width": 390, "height": 844}
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 # Names of photographs, and the box that is cut out of each.
 PHOTOS = {
     "cat": ("chelsea", (60, 10, 380, 230)),
@@ -56,7 +58,7 @@ def main() -> int:
         _save(page, options.output / "guides" / "page.png")
         if options.all:
             for name, size in {"desktop": DESKTOP, "phone": PHONE}.items():
-                for scheme in ("light", "dark"):
+                for scheme in SCHEMES:
                     _states(
                         _page(browser, options.url, size, scheme),
                         photos,
@@ -78,7 +80,9 @@ def _photos(folder: Path) -> list[Path]:
     return paths
 
 
-def _page(browser: Browser, url: str, size: dict[str, int], scheme: str = "light") -> Page:
+def _page(
+    browser: Browser, url: str, size: ViewportSize, scheme: Literal["light", "dark"] = "light"
+) -> Page:
     page = browser.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
     page.goto(url)
     expect(page.locator("#model")).not_to_be_empty()

@@ -366,8 +366,7 @@ def test_any_scale_and_partial_detail_are_sent(
         page.get_by_text(f"1.5{TIMES}", exact=True).click()
         expect(page.get_by_label("Any scale")).to_have_value("1.5")
         put(page.get_by_label("Any scale"), "4.1")
-        start_again = page.get_by_role("button", name="Upscale again")
-        start_again.click()
+        start(page)
         expect(alert(page)).to_have_text("Enter a number from 1 to 4.")
 
 
