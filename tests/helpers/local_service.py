@@ -58,6 +58,8 @@ class Local:
         self._gate.set()
         self.works = True
         self.requests = 0
+        # The largest number of requests at one time.
+        self.most = 0
         self.segments = 0
         self._changed = threading.Condition()
 
@@ -125,6 +127,7 @@ class Local:
     def _take(self, slots: int) -> None:
         with self._changed:
             self.free -= slots
+            self.most = max(self.most, self.slots - self.free)
             self._changed.notify_all()
 
     def _denoise(self, job: UpscaleState, segment: Segment) -> UpscaleState:

@@ -1,4 +1,8 @@
-"""The page in a real browser, with a real server and model: mouse, keyboard and touch."""
+"""The page in real browsers, with a real server and model: mouse, keyboard and touch.
+
+Playwright brings patched browsers of its own. These tests use those of the system instead:
+Chromium, and Firefox over WebDriver BiDi.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,39 @@ import io
 import os
 import re
 import shutil
+import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 
 from linearsr import Upscaler, weights
 from linearsr.config import ModelConfig, Options
 from linearsr.imaging.files import encode, read, to_pil
 from linearsr.web.service import Events, Limits, NotReady, Progress, UpscaleRequest
 from tests.helpers.experts import random_experts
+from tests.helpers.firefox import write_launcher
 from tests.helpers.local_service import PATIENCE, Local, served
 
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    if os.environ.get("CI"):
-        pytest.fail("Chromium is not installed, and CI does not skip the tests of the page")
-    pytest.skip("Chromium is not on the path", allow_module_level=True)
+BROWSERS = {
+    "chromium": shutil.which("chromium"),
+    "firefox": shutil.which("firefox-esr") or shutil.which("firefox"),
+}
 
 expect = playwright.expect
 expect.set_options(timeout=1000 * PATIENCE)
 Page = playwright.Page
 Browser = playwright.Browser
 
+# The folder in which a Firefox saves files.
+DOWNLOADS: dict[Browser, Path] = {}
 # Text below this contrast fails WCAG 2.2 AA.
 AA = 4.5
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -106,6 +116,10 @@ async (base64) => {
   return [...hash].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 """
+COUNT_INLINE = """
+(html) => new DOMParser().parseFromString(html, "text/html")
+  .querySelectorAll("[style], style, script:not([src]), [onclick]").length
+"""
 # Return how many pixels of a picture lie above the frame.
 HIDDEN_ABOVE = """
 (picture) => picture.closest("figure").getBoundingClientRect().top -
@@ -119,20 +133,44 @@ HAND_OVER = """
     transfer.items.add(new File([data], name));
   }
   const event = how === "paste"
-    ? new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true })
+    ? new ClipboardEvent("paste", { bubbles: true })
     : new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+  // Firefox would drop the files that are given to the constructor.
+  if (how === "paste") Object.defineProperty(event, "clipboardData", { value: transfer });
   document.body.dispatchEvent(event);
 }
 """
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def started() -> Iterator[playwright.Playwright]:
     # Per module, not per session: while Playwright runs, asyncio cannot be used in this thread.
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        yield started
+
+
+@pytest.fixture(scope="module", params=BROWSERS)
+def browser(
+    request: pytest.FixtureRequest,
+    started: playwright.Playwright,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Browser]:
+    path = BROWSERS[request.param]
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{request.param} is not installed, and CI does not skip it")
+        pytest.skip(f"{request.param} is not on the path")
+    if request.param == "chromium":
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    else:
+        launcher = write_launcher(tmp_path_factory.mktemp("browser"), path)
+        folder = tmp_path_factory.mktemp("downloads")
+        browser = started.firefox.launch(
+            executable_path=launcher, channel="moz-firefox", downloads_path=folder
+        )
+        DOWNLOADS[browser] = folder
+    yield browser
+    browser.close()
 
 
 class Visit:
@@ -182,7 +220,9 @@ def open_page(browser: Browser, visits: list[Visit]) -> Iterator[Open]:
     for context in contexts:
         context.close()
     complaints = [text for visit in visits for text in visit.complaints]
-    expected = [f"the server responded with a status of {status} " for status in refused]
+    # Firefox does not report them.
+    known = [] if browser.browser_type.name == "firefox" else refused
+    expected = [f"the server responded with a status of {status} " for status in known]
     assert len(complaints) == len(expected), complaints
     assert all(words in text for words, text in zip(expected, complaints, strict=True)), complaints
     for visit in visits:
@@ -206,9 +246,20 @@ def photo(photograph: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> 
 def choose(page: Page, path: Path) -> None:
     """Choose a photo with the mouse."""
     with page.expect_file_chooser() as chooser:
-        page.get_by_text("Choose a photo").click()
+        page.get_by_text("Choose photos", exact=True).click()
     chooser.value.set_files(path)
-    expect(page.get_by_text(path.name, exact=True)).to_be_visible()
+    expect(page.locator("#name")).to_have_text(path.name)
+
+
+def open_more(page: Page) -> None:
+    """Open the settings that few change."""
+    page.get_by_text("More settings").click()
+
+
+def put(field: playwright.Locator, value: str) -> None:
+    """Type a number into a field; `fill` would append it in Firefox."""
+    field.press("Control+A")
+    field.press_sequentially(value)
 
 
 def start(page: Page) -> None:
@@ -217,11 +268,36 @@ def start(page: Page) -> None:
 
 def download(page: Page) -> tuple[str, bytes]:
     """Download the result with the mouse; return the suggested name and the bytes."""
-    link = page.get_by_role("link", name="Download")
-    expect(link).to_be_visible()
-    with page.expect_download() as saving:
-        link.click()
-    return saving.value.suggested_filename, Path(saving.value.path()).read_bytes()
+    return save(page, page.get_by_role("link", name="Download"))
+
+
+def save(page: Page, control: playwright.Locator) -> tuple[str, bytes]:
+    """Click on a link or button that downloads; return the name of the file and its bytes."""
+    expect(control).to_be_visible()
+    return saved_by(page, control.click)
+
+
+def is_firefox(page: Page) -> bool:
+    return page.context.browser.browser_type.name == "firefox"
+
+
+def saved_by(page: Page, act: Callable[[], None]) -> tuple[str, bytes]:
+    """Return the name and the bytes of the file that the browser saves because of `act`."""
+    if not is_firefox(page):
+        with page.expect_download() as saving:
+            act()
+        return saving.value.suggested_filename, Path(saving.value.path()).read_bytes()
+    # Firefox reports no downloads of object URLs. It writes to *.part, and then renames that.
+    folder = DOWNLOADS[page.context.browser]
+    act()
+    for _ in range(20 * PATIENCE):
+        files = list(folder.iterdir())
+        if [file.stat().st_size > 0 for file in files] == [True] and files[0].suffix != ".part":
+            data = files[0].read_bytes()
+            files[0].unlink()
+            return files[0].name, data
+        page.wait_for_timeout(50)
+    raise AssertionError(f"nothing was saved: {files}")
 
 
 def assert_same_picture(data: bytes, upscaler: Upscaler, photo: Path, **options: object) -> None:
@@ -251,14 +327,18 @@ def test_mouse_alone_gets_from_photo_to_file(
     page = open_page(url)
     choose(page, photo)
     page.get_by_text(f"2{TIMES}", exact=True).click()
-    page.get_by_label("Steps").fill("3")
+    put(page.get_by_label("Steps"), "3")
+    open_more(page)
     page.get_by_label("Seed").fill("7")
+    page.get_by_label("Solver").select_option("DPM")
     page.get_by_label("Colour fix").select_option("AdaIN")
     expect(page.get_by_text(f"64 {TIMES} 48 → 128 {TIMES} 96")).to_be_visible()
     start(page)
     name, data = download(page)
     assert name == "Eileen Collins-128x96.png"
-    assert_same_picture(data, small, photo, scale=2, steps=3, seed=7, colour_fix="adain")
+    assert_same_picture(
+        data, small, photo, scale=2, steps=3, seed=7, solver="dpm", colour_fix="adain"
+    )
     assert drawn_width(page, "Before") == 64 and drawn_width(page, "After") == 128
     expect(page.get_by_role("status").filter(has_text="Done")).to_contain_text("3 steps and seed 7")
     for took_part in ("structure", "texture"):
@@ -275,7 +355,7 @@ def test_any_scale_and_partial_detail_are_sent(
     with served(Local(upscaler)) as url:
         page = open_page(url)
         choose(page, photo)
-        page.get_by_label("Any scale").fill("1.7")
+        put(page.get_by_label("Any scale"), "1.7")
         page.get_by_label("Detail").fill("0.3")
         expect(page.get_by_role("radio", name=f"4{TIMES}")).not_to_be_checked()
         expect(page.get_by_text(f"64 {TIMES} 48 → 109 {TIMES} 82")).to_be_visible()
@@ -285,9 +365,8 @@ def test_any_scale_and_partial_detail_are_sent(
         expect(page.get_by_text("resampled")).to_be_hidden()
         page.get_by_text(f"1.5{TIMES}", exact=True).click()
         expect(page.get_by_label("Any scale")).to_have_value("1.5")
-        page.get_by_label("Any scale").fill("4.1")
-        start_again = page.get_by_role("button", name="Upscale again")
-        start_again.click()
+        put(page.get_by_label("Any scale"), "4.1")
+        start(page)
         expect(alert(page)).to_have_text("Enter a number from 1 to 4.")
 
 
@@ -307,22 +386,25 @@ def test_keyboard_alone_gets_from_photo_to_file(
     page = open_page(url)
 
     def tab_to(control: playwright.Locator) -> None:
-        for _ in range(15):
+        for _ in range(30):
             page.keyboard.press("Tab")
             if control.evaluate("element => element === document.activeElement"):
                 return
         raise AssertionError(f"{control} cannot be reached")
 
-    tab_to(page.get_by_label("Choose a photo"))
+    tab_to(page.get_by_label("Choose photos"))
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(photo)
-    # The focused element is hidden now; the next one has the focus.
-    expect(page.get_by_role("button", name="Upscale")).to_be_focused()
+    expect(page.get_by_role("button", name="Upscale")).to_be_enabled()
+    # More photos can be added from the same place.
+    expect(page.get_by_label("Choose photos")).to_be_focused()
     tab_to(page.get_by_label(f"4{TIMES}"))
     page.keyboard.press("ArrowLeft")
     tab_to(page.get_by_label("Steps"))
     page.keyboard.press("ArrowDown")
+    tab_to(page.locator("summary"))
+    page.keyboard.press("Enter")
     tab_to(page.get_by_label("Seed"))
     page.keyboard.press("Control+A")
     page.keyboard.type("11")
@@ -333,9 +415,7 @@ def test_keyboard_alone_gets_from_photo_to_file(
     page.keyboard.press("ArrowRight")
     expect(slider).to_have_value("51")
     tab_to(page.get_by_role("link", name="Download"))
-    with page.expect_download() as saving:
-        page.keyboard.press("Enter")
-    data = Path(saving.value.path()).read_bytes()
+    _, data = saved_by(page, lambda: page.keyboard.press("Enter"))
     assert_same_picture(data, small, photo, scale=3, steps=3, seed=11)
 
 
@@ -369,8 +449,10 @@ def test_slider_moves_by_arrows_mouse_and_touch(open_page: Open, url: str, photo
     def at(share: float) -> tuple[float, float]:
         return box["x"] + share * box["width"], box["y"] + box["height"] / 2
 
-    page.touchscreen.tap(*at(0.25))
-    expect(slider).to_have_value("25")
+    # Playwright gives Firefox no touch screen.
+    if not is_firefox(page):
+        page.touchscreen.tap(*at(0.25))
+        expect(slider).to_have_value("25")
     page.mouse.move(*at(0.25))
     page.mouse.down()
     page.mouse.move(*at(0.75))
@@ -378,29 +460,34 @@ def test_slider_moves_by_arrows_mouse_and_touch(open_page: Open, url: str, photo
     expect(slider).to_have_value("75")
 
 
-def test_actual_size_shows_both_photos_at_the_same_spot(
-    open_page: Open, url: str, photo: Path
-) -> None:
+def test_zoom_shows_both_photos_at_the_same_spot(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url, viewport={"width": 360, "height": 300})
     choose(page, photo)
     start(page)
-    zoom = page.get_by_role("button", name="Actual size")
-    expect(zoom).to_be_visible()
-    zoom.click()
-    assert zoom.get_attribute("aria-pressed") == "true"
+    zoom = page.get_by_role("group", name="Zoom")
     before, after = page.get_by_alt_text("Before"), page.get_by_alt_text("After")
-    pan = page.get_by_role("group", name="Photo at actual size")
+    pan = page.get_by_role("group", name="Zoomed photo")
+    expect(zoom.get_by_label("Fit")).to_be_checked()
+    assert after.bounding_box()["width"] < 256
 
     def hidden_above(picture: playwright.Locator) -> float:
         return float(picture.evaluate(HIDDEN_ABOVE))
 
-    assert after.bounding_box()["width"] == 256
-    assert hidden_above(before) == hidden_above(after) == (192 - pan.bounding_box()["height"]) / 2
+    for label, width in (("100%", 256), ("200%", 512)):
+        zoom.get_by_text(label, exact=True).click()
+        assert after.bounding_box()["width"] == before.bounding_box()["width"] == width
+        # The middle stays in the middle.
+        middle = (width * 3 / 4 - pan.evaluate("pan => pan.clientHeight")) / 2
+        assert hidden_above(before) == hidden_above(after) == pytest.approx(middle, abs=1)
     pan.press("End")
     page.wait_for_function("() => pan.scrollTop === pan.scrollHeight - pan.clientHeight")
     page.wait_for_function(f"() => ({HIDDEN_ABOVE})(after) === pan.scrollTop")
     assert hidden_above(before) == hidden_above(after) > 0
-    zoom.click()
+    slider = page.get_by_role("slider", name="Before and after")
+    slider.press("1")
+    assert after.bounding_box()["width"] == 256
+    slider.press("0")
+    expect(zoom.get_by_label("Fit")).to_be_checked()
     assert after.bounding_box()["width"] < 256
     expect(pan).to_be_hidden()
 
@@ -410,12 +497,14 @@ def test_progress_names_the_expert(open_page: Open, url: str, service: Local, ph
     choose(page, photo)
     with service.held():
         start(page)
-        status = page.get_by_role("status").filter(has_text="%")
-        expect(status).to_have_text("0%, 0 of 4 steps: structure is running.")
+        status = page.get_by_role("status").filter(has_text="steps")
+        expect(status).to_have_text("0 of 4 steps: structure is running.")
         expect(page.get_by_role("list", name="Experts").get_by_role("listitem")).to_have_text(
             ["structurerunning", "refinementwaiting", "texturewaiting", "polishwaiting"]
         )
-        expect(page.get_by_role("progressbar", name="Progress")).to_have_attribute("value", "0")
+        # It moves before the first expert has ended, by the server's estimate.
+        page.wait_for_function("() => progress.value > 1")
+        expect(page.get_by_text(re.compile(r"^\d+% · \d+ s"))).to_be_visible()
     expect(page.get_by_role("link", name="Download")).to_be_visible()
 
 
@@ -428,10 +517,10 @@ def test_progress_is_reported_step_by_step(open_page: Open, url: str, photo: Pat
     *messages, done = page.evaluate("said")
     assert messages == [
         "Sent. Waiting for its turn.",
-        "0%, 0 of 4 steps: structure is running.",
-        "25%, 1 of 4 steps: refinement is running.",
-        "50%, 2 of 4 steps: texture is running.",
-        "100%, 4 of 4 steps: writing the file.",
+        "0 of 4 steps: structure is running.",
+        "1 of 4 steps: refinement is running.",
+        "2 of 4 steps: texture is running.",
+        "4 of 4 steps: writing the file.",
     ]
     assert done.endswith("with 4 steps and seed 0.")
 
@@ -466,15 +555,15 @@ def test_progress_may_skip_experts_and_start_over(
         start(page)
         expect(alert(page)).to_have_text("An expert was lost.")
         assert page.evaluate("said")[1:] == [
-            "0%, 0 of 2 steps: structure is running.",
-            "50%, 1 of 2 steps: refinement is running.",
-            "50%, 1 of 2 steps: texture is running.",
-            "0%, 0 of 2 steps: structure is running.",
-            "50%, 1 of 2 steps: refinement is running.",
-            "100%, 2 of 2 steps: writing the file.",
+            "0 of 2 steps: structure is running.",
+            "1 of 2 steps: refinement is running.",
+            "1 of 2 steps: texture is running.",
+            "0 of 2 steps: structure is running.",
+            "1 of 2 steps: refinement is running.",
+            "2 of 2 steps: writing the file.",
         ]
         # The list of experts is hidden again.
-        assert page.get_by_role("listitem", include_hidden=True).all_text_contents() == [
+        assert page.locator("#experts li").all_text_contents() == [
             "structuredone",
             "refinementno steps",
             "texturedone",
@@ -514,26 +603,6 @@ def test_cancel_button_cancels_the_request(
     assert_same_picture(download(page)[1], small, photo)
 
 
-def test_another_photo_cancels_the_request(
-    open_page: Open, url: str, service: Local, small: Upscaler, photo: Path, tmp_path: Path
-) -> None:
-    page = open_page(url)
-    choose(page, photo)
-    with service.held():
-        start(page)
-        expect(page.get_by_text("structure is running")).to_be_visible()
-        other = tmp_path / "other.png"
-        with Image.open(photo) as image:
-            image.crop((0, 0, 20, 30)).save(other)
-        hand_over(page, "drop", other)
-        expect(page.get_by_text("other.png", exact=True)).to_be_visible()
-    service.wait_for(service.slots)
-    start(page)
-    name, data = download(page)
-    assert name == "other-80x120.png"
-    assert_same_picture(data, small, other)
-
-
 def hand_over(page: Page, how: str, *paths: Path) -> None:
     """Drop or paste files."""
     files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in paths]
@@ -543,11 +612,19 @@ def hand_over(page: Page, how: str, *paths: Path) -> None:
 @pytest.mark.parametrize("how", ["drop", "paste"])
 def test_photo_can_be_dropped_or_pasted(open_page: Open, url: str, photo: Path, how: str) -> None:
     page = open_page(url)
-    hand_over(page, how, photo, photo)
+    hand_over(page, how, photo)
     expect(page.get_by_text(f"64 {TIMES} 48 → 256 {TIMES} 192")).to_be_visible()
-    expect(page.get_by_role("status").filter(has_text="One photo at a time")).to_be_visible()
     start(page)
     assert Image.open(io.BytesIO(download(page)[1])).size == (256, 192)
+
+
+def test_focus_stays_where_it_was_when_photos_come(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url)
+    steps = page.get_by_label("Steps")
+    steps.focus()
+    hand_over(page, "drop", photo)
+    expect(page.get_by_role("button", name="Upscale")).to_be_enabled()
+    expect(steps).to_be_focused()
 
 
 def test_object_urls_are_revoked(open_page: Open, url: str, photo: Path) -> None:
@@ -559,8 +636,12 @@ def test_object_urls_are_revoked(open_page: Open, url: str, photo: Path) -> None
         # One for the photo and one for the result.
         assert page.evaluate("addresses.size") == 2
     hand_over(page, "drop", photo)
-    expect(page.get_by_role("link", name="Download")).to_be_hidden()
+    # The result of the first photo is kept, but only the second one is drawn.
+    expect(page.get_by_role("link", name="Download", exact=True)).to_be_hidden()
+    expect(page.get_by_role("button", name="Upscale 1 photo")).to_be_enabled()
     assert page.evaluate("addresses.size") == 1
+    page.get_by_role("button", name="Remove all").click()
+    assert page.evaluate("addresses.size") == 0
 
 
 def test_tiff_is_upscaled_without_a_preview(
@@ -603,22 +684,26 @@ def test_chosen_format_is_downloaded(
 # Problems
 
 
-def test_file_that_is_no_picture_is_refused(
+def test_file_that_is_no_picture_is_not_taken(
     open_page: Open, url: str, photo: Path, tmp_path: Path
 ) -> None:
-    notes = tmp_path / "notes.txt"
-    notes.write_text("not a photo")
-    page = open_page(url, refusals=(415,))
-    choose(page, notes)
-    start(page)
+    script, disguised = tmp_path / "script.py", tmp_path / "disguised.png"
+    for path in (script, disguised):
+        path.write_text("print('not a photo')")
+    heic = tmp_path / "IMG_1.heic"
+    heic.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    page = open_page(url)
+    offered = page.get_by_label("Choose photos").get_attribute("accept")
+    assert ".py" not in offered.split(",") and "*" not in offered
+    hand_over(page, "drop", script)
+    expect(alert(page)).to_have_text("script.py is not a picture that can be read here.")
+    expect(page.get_by_role("button", name="Upscale")).to_be_hidden()
+    hand_over(page, "drop", heic)
+    expect(alert(page)).to_contain_text("Export HEIC photos as JPEG first.")
+    hand_over(page, "drop", photo, disguised, script)
     expect(alert(page)).to_have_text(
-        "Not a picture this program reads; give PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
+        "disguised.png and 1 more: not a picture that can be read here, so left out."
     )
-    # A better photo works.
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Another photo").click()
-    chooser.value.set_files(photo)
-    expect(alert(page)).to_have_count(0)
     start(page)
     expect(page.get_by_role("link", name="Download")).to_be_visible()
 
@@ -637,39 +722,362 @@ def test_damaged_picture_is_refused(open_page: Open, url: str, photo: Path, tmp_
     [
         (
             Limits(pixels=3000),
-            f"This photo has 64 {TIMES} 48 pixels, more than the limit of 0.003 mega",
+            "This photo has 0.00307 megapixels, and this server takes at most 0.003 megapixels. "
+            "Crop it to a part.",
         ),
-        (Limits(bytes=1000), "more than the limit of 1 kB"),
+        (Limits(bytes=1000), "and this server takes at most 1 kB. Crop it to a part."),
     ],
 )
-def test_photo_over_a_limit_is_reported_at_once(
+def test_photo_over_a_limit_cannot_be_started(
     open_page: Open, service: Local, photo: Path, limits: Limits, words: str
 ) -> None:
     with served(service, limits) as url:
-        page = open_page(url, refusals=(413,))
+        page = open_page(url)
         choose(page, photo)
         expect(alert(page)).to_contain_text(words)
-        start(page)
-        # The message comes from the server, and is shown in the same place.
-        expect(alert(page)).to_contain_text("more than the limit of")
+        expect(page.get_by_role("button", name="Upscale")).to_be_disabled()
 
 
-def test_result_over_a_limit_is_refused(open_page: Open, service: Local, photo: Path) -> None:
+def test_photo_gets_the_largest_scale_that_the_limits_admit(
+    open_page: Open, service: Local, small: Upscaler, photo: Path
+) -> None:
     with served(service, Limits(output_pixels=20_000)) as url:
-        page = open_page(url, refusals=(413,))
+        page = open_page(url)
         choose(page, photo)
+        expect(page.get_by_text(f"so 2{TIMES} is chosen.")).to_contain_text(
+            f"At 4{TIMES} the result would have 0.0492 megapixels, more than this server's limit "
+            "of 0.02 megapixels"
+        )
+        expect(page.get_by_role("radio", name=f"2{TIMES}", exact=True)).to_be_checked()
+        expect(page.get_by_role("radio", name=f"4{TIMES}")).to_be_disabled()
+        expect(page.get_by_role("radio", name=f"1{TIMES}", exact=True)).to_be_enabled()
         start(page)
-        expect(alert(page)).to_contain_text("The result has 256x192 pixels")
-        page.get_by_text(f"2{TIMES}", exact=True).click()
+        name, data = download(page)
+        assert name == "Eileen Collins-128x96.png"
+        assert_same_picture(data, small, photo, scale=2)
+
+
+def test_photo_that_takes_too_long_cannot_be_started(
+    open_page: Open, url: str, photo: Path
+) -> None:
+    page = open_page(url)
+
+    def answer(route: playwright.Route) -> None:
+        fits = "steps=1&" in route.request.url
+        detail = "" if fits else "it would take 2 hours, more than the limit of 1 hour"
+        route.fulfill(json={"seconds": 7200, "fits": fits, "detail": detail})
+
+    page.route("**/v1/estimate?*", answer)
+    choose(page, photo)
+    expect(alert(page)).to_have_text("It would take 2 hours, more than the limit of 1 hour.")
+    expect(page.get_by_role("button", name="Upscale")).to_be_disabled()
+    put(page.get_by_label("Steps"), "1")
+    page.get_by_label("Steps").press("Tab")
+    expect(page.get_by_role("button", name="Upscale")).to_be_enabled()
+    expect(page.get_by_text("This will take about 2 hours on this server.")).to_be_visible()
+    expect(alert(page)).to_have_count(0)
+
+
+def test_time_is_estimated_before_the_start(open_page: Open, url: str, photo: Path) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    expect(page.get_by_text("This will take about")).to_have_text(
+        re.compile(r"^This will take about \d+ (s|minutes) on this server\.$")
+    )
+
+
+# Crops
+
+
+def rectangle(page: Page) -> playwright.Locator:
+    return page.get_by_role("group", name="Crop")
+
+
+def corner(page: Page) -> tuple[float, float]:
+    box = page.locator("figure").bounding_box()
+    assert box is not None
+    return box["x"], box["y"]
+
+
+def test_crop_has_the_pixels_of_the_photo(
+    open_page: Open, service: Local, small: Upscaler, photo: Path, tmp_path: Path
+) -> None:
+    with served(service, Limits(pixels=1000)) as url:
+        page = open_page(url)
+        choose(page, photo)
+        page.get_by_role("button", name="Crop").click()
+        # The figure is four times as large as the photo. Draw from (8, 4) to (40, 28).
+        x, y = corner(page)
+        page.mouse.move(x + 4 * 8, y + 4 * 4)
+        # The rectangle in the middle is not moved: the pointer is outside of it.
+        page.mouse.down()
+        page.mouse.move(x + 4 * 30, y + 4 * 30)
+        page.mouse.move(x + 4 * 40, y + 4 * 28)
+        page.mouse.up()
+        expect(page.get_by_text(f"32 {TIMES} 24 of 64 {TIMES} 48 → 128 {TIMES} 96")).to_be_visible()
+        expect(page.get_by_text("EXIF")).to_be_visible()
+        page.get_by_role("button", name="Use this part").click()
+        expect(page.get_by_text(f"32 {TIMES} 24 → 128 {TIMES} 96")).to_be_visible()
+        expect(alert(page)).to_have_count(0)
         start(page)
-        assert download(page)[0] == "Eileen Collins-128x96.png"
+        name, data = download(page)
+    assert name == "Eileen Collins-crop-128x96.png"
+    part = tmp_path / "part.png"
+    with Image.open(photo) as image:
+        # A PNG may be transparent, so that its crop has alpha.
+        image.crop((8, 4, 40, 28)).convert("RGBA").save(part)
+    assert_same_picture(data, small, part)
+
+
+def test_crop_is_moved_and_resized_by_mouse_and_keyboard(
+    open_page: Open, url: str, photo: Path
+) -> None:
+    page = open_page(url)
+    choose(page, photo)
+    page.get_by_role("button", name="Crop").click()
+    expect(rectangle(page)).to_be_focused()
+    expect(page.get_by_text(f"51 {TIMES} 38 of 64 {TIMES} 48")).to_be_visible()
+
+    def place() -> list[float]:
+        box, (x, y) = rectangle(page).bounding_box(), corner(page)
+        values = (box["x"] - x, box["y"] - y, box["width"], box["height"])
+        return [round(value / 4) for value in values]
+
+    assert place() == [6, 5, 51, 38]
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Shift+ArrowLeft")
+    assert place() == [5, 6, 50, 38]
+    x, y = corner(page)
+    # Drag the middle, beyond the edge of the photo.
+    page.mouse.move(x + 4 * 30, y + 4 * 25)
+    page.mouse.down()
+    page.mouse.move(x + 4 * 60, y + 4 * 23)
+    page.mouse.up()
+    assert place() == [14, 4, 50, 38]
+    # Drag the upper left corner.
+    page.mouse.move(x + 4 * 14, y + 4 * 4)
+    page.mouse.down()
+    page.mouse.move(x + 4 * 24, y + 4 * 14)
+    page.mouse.up()
+    assert place() == [24, 14, 40, 28]
+    page.keyboard.press("Escape")
+    expect(page.get_by_text(f"64 {TIMES} 48 → 256 {TIMES} 192")).to_be_visible()
+    page.get_by_role("button", name="Crop").click()
+    page.keyboard.press("Enter")
+    expect(page.locator("#name")).to_have_text("Eileen Collins-crop.png")
+    page.get_by_role("button", name="Crop").click()
+    page.get_by_role("button", name="Whole photo").click()
+    expect(page.get_by_text(f"64 {TIMES} 48 → 256 {TIMES} 192")).to_be_visible()
+
+
+def test_crop_of_a_turned_jpeg_is_upright_and_its_result_a_jpeg(
+    open_page: Open, url: str, photo: Path, tmp_path: Path
+) -> None:
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
+    with Image.open(photo) as image:
+        image.save(turned, exif=exif, quality=95)
+    page = open_page(url)
+    choose(page, turned)
+    expect(page.get_by_text(f"48 {TIMES} 64 → 192 {TIMES} 256")).to_be_visible()
+    page.get_by_role("button", name="Crop").click()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text(f"38 {TIMES} 51 → 152 {TIMES} 204")).to_be_visible()
+    start(page)
+    name, data = download(page)
+    assert name == "turned-crop-152x204.jpg"
+    with Image.open(io.BytesIO(data)) as result, Image.open(turned) as image:
+        upright = ImageOps.exif_transpose(image).crop((5, 6, 43, 57))
+        seen = np.asarray(result.resize(upright.size, Image.Resampling.BOX), np.float32)
+    # A picture that was turned or moved would differ by far more.
+    assert np.corrcoef(seen.ravel(), np.asarray(upright, np.float32).ravel())[0, 1] > 0.9
+
+
+# Several photos
+
+
+@pytest.fixture
+def holiday(photo: Path, tmp_path: Path) -> list[Path]:
+    """Return three photos of different sizes, in the order of their names."""
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    paths = []
+    with Image.open(photo) as image:
+        for number, width in ((1, 40), (2, 32), (10, 24)):
+            paths.append(folder / f"{number}.png")
+            image.crop((0, 0, width, 20)).save(paths[-1])
+    return paths
+
+
+def row(page: Page, name: str) -> playwright.Locator:
+    return page.get_by_role("region", name="Photos").get_by_role("listitem").filter(has_text=name)
+
+
+def test_folder_is_upscaled_and_downloaded_as_a_zip(
+    open_page: Open, url: str, service: Local, small: Upscaler, holiday: list[Path]
+) -> None:
+    (holiday[0].parent / "notes.txt").write_text("the third one is the best")
+    (holiday[0].parent / ".hidden.png").write_bytes(holiday[0].read_bytes())
+    page = open_page(url)
+    if is_firefox(page):
+        # Playwright cannot choose a folder in it.
+        hand_over(page, "drop", *sorted(holiday[0].parent.iterdir()))
+    else:
+        page.get_by_label("Choose a folder").set_input_files(holiday[0].parent)
+    rows = page.get_by_role("region", name="Photos").get_by_role("listitem")
+    expect(rows.locator("b")).to_have_text([path.name for path in holiday])
+    expect(alert(page)).to_have_text("notes.txt: not a picture that can be read here, so left out.")
+    expect(page.get_by_text("3 photos will take about")).to_be_visible()
+    page.get_by_role("button", name="Upscale 3 photos").click()
+    expect(page.get_by_text("3 of 3 photos done")).to_be_visible()
+    # They came one after another.
+    assert service.most == 1
+    name, data = save(page, page.get_by_role("button", name="Download all"))
+    assert name == "upscaled.zip"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["1-160x80.png", "2-128x80.png", "10-96x80.png"]
+        for path, entry in zip(holiday, archive.namelist(), strict=True):
+            assert_same_picture(archive.read(entry), small, path)
+    name, data = save(page, row(page, "2.png").get_by_role("button", name="Download 2.png"))
+    assert name == "2-128x80.png"
+    assert_same_picture(data, small, holiday[1])
+
+
+def test_photos_are_cancelled_one_by_one(
+    open_page: Open, url: str, service: Local, holiday: list[Path]
+) -> None:
+    page = open_page(url)
+    page.get_by_label("Choose photos").set_input_files(holiday)
+    with service.held():
+        page.get_by_role("button", name="Upscale 3 photos").click()
+        expect(page.get_by_text("1.png: 0 of 4 steps: structure is running.")).to_be_visible()
+        expect(row(page, "2.png")).to_contain_text("waiting")
+        page.get_by_role("button", name="Cancel 2.png").click()
+        expect(row(page, "2.png")).to_contain_text("cancelled")
+        page.get_by_role("button", name="Cancel 1.png").click()
+        expect(page.get_by_text("10.png: 0 of 4 steps: structure is running.")).to_be_visible()
+    expect(row(page, "10.png")).to_contain_text("done")
+    expect(row(page, "1.png").first).to_contain_text("cancelled")
+    page.get_by_role("button", name="Upscale 2 photos").click()
+    expect(page.get_by_text("3 of 3 photos done")).to_be_visible()
+    service.wait_for(service.slots)
+    page.get_by_role("button", name="Remove 2.png").click()
+    expect(page.get_by_text("2 of 2 photos done")).to_be_visible()
+    expect(page.get_by_role("button", name="Remove 10.png")).to_be_focused()
+
+
+def test_photo_added_during_the_work_joins_the_queue(
+    open_page: Open, url: str, service: Local, holiday: list[Path]
+) -> None:
+    page = open_page(url)
+    hand_over(page, "drop", holiday[0])
+    with service.held():
+        start(page)
+        expect(page.get_by_text("structure is running")).to_be_visible()
+        hand_over(page, "drop", holiday[1])
+        expect(row(page, "2.png")).to_contain_text("waiting")
+    expect(page.get_by_text("2 of 2 photos done")).to_be_visible()
+
+
+def test_photo_that_fails_does_not_stop_the_others(
+    open_page: Open, url: str, photo: Path, holiday: list[Path], tmp_path: Path
+) -> None:
+    half = tmp_path / "half.png"
+    half.write_bytes(photo.read_bytes()[:2000])
+    page = open_page(url, refusals=(400,))
+    hand_over(page, "drop", half, *holiday)
+    page.get_by_role("button", name="Upscale 4 photos").click()
+    expect(page.get_by_text("3 of 4 photos done")).to_be_visible()
+    expect(row(page, "half.png")).to_contain_text("Damaged or truncated")
+    row(page, "2.png").get_by_role("button").first.click()
+    assert drawn_width(page, "Before") == 32 and drawn_width(page, "After") == 128
+
+
+def test_each_photo_gets_a_scale_that_fits(
+    open_page: Open, service: Local, photo: Path, holiday: list[Path]
+) -> None:
+    with served(service, Limits(output_pixels=20_000, pixels=3000)) as url:
+        page = open_page(url)
+        hand_over(page, "drop", photo, *holiday)
+        expect(row(page, photo.name)).to_contain_text("This photo has 0.00307 megapixels")
+        expect(row(page, "1.png").first).to_contain_text(f"4{TIMES}")
+        page.get_by_role("button", name="Upscale 3 photos").click()
+        expect(page.get_by_text("3 of 4 photos done")).to_be_visible()
+
+
+def test_changed_settings_upscale_all_photos_again(
+    open_page: Open, url: str, holiday: list[Path]
+) -> None:
+    page = open_page(url)
+    hand_over(page, "drop", *holiday[:2])
+    page.get_by_role("button", name="Upscale 2 photos").click()
+    expect(page.get_by_text("2 of 2 photos done")).to_be_visible()
+    hand_over(page, "drop", holiday[2])
+    expect(page.get_by_role("button", name="Upscale 1 photo")).to_be_enabled()
+    page.get_by_text(f"2{TIMES}", exact=True).click()
+    page.get_by_role("button", name="Upscale 3 photos").click()
+    expect(page.get_by_text("3 of 3 photos done")).to_be_visible()
+    expect(page.get_by_text(f"24 {TIMES} 20 → 48 {TIMES} 40")).to_be_visible()
+
+
+WALK = """
+async (paths) => {
+  const { dropped } = await import("/page/files.js");
+  const file = (name) => ({ isFile: true, name, file: (give) => give(new File(["x"], name)) });
+  // A reader gives its children in several lists and then none.
+  const folder = (name, children) => ({
+    isDirectory: true, name,
+    createReader: () => {
+      const lists = [...children.map((child) => [child]), []];
+      return { readEntries: (give) => give(lists.shift()) };
+    },
+  });
+  const entry = folder("a", [
+    file("1.png"),
+    folder("b", [file("2.png"), file(".3.png")]),
+    folder(".git", [file("4.png")]),
+  ]);
+  const item = { webkitGetAsEntry: () => entry };
+  return (await dropped({ files: [], items: [item] })).map(({ name }) => name);
+}
+"""
+ZIP = """
+async (files) => {
+  const { zip } = await import("/page/zip.js");
+  const blob = await zip(files.map(([name, text]) => [name, new Blob([text])]));
+  return [...new Uint8Array(await blob.arrayBuffer())];
+}
+"""
+
+
+def test_dropped_folder_is_walked(open_page: Open, url: str) -> None:
+    assert open_page(url).evaluate(WALK) == ["1.png", "2.png"]
+
+
+def test_zip_keeps_names_of_all_languages_and_numbers_equal_ones(open_page: Open, url: str) -> None:
+    files = [["a.png", "1"], ["A.png", "22"], ["süß 写真.jpg", "3" * 1000], ["a.png", ""]]
+    data = bytes(open_page(url).evaluate(ZIP, files))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        names = ["a.png", "A (2).png", "süß 写真.jpg", "a (3).png"]
+        assert archive.namelist() == names
+        assert [archive.read(name).decode() for name in names] == [text for _, text in files]
+
+
+# More problems
 
 
 def test_wrong_field_has_its_message_beside_it(open_page: Open, url: str, photo: Path) -> None:
     page = open_page(url)
     choose(page, photo)
-    page.get_by_label("Steps").fill("99")
+    put(page.get_by_label("Steps"), "99")
+    open_more(page)
     page.get_by_label("Seed").fill("-1")
+    # A closed part opens when one of its fields is wrong.
+    open_more(page)
     start(page)
     steps, seed = page.get_by_label("Steps"), page.get_by_label("Seed")
     expect(steps).to_be_focused()
@@ -678,7 +1086,7 @@ def test_wrong_field_has_its_message_beside_it(open_page: Open, url: str, photo:
         "1 is closest to the truth; more steps are sharper but invent texture."
     )
     expect(seed).to_have_attribute("aria-invalid", "true")
-    steps.fill("1")
+    put(steps, "1")
     seed.fill("0")
     steps.press("Enter")
     expect(page.get_by_text("Done in")).to_be_visible()
@@ -690,6 +1098,7 @@ def test_field_refused_by_the_server_has_its_message_beside_it(
 ) -> None:
     page = open_page(url, refusals=(422,))
     choose(page, photo)
+    open_more(page)
     page.get_by_label("Seed").fill("9" * 19)
     start(page)
     expect(page.get_by_label("Seed")).to_be_focused()
@@ -699,12 +1108,27 @@ def test_field_refused_by_the_server_has_its_message_beside_it(
     )
 
 
-def test_busy_server_is_reported(open_page: Open, small: Upscaler, photo: Path) -> None:
+def test_busy_server_is_asked_again(open_page: Open, small: Upscaler, photo: Path) -> None:
+    service = Local(small, slots=0)
+    with served(service) as url:
+        page = open_page(url, refusals=(429,))
+        choose(page, photo)
+        start(page)
+        expect(page.get_by_text("The server is busy. Trying again in 2 s.")).to_be_visible()
+        service.free = service.slots = 1
+        assert_same_picture(download(page)[1], small, photo)
+
+
+def test_waiting_for_a_busy_server_can_be_cancelled(
+    open_page: Open, small: Upscaler, photo: Path
+) -> None:
     with served(Local(small, slots=0)) as url:
         page = open_page(url, refusals=(429,))
         choose(page, photo)
         start(page)
-        expect(alert(page)).to_have_text("The server is busy; try again in 2 s.")
+        expect(page.get_by_text("The server is busy.")).to_be_visible()
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.get_by_text("Cancelled.")).to_be_visible()
         expect(page.get_by_role("button", name="Upscale")).to_be_enabled()
 
 
@@ -720,7 +1144,8 @@ def test_lost_server_is_reported(
         "The server does not answer; check the connection and try again."
     )
     # The message comes from the browser, not from the page.
-    assert visits[0].complaints.pop() == "Failed to load resource: net::ERR_CONNECTION_REFUSED"
+    if not is_firefox(page):
+        assert visits[0].complaints.pop() == "Failed to load resource: net::ERR_CONNECTION_REFUSED"
 
 
 def test_failure_during_a_request_is_reported(
@@ -762,7 +1187,9 @@ def test_token_is_required_and_kept(open_page: Open, service: Local, photo: Path
 def test_tags_are_disabled_unless_the_model_takes_them(
     open_page: Open, url: str, tagged_config: ModelConfig, photo: Path, tmp_path: Path
 ) -> None:
-    tags = open_page(url).get_by_label("Tags")
+    page = open_page(url)
+    open_more(page)
+    tags = page.get_by_label("Tags")
     expect(tags).to_be_disabled()
     expect(tags).to_have_accessible_description("small takes no tags: it was trained without them.")
     experts = [m.state_dict() for m in random_experts(tagged_config, 4)]
@@ -771,6 +1198,7 @@ def test_tags_are_disabled_unless_the_model_takes_them(
     with served(Local(upscaler)) as url:
         page = open_page(url)
         choose(page, photo)
+        open_more(page)
         page.get_by_label("Tags").fill("woman, space suit")
         start(page)
         data = download(page)[1]
@@ -786,51 +1214,79 @@ def test_steps_stay_within_the_limit_of_the_server(
         page = open_page(url)
         choose(page, photo)
         expect(page.get_by_label("Steps")).to_have_value("4")
-        page.get_by_label("Steps").fill("9")
+        put(page.get_by_label("Steps"), "9")
         start(page)
         expect(alert(page)).to_have_text("Enter a whole number from 1 to 8.")
 
 
-@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("size", [(360, 740), (1600, 900)], ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_state_fits_and_is_legible(
-    open_page: Open, url: str, service: Local, photo: Path, width: int, scheme: str
+def test_every_state_fits_and_is_accessible(
+    open_page: Open,
+    url: str,
+    service: Local,
+    photo: Path,
+    holiday: list[Path],
+    size: tuple[int, int],
+    scheme: str,
 ) -> None:
+    width, height = size
     page = open_page(
         url,
         refusals=(422,),
-        viewport={"width": width, "height": 800},
+        viewport={"width": width, "height": height},
         color_scheme=scheme,
         reduced_motion="reduce",
     )
 
-    def assert_fits_and_reads() -> None:
-        assert page.evaluate("document.documentElement.scrollWidth") == width
-        photo_box, stage = page.locator("figure").bounding_box(), page.get_by_label("Photo").first
+    def check() -> None:
+        assert page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
+        photo_box, stage = page.locator("figure").bounding_box(), page.locator("#stage")
         assert photo_box is None or photo_box["width"] <= stage.bounding_box()["width"]
         contrast, text = page.evaluate(LEAST_CONTRAST)
         assert contrast >= AA, text
+        violations = Axe().run(page).response["violations"]
+        assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in violations] == []
 
-    assert_fits_and_reads()
+    check()
     choose(page, photo)
-    assert_fits_and_reads()
+    check()
     with service.held():
         start(page)
         expect(page.get_by_text("structure is running")).to_be_visible()
-        assert_fits_and_reads()
+        check()
     expect(page.get_by_role("link", name="Download")).to_be_visible()
-    assert_fits_and_reads()
+    check()
+    page.get_by_text("200%", exact=True).click()
+    check()
+    page.get_by_role("button", name="Crop").click()
+    check()
+    page.keyboard.press("Escape")
+    open_more(page)
     page.get_by_label("Seed").fill("9" * 19)
     start(page)
     expect(alert(page)).to_be_visible()
-    assert_fits_and_reads()
+    check()
+    page.get_by_label("Seed").fill("0")
+    hand_over(page, "drop", *holiday)
+    expect(page.get_by_role("button", name="Upscale 3 photos")).to_be_enabled()
+    with service.held():
+        start(page)
+        expect(page.get_by_text("structure is running")).to_be_visible()
+        check()
+    expect(page.get_by_text("4 of 4 photos done")).to_be_visible()
+    check()
 
 
 def test_every_control_has_an_accessible_name(open_page: Open, url: str, photo: Path) -> None:
     """Screen readers can name everything that can be used or seen."""
     page = open_page(url)
-    expect(page.get_by_label("Choose a photo")).to_have_accessible_description(
-        "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP, up to 20 MB and 4 megapixels"
+    size, pixels = Limits().bytes, Limits().pixels
+    expect(page.get_by_label("Choose photos")).to_have_accessible_description(
+        f"PNG, JPEG, WebP, TIFF, AVIF, GIF, BMP or JPEG 2000, up to {size / 1e6:.0f} MB and "
+        f"{pixels / 1e6:.0f} megapixels"
     )
     choose(page, photo)
     start(page)
@@ -845,5 +1301,6 @@ def test_every_control_has_an_accessible_name(open_page: Open, url: str, photo: 
 
 def test_page_has_no_inline_script_or_style(url: str, open_page: Open) -> None:
     """The content security policy of the page would block inline code."""
-    page = open_page(url)
-    assert page.locator("[style], style, script:not([src]), [onclick]").count() == 0
+    with urllib.request.urlopen(url) as response:
+        html = response.read().decode()
+    assert open_page(url).evaluate(COUNT_INLINE, html) == 0

@@ -1,40 +1,47 @@
-// The page: one photo, its settings, one request at a time, and a comparison of both pictures.
+// The page: photos, their settings, one request at a time, and a comparison of both pictures.
 
-import { bytesOf, events } from "./stream.js";
+import * as compare from "./compare.js";
+import * as crop from "./crop.js";
+import { cut, draw, drawThumbnail, dropped, isVisible, kindOf, save } from "./files.js";
+import { describe, estimate, inWords, Problem, upscale } from "./server.js";
+import { bytes, even, measured, megapixels, number, photos, sentence, span } from "./words.js";
+import { zip } from "./zip.js";
 
 const $ = (id) => document.getElementById(id);
 
-// Each has url, drawn (whether this browser can show it), width and height; null if there is none.
-let photo = null;
-let result = null;
-// The AbortController of the request in flight.
-let running = null;
-// The number of its steps that are known to be done.
-let stepsDone = 0;
-let limits = {};
+// Results stay in the browser until they are removed. Beyond so many bytes no photo is begun.
+const MOST_BYTES = 1e9;
+const PRESETS = [4, 3, 2, 1.5, 1];
 
-class Problem extends Error {
-  constructor(status, detail, wait) {
-    super(detail);
-    Object.assign(this, { status, wait });
-  }
-}
+// Each photo has
+//   file, kind, width, height (0 if the browser cannot draw it), row (its line in the list);
+//   original: { file, width, height } before a crop;
+//   state: reading, ready, queued, running, done, failed or cancelled; problem: [id, words];
+//   percent, and result, which has blob, width, height and what the server says of it.
+let items = [];
+// The photo on the stage, and the object URLs of its two pictures.
+let selected = null;
+let shown = null;
+// The AbortController of all requests, and of the one in flight, with { item, start, ... }.
+let queue = null;
+let running = null;
+let server = null;
+// The scale that the user wants; a photo gets less if the limits demand it.
+let wanted = 4;
+// Answers to /v1/estimate by their query.
+const estimates = new Map();
 
 // The model and the limits
 
 async function load() {
   try {
-    const response = await fetch("v1/models");
-    if (!response.ok) throw await refusal(response);
-    showModel(await response.json());
+    server = await describe();
   } catch (error) {
     $("model").textContent = `${inWords(error)} Trying again.`;
     setTimeout(load, 3000);
+    return;
   }
-}
-
-function showModel({ models: [model], limits: newLimits, token }) {
-  limits = newLimits;
+  const { model, limits, token } = server;
   $("model").textContent = model.name;
   $("limits").textContent += `, up to ${bytes(limits.bytes)} and ${megapixels(limits.pixels)}`;
   for (const id of ["steps", "steps-range"]) {
@@ -48,6 +55,7 @@ function showModel({ models: [model], limits: newLimits, token }) {
   $("token-field").hidden = !token;
   $("token").required = token;
   $("experts").replaceChildren(...model.experts.map(expert));
+  show();
 }
 
 function expert(name) {
@@ -58,225 +66,469 @@ function expert(name) {
   return item;
 }
 
-// The photo
+// The photos
 
-async function choose([file, ...others]) {
-  if (!file) return;
-  forget();
-  const mine = { file, url: URL.createObjectURL(file) };
-  photo = mine;
-  Object.assign(mine, await decode(mine.url));
-  if (photo !== mine) return;
-  $("before").src = mine.url;
-  say(others.length ? `One photo at a time: this is ${file.name}.` : "");
-  show();
-  checkLimits();
-}
-
-// A picture stays in memory until its object URL is revoked.
-function forget() {
-  running?.abort();
-  for (const shown of [photo, result]) if (shown) URL.revokeObjectURL(shown.url);
-  photo = result = running = null;
+// fromFolder: whether the user chose a folder, whose hidden files nobody meant.
+async function add(files, fromFolder = false) {
   clear();
-}
-
-async function decode(url) {
-  const image = new Image();
-  image.src = url;
-  const drawn = await image.decode().then(() => true, () => false);
-  return { drawn, width: image.naturalWidth, height: image.naturalHeight };
-}
-
-function checkLimits() {
-  const pixels = photo.width * photo.height;
-  if (photo.file.size > limits.bytes) {
-    const size = bytes(photo.file.size);
-    complain("file", `This photo has ${size}, more than the limit of ${bytes(limits.bytes)}.`);
-  } else if (photo.drawn && pixels > limits.pixels) {
-    const size = `${photo.width} × ${photo.height} pixels`;
-    complain("file", `This photo has ${size}, more than the limit of ${megapixels(limits.pixels)}.`);
+  const meant = fromFolder ? files.filter(isVisible) : files;
+  const kinds = await Promise.all(meant.map(kindOf));
+  const known = (i) => kinds[i] && kinds[i] !== "heic";
+  const added = meant.flatMap((file, i) => (known(i) ? [newItem(file, kinds[i])] : []));
+  if (fromFolder) added.sort((a, b) => order.compare(pathOf(a.file), pathOf(b.file)));
+  items.push(...added);
+  $("rows").append(...added.map(({ row }) => row));
+  if (added.length) {
+    if (!queue) say("");
+    select(added[0]);
   }
+  complainOf(meant.filter((_, i) => !known(i)), kinds.includes("heic"), added.length);
+  for (const item of added) await item.read();
 }
 
-// The request
+const order = new Intl.Collator("en", { numeric: true });
+const pathOf = (file) => file.webkitRelativePath || file.name;
 
-async function upscale() {
+function complainOf(left, heic, added) {
+  if (!left.length) return;
+  const [{ name }] = left;
+  const others = left.length > 1 ? ` and ${left.length - 1} more` : "";
+  const advice = heic ? "Export HEIC photos as JPEG first." : "";
+  const words = added || others
+    ? `${name}${others}: not a picture that can be read here, so left out.`
+    : `${name} is not a picture that can be read here.`;
+  complain("file", `${words} ${advice}`.trim());
+}
+
+function newItem(file, kind) {
+  const row = $("row").content.firstElementChild.cloneNode(true);
+  const item = { file, kind, row, width: 0, height: 0, state: "reading", percent: 0 };
+  // Photos are read once, when their turn comes or when they are looked at.
+  let reading;
+  item.read = () => (reading ??= measure(item));
+  row.querySelector("b").textContent = file.name;
+  row.querySelector(".pick").addEventListener("click", () => select(item));
+  row.querySelector(".save").addEventListener("click", () => save(item.result.blob, item.result.filename));
+  row.querySelector(".save").setAttribute("aria-label", `Download ${file.name}`);
+  row.querySelector(".remove").addEventListener("click", () => drop(item));
+  return item;
+}
+
+async function measure(item) {
+  const image = await draw(item.file);
+  if (image) {
+    item.width = image.naturalWidth;
+    item.height = image.naturalHeight;
+    drawThumbnail(item.row.querySelector("canvas"), image);
+  }
+  item.original = { file: item.file, width: item.width, height: item.height };
+  if (item.state === "reading") item.state = queue && !obstacle(item) ? "queued" : "ready";
+  show();
+}
+
+// Cancel the work on a photo, or remove it if there is none.
+function drop(item) {
+  if (item.state === "running") running.abort();
+  else if (item.state === "queued") item.state = "cancelled";
+  else remove(item);
+  show();
+}
+
+function remove(item) {
+  const place = items.indexOf(item);
+  const { row } = item;
+  const next = row.nextElementSibling ?? row.previousElementSibling;
+  const held = row.contains(document.activeElement);
+  items.splice(place, 1);
+  row.remove();
+  if (selected === item) select(items[Math.min(place, items.length - 1)] ?? null);
+  if (held) (next?.querySelector(".remove") ?? $("file")).focus();
+}
+
+function removeAll() {
+  queue?.abort();
+  items = [];
+  $("rows").replaceChildren();
+  select(null);
+  say("");
+  $("file").focus();
+}
+
+async function select(item) {
+  crop.end();
   clear();
-  if (!photo || running || !isValid()) return;
+  selected = item;
+  if (item?.problem) complain(...item.problem);
+  present();
+  await item?.read();
+  if (selected === item) show();
+}
+
+// Put both pictures on the stage. A picture stays in memory until its object URL is revoked.
+function present() {
+  for (const url of Object.values(shown?.urls ?? {})) URL.revokeObjectURL(url);
+  shown = null;
+  for (const id of ["before", "after"]) $(id).removeAttribute("src");
+  compare.setZoom(0);
+  compare.centreSlider();
+  if (!selected) return show();
+  const before = crop.rectangle() ? selected.original.file : selected.file;
+  shown = { urls: { before: URL.createObjectURL(before) } };
+  $("before").src = shown.urls.before;
+  return selected.result ? presentResult() : show();
+}
+
+async function presentResult() {
+  const mine = shown;
+  const { result } = selected;
+  if (mine.urls.after) URL.revokeObjectURL(mine.urls.after);
+  mine.urls.after = URL.createObjectURL(result.blob);
+  $("after").src = mine.urls.after;
+  Object.assign($("download"), { href: mine.urls.after, download: result.filename });
+  result.drawn = await $("after").decode().then(() => true, () => false);
+  if (shown === mine) show();
+}
+
+// The limits
+
+const admits = ({ width, height }, scale) =>
+  even(width * scale) * even(height * scale) <= server.limits.output_pixels;
+
+// Return the scale of a photo: the one that is wanted, or the largest preset that the limits admit.
+function scaleOf(item) {
+  if (!server || !item.width) return wanted;
+  const smaller = PRESETS.filter((preset) => preset < wanted);
+  return [wanted, ...smaller].find((scale) => admits(item, scale)) ?? wanted;
+}
+
+// Return why the server would refuse a photo, or an empty string.
+function obstacle(item) {
+  if (!server) return "";
+  const { limits } = server;
+  const pixels = item.width * item.height;
+  const help = item.width ? " Crop it to a part." : "";
+  if (item.file.size > limits.bytes) {
+    return `This photo has ${bytes(item.file.size)}, and this server takes at most ${bytes(limits.bytes)}.${help}`;
+  }
+  if (pixels > limits.pixels) {
+    return `This photo has ${megapixels(pixels)}, and this server takes at most ${megapixels(limits.pixels)}.${help}`;
+  }
+  if (pixels > limits.output_pixels) {
+    return `The result would have more than this server's limit of ${megapixels(limits.output_pixels)}.${help}`;
+  }
+  const answer = estimates.get(query(item));
+  return answer && !answer.fits ? sentence(answer.detail) : "";
+}
+
+// Return why a photo gets less than the scale that is wanted, or an empty string.
+function reduction(item) {
+  const scale = scaleOf(item);
+  if (scale === wanted) return "";
+  const pixels = megapixels(item.width * item.height * wanted ** 2);
+  const limit = megapixels(server.limits.output_pixels);
+  return `At ${number(wanted)}× the result would have ${pixels}, more than this server's limit of ${limit}, so ${number(scale)}× is chosen. Crop the photo to enlarge a part of it more.`;
+}
+
+// The time
+
+function query(item) {
+  const { width, height } = item;
+  const [steps, detail] = [$("steps").value, $("detail").value];
+  return new URLSearchParams({ width, height, scale: scaleOf(item), steps, detail }).toString();
+}
+
+let asking = null;
+
+// Ask the server how long the photos will take, the one on the stage first.
+async function ask() {
+  if (asking || !server) return;
+  const open = [selected, ...items].find((item) => item?.width && !estimates.has(query(item)));
+  if (!open || !isComplete()) return;
+  asking = query(open);
+  const question = asking;
+  const answer = await estimate(question).catch(() => null);
+  estimates.set(question, answer);
+  // The server may not be ready yet.
+  if (!answer) setTimeout(() => estimates.delete(question) && ask(), 10_000);
+  asking = null;
+  show();
+}
+
+const isComplete = () => $("steps").checkValidity() && $("scale").checkValidity();
+
+// Return the seconds that these photos take, or undefined if one is not known.
+function secondsOf(some) {
+  const known = some.map((item) => item.width && estimates.get(query(item))?.seconds);
+  return known.every(Boolean) ? known.reduce((sum, time) => sum + time, 0) : undefined;
+}
+
+function forecast() {
+  const some = pending();
+  const time = secondsOf(some);
+  if (!time || crop.rectangle()) return "";
+  const which = items.length > 1 ? `${photos(some.length)} will take` : "This will take";
+  return `${which} about ${span(time)} on this server.`;
+}
+
+// The queue
+
+const isUsable = (item) => item.state !== "reading" && !obstacle(item);
+const isOpen = (item) => ["ready", "failed", "cancelled"].includes(item.state) ||
+  (item.state === "done" && item.result.settings !== settings(item));
+
+// Return the photos that the button would upscale: those without a result of these settings, or all.
+function pending() {
+  const usable = items.filter(isUsable);
+  const open = usable.filter(isOpen);
+  return open.length ? open : usable;
+}
+
+async function start() {
+  clear();
+  if (queue || !isValid()) return;
+  for (const item of pending()) Object.assign(item, { state: "queued", problem: null, percent: 0 });
   const mine = new AbortController();
-  running = mine;
-  const stopClock = begin();
-  try {
-    await finish(await request(mine.signal), mine.signal);
-  } catch (error) {
-    // Another photo may have been chosen meanwhile.
-    if (running === mine) fail(error, mine.signal);
-  } finally {
-    stopClock();
+  queue = mine;
+  for (let item = await next(); item && !mine.signal.aborted; item = await next()) {
+    const held = items.reduce((sum, { result }) => sum + (result?.blob.size ?? 0), 0);
+    if (held > MOST_BYTES) {
+      complain("start", `The results fill ${bytes(held)} of this browser's memory. Download and remove some, then go on.`);
+      break;
+    }
+    await work(item, mine);
   }
-  if (running !== mine) return;
-  running = null;
+  queue = null;
+  for (const item of items) if (item.state === "queued") item.state = "ready";
   show();
 }
 
-async function request(signal) {
-  const init = { method: "POST", body: fields(), headers: headers(), signal };
-  const response = await fetch("v1/upscale", init);
-  if (!response.ok) throw await refusal(response);
-  for await (const [name, data] of events(response.body)) {
-    if (name === "progress") progressed(data);
-    if (name === "error") throw new Problem(data.status, data.detail);
-    if (name === "result") return data;
-  }
-  throw new TypeError("the stream ended before the result");
+// Return the next photo to upscale. One that is still being read joins the queue after that.
+async function next() {
+  const unread = items.find(({ state }) => state === "reading");
+  const queued = items.find(({ state }) => state === "queued");
+  if (queued || !unread) return queued;
+  await unread.read();
+  return next();
 }
 
-function fields() {
+// Upscale one photo.
+async function work(item, all) {
+  const mine = new AbortController();
+  const abort = () => mine.abort();
+  all.signal.addEventListener("abort", abort);
+  running = mine;
+  Object.assign(mine, { item, step: 0, percent: 0, start: performance.now(), total: secondsOf([item]) });
+  item.state = "running";
+  const timer = setInterval(tick, 500);
+  for (const line of $("experts").children) mark(line, "waiting");
+  say(`${nameIn(item)}Sent. Waiting for its turn.`);
+  tick();
+  show();
+  try {
+    const made = settings(item);
+    const result = await upscale(fields(item), $("token").value, mine.signal, progressed);
+    mine.signal.throwIfAborted();
+    await finish(item, { ...result, settings: made });
+  } catch (error) {
+    fail(item, error, mine.signal);
+  } finally {
+    clearInterval(timer);
+    all.signal.removeEventListener("abort", abort);
+    running = null;
+    $("elapsed").textContent = "";
+    show();
+  }
+}
+
+const nameIn = (item) => (items.length > 1 ? `${item.file.name}: ` : "");
+
+function fields(item) {
   const data = new FormData($("form"));
   for (const [name, value] of [...data]) if (value === "") data.delete(name);
-  // The number field holds the scale, even if a preset was chosen.
-  data.delete("preset");
-  data.set("image", photo.file, photo.file.name);
+  for (const name of ["preset", "zoom"]) data.delete(name);
+  data.set("scale", scaleOf(item));
+  const format = ORIGINAL[item.kind];
+  if (isCropped(item) && format && !data.has("format")) data.set("format", format);
+  data.set("image", item.file, item.file.name);
   return data;
 }
 
-function headers() {
-  const token = $("token").value;
-  return { Accept: "text/event-stream", ...(token && { Authorization: `Bearer ${token}` }) };
+// A crop is sent as PNG; its result has the format of the photo all the same.
+const ORIGINAL = { jpeg: "jpg", webp: "webp" };
+const isCropped = (item) => Boolean(item.original) && item.file !== item.original.file;
+
+// Return all that decides the pixels of a result, as text.
+function settings(item) {
+  const values = [...fields(item)].filter(([name]) => name !== "image");
+  return JSON.stringify([...values, item.file.size, item.file.name]);
 }
 
+const ADVICE = {
+  token: () => "This server requires an access token.",
+  scale: () => "Enter a number from 1 to 4.",
+  steps: () => `Enter a whole number from 1 to ${$("steps").max}.`,
+  seed: () => "Enter a whole number, zero or more.",
+};
+
 function isValid() {
-  const advice = {
-    token: "This server requires an access token.",
-    scale: "Enter a number from 1 to 4.",
-    steps: `Enter a whole number from 1 to ${$("steps").max}.`,
-    seed: "Enter a whole number, zero or more.",
-  };
-  const wrong = Object.keys(advice).filter((id) => !$(id).checkValidity());
+  const wrong = Object.keys(ADVICE).filter((id) => !$(id).checkValidity());
   // The last complaint takes the focus, so that must be the one about the first field.
-  for (const id of wrong.reverse()) complain(id, advice[id]);
+  for (const id of wrong.reverse()) complain(id, ADVICE[id]());
   return wrong.length === 0;
 }
 
-function begin() {
-  const start = performance.now();
-  const tick = () => {
-    $("elapsed").textContent = `${Math.floor((performance.now() - start) / 1000)} s`;
-  };
-  const timer = setInterval(tick, 1000);
-  for (const item of $("experts").children) mark(item, "waiting");
-  stepsDone = $("progress").value = 0;
-  say("Sent. Waiting for its turn.");
-  tick();
-  show();
-  return () => {
-    clearInterval(timer);
-    $("elapsed").textContent = "";
-  };
-}
+// Progress
 
 // An expert begins (at the last step known, or at an earlier one if the request was started again),
 // or has ended its steps. Experts before it without an event had no steps to take.
-function progressed({ expert, step, steps, percent }) {
-  const items = [...$("experts").children];
-  const place = items.findIndex((item) => item.dataset.name === expert);
-  const working = step <= stepsDone ? place : step < steps ? place + 1 : items.length;
-  stepsDone = step;
-  for (const [i, item] of items.entries()) {
-    if (i === working) mark(item, "working");
-    else if (i > working) mark(item, "waiting");
-    else if (i === place) mark(item, "done");
-    else if (item.dataset.state !== "done") mark(item, "idle");
+function progressed({ wait, expert, step, steps, percent }) {
+  const name = nameIn(running.item);
+  if (wait) return say(`${name}The server is busy. Trying again in ${wait} s.`);
+  const lines = [...$("experts").children];
+  const place = lines.findIndex((line) => line.dataset.name === expert);
+  const working = step <= running.step ? place : step < steps ? place + 1 : lines.length;
+  for (const [i, line] of lines.entries()) {
+    if (i === working) mark(line, "working");
+    else if (i > working) mark(line, "waiting");
+    else if (i === place) mark(line, "done");
+    else if (line.dataset.state !== "done") mark(line, "idle");
   }
-  $("progress").value = percent;
-  const now = items[working] ? `${items[working].dataset.name} is running` : "writing the file";
-  say(`${percent}%, ${step} of ${steps} steps: ${now}.`);
+  running.began ??= performance.now();
+  const again = step < running.step;
+  Object.assign(running, { step, known: percent, at: performance.now() });
+  if (again) running.percent = 0;
+  const now = lines[working] ? `${lines[working].dataset.name} is running` : "writing the file";
+  say(`${name}${step} of ${steps} steps: ${now}.`);
+  return tick();
+}
+
+// Show the time, and a percentage that moves between the events as the estimate has it.
+function tick() {
+  if (!running) return;
+  const { item, start, began, known = 0, at = start, total } = running;
+  const now = performance.now();
+  const guess = began && total ? known + (now - at) / (10 * total) : known;
+  running.percent = item.percent = Math.max(running.percent, Math.min(guess, Math.max(known, 97)));
+  const left = began && total ? total - (now - began) / 1000 : 0;
+  $("progress").value = running.percent;
+  $("elapsed").textContent = [
+    `${Math.floor(running.percent)}%`,
+    `${Math.floor((now - start) / 1000)} s`,
+    ...(left >= 1 ? [`about ${span(left)} left`] : []),
+  ].join(" · ");
+  describeRow(item);
 }
 
 const STATES = { waiting: "waiting", working: "running", done: "done", idle: "no steps" };
 
-function mark(item, state, words = STATES[state]) {
-  item.dataset.state = state;
-  item.lastChild.textContent = words;
+function mark(line, state, words = STATES[state]) {
+  line.dataset.state = state;
+  line.lastChild.textContent = words;
 }
 
 // The result
 
-async function finish(data, signal) {
-  const blob = new Blob(bytesOf(data.image), { type: data.media_type });
-  const received = { ...data, image: null, url: URL.createObjectURL(blob), size: blob.size };
-  received.drawn = (await decode(received.url)).drawn;
-  if (signal.aborted) URL.revokeObjectURL(received.url);
-  signal.throwIfAborted();
-  if (result) URL.revokeObjectURL(result.url);
-  else reveal();
-  result = received;
-  $("after").src = received.url;
-  Object.assign($("download"), { href: received.url, download: received.filename });
-  showTimes();
-  report();
+async function finish(item, result) {
+  const first = !item.result;
+  Object.assign(item, { result, state: "done", percent: 100 });
+  if (selected !== item) return report(item);
+  await presentResult();
+  if (first) compare.reveal();
+  return report(item);
 }
 
-function showTimes() {
-  for (const item of $("experts").children) {
-    const time = result.timing[item.dataset.name];
-    if (time === undefined) mark(item, "idle");
-    else mark(item, "done", seconds(time));
+function report(item) {
+  const { timing, steps, seed, scale, drawn, width } = item.result;
+  const all = Object.values(timing).reduce((sum, time) => sum + time, 0);
+  const count = steps === 1 ? "1 step" : `${steps} steps`;
+  const resampled = item.width && width !== even(item.width * scale)
+    ? ` The model worked at ${number(scale)}×; its result was resampled.` : "";
+  const unseen = drawn === false ? " This browser cannot show the result; download it." : "";
+  showTimes(item.result);
+  say(`${nameIn(item)}Done in ${measured(all)} with ${count} and seed ${seed}.${resampled}${unseen}`);
+}
+
+function showTimes({ timing }) {
+  for (const line of $("experts").children) {
+    const time = timing[line.dataset.name];
+    if (time === undefined) mark(line, "idle");
+    else mark(line, "done", measured(time));
   }
 }
 
-function report() {
-  const { timing, steps, seed, scale, drawn, width } = result;
-  const all = Object.values(timing).reduce((sum, time) => sum + time, 0);
-  const count = steps === 1 ? "1 step" : `${steps} steps`;
-  const resampled = photo.drawn && width !== even(photo.width * scale)
-    ? ` The model worked at ${number(scale)}×; its result was resampled.` : "";
-  const unseen = drawn ? "" : " This browser cannot show the result; download it.";
-  say(`Done in ${seconds(all)} with ${count} and seed ${seed}.${resampled}${unseen}`);
+async function downloadAll() {
+  const done = items.filter(({ result }) => result);
+  save(await zip(done.map(({ result }) => [result.filename, result.blob])), "upscaled.zip");
+}
+
+// Cropping
+
+function startCropping() {
+  const item = selected;
+  const { width, height } = item.original;
+  const { pixels, output_pixels: results } = server.limits;
+  const most = Math.min(pixels, results / wanted ** 2, 0.64 * width * height);
+  clear();
+  crop.begin(width, height, item.crop ?? crop.middle(width, height, most), show);
+  present();
+  $("rectangle").focus();
+}
+
+// Leave the photo as it was before.
+function leaveCropping() {
+  crop.end();
+  present();
+}
+
+async function useWhole() {
+  if (selected.crop) await replace(selected, selected.original, null);
+  else leaveCropping();
+}
+
+async function useCrop() {
+  const { x, y, width, height } = crop.rectangle();
+  const file = await cut(selected.original.file, { x, y, width, height }, selected.kind !== "jpeg");
+  await replace(selected, { file, width, height }, { x, y, width, height });
+}
+
+async function replace(item, part, rectangle) {
+  crop.end();
+  Object.assign(item, part, { crop: rectangle, result: null, problem: null, state: "ready" });
+  drawThumbnail(item.row.querySelector("canvas"), await draw(item.file));
+  if (selected === item) present();
 }
 
 // Problems, each shown beside its cause
 
 const CAUSES = { 400: "file", 401: "token", 413: "file", 415: "file" };
+// The next photo would meet the same refusal.
+const STOPS = [401, 422, 503, undefined];
 
-async function refusal(response) {
-  const { status, statusText, headers } = response;
-  const problem = await response.json().catch(() => ({}));
-  const detail = problem.detail || `the server answered ${status} ${statusText}`;
-  return new Problem(status, detail, headers.get("Retry-After"));
-}
-
-function fail(error, signal) {
+function fail(item, error, signal) {
+  item.state = "cancelled";
+  if (item.result) showTimes(item.result);
   say(signal.aborted ? "Cancelled." : "");
-  if (result) showTimes();
   if (signal.aborted) return;
   const field = error.status === 422 && /^\w+(?=:)/.exec(error.message)?.[0];
-  const cause = CAUSES[error.status] ?? field;
+  const named = CAUSES[error.status] ?? field;
+  const cause = $(`${named}-problem`) ? named : "start";
   if (cause === "token") $("token-field").hidden = false;
-  complain($(`${cause}-problem`) ? cause : "start", inWords(error));
-}
-
-function inWords(error) {
-  if (!(error instanceof Problem)) {
-    return "The server does not answer; check the connection and try again.";
-  }
-  if (error.status === 401) return "The access token is missing or wrong.";
-  if (error.status === 429) return `The server is busy; try again in ${error.wait ?? "a few"} s.`;
-  // The message is shown beside the field or photo that it names.
-  const words = error.message.replace(/^(the picture|\w+): /, "");
-  return `${words[0].toUpperCase()}${words.slice(1)}`.replace(/\.?$/, ".");
+  Object.assign(item, { state: "failed", problem: [cause, inWords(error)] });
+  const stops = STOPS.includes(error instanceof Problem ? error.status : undefined);
+  if (stops) for (const other of items) if (other.state === "queued") other.state = "ready";
+  if (selected === item || stops) complain(cause, inWords(error));
 }
 
 function complain(id, words) {
   $(`${id}-problem`).textContent = words;
   if (!$(id).closest(".field")) return;
+  $("more").open ||= $("more").contains($(id));
   $(id).setAttribute("aria-invalid", "true");
   $(id).focus();
 }
 
 function clear() {
-  for (const line of document.querySelectorAll(".problem")) line.textContent = "";
+  for (const line of document.querySelectorAll(".problem:not(#limit-problem)")) line.textContent = "";
   for (const field of document.querySelectorAll("[aria-invalid]")) {
     field.removeAttribute("aria-invalid");
   }
@@ -286,48 +538,58 @@ function clear() {
 
 function show() {
   const held = document.activeElement;
-  const shown = result?.drawn ? result : photo;
-  const compared = Boolean(photo?.drawn && result?.drawn);
+  const item = selected;
+  const result = item?.result;
+  const rectangle = crop.rectangle();
+  const drawn = Boolean(item?.width);
+  const compared = Boolean(drawn && result?.drawn && !rectangle);
+  const usable = pending();
   const visible = {
-    file: !photo,
-    drop: !photo,
-    compare: shown?.drawn,
-    before: photo?.drawn,
-    after: result?.drawn,
-    blank: photo && !shown.drawn,
-    bar: photo,
-    start: !running,
-    cancel: running,
-    download: result && !running,
-    other: !running,
-    run: running || result,
+    drop: !item,
+    top: item,
+    compare: drawn || result?.drawn,
+    before: drawn,
+    after: result?.drawn && !rectangle,
+    blank: item && item.state !== "reading" && !drawn && !result?.drawn,
+    bar: item,
+    zooms: result?.drawn && !rectangle,
+    start: !queue && !rectangle,
+    cancel: queue && !rectangle,
+    download: result && items.length === 1 && item.state !== "running" && !rectangle,
+    cropping: server && drawn && !["running", "queued"].includes(item.state) && !rectangle,
+    use: rectangle,
+    whole: rectangle,
+    run: running || (result && !rectangle),
+    photos: items.length > 1,
+    zip: items.filter((other) => other.result).length > 1,
   };
   for (const [id, is] of Object.entries(visible)) $(id).hidden = !is;
   $("compare").classList.toggle("compared", compared);
-  if (!result?.drawn) actualSize(false);
-  measure();
+  $("start").disabled = !usable.length;
+  setText("limit-problem", item && !rectangle ? obstacle(item) : "");
+  if (!running && result) showTimes(result);
   label();
-  if (!held.hidden) return;
+  showScale();
+  for (const other of items) describeRow(other);
+  resize();
+  ask();
+  if (!held.hidden && !held.closest("[hidden]")) return;
   // The focused element is hidden now: focus the next one.
-  const next = running ? "cancel" : compared ? "slider" : result ? "download" : "start";
-  $(next).focus();
+  const after = queue ? "cancel" : compared ? "slider" : "download";
+  $($(after).hidden ? "start" : after).focus();
 }
 
-// The photo takes the space of its result, so that nothing jumps when that arrives.
-function measure() {
-  const [width, height] = outcome();
-  const { style } = $("compare");
-  style.setProperty("--w", width);
-  style.setProperty("--h", height);
-  style.setProperty("--dpr", devicePixelRatio);
-  const fits = $("compare").clientWidth >= Math.floor(width / devicePixelRatio);
-  $("zoom").hidden = !result?.drawn || (fits && !isActualSize());
+function resize() {
+  compare.setSize(...outcome());
 }
 
 function outcome() {
-  if (result) return [result.width, result.height];
-  const scale = $("scale").validity.valid ? $("scale").valueAsNumber : 1;
-  return photo ? [even(photo.width * scale), even(photo.height * scale)] : [0, 0];
+  const item = selected;
+  if (!item) return [0, 0];
+  if (crop.rectangle()) return [item.original.width * wanted, item.original.height * wanted];
+  if (item.result) return [item.result.width, item.result.height];
+  const scale = scaleOf(item);
+  return [even(item.width * scale), even(item.height * scale)];
 }
 
 const FORMATS = {
@@ -335,116 +597,160 @@ const FORMATS = {
 };
 
 function label() {
-  if (!photo) return;
+  const item = selected;
+  setText("advice", advice());
+  if (!item) return;
+  setText("name", item.file.name);
+  setText("size", sizes(item));
+  setText("count", tally());
+  const some = pending();
+  const again = some.length > 0 && !some.some(isOpen);
+  const which = items.length > 1 && some.length ? `Upscale ${photos(some.length)}` : "Upscale";
+  setText("start", again ? `${which} again` : which);
+  $("start").classList.toggle("main", !again);
+  $("zip").classList.toggle("main", again);
+  setText("cancel", items.length > 1 ? "Cancel all" : "Cancel");
+  setText("blank",
+    `This browser cannot show ${item.file.name}. If it is a photo, it can still be upscaled.`);
+}
+
+function sizes(item) {
+  const part = crop.rectangle();
+  if (part) {
+    const { width, height } = item.original;
+    const scale = scaleOf(part);
+    return `${part.width} × ${part.height} of ${width} × ${height} → ${even(part.width * scale)} × ${even(part.height * scale)}`;
+  }
   const [width, height] = outcome();
-  const from = photo.drawn ? `${photo.width} × ${photo.height}` : bytes(photo.file.size);
-  const to = width ? ` → ${width} × ${height}` : "";
-  const type = result ? `, ${FORMATS[result.media_type]} ${bytes(result.size)}` : "";
-  $("name").textContent = photo.file.name;
-  $("size").textContent = from + to + type;
-  $("start").textContent = result ? "Upscale again" : "Upscale";
-  $("start").classList.toggle("main", !result);
-  $("blank").textContent =
-    `This browser cannot show ${photo.file.name}. If it is a photo, it can still be upscaled.`;
+  const from = item.width ? `${item.width} × ${item.height}` : bytes(item.file.size);
+  const type = item.result ? `, ${FORMATS[item.result.media_type]} ${bytes(item.result.blob.size)}` : "";
+  return from + (width ? ` → ${width} × ${height}` : "") + type;
 }
 
-function slide() {
-  const { value } = $("slider");
-  $("compare").style.setProperty("--at", `${value}%`);
-  $("slider").setAttribute("aria-valuetext", `${value}% before, ${100 - value}% after`);
+// Return what to know before the start.
+function advice() {
+  const part = crop.rectangle();
+  if (part) {
+    const pixels = part.width * part.height;
+    return server && pixels > server.limits.pixels
+      ? `This part has ${megapixels(pixels)}, and this server takes at most ${megapixels(server.limits.pixels)}.`
+      : "The part keeps every pixel, as PNG in sRGB. The camera's data (EXIF) is left out.";
+  }
+  if (!selected || running) return "";
+  const less = items.length === 1 ? reduction(selected) : "";
+  return [less, pending().some(isOpen) ? forecast() : ""].filter(Boolean).join(" ");
 }
 
-// Reveal the first result of a photo with a wipe.
-function reveal() {
-  const compare = $("compare");
-  $("slider").value = 50;
-  compare.classList.remove("reveal");
-  compare.style.setProperty("--at", "100%");
-  // Reading the style applies it; otherwise the transition would begin at its end.
-  getComputedStyle(compare).getPropertyValue("--at");
-  compare.classList.add("reveal");
-  slide();
+function tally() {
+  const done = items.filter(({ state }) => state === "done").length;
+  return done ? `${done} of ${photos(items.length)} done` : photos(items.length);
 }
 
-const isActualSize = () => $("compare").classList.contains("actual");
-
-function actualSize(on) {
-  const pan = $("pan");
-  pan.hidden = !on;
-  $("compare").classList.toggle("actual", on);
-  $("zoom").setAttribute("aria-pressed", on);
-  pan.scrollTo((pan.scrollWidth - pan.clientWidth) / 2, (pan.scrollHeight - pan.clientHeight) / 2);
-  panned();
+// With one photo, the field shows the scale that it gets.
+function showScale() {
+  const only = items.length === 1 ? items[0] : null;
+  for (const preset of document.getElementsByName("preset")) {
+    preset.disabled = Boolean(server && only?.width && preset.value > 1 && !admits(only, preset.value));
+  }
+  if ($("scale").validity.valid && document.activeElement !== $("scale")) {
+    $("scale").value = only ? scaleOf(only) : wanted;
+  }
+  checkPreset();
 }
 
-function panned() {
-  $("compare").style.setProperty("--x", $("pan").scrollLeft);
-  $("compare").style.setProperty("--y", $("pan").scrollTop);
-}
-
-function drag(event) {
-  if (event.buttons === 1 && event.pointerType === "mouse") {
-    $("pan").scrollBy(-event.movementX, -event.movementY);
+function checkPreset() {
+  for (const preset of document.getElementsByName("preset")) {
+    preset.checked = Number(preset.value) === $("scale").valueAsNumber;
   }
 }
 
-function say(words) {
-  // Screen readers would repeat a text that is set again.
-  if ($("status").textContent !== words) $("status").textContent = words;
+const ROW_STATES = {
+  reading: () => "",
+  ready: (item) => forecastOf(item),
+  queued: () => "waiting",
+  running: (item) => `${Math.floor(item.percent)}%`,
+  done: (item) => `done, ${bytes(item.result.blob.size)}`,
+  failed: (item) => item.problem[1],
+  cancelled: () => "cancelled",
+};
+
+function forecastOf(item) {
+  const time = secondsOf([item]);
+  return time ? `about ${span(time)}` : "";
 }
 
-// Quantities
-
-// Round to the nearest whole number, and halves to the even one, as the server does.
-const even = (x) => (x % 2 === 0.5 ? Math.floor(x) : Math.round(x));
-const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
-const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
-const megapixels = (pixels) => `${number(pixels / 1e6)} megapixels`;
-
-function bytes(n) {
-  if (n < 1e3) return `${n} bytes`;
-  return n < 1e6 ? `${number(n / 1e3)} kB` : `${number(n / 1e6)} MB`;
+function describeRow(item) {
+  const { row, state } = item;
+  const trouble = obstacle(item);
+  const scale = item.width ? `${number(scaleOf(item))}×` : "";
+  const words = trouble || [scale, ROW_STATES[state](item)].filter(Boolean).join(", ");
+  const busy = ["running", "queued"].includes(state);
+  setContent(row.querySelector("small"), words);
+  row.classList.toggle("bad", Boolean(trouble) || state === "failed");
+  row.querySelector(".pick").setAttribute("aria-current", item === selected);
+  row.querySelector(".save").hidden = !item.result || busy;
+  const remover = row.querySelector(".remove");
+  setContent(remover, "×");
+  remover.setAttribute("aria-label", `${busy ? "Cancel" : "Remove"} ${item.file.name}`);
+  const bar = row.querySelector("progress");
+  bar.hidden = state !== "running";
+  bar.value = item.percent;
+  bar.setAttribute("aria-label", `Progress of ${item.file.name}`);
 }
+
+// Screen readers would repeat a text that is set again.
+function setContent(element, words) {
+  if (element.textContent !== words) element.textContent = words;
+}
+
+const setText = (id, words) => setContent($(id), words);
+const say = (words) => setText("status", words);
 
 // Events
 
 const on = (id, event, act) => $(id).addEventListener(event, act);
 
-on("file", "change", ({ target }) => {
-  choose([...target.files]);
-  // Otherwise the same file could not be chosen again.
-  target.value = "";
-});
-on("other", "click", () => $("file").click());
+for (const id of ["file", "folder"]) {
+  on(id, "change", ({ target }) => {
+    add([...target.files], id === "folder");
+    // Otherwise the same file could not be chosen again.
+    target.value = "";
+  });
+}
 on("form", "submit", (event) => {
   event.preventDefault();
-  upscale();
+  start();
 });
 // Ignore the second click of a double click on the start button, which stood in the same place.
-on("cancel", "click", ({ detail }) => detail < 2 && running.abort());
+on("cancel", "click", ({ detail }) => detail < 2 && queue.abort());
+on("cropping", "click", startCropping);
+on("use", "click", useCrop);
+on("whole", "click", useWhole);
+on("rectangle", "keydown", ({ key }) => {
+  if (key === "Enter") useCrop();
+  if (key === "Escape") leaveCropping();
+});
+on("zip", "click", downloadAll);
+on("clear", "click", removeAll);
 on("scales", "input", ({ target }) => {
   if (target !== $("scale")) $("scale").value = target.value;
-  for (const preset of document.getElementsByName("preset")) {
-    preset.checked = Number(preset.value) === $("scale").valueAsNumber;
-  }
+  if ($("scale").validity.valid) wanted = $("scale").valueAsNumber;
+  checkPreset();
 });
-on("scales", "change", show);
 on("detail", "input", () => ($("detail-value").value = $("detail").value));
 on("steps", "input", () => ($("steps-range").value = $("steps").value));
 on("steps-range", "input", () => ($("steps").value = $("steps-range").value));
-on("slider", "input", () => {
-  $("compare").classList.remove("reveal");
-  slide();
-});
-on("zoom", "click", () => {
-  actualSize(!isActualSize());
-  measure();
-});
-on("pan", "scroll", panned);
-on("pan", "pointermove", drag);
+// On every input, because a button that moves when a field is left misses the click that leaves it.
+for (const event of ["input", "change"]) on("settings", event, show);
+on("drop", "click", ({ target }) => target.closest("label") ?? $("file").click());
+if (!("webkitdirectory" in $("folder"))) {
+  for (const control of document.querySelectorAll("#folder, .folder")) control.remove();
+}
 
-addEventListener("resize", measure);
-addEventListener("paste", ({ clipboardData }) => choose([...clipboardData.files]));
+addEventListener("resize", resize);
+addEventListener("paste", ({ clipboardData }) => {
+  if (clipboardData.files.length) add([...clipboardData.files]);
+});
 addEventListener("dragover", (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
@@ -453,11 +759,13 @@ addEventListener("dragover", (event) => {
 addEventListener("dragleave", ({ relatedTarget }) => {
   if (!relatedTarget) document.body.classList.remove("dragging");
 });
-addEventListener("drop", (event) => {
+addEventListener("drop", async (event) => {
   document.body.classList.remove("dragging");
-  if (!event.dataTransfer.files.length) return;
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
-  choose([...event.dataTransfer.files]);
+  const several = event.dataTransfer.items.length > 1;
+  const files = await dropped(event.dataTransfer);
+  add(files, several || files.length > 1);
 });
 
 load();
