@@ -32,7 +32,6 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import PIL.Image
 import PIL.ImageCms
-import pyvips  # type: ignore[import-untyped]
 import torch
 from PIL.ExifTags import Base
 
@@ -62,6 +61,7 @@ from linearsr.imaging.exif import (
     upright_exif,
 )
 from linearsr.imaging.tiff import Page, Tags, join_tiff, tiff_pages
+from linearsr.imaging.vips import pyvips
 from linearsr.imaging.xmp import result_xmp
 from linearsr.storage import atomic
 

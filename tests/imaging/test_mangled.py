@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -108,3 +110,31 @@ def test_mangled_files_give_a_picture_or_an_error() -> None:
     for number in range(VARIANTS):
         read += check(mangled(found[number % len(found)], rng)) is not None
     assert 0 < read < VARIANTS
+
+
+# Reads a JPEG with bytes too many. Should Python log what libvips warns of, then it frees other
+# such images in the meantime, as its garbage collector may.
+FREED_WHILE_LOGGING = """
+import io, logging
+from PIL import Image
+from linearsr.imaging import files
+from linearsr.imaging.vips import pyvips
+
+file = io.BytesIO()
+Image.new("RGB", (64, 64)).save(file, "JPEG")
+data = file.getvalue().replace(b"\\xff\\xdb", b"\\0\\0\\0\\xff\\xdb", 1)
+held = [pyvips.Image.jpegload_buffer(data) for _ in range(3)]
+
+class Freeing(logging.Filter):
+    def filter(self, record):
+        held.clear()
+
+logging.getLogger("pyvips").addFilter(Freeing())
+print(*files.read(data).pixels.shape)
+"""
+
+
+def test_warnings_of_damaged_files_never_end_the_process() -> None:
+    command = [sys.executable, "-c", FREED_WHILE_LOGGING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3 64 64\n", "")
