@@ -145,7 +145,7 @@ def test_out_of_memory_names_the_picture(run, photos, tmp_path, monkeypatch) -> 
     def exhausted(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr("linearsr.pipeline.upscaler.tile_grid", exhausted)
+    monkeypatch.setattr("linearsr.pipeline.tiling.tile_grid", exhausted)
     code, _, err = run(photos, "-o", tmp_path / "out")
     assert code == 1
     assert "a.png: out of memory" in err

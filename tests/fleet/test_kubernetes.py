@@ -126,11 +126,13 @@ def test_the_rayservice_has_the_config_of_serve_yaml() -> None:
     ServeDeploySchema.model_validate(served)
     arguments = served["applications"][0]["args"]
     assert ServeConfig.parse(**arguments).expert_gpus == 0.25
-    # Only these may differ: pods are reached from outside, and have GPUs.
+    # Only these may differ. Pods are reached from outside, and have GPUs.
     assert served["http_options"].pop("host") == "0.0.0.0"
     assert ours["http_options"].pop("host") == "127.0.0.1"
     assert arguments.pop("ingress_node") == "head"
     assert arguments.pop("expert_gpus") > ours["applications"][0]["args"].pop("expert_gpus")
+    # Pods have it from a secret, in LINEARSR_TOKEN.
+    assert ours["applications"][0]["args"].pop("token_sha256") is None
     assert served == ours
 
 
