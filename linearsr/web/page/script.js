@@ -614,7 +614,7 @@ function label() {
   const which = items.length > 1 && some.length ? `Upscale ${photos(some.length)}` : "Upscale";
   setText("start", again ? `${which} again` : which);
   $("start").classList.toggle("main", !again);
-  $("zip").classList.toggle("main", again);
+  for (const id of ["download", "zip"]) $(id).classList.toggle("main", again);
   setText("cancel", items.length > 1 ? "Cancel all" : "Cancel");
   setText("blank",
     `This browser cannot show ${item.file.name}. If it is a photo, it can still be upscaled.`);
