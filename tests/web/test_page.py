@@ -429,9 +429,9 @@ def test_keyboard_alone_gets_from_photo_to_file(
 ) -> None:
     page = open_page(url)
 
-    def tab_to(control: playwright.Locator) -> None:
+    def tab_to(control: playwright.Locator, key: str = "Tab") -> None:
         for _ in range(30):
-            page.keyboard.press("Tab")
+            page.keyboard.press(key)
             if control.evaluate("element => element === document.activeElement"):
                 return
         raise AssertionError(f"{control} cannot be reached")
@@ -455,7 +455,8 @@ def test_keyboard_alone_gets_from_photo_to_file(
     page.keyboard.press("Enter")
     slider = page.get_by_role("slider", name="Before and after")
     expect(slider).to_be_visible()
-    tab_to(slider)
+    # The other way would lead through the controls of the browser.
+    tab_to(slider, "Shift+Tab")
     page.keyboard.press("ArrowRight")
     expect(slider).to_have_value("51")
     tab_to(page.get_by_role("link", name="Download"))
@@ -526,7 +527,8 @@ def test_zoom_shows_both_photos_at_the_same_spot(open_page: Open, url: str, phot
         assert hidden_above(before) == hidden_above(after) == pytest.approx(middle, abs=1)
     pan.press("End")
     page.wait_for_function("() => pan.scrollTop === pan.scrollHeight - pan.clientHeight")
-    page.wait_for_function(f"() => ({HIDDEN_ABOVE})(after) === pan.scrollTop")
+    # Firefox lays out in sixtieths of a pixel.
+    page.wait_for_function(f"() => Math.abs(({HIDDEN_ABOVE})(after) - pan.scrollTop) < 0.1")
     assert hidden_above(before) == hidden_above(after) > 0
     slider = page.get_by_role("slider", name="Before and after")
     slider.press("1")

@@ -183,10 +183,15 @@ async function presentResult() {
   const { result } = selected;
   if (mine.urls.after) URL.revokeObjectURL(mine.urls.after);
   mine.urls.after = URL.createObjectURL(result.blob);
-  $("after").src = mine.urls.after;
   Object.assign($("download"), { href: mine.urls.after, download: result.filename });
-  result.drawn = await $("after").decode().then(() => true, () => false);
-  if (shown === mine) show();
+  // A new element: Firefox decodes nothing more in one whose last picture it could not read.
+  const image = new Image();
+  Object.assign(image, { id: "after", alt: "After", draggable: false, hidden: true });
+  image.src = mine.urls.after;
+  result.drawn = await image.decode().then(() => true, () => false);
+  if (shown !== mine) return;
+  $("after").replaceWith(image);
+  show();
 }
 
 // The limits
