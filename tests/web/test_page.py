@@ -866,8 +866,8 @@ def test_estimate_is_not_waited_for_when_the_page_is_hidden(
     page.route(ESTIMATE, lambda route: unanswered.append(route), times=1)
     with page.expect_request(ESTIMATE):
         choose(page, photo)
-    with page.expect_event("requestfailed"):
-        set_hidden(page, True)
+    set_hidden(page, True)
+    # Only a page that gave up its first question asks another one, and that is answered.
     set_hidden(page, False)
     expect(page.get_by_text("This will take about")).to_be_visible()
 
