@@ -61,6 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.thorough)
         if path == "web/test_page.py":
             item.add_marker(pytest.mark.browser)
+            if "[firefox" in item.name and not item.get_closest_marker("every_browser"):
+                item.add_marker(pytest.mark.thorough)
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -138,6 +138,8 @@ def _states(page: Page, photos: list[Path], to: Path) -> None:
 
 def _save(page: Page, path: Path) -> None:
     """Write the whole page, with as many colours as keep the file small."""
+    # No button shall look as it does under the mouse.
+    page.mouse.move(0, 0)
     with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
         small = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
         small.save(path, optimize=True)

@@ -71,7 +71,7 @@ class Measured:
         async with aclosing(self._service.upscale(request)) as events:
             async for event in events:
                 if isinstance(event, Result) and request.pages and event.timing:
-                    self._learn(request, event)
+                    self.learn(request, event)
                 yield event
 
     async def seconds(self, width: int, height: int, options: Options) -> float:
@@ -108,7 +108,8 @@ class Measured:
             async for _ in events:
                 pass
 
-    def _learn(self, request: UpscaleRequest, result: Result) -> None:
+    def learn(self, request: UpscaleRequest, result: Result) -> None:
+        """Remember the speed of a request that has pages and a timing."""
         model, timing = self.models()[0], result.timing
         denoise = sum(timing.get(name, 0) for name in expert_names(model)) / 1000
         rest = sum(timing.values()) / 1000 - denoise - timing.get("queue", 0) / 1000

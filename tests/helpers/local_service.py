@@ -178,9 +178,15 @@ def served(
     limits: Limits | None = None,
     token: str | None = None,
     jobs: StoreOfTheServer | None = None,
+    learned: tuple[UpscaleRequest, Result] | None = None,
 ) -> Iterator[str]:
-    """Run a server in a thread; yield its address, without a slash at the end."""
+    """Run a server in a thread; yield its address, without a slash at the end.
+
+    learned: a request and its result, from which the server knows its speed at the start.
+    """
     app = create_app(service, limits or Limits(), digest(token), jobs=jobs)  # type: ignore[arg-type]
+    if learned:
+        app.state.service.learn(*learned)
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
     server = _Server(config)
     with socket.socket() as listener:

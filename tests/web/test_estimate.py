@@ -94,7 +94,7 @@ def test_requests_change_the_estimate_and_their_wait_does_not(small_config: Mode
             pass
         assert await measured.seconds(1000, 1000, Options()) == pytest.approx(before)
         slowed = Result(b"", "png", 4, 4, "small", 0, 4, 4.0, {"structure": 1e6, "decode": 0.0})
-        measured._learn(slow, slowed)
+        measured.learn(slow, slowed)
         assert await measured.seconds(1000, 1000, Options()) > 1.5 * before
 
     asyncio.run(converse())

@@ -183,10 +183,15 @@ async function presentResult() {
   const { result } = selected;
   if (mine.urls.after) URL.revokeObjectURL(mine.urls.after);
   mine.urls.after = URL.createObjectURL(result.blob);
-  $("after").src = mine.urls.after;
   Object.assign($("download"), { href: mine.urls.after, download: result.filename });
-  result.drawn = await $("after").decode().then(() => true, () => false);
-  if (shown === mine) show();
+  // A new element: Firefox decodes nothing more in one whose last picture it could not read.
+  const image = new Image();
+  Object.assign(image, { id: "after", alt: "After", draggable: false, hidden: true });
+  image.src = mine.urls.after;
+  result.drawn = await image.decode().then(() => true, () => false);
+  if (shown !== mine) return;
+  $("after").replaceWith(image);
+  show();
 }
 
 // The limits
@@ -237,22 +242,27 @@ function query(item) {
   return new URLSearchParams({ width, height, scale: scaleOf(item), steps, detail }).toString();
 }
 
+// The AbortController of the question in flight.
 let asking = null;
 
 // Ask the server how long the photos will take, the one on the stage first.
 async function ask() {
-  if (asking || !server) return;
+  if (asking || !server || document.hidden) return;
   const open = [selected, ...items].find((item) => item?.width && !estimates.has(query(item)));
   if (!open || !isComplete()) return;
-  asking = query(open);
-  const question = asking;
-  const answer = await estimate(question).catch(() => null);
+  const { signal } = (asking = new AbortController());
+  const question = query(open);
+  const answer = await estimate(question, signal).catch(() => null);
+  asking = null;
+  if (signal.aborted) return;
   estimates.set(question, answer);
   // The server may not be ready yet.
   if (!answer) setTimeout(() => estimates.delete(question) && ask(), 10_000);
-  asking = null;
   show();
 }
+
+// Nobody reads the answer while the page is hidden, and none comes when it is left.
+document.addEventListener("visibilitychange", () => (document.hidden ? asking?.abort() : ask()));
 
 const isComplete = () => $("steps").checkValidity() && $("scale").checkValidity();
 
@@ -317,7 +327,7 @@ async function work(item, all) {
   const abort = () => mine.abort();
   all.signal.addEventListener("abort", abort);
   running = mine;
-  Object.assign(mine, { item, step: 0, percent: 0, start: performance.now(), total: secondsOf([item]) });
+  Object.assign(mine, { item, step: 0, percent: 0, start: performance.now(), question: query(item) });
   item.state = "running";
   const timer = setInterval(tick, 500);
   for (const line of $("experts").children) mark(line, "waiting");
@@ -405,7 +415,8 @@ function progressed({ wait, expert, step, steps, percent }) {
 // Show the time, and a percentage that moves between the events as the estimate has it.
 function tick() {
   if (!running) return;
-  const { item, start, began, known = 0, at = start, total } = running;
+  const { item, start, began, known = 0, at = start, question } = running;
+  const total = estimates.get(question)?.seconds;
   const now = performance.now();
   const guess = began && total ? known + (now - at) / (10 * total) : known;
   running.percent = item.percent = Math.max(running.percent, Math.min(guess, Math.max(known, 97)));
@@ -604,11 +615,11 @@ function label() {
   setText("size", sizes(item));
   setText("count", tally());
   const some = pending();
-  const again = some.length > 0 && !some.some(isOpen);
+  const again = !queue && some.length > 0 && !some.some(isOpen);
   const which = items.length > 1 && some.length ? `Upscale ${photos(some.length)}` : "Upscale";
   setText("start", again ? `${which} again` : which);
   $("start").classList.toggle("main", !again);
-  $("zip").classList.toggle("main", again);
+  for (const id of ["download", "zip"]) $(id).classList.toggle("main", again);
   setText("cancel", items.length > 1 ? "Cancel all" : "Cancel");
   setText("blank",
     `This browser cannot show ${item.file.name}. If it is a photo, it can still be upscaled.`);

@@ -19,8 +19,8 @@ export async function describe() {
 }
 
 // Return how long a picture will take and whether the server takes it; null if it does not say.
-export async function estimate(query) {
-  const response = await fetch(`v1/estimate?${query}`);
+export async function estimate(query, signal) {
+  const response = await fetch(`v1/estimate?${query}`, { signal });
   return response.ok ? response.json() : null;
 }
 
