@@ -36,7 +36,6 @@ from linearsr.web.service import (
     Progress,
     Result,
     UpscaleRequest,
-    model_info,
 )
 from linearsr.weights import read_config
 
@@ -159,7 +158,9 @@ BEGUN = Progress("structure", 0, 4)
 
 def ingress_over(small_bundle: Path, *calls: list[Any]) -> tuple[Ingress, FakeRouter]:
     router = FakeRouter(*calls)
-    return Ingress(Limits(), model_info(read_config(small_bundle)), router, []), router
+    model = read_config(small_bundle)
+    ingress = Ingress(Limits(), model, router, [], jobs=None, token=None, cors_origins=())
+    return ingress, router
 
 
 async def first_result(ingress: Ingress) -> list[Any]:
@@ -176,7 +177,7 @@ async def first_result(ingress: Ingress) -> list[Any]:
 def test_finished_request_is_timed_and_not_cancelled(small_bundle: Path) -> None:
     ingress, router = ingress_over(small_bundle, [BEGUN, RESULT])
     assert asyncio.run(first_result(ingress)) == [BEGUN, RESULT]
-    assert len(ingress.durations) == 1 and router.cancelled == 0
+    assert len(ingress.sender.durations) == 1 and router.cancelled == 0
 
 
 def test_retry_waits_for_a_slot_but_new_request_is_refused(small_bundle: Path) -> None:
