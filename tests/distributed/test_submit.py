@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from PIL import Image
+from ray._private.runtime_env.packaging import create_package
 
 from tests.helpers.cluster import ROOT, Jobs
 
@@ -51,3 +53,14 @@ def test_submitted_job_that_fails_gives_its_exit_code(
     assert done.returncode == 2
     assert "steps: Input should be less than or equal to 50" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_code_and_nothing_else_is_sent_from_a_clone(tmp_path: Path) -> None:
+    """`ray job submit --working-dir .` leaves out what .rayignore names."""
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as file:
+        names = set(file.namelist())
+    assert {name.split("/")[0] for name in names} == {"linearsr", "ray_jobs"}
+    assert {f"ray_jobs/{path.name}" for path in (ROOT / "ray_jobs").glob("*.*")} <= names
+    assert "linearsr/weights/linearsr-tiny/structure.safetensors" in names
