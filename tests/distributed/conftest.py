@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,8 @@ def cluster(s3_port: int) -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="lsr-")  # a short path, for it holds sockets
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
+        # As in an activated environment: submitted jobs begin with `python`.
+        patch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
         try:
             started = start_cluster()
         except Exception:  # A busy machine may exceed Ray's limit of 30 s once.
