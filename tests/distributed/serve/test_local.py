@@ -37,6 +37,7 @@ def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     assert process.stdout is not None
     try:
+        assert process.stdout.readline().startswith("Loading ")
         assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
         yield process, f"http://127.0.0.1:{port}"
     finally:
