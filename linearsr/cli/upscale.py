@@ -213,7 +213,8 @@ class _Line:
         """Begin picture `number` (from 0) of those with these numbers of pixels."""
         self.display = display
         self.name = printable(name)
-        self.number, self.areas = number, areas
+        self.number, self.count = number, len(areas)
+        self.before, self.area, self.total = sum(areas[:number]), areas[number], sum(areas)
         self.fraction = 0.0
 
     def show(self, progress: Progress) -> None:
@@ -231,13 +232,13 @@ class _Line:
         self._show("writing the result")
 
     def _show(self, activity: str) -> None:
-        name, count = self.name, len(self.areas)
+        name = self.name
         if len(name) > NAME_SHOWN:
             name = f"{name[: NAME_SHOWN - 1]}…"
-        done = sum(self.areas[: self.number]) + self.areas[self.number] * self.fraction
-        pictures = f"{self.number} of {count} done, " if count > 1 else ""
-        self.display.show(f"{pictures}{name}: {activity}", done / sum(self.areas))
+        done = self.before + self.area * self.fraction
+        pictures = f"{self.number} of {self.count} done, " if self.count > 1 else ""
+        self.display.show(f"{pictures}{name}: {activity}", done / self.total)
 
     def end(self, text: str) -> None:
         """Print the line of the result."""
-        say(f"[{self.number + 1}/{len(self.areas)}] {self.name} -> {printable(text)}")
+        say(f"[{self.number + 1}/{self.count}] {self.name} -> {printable(text)}")

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -57,9 +56,9 @@ from linearsr.web.responses import (
     accepts_events,
     picture_response,
 )
-from linearsr.web.running import accept, before, result_of, while_connected
+from linearsr.web.running import accept, receive_in_time, result_of, while_connected
 from linearsr.web.service import Limits, ModelInfo, Service, UnknownModel, model_info
-from linearsr.web.upload import Upload, receive
+from linearsr.web.upload import Upload
 
 PAGE = Path(__file__).parent / "page"
 ABOUT = """Super-resolution: send a picture and receive it larger.
@@ -318,9 +317,7 @@ async def upscale(request: Request) -> Response:
 
 async def _begin_job(request: Request) -> Response:
     state = request.app.state
-    deadline = anyio.current_time() + state.limits.seconds
-    form = receive(request, state.limits, state.service.models()[0], Upload)
-    received = await before(deadline, form)
+    received, _ = await receive_in_time(request, Upload)
     job = await state.jobs.submit(new_id(), received.request, received.name, state.token or "")
     address = request.app.url_path_for("get_job", id=job.id)
     headers = {"Location": str(address), "Preference-Applied": "respond-async"}

@@ -25,13 +25,21 @@ async def accept(
 
     Raises InputError, OptionError, HTTPException, TookTooLong or ClientDisconnect.
     """
+    received, deadline = await receive_in_time(request, kind)
+    upscaling = replace(received.request, progress=progress)
+    return received, in_time(request.app.state.service.upscale(upscaling), deadline)
+
+
+async def receive_in_time(request: Request, kind: type[Form]) -> tuple[Received[Form], float]:
+    """Receive an upload; return it and its request's deadline, a time of `anyio.current_time`.
+
+    Raises InputError, OptionError, HTTPException, TookTooLong or ClientDisconnect.
+    """
     state = request.app.state
     deadline = anyio.current_time() + state.limits.seconds
     # The form is read here: FastAPI would read all of it before it checks the token.
     form = receive(request, state.limits, state.service.models()[0], kind)
-    received = await before(deadline, form)
-    events = state.service.upscale(replace(received.request, progress=progress))
-    return received, in_time(events, deadline)
+    return await before(deadline, form), deadline
 
 
 async def before(deadline: float, work: Awaitable[Value]) -> Value:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
+
+from linearsr.errors import did_you_mean
 
 # By pydantic's type of error; the placeholders are the error's context.
 WORDS: Mapping[str, str] = {
@@ -46,8 +47,7 @@ def plain_words(error: ValidationError, fields: Iterable[str]) -> list[tuple[str
 
 def _field(name: str, errors: list[dict[str, Any]], fields: tuple[str, ...]) -> str:
     if errors[0]["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, fields, n=1)
-        return "is not known; " + (f"did you mean {near[0]}?" if near else "leave it out")
+        return "is not known" + (did_you_mean(name, fields) or "; leave it out")
     # A field of several kinds has an error for each.
     words = " or ".join(dict.fromkeys(map(_words, errors))).replace(" or must be ", ", or ")
     value = errors[0]["input"]

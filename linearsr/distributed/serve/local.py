@@ -77,8 +77,8 @@ def run(
 def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     """Deploy over the endpoint that `linearsr serve` runs already; return its address.
 
-    Raises OptionError if there is none, if its cluster is too small for the config, or if it
-    listens elsewhere: Serve cannot move. Raises LinearSRError if a deployment does not start.
+    Raises OptionError if there is none, or if it listens elsewhere: Serve cannot move. Raises
+    LinearSRError if a deployment does not start.
     """
     app = build_app(config)
     try:

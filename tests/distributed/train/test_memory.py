@@ -62,8 +62,8 @@ class Peak:
 
 @pytest.fixture
 def peak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peak]:
-    # What is there already is neither counted nor looked at again, which takes seconds in a process
-    # with all tests.
+    # Objects that exist already are neither counted nor looked at again: that takes seconds in a
+    # process with all tests.
     gc.freeze()
     peak = Peak()
 
