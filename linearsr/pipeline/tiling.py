@@ -21,12 +21,11 @@ class Work(NamedTuple):
     """The work on one picture.
 
     size: height and width in pixels of the picture that the network makes, before any resampling.
-    tiles: number of tiles. cells: latent cells of all tiles together, overlaps counted twice.
-    tiled: whether the tiles are smaller than the picture may be.
+    cells: latent cells of all tiles together, overlaps counted twice. tiled: whether the tiles are
+    smaller than the picture may be.
     """
 
     size: tuple[int, int]
-    tiles: int
     cells: int
     tiled: bool
 
@@ -37,7 +36,7 @@ def plan_work(config: ModelConfig, height: int, width: int, options: Options) ->
     side = next(tile_sizes(config, height, width, options))
     tiles = latent_tiles(*latent_size(config, size), side)
     cells = len(tiles) * tiles[0].height * tiles[0].width
-    return Work(size, len(tiles), cells, side is not None)
+    return Work(size, cells, side is not None)
 
 
 def network_scale(config: ModelConfig, height: int, width: int, options: Options) -> float:
