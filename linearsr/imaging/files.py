@@ -211,11 +211,10 @@ def measure(data: bytes) -> tuple[str, list[tuple[int, int]]]:
     except _VIPS_ERRORS as error:
         if not file.page or not _unusual(file.page):
             raise _input_error(name, error) from error
-        width, height = file.page.value(Base.ImageWidth), file.page.value(Base.ImageLength)
-    else:
-        width, height = image.width, image.height
-        if "orientation" in image.get_fields() and image.get("orientation") >= 5:
-            width, height = height, width
+        return file.format, [*file.sizes]
+    width, height = image.width, image.height
+    if "orientation" in image.get_fields() and image.get("orientation") >= 5:
+        width, height = height, width
     return file.format, [(width, height), *file.sizes[1:]]
 
 
@@ -412,7 +411,7 @@ def _sniff(data: bytes, name: str) -> str:
     kind = other_kind(data)
     raise NoPicture(
         f"{name}: {f'{kind}, which is ' if kind else ''}not a picture this program reads; give "
-        "PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."
+        "PNG, JPEG, WebP, TIFF, AVIF, GIF, BMP or JPEG 2000."
     )
 
 
@@ -426,7 +425,15 @@ def sniff(data: bytes) -> str | None:
     for format, at, marks in _MARKS:
         if data.startswith(marks, at) and data.startswith(_FIRST.get(format, b"")):
             return format
-    return None
+    return "avif" if _is_avif_by_another_brand(data) else None
+
+
+def _is_avif_by_another_brand(data: bytes) -> bool:
+    """Return whether a file of HEIF's general brands lists AVIF's among its compatible ones."""
+    if not data.startswith((b"ftypmif1", b"ftypmsf1"), 4):
+        return False
+    compatible = data[16 : int.from_bytes(data[:4], "big")]
+    return any(compatible[at : at + 4] in (b"avif", b"avis") for at in range(0, len(compatible), 4))
 
 
 _MARKS: Final = (

@@ -193,6 +193,10 @@ def _shard_rows(file: Location, name: str, column: str) -> pa.Table:
         ids = shard.read(columns=["id"]).column("id")
     if ids.null_count:
         raise InputError(f"{file.path}: {ids.null_count} rows have no id; every row needs one")
+    try:
+        ids.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{file.path}: an id is not UTF-8 text; {one_line(error)}") from error
     sizes = [shard.metadata.row_group(n).num_rows for n in range(shard.num_row_groups)]
     groups = [number for number, size in enumerate(sizes) for _ in range(size)]
     rows = [row for size in sizes for row in range(size)]

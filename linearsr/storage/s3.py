@@ -111,7 +111,8 @@ class S3Path(NamedTuple):
             if error.response["Error"]["Code"] in ("InvalidRange", "416"):  # it is empty
                 return b""
             raise
-        return bytes(answer["Body"].read())
+        with answer["Body"] as body:
+            return bytes(body.read(size))  # a server that knows no ranges sends the whole object
 
     def download(self, path: str) -> None:
         """Write an object to a local file."""
@@ -133,12 +134,13 @@ class S3Path(NamedTuple):
     def objects(self, *, folders: bool = False) -> Iterator[tuple[str, int]]:
         """Yield keys and sizes of all objects in this folder; each request returns a thousand.
 
-        folders: whether to include the empty objects with which pyarrow marks folders.
+        folders: whether to include the empty objects whose keys end with "/", which mark folders.
         """
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
             for entry in page.get("Contents", []):
-                if folders or not entry["Key"].endswith("/"):
+                marks_folder = entry["Key"].endswith("/") and not entry["Size"]
+                if folders or not marks_folder:
                     yield entry["Key"], entry["Size"]
 
     def delete_folder(self) -> None:

@@ -107,7 +107,7 @@ class Upload(Fields):
     image: Annotated[UploadFile, BeforeValidator(_check_is_file)] = Field(
         json_schema_extra={"minLength": 1}
     )
-    """The picture: PNG, JPEG, WebP, TIFF, AVIF, GIF or BMP."""
+    """The picture: PNG, JPEG, WebP, TIFF, AVIF, GIF, BMP or JPEG 2000."""
     width: Side | Absent = None
     """Width of the result in pixels, instead of a scale; unless the height is given too, it follows
     from the aspect ratio."""

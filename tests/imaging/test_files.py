@@ -140,6 +140,10 @@ def test_gif_and_avif_give_their_first_frame(photo: Image.Image) -> None:
     np.testing.assert_array_equal(as_8_bits(picture), np.asarray(small.convert("RGB")))
     picture = files.read(saved(photo, "AVIF"))
     assert picture.format == "avif"
+    general = saved(photo, "AVIF").replace(b"ftypavif", b"ftypmif1", 1)
+    assert files.read(general).format == "avif"
+    with pytest.raises(InputError, match="HEIC"):
+        files.read(general.replace(b"avif", b"heic"))
     assert np.abs(as_8_bits(picture).astype(int) - np.asarray(photo)).mean() < 4
 
 
@@ -212,6 +216,14 @@ def test_other_samples_are_refused_by_name(grey_photo: Image.Image) -> None:
     bands = pyvips.Image.black(8, 8, bands=7).tiffsave_buffer()
     with pytest.raises(InputError, match="convert it to RGB"):
         files.read(bytes(bands))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_tiff_that_only_pil_reads_is_measured_upright(photo: Image.Image, orientation: int) -> None:
+    data = saved(photo, "TIFF", compression="zstd", tiffinfo={Base.Orientation: orientation})
+    _, height, width = files.read(data).pixels.shape
+    assert (height, width) == ((123, 81) if orientation == 6 else (81, 123))
+    assert files.measure(data) == ("tiff", [(width, height)])
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])

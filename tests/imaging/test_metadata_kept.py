@@ -213,6 +213,17 @@ def test_comment_keeps_its_code(format: str, comment: bytes, codec: str, text: s
     assert files.read_provenance(data) == PROVENANCE
 
 
+def test_comment_keeps_its_line_breaks() -> None:
+    exif = camera_exif(b"ASCII\0\0\0one\r\ntwo\x0bthree")
+    data = saved(photo(), "JPEG", exif=exif)
+    for _ in range(2):  # the second result's record replaces the first one's
+        data = files.encode(files.read(data), "jpeg", provenance=PROVENANCE)
+        block = exif_block(data)
+        written = tags_of(block, tags_of(block)[IFD.Exif])[Base.UserComment]
+        text, _, record = written[8:].rpartition(b"\n")
+        assert text == b"one\r\ntwo\x0bthree" and b"linearsr" in record
+
+
 def test_webp_exif_has_no_header_of_jpeg() -> None:
     data = result(saved(photo(), "JPEG", exif=camera_exif()), "webp")
     assert exif_block(data)[:4] in (b"II*\0", b"MM\0*")

@@ -189,3 +189,12 @@ def test_a_fetch_that_failed_is_tried_again(tmp_path: Path) -> None:
         read_input(locate(tmp_path), row, "lr")
     (tmp_path / "away").rename(tmp_path / "0.parquet")
     assert read_input(locate(tmp_path), row, "lr") == b"x"
+
+
+def test_ids_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    bytes_as_text = pa.Array.from_buffers(
+        pa.string(), 1, pa.array([b"caf\xe9"], pa.binary()).buffers()
+    )
+    _shard(tmp_path, "a.parquet", bytes_as_text, [b"x"])
+    with pytest.raises(InputError, match="an id is not UTF-8"):
+        list_inputs(locate(tmp_path), "lr")

@@ -221,15 +221,15 @@ def test_every_key_of_a_bucket_gets_its_own_result(
     cluster: Cluster, s3: Server, small_bundle: Path
 ) -> None:
     bucket = s3.bucket()
-    names = ("ok.png", "/ok.png", "../up.png", "scan.001", "._ok.png")
+    names = ("ok.png", "/ok.png", "../up.png", "scan.001", "._ok.png", "end.png/")
     _put(s3, bucket, {f"in/{name}": _png(i, 16 + i) for i, name in enumerate(names)})
     summary = upscale_dataset(_upscaling(f"{bucket}/in", f"{bucket}/out", small_bundle))
-    assert (summary.total, summary.done, summary.failed) == (4, 3, 1)
+    assert (summary.total, summary.done, summary.failed) == (5, 3, 2)
     out = locate(f"{bucket}/out")
     for i, name in ((0, "ok.png"), (1, "/ok.png"), (3, "scan.001.png")):
         assert read((out / name).read()).pixels.shape == (3, 4 * (16 + i), 4 * (16 + i))
-    (error,) = pq.read_table(pa.BufferReader((out / "errors/errors.parquet").read())).to_pylist()
-    assert error["id"] == "../up.png" and error["stage"] == "list"
+    errors = pq.read_table(pa.BufferReader((out / "errors/errors.parquet").read())).to_pylist()
+    assert {row["id"]: row["stage"] for row in errors} == {"../up.png": "list", "end.png/": "list"}
 
 
 def test_shards_are_built_of_a_folder_as_people_have_it(
