@@ -1333,8 +1333,8 @@ def test_steps_stay_within_the_limit_of_the_server(
     ("scheme", "size"),
     [
         pytest.param("light", (360, 740), id="light-phone", marks=every_browser),
-        pytest.param("dark", (360, 740), id="dark-phone"),
-        pytest.param("light", (1600, 900), id="light-desktop"),
+        pytest.param("dark", (360, 740), id="dark-phone", marks=pytest.mark.thorough),
+        pytest.param("light", (1600, 900), id="light-desktop", marks=pytest.mark.thorough),
         pytest.param("dark", (1600, 900), id="dark-desktop"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from ray.job_submission import JobStatus
 
 from linearsr.imaging.files import read
@@ -14,6 +15,7 @@ from tests.helpers.cluster import Jobs
 from tests.helpers.s3 import Server
 
 
+@pytest.mark.thorough
 def test_dataset_jobs_lead_from_photos_to_a_report(
     jobs: Jobs, s3: Server, photos: Path, small_bundle: Path
 ) -> None:

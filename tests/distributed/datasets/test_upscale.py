@@ -175,6 +175,7 @@ def _env(config: UpscaleConfig) -> dict[str, str]:
     }
 
 
+@pytest.mark.thorough
 def test_failing_s3_requests_lose_nothing(on_s3: UpscaleConfig, s3: Server) -> None:
     """8% of the requests fail and 4% of the bodies break off."""
     with s3.proxy(seed=3) as proxy:

@@ -105,6 +105,7 @@ def kill(name: str) -> None:
     until(lambda: bool(set(replicas(name)) - set(victims)), f"{name} again")
 
 
+@pytest.mark.thorough
 def test_job_survives_the_death_of_each_process_in_turn(
     url: str, scaling_bundle: Path, picture: bytes
 ) -> None:
@@ -169,6 +170,7 @@ def test_metrics_of_the_dashboard_are_exported(url: str, cluster: Cluster, pictu
     assert len(named) > 8
 
 
+@pytest.mark.thorough
 def test_token_and_limits_change_without_a_failed_request(
     url: str, scaling_bundle: Path, picture: bytes
 ) -> None:

@@ -124,6 +124,7 @@ def _fine_tuning(photos: Path, runs: Path, start: Outcome, *more: str) -> list[s
     return _command("finetune_experts", photos, runs, "experts", *flags, *more)
 
 
+@pytest.mark.thorough
 def test_experts_are_fine_tuned_from_a_run_into_weights_that_upscale(
     jobs: Jobs, photos: Path, runs: Path, whole: Outcome, photograph: Image.Image
 ) -> None:

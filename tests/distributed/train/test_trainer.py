@@ -90,6 +90,7 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     assert losses(killed) == pytest.approx(losses(Path(whole.run.path)), rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_run_that_has_ended_goes_on_with_more_steps(
     killed: Path, recipe: Recipe, photos: Path
 ) -> None:
@@ -118,6 +119,7 @@ def diverged(recipe: Recipe, photos: Path, tmp_path_factory: pytest.TempPathFact
     return runs / "diverged"
 
 
+@pytest.mark.thorough
 def test_a_diverged_run_goes_back_and_ends_well_at_a_lower_rate(diverged: Path) -> None:
     divergences = [m for m in reported(diverged) if "diverged" in m]
     assert len(divergences) == 1 and divergences[0]["attempt"] == 1 and divergences[0]["step"] == 0
@@ -143,6 +145,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+@pytest.mark.thorough
 def test_no_stored_checkpoint_holds_a_weight_that_is_not_finite(diverged: Path) -> None:
     folders = checkpoints(diverged)
     assert len(folders) >= 5
