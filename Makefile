@@ -64,7 +64,7 @@ pages: $(VENV)/dev.stamp $(S3)/stamp
 
 drills: $(VENV)/dev.stamp $(S3)/stamp
 	$(PYTEST) tests/drills
-	LINEARSR_TEST_KILLED=4 $(PYTEST) -m thorough tests/distributed tests/web
+	LINEARSR_TEST_KILLED=4 $(PYTEST) -m thorough --ignore tests/drills --ignore tests/pages
 
 # The whole story on an autoscaling cluster of this machine. On a real one:
 # make rehearse STORAGE=s3://bucket/folder

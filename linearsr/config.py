@@ -23,7 +23,11 @@ from typing_extensions import Self
 
 from linearsr.errors import OptionError
 
-Positive = Annotated[int, Field(gt=0)]
+# A file of weights from somewhere may name any numbers, so these bound what is made of them.
+MAX_CHANNELS = 65_536
+MAX_SIDE = 64
+Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 # Ways of taking steps from noise to picture: see `linearsr.diffusion.solvers`.
 Solver = Literal["euler", "dpm", "adams"]
 
@@ -62,15 +66,15 @@ class DenoiserConfig(Config):
     narrow network from carrying 48 channels of noise through to its output.
     """
 
-    latent_channels: int = Field(gt=0)
+    latent_channels: int = Field(gt=0, le=MAX_CHANNELS)
     """Number of channels of a latent cell."""
-    depth: int = Field(gt=0)
+    depth: int = Field(gt=0, le=1000)
     """Number of blocks."""
-    width: int = Field(gt=0)
+    width: int = Field(gt=0, le=MAX_CHANNELS)
     """Number of channels of a token."""
-    head_dim: int = Field(default=32, gt=0)
+    head_dim: int = Field(default=32, gt=0, le=MAX_CHANNELS)
     """Number of channels of an attention head."""
-    ffn_ratio: float = Field(default=2.5, gt=0)
+    ffn_ratio: float = Field(default=2.5, gt=0, le=64)
     """Number of channels inside a Mix-FFN, as a multiple of the width."""
     qk_norm: bool = True
     """Whether queries and keys are RMS-normalised; without it, bfloat16 overflows."""
@@ -78,13 +82,13 @@ class DenoiserConfig(Config):
     """Side of a depthwise convolution of the values that is added to the linear attention; 0 for
     none. Linear attention spreads its weight over the whole picture; the convolution tells near
     neighbours apart."""
-    tag_dim: int | None = None
+    tag_dim: int | None = Field(default=None, gt=0, le=MAX_CHANNELS)
     """Number of channels of a tag embedding; None for a model without cross-attention."""
-    tag_heads: int = Field(default=8, gt=0)
+    tag_heads: int = Field(default=8, gt=0, le=MAX_CHANNELS)
     """Number of heads of the cross-attention to tags."""
-    stem_channels: tuple[Positive, Positive, Positive] = (32, 64, 64)
+    stem_channels: tuple[Channels, Channels, Channels] = (32, 64, 64)
     """Output channels of the LR stem's three convolutions."""
-    stem_strides: tuple[Positive, Positive, Positive] = (2, 2, 1)
+    stem_strides: tuple[Side, Side, Side] = (2, 2, 1)
     """Strides of the LR stem's three convolutions; their product is the latent's factor."""
     condition_latent: bool = False
     """Whether the LR picture, enlarged and encoded like HR, is also concatenated to the latent."""
@@ -114,7 +118,7 @@ class LatentConfig(Config):
 
     kind: Literal["space-to-depth", "dc-ae"]
     """Kind of latent: lossless ("space-to-depth") or learned ("dc-ae")."""
-    factor: int = Field(gt=0)
+    factor: int = Field(gt=0, le=MAX_SIDE)
     """Side of a latent cell in pixels."""
     scale: float = Field(gt=0)
     """One latent unit in picture units ([-1, 1]) for space-to-depth, or DC-AE's scaling factor."""
@@ -144,9 +148,9 @@ class SamplingConfig(Config):
     """Solver that takes the steps (docs/design/sampling.md)."""
     flow_shift: float = Field(default=3.0, gt=0)
     """How strongly the steps gather at high noise (Sana's flow shift); 1 spaces them evenly."""
-    boundaries: tuple[float, ...] = (0.223, 0.875, 0.939)
+    boundaries: tuple[float, ...] = Field(default=(0.223, 0.875, 0.939), max_length=50)
     """Timesteps between experts, ascending; the first expert (most noise) lies above the last."""
-    plans: tuple[tuple[float, ...], ...] = ()
+    plans: tuple[tuple[float, ...], ...] = Field(default=(), max_length=50)
     """Schedules for particular numbers of steps: each lists the timesteps at which its steps start,
     from 1.0 down. Other numbers of steps take the shifted schedule."""
 
@@ -172,9 +176,9 @@ class SamplingConfig(Config):
 class ModelConfig(Config):
     """The config of a whole model: everything in its weights bundle except the tensors."""
 
-    name: str
+    name: str = Field(max_length=200)
     """Name of the model in tables and in the metadata of results."""
-    scale: int = Field(default=4, gt=0)
+    scale: int = Field(default=4, gt=0, le=MAX_SIDE)
     """Largest scale that the model was trained for; larger results are enlarged by bicubic."""
     smallest_scale: float | None = Field(default=None, ge=1)
     """Smallest scale that the model was trained for; smaller results are shrunk by bicubic. None

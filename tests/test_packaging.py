@@ -229,6 +229,7 @@ def _install_for_cpus(wheel: Path, folder: Path) -> None:
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.thorough
 def test_base_install_for_cpus_takes_less_than_1_3_gb(wheel: Path, tmp_path: Path) -> None:
     _install_for_cpus(wheel, tmp_path / "venv")
     listed = subprocess.run(

@@ -92,6 +92,14 @@ def add(commands: Commands) -> None:
         metavar="ORIGIN",
         help="other origins, such as https://example.org, whose pages may use the endpoint",
     )
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of the endpoint in the Host header, such as example.org behind a proxy; '*' "
+        "for any (default: those of loopback if it listens there, else any)",
+    )
     add_fields(parser, Limits, prefix=LIMITS)
     add_fields(parser, JobLimits, prefix=JOBS)
     parser.add_argument(
@@ -126,6 +134,7 @@ def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
         expert_gpus=arguments.expert_gpus,
         router_memory=arguments.router_memory,
         cors_origins=tuple(arguments.cors_origins),
+        allowed_hosts=tuple(arguments.allowed_hosts),
         limits=_config(Limits, arguments, LIMITS),
         jobs=_config(JobLimits, arguments, JOBS),
     )

@@ -5,7 +5,9 @@ Checked with Ray 2.60. Each function imports what it needs, so that training loa
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,42 @@ def http_address() -> tuple[str, int]:
 
     http = _get_global_client().http_config
     return http.host, http.port
+
+
+def use_http_parser(protocol: type[asyncio.Protocol]) -> None:
+    """Let the HTTP proxy of Serve in this process parse requests with this uvicorn protocol.
+
+    Serve calls uvicorn without a parser, and uvicorn's choice limits no headers. Replace it once
+    `HTTPOptions` has a parser or a limit.
+    """
+    from uvicorn.protocols.http import auto
+
+    auto.AutoHTTPProtocol = protocol
+
+
+def ask_for_token() -> None:
+    """Let a cluster that this process starts ask for Ray's token, whatever RAY_AUTH_MODE said.
+
+    The variable alone has no effect once Ray is imported. Replace it once `ray.init` has a
+    parameter for it.
+    """
+    from ray._private.authentication.authentication_token_setup import _enable_token_auth
+
+    _enable_token_auth()
+
+
+def listen_on_loopback() -> None:
+    """Let all processes of a cluster that this process starts listen on loopback alone.
+
+    Ray has this for Windows and macOS, where it keeps the firewall silent. On Linux, the address
+    that is given to `ray.init` has no effect on most ports. The variable is for the cluster's
+    processes, and the constant for this one, which has read it already. Replace it once `ray.init`
+    can bind to an address.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def session_folder() -> Path:

@@ -57,6 +57,7 @@ from linearsr.web.responses import (
     picture_response,
 )
 from linearsr.web.running import accept, receive_in_time, result_of, while_connected
+from linearsr.web.same_site import SameSite
 from linearsr.web.service import Limits, ModelInfo, Service, UnknownModel, model_info
 from linearsr.web.upload import Upload
 
@@ -195,14 +196,16 @@ def create_app(
     *,
     jobs: Jobs | None = None,
     cors_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (),
     warm_up: bool = False,
 ) -> FastAPI:
     """Return the application.
 
     token: digest of the bearer token that uploads need (see `digest`), if they need one. jobs:
     keeps the jobs of clients that do not wait; without it they wait. cors_origins: the other
-    origins whose pages may use the API, "*" for all. warm_up: whether to measure the speed at the
-    start, and not when a client first asks for an estimate.
+    origins whose pages may use the API, "*" for all. allowed_hosts: the names of this endpoint in
+    the Host header; empty or "*" for any. warm_up: whether to measure the speed at the start, and
+    not when a client first asks for an estimate.
     """
     # FastAPIOffline serves the scripts of /docs itself; FastAPI would load them from a CDN.
     app = FastAPIOffline(
@@ -218,6 +221,7 @@ def create_app(
     state.created = int(time.time())
     handle_problems(app)
     app.add_middleware(_HeadAsGet)
+    app.add_middleware(SameSite, open=token is None, origins=cors_origins, hosts=allowed_hosts)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

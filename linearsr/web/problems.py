@@ -110,10 +110,15 @@ def _openai(problem: Problem) -> OpenAIProblem:
     return OpenAIProblem(error=error)
 
 
-def _response(
-    request: Request, problem: Problem, headers: Mapping[str, str] | None = None
+def error_response(
+    path: str, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    if not request.url.path.startswith(OPENAI_PATHS):
+    """Return the response to a request for `path` that is refused before any route sees it."""
+    return _response(path, _problem(status, detail), headers)
+
+
+def _response(path: str, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    if not path.startswith(OPENAI_PATHS):
         return problem_response(problem, headers)
     status = problem.status
     if status == HTTPStatus.UNPROCESSABLE_ENTITY:  # OpenAI's status for a wrong field
@@ -132,7 +137,7 @@ def handle_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return _response(request, _problem(error.status_code, error.detail), error.headers)
+        return _response(request.url.path, _problem(error.status_code, error.detail), error.headers)
 
     @app.exception_handler(LinearSRError)
     @app.exception_handler(Exception)
@@ -140,7 +145,7 @@ def handle_problems(app: FastAPI) -> None:
         headers = None
         if isinstance(error, (Full, NotFinished)):
             headers = {"Retry-After": str(error.seconds)}
-        return _response(request, problem(error), headers)
+        return _response(request.url.path, problem(error), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(_: Request, __: ClientDisconnect) -> Response:

@@ -10,21 +10,22 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linearsr.config import ModelConfig
+from linearsr.config import ModelConfig, explain
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import EXPERTS
 from linearsr.errors import OutputError, WeightsError, did_you_mean, one_line
 from linearsr.storage import atomic
 
 BUNDLED = Path(__file__).parent
+_PROVENANCE: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
 class Bundle(NamedTuple):
@@ -145,15 +146,18 @@ def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        return (
-            ModelConfig.model_validate_json(metadata["linearsr"]),
-            json.loads(metadata["provenance"]),
-        )
+        config = ModelConfig.model_validate_json(metadata["linearsr"])
+        return config, _PROVENANCE.validate_json(metadata["provenance"])
     except KeyError:
         raise WeightsError(
             f"{path}: no LinearSR config inside; convert it first (linearsr.weights.convert)"
         ) from None
-    except (SafetensorError, OSError, ValidationError, ValueError) as error:
+    except ValidationError as error:
+        reason = ": ".join(filter(None, explain(error)))
+        raise WeightsError(
+            f"{path}: cannot be read as LinearSR weights: {one_line(ValueError(reason))}"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: cannot be read as LinearSR weights: {one_line(error)}"
         ) from error
@@ -167,16 +171,36 @@ def _load_expert(path: Path, config: ModelConfig) -> LinearSR:
         )
     try:
         with safe_open(path, "pt") as file:
+            _check_shapes(file, config, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: damaged: {one_line(error)}") from error
     _check_finite(tensors, path)
     model = LinearSR(config.denoiser)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: does not fit its config: {one_line(error)}") from error
+    model.load_state_dict(tensors)
     return model.float().requires_grad_(False).eval()
+
+
+def _check_shapes(file: Any, config: ModelConfig, path: Path) -> None:
+    """Raise WeightsError unless an open file has the tensors of the config, before any is read.
+
+    A config may ask for more than fits into memory, so the model is made on "meta"; and for more
+    blocks than the file has tensors, so these are counted first.
+    """
+    names = set(file.keys())
+    fits = len(names) >= config.denoiser.depth
+    expected = placeholder(config).state_dict() if fits else {}
+    odd = sorted(names ^ expected.keys())
+    odd += [k for k in names & expected.keys() if _shape(file, k) != tuple(expected[k].shape)]
+    if odd:
+        raise WeightsError(
+            f"{path}: does not fit its config: {odd[0]} is missing, of another shape or one too "
+            f"many, as are {len(odd) - 1} others"
+        )
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    return tuple(file.get_slice(name).get_shape())
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:

@@ -26,6 +26,8 @@ from linearsr.pipeline.memory import free_memory
 from linearsr.pipeline.state import UpscaleState
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.web.api import create_app, digest
+from linearsr.web.guard import Guard, UploadLimits
+from linearsr.web.http_parser import LimitedH11
 from linearsr.web.jobs import JobStore
 from linearsr.web.pages import upscale_pages
 from linearsr.web.service import (
@@ -179,15 +181,23 @@ def served(
     token: str | None = None,
     jobs: StoreOfTheServer | None = None,
     learned: tuple[UpscaleRequest, Result] | None = None,
+    uploads: UploadLimits | None = None,
 ) -> Iterator[str]:
     """Run a server in a thread; yield its address, without a slash at the end.
 
     learned: a request and its result, from which the server knows its speed at the start.
+    uploads: limits of the guard, which stands before the application if they are given.
     """
     app = create_app(service, limits or Limits(), digest(token), jobs=jobs)  # type: ignore[arg-type]
     if learned:
         app.state.service.learn(*learned)
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
+    guarded = Guard(app, uploads) if uploads else app
+    config = uvicorn.Config(
+        guarded,  # type: ignore[arg-type]
+        http=LimitedH11 if uploads else "auto",
+        log_level="critical",
+        timeout_graceful_shutdown=5,
+    )
     server = _Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

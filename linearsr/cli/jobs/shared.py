@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from linearsr.cli.flags import add_fields
 from linearsr.config import Config, explain
@@ -67,6 +67,20 @@ def validated(config: type[C], fields: Mapping[str, object]) -> C:
         raise OptionError(f"--{place.split('.')[0].replace('_', '-')}: {message}") from error
 
 
+def _join_or_start(**options: Any) -> Any:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start one; return Ray's context."""
+    import ray
+
+    from linearsr.distributed.local_cluster import start
+
+    if os.environ.get("RAY_ADDRESS"):
+        return ray.init(**options)
+    try:
+        return ray.init(address="auto", **options)
+    except ConnectionError:
+        return start(**options)
+
+
 def connect(*, data: bool = True) -> str:
     """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start one here.
 
@@ -81,7 +95,7 @@ def connect(*, data: bool = True) -> str:
     # A GPU node takes minutes to start, and after this deadline Train asks for its workers again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     try:
-        context = ray.init(log_to_driver=True, logging_level="WARNING")
+        context = _join_or_start(log_to_driver=True, logging_level="WARNING")
     except ray.exceptions.AuthenticationError as error:
         raise LinearSRError(
             f"the Ray cluster asks for its token: {TOKEN_ADVICE}, and set RAY_AUTH_MODE=token"

@@ -58,7 +58,14 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     workers += [finisher] if finisher else []
     token = digest(os.environ.get(TOKEN)) or config.token_sha256
     return _ingress(config).bind(
-        config.limits, model, router, workers, _jobs(config, router), token, config.cors_origins
+        config.limits,
+        model,
+        router,
+        workers,
+        _jobs(config, router),
+        token,
+        config.cors_origins,
+        config.allowed_hosts,
     )
 
 

@@ -39,6 +39,7 @@ class Ingress:
         jobs: DeploymentHandle | None,
         token: str | None,
         cors_origins: Sequence[str],
+        allowed_hosts: Sequence[str],
     ) -> None:
         self.limits = limits
         self.model = model
@@ -47,6 +48,7 @@ class Ingress:
         self.jobs = RemoteJobs(jobs, self._check_open) if jobs else None
         self.token = token or digest(os.environ.get(TOKEN))
         self.cors_origins = cors_origins
+        self.allowed_hosts = allowed_hosts
         self.sender = Sender(router)
         self.budget: int | None = None
         self.draining = False
@@ -62,6 +64,7 @@ class Ingress:
             self.token,
             jobs=self.jobs,
             cors_origins=self.cors_origins,
+            allowed_hosts=self.allowed_hosts,
             warm_up=True,
         )
 

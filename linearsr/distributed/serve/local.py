@@ -17,13 +17,16 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from linearsr.distributed.compat import delete_application, http_address
+from linearsr.distributed.local_cluster import start
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.serve.build import build_app
 from linearsr.distributed.serve.config import ServeConfig
+from linearsr.distributed.serve.guard import guard_proxies
 from linearsr.errors import LinearSRError, OptionError, one_line
 
 APPLICATION = "linearsr"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -41,17 +44,19 @@ def run(
             f"ingresses: `linearsr serve` runs one, not {config.ingresses}; deploy "
             "ray_jobs/serve.yaml for more"
         )
-    app = build_app(config)
+    app = build_app(_named(config, host))
     model = read_config(config.model)
     resources = config.resources(model)
     _check_port(host, port)
     # On a busy machine the proxy needs more than 5 s to start, after which Serve would replace it.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    # All replicas share this machine's cores, so Ray gets as many logical CPUs as they reserve. The
-    # address "local" leaves any other Ray on this machine alone.
-    here = {"address": "local", "num_cpus": math.ceil(resources.cpus), "include_dashboard": False}
-    cluster = {} if os.environ.get("RAY_ADDRESS") else here
-    ray.init(log_to_driver=False, logging_level="ERROR", **cluster)
+    guard_proxies(config.limits)
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        # All replicas share this machine's cores, so Ray gets as many CPUs as they reserve.
+        start(num_cpus=math.ceil(resources.cpus), include_dashboard=False, **quiet)
     advice = "use fewer --replicas, or lower --expert-cpus and --expert-gpus"
     replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
     check_feasible("the endpoint", resources, replica, advice)
@@ -80,7 +85,7 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     Raises OptionError if there is none, or if it listens elsewhere: Serve cannot move. Raises
     LinearSRError if a deployment does not start.
     """
-    app = build_app(config)
+    build_app(config)  # to refuse a wrong config first
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "auto"),
@@ -100,11 +105,22 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
         )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.run(app, name=APPLICATION)
+        serve.run(build_app(_named(config, listens[0])), name=APPLICATION)
     except (RuntimeError, RayError) as error:
         raise LinearSRError(f"the endpoint did not change: {one_line(error)}") from error
     ray.shutdown()
     return "http://{}:{}/".format(*listens)
+
+
+def _named(config: ServeConfig, host: str) -> ServeConfig:
+    """Return the config with the names of loopback, if the endpoint listens there and has none.
+
+    A page of the web may give its own name the address of loopback, and then counts as the
+    endpoint's own page.
+    """
+    if config.allowed_hosts or host not in LOOPBACK:
+        return config
+    return config.model_copy(update={"allowed_hosts": LOOPBACK})
 
 
 def _drain(seconds: float) -> None:

@@ -159,7 +159,9 @@ BEGUN = Progress("structure", 0, 4)
 def ingress_over(small_bundle: Path, *calls: list[Any]) -> tuple[Ingress, FakeRouter]:
     router = FakeRouter(*calls)
     model = read_config(small_bundle)
-    ingress = Ingress(Limits(), model, router, [], jobs=None, token=None, cors_origins=())
+    ingress = Ingress(
+        Limits(), model, router, [], jobs=None, token=None, cors_origins=(), allowed_hosts=()
+    )
     return ingress, router
 
 

@@ -1,0 +1,50 @@
+"""The Ray cluster that this process starts on its own machine, and who may use it.
+
+Whoever may send a task to a cluster runs code as its user, and Ray listens on more ports than that
+of HTTP. So a cluster that is started here always asks for Ray's token.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from linearsr.distributed.compat import ask_for_token, listen_on_loopback
+
+
+def start(**options: Any) -> Any:
+    """Start a cluster whose processes listen on loopback; return Ray's context.
+
+    options: those of `ray.init`.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        print(
+            f"linearsr: RAY_AUTH_MODE={mode} is ignored: the Ray cluster that starts here asks for "
+            "a token, since anyone could run code on it otherwise.",
+            file=sys.stderr,
+        )
+    ask_for_token()
+    _make_token()
+    listen_on_loopback()
+    return ray.init(address="local", **options)
+
+
+def _make_token() -> None:
+    """Make a token that only this user can read, if there is none; Ray's file is for everyone."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(0o600)
+    except OSError:  # the home cannot be written: only this process and its children know the token
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
