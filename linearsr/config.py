@@ -123,7 +123,7 @@ class LatentConfig(Config):
     scale: float = Field(gt=0)
     """One latent unit in picture units ([-1, 1]) for space-to-depth, or DC-AE's scaling factor."""
     source: str | None = None
-    """Folder or hub id of the DC-AE."""
+    """Folder or hub id of the DC-AE; an id may end in "@" and a revision."""
 
 
 class TagEncoderConfig(Config):
@@ -136,7 +136,7 @@ class TagEncoderConfig(Config):
     kind: Literal["gemma"]
     """Kind of embedding."""
     source: str
-    """Folder or hub id of Gemma, for transformers."""
+    """Folder or hub id of Gemma, for transformers; an id may end in "@" and a revision."""
 
 
 class SamplingConfig(Config):

@@ -116,6 +116,14 @@ def printable(text: str) -> str:
     return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
 
 
+def visible(text: str) -> str:
+    r"""Return text for a terminal, in which control characters read like `\x1b`.
+
+    A file's name may hold some, and a terminal would obey them. Line breaks and tabs stay.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
 def is_text(name: str) -> bool:
     """Return whether a file name is UTF-8, so that it can be an id or a key."""
     return printable(name) == name

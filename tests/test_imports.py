@@ -17,7 +17,7 @@ PACKAGE = Path(linearsr.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
     ["errors", "threads"],
-    ["config", "diffusion.experts"],
+    ["config", "hub", "diffusion.experts"],
     ["storage"],
     ["kernels"],
     ["imaging", "diffusion"],
@@ -51,6 +51,7 @@ HEAVY = {
     "imagehash": ["distributed.datasets"],
     "fastapi": ["web"],
     "starlette": ["web"],
+    "uvicorn": ["web", "distributed.compat"],
     "tenacity": ["distributed.serve"],
 }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from linearsr.errors import LinearSRError, OptionError, WeightsError, printable
+from linearsr.errors import LinearSRError, OptionError, WeightsError, printable, visible
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def say(text: str, *, error: bool = False) -> None:
     """Print a line on stdout, or on stderr, above the progress bar if there is one."""
-    stream = sys.stderr if error else sys.stdout
+    text, stream = visible(text), sys.stderr if error else sys.stdout
     if "tqdm" in sys.modules:  # otherwise there is no bar
         from tqdm import tqdm
 

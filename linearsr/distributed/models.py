@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection
 
@@ -41,3 +42,17 @@ def check_model(model: str) -> None:
         weights.read_config(model)
     elif not any(file.name.endswith(".safetensors") for file in locate(model).files()):
         raise WeightsError(f"{model}: no .safetensors file in this folder")
+
+
+def fingerprint(model: str) -> str:
+    """Return 12 hexadecimal digits that differ for weights of other names, sizes or beginnings.
+
+    The first MiB of each file has its config, its provenance and the first tensors, which training
+    changes. Raises WeightsError or InputError.
+    """
+    folder = locate(model if model.startswith("s3://") else weights.find(model))
+    digest = hashlib.sha256()
+    for file, size in folder.sizes().items():
+        if file.name.endswith(".safetensors"):
+            digest.update(f"{file.name} {size} ".encode() + file.head(1 << 20))
+    return digest.hexdigest()[:12]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from linearsr.config import LatentConfig
 from linearsr.errors import WeightsError, one_line, require
+from linearsr.hub import split_revision
 from linearsr.imaging.tiles import Canvas, tile_grid
 
 # In pixels. Neighbouring tiles fade into each other over the overlap.
@@ -118,9 +119,14 @@ def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
     require("sana", "diffusers")
     from diffusers import AutoencoderDC
 
+    source, revision = split_revision(config.source)
     try:
         model, report = AutoencoderDC.from_pretrained(
-            config.source, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+            source,
+            revision=revision,
+            use_safetensors=True,
+            torch_dtype=dtype,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         where = "folder" if Path(config.source).is_dir() else "missing folder or unreachable hub id"

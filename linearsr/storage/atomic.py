@@ -45,6 +45,23 @@ def write(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def create(path: str | Path, data: bytes) -> bool:
+    """Write a file that does not exist yet; return False, having written nothing, if it does.
+
+    Of several writers at the same moment exactly one gets True. Raises OSError.
+    """
+    temporary = _temporary(Path(path))
+    try:
+        temporary.write_bytes(data)
+        _flush(temporary)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; it becomes `folder` when the block ends.

@@ -119,6 +119,19 @@ class Location:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
                 atomic.write(self.path, data)
 
+    def create(self, data: bytes) -> bool:
+        """Write a file that does not exist yet; return False, having written nothing, if it does.
+
+        Of several writers at the same moment exactly one gets True. On a store that knows no
+        conditions several may, so each of them waits and reads back what was written last.
+        Raises OutputError.
+        """
+        with explained(self, OutputError):
+            if s3 := _on_s3(self):
+                return s3.create(data)
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            return atomic.create(self.path, data)
+
     def sizes(self, notes: Notes | None = None) -> dict[Location, int]:
         """Return all files below a folder, sorted, with their sizes in bytes.
 

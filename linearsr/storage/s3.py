@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
+from http import HTTPStatus
 from typing import IO, Any, NamedTuple
 
 import boto3  # type: ignore[import-untyped]
@@ -33,6 +35,8 @@ CONNECT_SECONDS, READ_SECONDS = 10, 60
 PART_BYTES = 32 << 20
 # Errors of a body that broke off.
 _CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+# Time in which writers of one new object see each other, where requests have no conditions.
+SETTLE_SECONDS = 2.0
 # The most objects that one request may delete.
 DELETE_BATCH = 1000
 
@@ -121,6 +125,33 @@ class S3Path(NamedTuple):
     def upload(self, file: IO[bytes]) -> None:
         """Write an object from an open file: all of it, or nothing."""
         self.client.upload_fileobj(file, self.bucket, self.key, Config=_transfer())
+
+    def create(self, data: bytes) -> bool:
+        """Write an object that does not exist yet; return whether this call made it.
+
+        A store without conditional requests writes it each time. Then the last of several writers
+        counts as the one that made it, if they began within SETTLE_SECONDS.
+        """
+        if not self._put_new(data):
+            return False
+        if self._put_new(data):  # the store has ignored the condition
+            time.sleep(SETTLE_SECONDS)
+            return self.read() == data
+        return True
+
+    def _put_new(self, data: bytes) -> bool:
+        place = {"Bucket": self.bucket, "Key": self.key, "Body": data}
+        try:
+            self.client.put_object(**place, IfNoneMatch="*")
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == HTTPStatus.NOT_IMPLEMENTED:
+                self.client.put_object(**place)
+                return True
+            if status in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
+                return False
+            raise
+        return True
 
     def copy_from(self, source: S3Path) -> None:
         """Let the server copy an object here."""

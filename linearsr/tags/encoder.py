@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linearsr.config import ModelConfig
 from linearsr.errors import WeightsError, one_line, require
+from linearsr.hub import split_revision
 
 Tags = Sequence[str]
 
@@ -86,9 +87,12 @@ class GemmaEncoder:
         require("sana", "transformers")
         from transformers import AutoModel, AutoTokenizer
 
+        id, revision = split_revision(self.source)
+        # A bundle may name any model, and a model may ask to run code of its own.
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.source, padding_side="right")
-            model = AutoModel.from_pretrained(self.source, dtype="auto", use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(id, padding_side="right", **options)
+            model = AutoModel.from_pretrained(id, dtype="auto", use_safetensors=True, **options)
         except (OSError, ValueError) as error:
             raise WeightsError(_advice(self.source, error)) from error
         if model.config.hidden_size != self.dim:

@@ -32,6 +32,7 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,6 +81,10 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+DOCS_POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
 READABLE = ("png", "jpeg", "webp", "tiff", "avif", "gif", "bmp", "jp2")
 # The headers that pages of other origins may send and read.
 REQUEST_HEADERS = ("Authorization", "Content-Type", "Prefer", "X-Request-Id")
@@ -221,6 +226,7 @@ def create_app(
     state.created = int(time.time())
     handle_problems(app)
     app.add_middleware(_HeadAsGet)
+    app.add_middleware(_SafeHeaders)
     app.add_middleware(SameSite, open=token is None, origins=cors_origins, hosts=allowed_hosts)
     if cors_origins:
         app.add_middleware(
@@ -269,6 +275,29 @@ def _document(generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         document["components"]["schemas"].update(schema.pop("$defs", {}))
         document["components"]["schemas"][model.__name__] = schema
     return document
+
+
+class _SafeHeaders:
+    """Adds to every answer what keeps browsers from guessing types, and from running scripts.
+
+    The page has stricter headers of its own. /docs needs the script that FastAPI writes into it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                is_docs = scope["path"].rstrip("/") == "/docs"
+                policy = DOCS_POLICY if is_docs else PAGE_HEADERS["Content-Security-Policy"]
+                headers.setdefault("Content-Security-Policy", policy)
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+                headers.setdefault("Referrer-Policy", "no-referrer")
+            await send(message)
+
+        await self.app(scope, receive, send_more if scope["type"] == "http" else send)
 
 
 class _HeadAsGet:

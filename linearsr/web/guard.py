@@ -26,6 +26,7 @@ SPOOL_BYTES = 1 << 18
 # How much of a held body the endpoint gets at a time.
 CHUNK_BYTES = 1 << 18
 SLOW = 408
+RETRY = {"Retry-After": "5"}
 # Ids that clients may choose for their requests; others are replaced, since ids go into all logs.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -71,13 +72,29 @@ class Guard:
         elif "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
             await self._hold(scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            await self._pass_on(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the endpoint answer. Serve's own 500 means that a process has died: say try again."""
+        died = False
+
+        async def mend(message: Message) -> None:
+            nonlocal died
+            if message["type"] == "http.response.start" and message["status"] == 500:
+                died = Headers(raw=message["headers"]).get("content-type", "").startswith("text/")
+            if not died:
+                await send(message)
+
+        await self.app(scope, receive, mend)
+        if died:
+            refusal = _Refusal(503, "a part of the server has ended; try again", **RETRY)
+            await refusal.send(scope, receive, send)
 
     async def _hold(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(self)
         try:
             await body.receive_all(Headers(scope=scope), receive)
-            await self.app(scope, body.replay(receive), send)
+            await self._pass_on(scope, body.replay(receive), send)
         except _Refusal as refusal:
             if refusal.status != SLOW and "expect" not in Headers(scope=scope):
                 await self._discard(receive)
@@ -185,7 +202,7 @@ class _Body:
 
 
 def _busy(reason: str) -> _Refusal:
-    return _Refusal(429, f"{reason}; try again soon", **{"Retry-After": "5"})
+    return _Refusal(429, f"{reason}; try again soon", **RETRY)
 
 
 def _too_long(limits: UploadLimits) -> _Refusal:

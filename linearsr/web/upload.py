@@ -154,6 +154,8 @@ async def _form(request: Request, max_bytes: int, kind: type[Upload]) -> FormDat
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise HTTPException(415, "send the picture and its options as multipart/form-data")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise HTTPException(415, "send the form as it is, without a Content-Encoding")
     length = request.headers.get("Content-Length", "")
     if length.isdecimal() and float(length) > max_bytes + FORM_OVERHEAD:
         raise TooLarge(f"the upload has {length} bytes, more than the limit of {max_bytes}")

@@ -81,3 +81,17 @@ def test_the_head_role_may_end_and_tag_only_machines_of_its_cluster() -> None:
                 {"StringEquals": {f"ec2:ResourceTag/{TAG_RAY_CLUSTER_NAME}": CLUSTER}},
             )
     assert TEMPLATE["Parameters"]["ClusterName"]["Default"] == read("cluster.yaml")["cluster_name"]
+
+
+def test_the_head_role_may_launch_only_the_clusters_kinds_of_workers() -> None:
+    launches = [s for s in statements(ROLES["linearsr-head"]) if "ec2:RunInstances" in actions(s)]
+    resources = [str(statement["Resource"]) for statement in launches]
+    assert all("*" not in resource.split(":ec2:")[0] for resource in resources)
+    (condition,) = [s["Condition"] for s in launches if ":instance/" in str(s["Resource"])]
+    assert condition["StringEquals"] == {
+        "ec2:InstanceType": {"Ref": "WorkerTypes"},
+        f"aws:RequestTag/{TAG_RAY_CLUSTER_NAME}": CLUSTER,
+    }
+    settings = read("cluster.yaml")["metadata"]
+    types = TEMPLATE["Parameters"]["WorkerTypes"]["Default"].split(",")
+    assert types == [settings["gpu_instance"], settings["cpu_instance"]]

@@ -169,3 +169,15 @@ def test_odd_request_id_does_not_reach_the_endpoint(id: bytes) -> None:
     answer = TestClient(Guard(app, LIMITS)).get("/", headers={"X-Request-Id": id})
     assert answer.status_code == 200
     assert seen == [id.decode() if id.startswith(b"fine") else None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("text/plain", 503), ("application/problem+json", 500)]
+)
+def test_death_of_a_process_behind_the_guard_says_try_again(kind: str, status: int) -> None:
+    """Serve answers with a text of its own; the endpoint's own errors are problems."""
+    client = TestClient(Guard(Response("internals", 500, media_type=kind), LIMITS))
+    answer = client.post("/v1/upscale", content=b"x")
+    assert answer.status_code == status
+    assert (answer.text == "internals") == (status == 500)
+    assert ("Retry-After" in answer.headers) == (status == 503)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -81,6 +82,8 @@ def claim(
 ) -> None:
     """Write the settings to OUTPUT/job.json, or check that an earlier run had the same.
 
+    Of jobs with different settings that start at the same moment, one is accepted.
+
     defaults: values of settings that the code of an earlier run may not have known.
     new: whether to refuse a folder with files but without job.json. hidden: a setting whose value
     says nothing to a reader, such as a digest. Raises OptionError naming the settings that differ,
@@ -93,8 +96,9 @@ def claim(
             raise OptionError(
                 f"{url(output)}: is not empty and has no {JOB} of a job; choose another --output"
             )
-        note.write(f"{json.dumps(settings, indent=1)}\n".encode())
-        return
+        mine = {**settings, "job": uuid.uuid4().hex}  # so that two jobs' notes always differ
+        if note.create(f"{json.dumps(mine, indent=1)}\n".encode()):
+            return
     try:
         before = {**(defaults or {}), **json.loads(note.read())}
     except (ValueError, TypeError) as error:

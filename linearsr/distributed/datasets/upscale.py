@@ -24,7 +24,7 @@ from linearsr.distributed.datasets.resume import (
     claim,
     progress,
 )
-from linearsr.distributed.models import absolute, check_model, load_upscaler
+from linearsr.distributed.models import absolute, check_model, fingerprint, load_upscaler
 from linearsr.distributed.queue import Pool, map_actors
 from linearsr.errors import InputError, OptionError, OutputError, StorageError, reason
 from linearsr.imaging.files import WRITE_SUFFIXES, Picture, result_name
@@ -108,7 +108,9 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     inputs = list_inputs(source, config.column, without=output, notes=notes)
     check_model(config.model)  # an actor would only find out minutes later
     targets, faults = _targets(inputs, output, config)
-    claim(output, config.settings(), defaults=Options().model_dump(mode="json"))
+    made_of = {"weights": fingerprint(config.model)}
+    defaults = Options().model_dump(mode="json") | made_of
+    claim(output, config.settings() | made_of, defaults=defaults)
     notes.tell_left_out()
     todo = _todo(inputs, targets, output, config)
     todo, unwritable = _writable(todo, output) if config.kind == "images" else (todo, {})

@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
 import numpy as np
+import psutil
 import pytest
+import requests
 
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
@@ -24,16 +27,30 @@ from tests.helpers.processes import free_port
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture
-def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Yield a process that serves, and its address."""
+TOKEN = "a-word-that-no-log-may-have"
+SENT = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Yield an empty folder for Ray's files, whose path is short, for it holds sockets."""
+    with tempfile.TemporaryDirectory(prefix="lsr-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def command(small_bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Yield a process that serves, and its address. Its RAY_AUTH_MODE is "disabled"."""
     port = str(free_port())
+    (folder / "home").mkdir()
+    places = {"RAY_TMPDIR": str(folder), "HOME": str(folder / "home")}
     arguments = ["serve", "--model", str(small_bundle), "--device", "cpu", "--port", port]
     process = subprocess.Popen(
         [sys.executable, "-m", "linearsr.cli", *arguments],
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **places, "OMP_NUM_THREADS": "1", "LINEARSR_TOKEN": TOKEN},
     )
     assert process.stdout is not None
     try:
@@ -43,6 +60,25 @@ def command(small_bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     finally:
         process.kill()
         process.wait()
+
+
+def test_local_cluster_listens_on_loopback_and_has_a_token_of_its_user(
+    command: tuple[subprocess.Popen[str], str], folder: Path
+) -> None:
+    family = [command[0].pid, *(p.pid for p in psutil.Process(command[0].pid).children(True))]
+    sockets = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in family]
+    addresses = {connection.laddr.ip.removeprefix("::ffff:") for connection in sockets}
+    assert len(sockets) > 10 and addresses <= {"127.0.0.1", "::1"}
+    token = folder / "home" / ".ray" / "auth_token"
+    assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
+
+
+def test_proxy_has_the_guard(command: tuple[subprocess.Popen[str], str]) -> None:
+    url = f"{command[1]}/healthz"
+    assert requests.get(url, headers={"X-Long": "a" * 70_000}, timeout=60).status_code == 431
+    assert requests.get(url, headers={"Host": "evil.example"}, timeout=60).status_code == 400
+    answer = requests.get(url, headers={"X-Request-Id": "a" * 200}, timeout=60)
+    assert answer.status_code == 200 and len(answer.headers["X-Request-Id"]) < 129
 
 
 def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
@@ -56,7 +92,7 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
 
     async def ask() -> tuple[bytes, int]:
         form = form_of(case.picture, steps=50, seed=1)
-        headers = {"Accept": "text/event-stream"}
+        headers = {"Accept": "text/event-stream", **SENT}
         async with (
             aiohttp.ClientSession(read_bufsize=LINE) as session,
             session.post(f"{url}/v1/upscale", data=form, headers=headers) as response,
@@ -77,7 +113,8 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
 
     async def later(session: aiohttp.ClientSession) -> int:
         try:
-            async with session.post(f"{url}/v1/upscale", data=form_of(case.picture)) as response:
+            form = form_of(case.picture)
+            async with session.post(f"{url}/v1/upscale", data=form, headers=SENT) as response:
                 return response.status
         except aiohttp.ClientConnectionError:
             return 503
@@ -87,3 +124,10 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     (result,) = [line for line in events.splitlines() if b'"image"' in line]
     assert np.array_equal(pixels_of(image_of(result)), expected)
     assert process.wait(60) == 0
+
+
+def test_no_file_of_ray_has_the_token(folder: Path) -> None:
+    """This is the last test, after the endpoint has ended."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix in (".log", ".out", ".err")]) > 10
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
