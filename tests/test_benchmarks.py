@@ -36,6 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> int:
     return command.main()
 
 
+@pytest.mark.thorough
 def test_all_sections_are_measured_and_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

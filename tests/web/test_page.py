@@ -1332,7 +1332,7 @@ def test_steps_stay_within_the_limit_of_the_server(
 @pytest.mark.parametrize(
     ("scheme", "size"),
     [
-        pytest.param("light", (360, 740), id="light-phone", marks=every_browser),
+        pytest.param("light", (360, 740), id="light-phone"),
         pytest.param("dark", (360, 740), id="dark-phone", marks=pytest.mark.thorough),
         pytest.param("light", (1600, 900), id="light-desktop", marks=pytest.mark.thorough),
         pytest.param("dark", (1600, 900), id="dark-desktop"),

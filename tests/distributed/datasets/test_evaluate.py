@@ -70,6 +70,7 @@ def test_actors_give_the_scores_of_one_process(
     assert not list((tmp_path / "job").glob("parts-*"))
 
 
+@pytest.mark.thorough
 def test_actors_load_checkpoints_of_other_programs(
     cluster: Cluster, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_actors_load_checkpoints_of_other_programs(
     assert {row["method"] for row in _rows(tmp_path / "job")} == {"bicubic", "compact"}
 
 
+@pytest.mark.thorough
 def test_shards_give_the_scores_of_their_pictures(
     cluster: Cluster, photos: Path, small_bundle: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,7 @@
-"""Jobs and OpenAI's client on a real cluster: the command's pixels, whatever dies meanwhile."""
+"""Jobs on a real cluster: the command's pixels, whatever dies meanwhile; metrics; a new token."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from openai import OpenAI
 from ray import serve
 from ray.cluster_utils import Cluster
 
@@ -29,6 +27,9 @@ from linearsr.weights import expert_names, read_config
 from tests.helpers.cluster import living_actors
 from tests.helpers.endpoint import photograph, pixels_of
 from tests.helpers.processes import free_port, until
+
+# test_local.py has the cheaper tests of jobs.
+pytestmark = pytest.mark.thorough
 
 TOKEN = {"Authorization": "Bearer sesame"}
 PREFER = {"Prefer": "respond-async", **TOKEN}
@@ -79,18 +80,6 @@ def folders() -> list[Path]:
     return list(folder.iterdir()) if folder.exists() else []
 
 
-def test_openai_client_gets_the_pixels_of_the_command(
-    url: str, scaling_bundle: Path, picture: bytes
-) -> None:
-    client = OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0)
-    options: dict[str, Any] = {"steps": 4, "seed": 5, "scale": 1.5}
-    upscaler = Upscaler.load(scaling_bundle, "cpu")
-    expected = pixels_of(encode(upscaler.upscale(read(picture), Options(**options)), "png"))
-    answer = client.images.edit(image=("x.png", picture), prompt="", extra_body=options)
-    (image,) = answer.data or []
-    assert np.array_equal(pixels_of(base64.b64decode(image.b64_json or "")), expected)
-
-
 def stop(name: str) -> list[int]:
     """Stop a deployment's replicas where they are, so that the job waits for them."""
     for replica in (stopped := replicas(name)):
@@ -105,7 +94,6 @@ def kill(name: str) -> None:
     until(lambda: bool(set(replicas(name)) - set(victims)), f"{name} again")
 
 
-@pytest.mark.thorough
 def test_job_survives_the_death_of_each_process_in_turn(
     url: str, scaling_bundle: Path, picture: bytes
 ) -> None:
@@ -170,7 +158,6 @@ def test_metrics_of_the_dashboard_are_exported(url: str, cluster: Cluster, pictu
     assert len(named) > 8
 
 
-@pytest.mark.thorough
 def test_token_and_limits_change_without_a_failed_request(
     url: str, scaling_bundle: Path, picture: bytes
 ) -> None:

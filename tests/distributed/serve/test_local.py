@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
 import psutil
 import pytest
 import requests
+from openai import OpenAI
 
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
-from tests.helpers.endpoint import LINE, answered_by, form_of, image_of, pixels_of
-from tests.helpers.processes import free_port
+from tests.helpers.endpoint import LINE, Case, answered_by, form_of, image_of, pixels_of
+from tests.helpers.processes import free_port, until
 
 # `linearsr serve` starts a Ray cluster of its own.
 pytestmark = pytest.mark.cluster
@@ -81,14 +85,53 @@ def test_proxy_has_the_guard(command: tuple[subprocess.Popen[str], str]) -> None
     assert answer.status_code == 200 and len(answer.headers["X-Request-Id"]) < 129
 
 
+def expected_of(case: Case, bundle: Path, **options: Any) -> np.ndarray:
+    picture = Upscaler.load(bundle, "cpu").upscale(read(case.picture), Options(**options))
+    return pixels_of(encode(picture, "png"))
+
+
+def test_openai_client_gets_the_pixels_of_the_command(
+    command: tuple[subprocess.Popen[str], str], small_bundle: Path
+) -> None:
+    case = answered_by(small_bundle)[0]
+    options: dict[str, Any] = {"steps": 4, "seed": 5, "scale": 1.5}
+    client = OpenAI(base_url=f"{command[1]}/v1", api_key=TOKEN, max_retries=0)
+    answer = client.images.edit(image=("x.png", case.picture), prompt="", extra_body=options)
+    (image,) = answer.data or []
+    pixels = pixels_of(base64.b64decode(image.b64_json or ""))
+    assert np.array_equal(pixels, expected_of(case, small_bundle, **options))
+
+
+def test_job_gets_the_pixels_of_the_command(
+    command: tuple[subprocess.Popen[str], str], small_bundle: Path
+) -> None:
+    case = answered_by(small_bundle)[0]
+    url = command[1]
+    begun = requests.post(
+        f"{url}/v1/upscale",
+        files={"image": ("a.png", case.picture)},
+        data={"steps": 4, "seed": 3},
+        headers={**SENT, "Prefer": "respond-async"},
+        timeout=60,
+    )
+    assert begun.status_code == 202 and begun.headers["Preference-Applied"] == "respond-async"
+    address = url + begun.headers["Location"]
+    state = partial(requests.get, address, headers=SENT, timeout=60)
+    until(lambda: state().json()["expires"] is not None, "the job has finished")
+    assert state().json()["status"] == "succeeded"
+    content = requests.get(f"{address}/content", headers=SENT, timeout=60).content
+    assert np.array_equal(pixels_of(content), expected_of(case, small_bundle, steps=4, seed=3))
+    assert requests.get(address, timeout=60).status_code == 401
+    assert requests.delete(address, headers=SENT, timeout=60).status_code == 204
+    assert state().status_code == 404
+
+
 def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     command: tuple[subprocess.Popen[str], str], small_bundle: Path
 ) -> None:
     process, url = command
     case = answered_by(small_bundle)[0]
-    options = Options(steps=50, seed=1)
-    picture = Upscaler.load(small_bundle, "cpu").upscale(read(case.picture), options)
-    expected = pixels_of(encode(picture, "png"))
+    expected = expected_of(case, small_bundle, steps=50, seed=1)
 
     async def ask() -> tuple[bytes, int]:
         form = form_of(case.picture, steps=50, seed=1)
