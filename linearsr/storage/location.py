@@ -122,9 +122,7 @@ class Location:
     def create(self, data: bytes) -> bool:
         """Write a file that does not exist yet; return False, having written nothing, if it does.
 
-        Of several writers at the same moment exactly one gets True. On a store that knows no
-        conditions several may, so each of them waits and reads back what was written last.
-        Raises OutputError.
+        Of several writers at the same moment exactly one gets True. Raises OutputError.
         """
         with explained(self, OutputError):
             if s3 := _on_s3(self):

@@ -35,8 +35,8 @@ CONNECT_SECONDS, READ_SECONDS = 10, 60
 PART_BYTES = 32 << 20
 # Errors of a body that broke off.
 _CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-# Time in which writers of one new object see each other, where requests have no conditions.
-SETTLE_SECONDS = 2.0
+# Time after which the writers of one new object, in the same moment, read which of them counts.
+SETTLE_SECONDS = 1.0
 # The most objects that one request may delete.
 DELETE_BATCH = 1000
 
@@ -129,15 +129,13 @@ class S3Path(NamedTuple):
     def create(self, data: bytes) -> bool:
         """Write an object that does not exist yet; return whether this call made it.
 
-        A store without conditional requests writes it each time. Then the last of several writers
-        counts as the one that made it, if they began within SETTLE_SECONDS.
+        Some stores ignore the condition, and others check it before they begin to write. So every
+        writer reads back after SETTLE_SECONDS, and the last one counts, if all began within them.
         """
         if not self._put_new(data):
             return False
-        if self._put_new(data):  # the store has ignored the condition
-            time.sleep(SETTLE_SECONDS)
-            return self.read() == data
-        return True
+        time.sleep(SETTLE_SECONDS)
+        return self.read() == data
 
     def _put_new(self, data: bytes) -> bool:
         place = {"Bucket": self.bucket, "Key": self.key, "Body": data}

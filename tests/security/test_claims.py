@@ -19,6 +19,7 @@ PAIRS = 50
 
 
 def _claim_all(folder: str, steps: int, barrier: Barrier, accepted: list[int]) -> None:
+    s3_module.SETTLE_SECONDS = 0.5
     for number in range(PAIRS):
         barrier.wait(60)
         try:

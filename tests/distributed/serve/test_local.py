@@ -69,10 +69,15 @@ def command(small_bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen
 def test_local_cluster_listens_on_loopback_and_has_a_token_of_its_user(
     command: tuple[subprocess.Popen[str], str], folder: Path
 ) -> None:
-    family = [command[0].pid, *(p.pid for p in psutil.Process(command[0].pid).children(True))]
-    sockets = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in family]
-    addresses = {connection.laddr.ip.removeprefix("::ffff:") for connection in sockets}
-    assert len(sockets) > 10 and addresses <= {"127.0.0.1", "::1"}
+    """A replica of Serve has one port that Ray binds to all addresses; it asks for the token."""
+    driver = psutil.Process(command[0].pid)
+    family = {process.pid: " ".join(process.cmdline()) for process in driver.children(True)}
+    found = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in family]
+    sockets = [(family[c.pid], c.laddr.ip.removeprefix("::ffff:")) for c in found if c.pid]
+    assert len(sockets) > 10
+    for name, address in sockets:
+        open_to_all = name.startswith("ray::ServeReplica") and address == "::"
+        assert address in ("127.0.0.1", "::1") or open_to_all, name
     token = folder / "home" / ".ray" / "auth_token"
     assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
 
