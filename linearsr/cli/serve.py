@@ -98,7 +98,7 @@ def add(commands: Commands) -> None:
         default=[],
         metavar="NAME",
         help="names of the endpoint in the Host header, such as example.org behind a proxy; '*' "
-        "for any (default: those of loopback if it listens there, else any)",
+        "for any (default: only those of loopback if it listens there, else any)",
     )
     add_fields(parser, Limits, prefix=LIMITS)
     add_fields(parser, JobLimits, prefix=JOBS)

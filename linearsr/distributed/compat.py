@@ -132,6 +132,18 @@ def ask_for_token() -> None:
     _enable_token_auth()
 
 
+def cluster_to_join() -> str | None:
+    """Return the address of RAY_ADDRESS, or of the cluster of `ray start` here; None for neither.
+
+    `ray.init` does the same before it starts a cluster, but cannot be asked what it would do; with
+    "auto" it would also join the private clusters of other programs.
+    """
+    from ray._private.services import get_ray_address_from_environment
+
+    address: str | None = get_ray_address_from_environment(None, None)
+    return address
+
+
 def listen_on_loopback() -> None:
     """Let all processes of a cluster that this process starts listen on loopback alone.
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from linearsr.distributed.compat import ask_for_token, listen_on_loopback
+from linearsr.storage import atomic
 
 
 def start(**options: Any) -> Any:
@@ -36,15 +37,13 @@ def start(**options: Any) -> Any:
 
 
 def _make_token() -> None:
-    """Make a token that only this user can read, if there is none; Ray's file is for everyone."""
+    """Make a token that only this user can read, if there is none; everyone could read Ray's."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     path = Path.home() / ".ray" / "auth_token"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
+        atomic.create(path, secrets.token_hex(32).encode())
         path.chmod(0o600)
     except OSError:  # the home cannot be written: only this process and its children know the token
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -11,6 +11,7 @@ from linearsr.config import ModelConfig
 from linearsr.errors import WeightsError
 from linearsr.pipeline.upscaler import Upscaler
 from linearsr.storage.location import locate
+from linearsr.storage.walk import Notes
 
 
 def load_upscaler(
@@ -52,7 +53,8 @@ def fingerprint(model: str) -> str:
     """
     folder = locate(model if model.startswith("s3://") else weights.find(model))
     digest = hashlib.sha256()
-    for file, size in folder.sizes().items():
-        if file.name.endswith(".safetensors"):
-            digest.update(f"{file.name} {size} ".encode() + file.head(1 << 20))
+    for file, size in folder.sizes(Notes()).items():
+        name = file.relative_to(folder)
+        if name.endswith(".safetensors") and "/" not in name:
+            digest.update(f"{name} {size} ".encode() + file.head(1 << 20))
     return digest.hexdigest()[:12]

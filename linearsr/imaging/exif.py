@@ -243,6 +243,8 @@ def _add_provenance(tags: Tags, provenance: Mapping[str, str]) -> None:
         tags.root[Base.Software] = Value(ASCII, software)
     code, codec, text = _comment(tags)
     lines = text.split("\n") if text else []
+    if _record(text.rstrip("\n").split("\n")) is not None:
+        lines = text.rstrip("\n").split("\n")
     if _record(lines) is not None:
         lines.pop()
     text = "\n".join([*lines, record_line(provenance)])
@@ -255,7 +257,7 @@ def _add_provenance(tags: Tags, provenance: Mapping[str, str]) -> None:
 def find_provenance(data: bytes | None) -> dict[str, str] | None:
     """Return the record of `result_tags` in EXIF or a TIFF file, or None if there is none."""
     tags = parse(data)
-    return _record(_comment(tags)[2].split("\n")) if tags else None
+    return _record(_comment(tags)[2].rstrip("\n").split("\n")) if tags else None
 
 
 def record_line(provenance: Mapping[str, str]) -> str:

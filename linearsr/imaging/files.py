@@ -432,7 +432,7 @@ def _is_avif_by_another_brand(data: bytes) -> bool:
     """Return whether a file of HEIF's general brands lists AVIF's among its compatible ones."""
     if not data.startswith((b"ftypmif1", b"ftypmsf1"), 4):
         return False
-    compatible = data[16 : int.from_bytes(data[:4], "big")]
+    compatible = data[16 : min(int.from_bytes(data[:4], "big"), 1024)]
     return any(compatible[at : at + 4] in (b"avif", b"avis") for at in range(0, len(compatible), 4))
 
 

@@ -54,7 +54,13 @@ def create(path: str | Path, data: bytes) -> bool:
     try:
         temporary.write_bytes(data)
         _flush(temporary)
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with open(path, "xb") as file:
+                file.write(data)
     except FileExistsError:
         return False
     finally:

@@ -7,6 +7,7 @@ go through pyarrow's filesystem.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
@@ -115,7 +116,9 @@ class S3Path(NamedTuple):
             if error.response["Error"]["Code"] in ("InvalidRange", "416"):  # it is empty
                 return b""
             raise
-        with answer["Body"] as body:
+        with contextlib.closing(answer["Body"]) as body:
+            if answer["ContentLength"] <= size:
+                return bytes(body.read())
             return bytes(body.read(size))  # a server that knows no ranges sends the whole object
 
     def download(self, path: str) -> None:
@@ -132,12 +135,12 @@ class S3Path(NamedTuple):
         Some stores ignore the condition, and others check it before they begin to write. So every
         writer reads back after SETTLE_SECONDS, and the last one counts, if all began within them.
         """
-        if not self._put_new(data):
-            return False
+        self._put_new(data)
         time.sleep(SETTLE_SECONDS)
         return self.read() == data
 
-    def _put_new(self, data: bytes) -> bool:
+    def _put_new(self, data: bytes) -> None:
+        """Write an object unless it exists, as far as the store knows conditions."""
         place = {"Bucket": self.bucket, "Key": self.key, "Body": data}
         try:
             self.client.put_object(**place, IfNoneMatch="*")
@@ -145,11 +148,8 @@ class S3Path(NamedTuple):
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status == HTTPStatus.NOT_IMPLEMENTED:
                 self.client.put_object(**place)
-                return True
-            if status in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
-                return False
-            raise
-        return True
+            elif status not in (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT):
+                raise
 
     def copy_from(self, source: S3Path) -> None:
         """Let the server copy an object here."""

@@ -83,7 +83,8 @@ PAGE_HEADERS = {
 }
 DOCS_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 READABLE = ("png", "jpeg", "webp", "tiff", "avif", "gif", "bmp", "jp2")
 # The headers that pages of other origins may send and read.

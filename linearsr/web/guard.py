@@ -11,7 +11,7 @@ import re
 from tempfile import SpooledTemporaryFile
 
 import anyio
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,7 +34,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 class UploadLimits(Config):
     """The limits of all uploads together, before the endpoint sees them."""
 
-    count: int = Field(default=64, ge=1)
+    count: int = Field(default=500, ge=1)
     """Maximum number of bodies that are being received at the same time."""
     total_bytes: int = Field(default=1_000_000_000, ge=1)
     """Maximum number of bytes of all bodies that are being received or worked on."""
@@ -43,7 +43,13 @@ class UploadLimits(Config):
     grace_seconds: float = Field(default=10.0, gt=0)
     """Time that every body may take in seconds; a longer one must keep the rate."""
     bytes_per_second: float = Field(default=8_000.0, gt=0)
-    """Minimum rate of a body, in bytes a second on average since its first byte."""
+    """Minimum rate of a body, in bytes a second on average since its headers."""
+
+    @model_validator(mode="after")
+    def _check_room(self) -> UploadLimits:
+        if self.total_bytes < self.body_bytes:
+            raise ValueError("total_bytes must be at least body_bytes, or no such body fits")
+        return self
 
 
 def guard(limits: UploadLimits) -> Middleware:
@@ -62,11 +68,14 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection or request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
         _drop_odd_id(headers)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         if _header_bytes(scope) > MAX_HEADER_BYTES:
             await _Refusal(431, "the headers are longer than 64 kB").send(scope, receive, send)
         elif "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
@@ -94,9 +103,10 @@ class Guard:
         body = _Body(self)
         try:
             await body.receive_all(Headers(scope=scope), receive)
-            await self._pass_on(scope, body.replay(receive), send)
+            await self._pass_on(scope, body.replay(receive), body.until_answered(send))
         except _Refusal as refusal:
-            if refusal.status != SLOW and "expect" not in Headers(scope=scope):
+            waits = "expect" in Headers(scope=scope) and not body.asked
+            if refusal.status != SLOW and body.more and not waits:
                 await self._discard(receive)
             await refusal.send(scope, receive, send)
         except _Disconnected:
@@ -130,11 +140,15 @@ class _Disconnected(Exception):
 
 
 class _Body:
-    """A body that is held back; `guard` counts its bytes until it is closed."""
+    """A body that is held back; `guard` counts its bytes until it is closed.
+
+    asked: whether the client has been asked for the body. more: whether some of it is to come.
+    """
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.size = 0
+        self.asked, self.more = False, True
         self.file = SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
 
     async def receive_all(self, headers: Headers, receive: Receive) -> None:
@@ -148,22 +162,23 @@ class _Body:
         self.guard.receiving += 1
         started = anyio.current_time()
         try:
-            more = True
-            while more:
+            self.asked = True
+            while self.more:
                 slowest = limits.grace_seconds + self.size / limits.bytes_per_second
                 with anyio.CancelScope(deadline=started + slowest) as in_time:
                     message = await receive()
                 if in_time.cancelled_caught:
                     rate = f"{limits.bytes_per_second / 1000:g} kB a second"
                     raise _Refusal(SLOW, f"the upload is slower than {rate}")
-                more = self._keep(message)
+                self._keep(message)
         finally:
             self.guard.receiving -= 1
 
-    def _keep(self, message: Message) -> bool:
-        """Keep a part of the body; return whether there is more."""
+    def _keep(self, message: Message) -> None:
+        """Keep a part of the body. Raises _Refusal or _Disconnected."""
         if message["type"] != "http.request":
             raise _Disconnected
+        self.more = bool(message.get("more_body"))
         limits, part = self.guard.limits, message.get("body", b"")
         if self.size + len(part) > limits.body_bytes:
             raise _too_long(limits)
@@ -175,7 +190,19 @@ class _Body:
             self.file.write(part)
         except OSError as error:
             raise _Refusal(503, "the server has no room on its disk") from error
-        return bool(message.get("more_body"))
+
+    def until_answered(self, send: Send) -> Send:
+        """Return an ASGI `send` that gives the room back when the answer begins.
+
+        Otherwise clients that do not read their answers would keep it.
+        """
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.close()
+            await send(message)
+
+        return sent
 
     def replay(self, receive: Receive) -> Receive:
         """Return an ASGI `receive` that yields the body, then waits for the end of the client."""
@@ -185,7 +212,7 @@ class _Body:
 
         async def replayed() -> Message:
             nonlocal left, ended
-            if ended:
+            if ended or self.file.closed:
                 return await receive()
             part = self.file.read(CHUNK_BYTES)
             left -= len(part)

@@ -44,15 +44,24 @@ class SameSite:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.hosts and urlsplit(f"//{host}").hostname not in self.hosts:
+        if self.hosts and _name(f"//{host}") not in self.hosts:
             names = ", ".join(self.hosts)
             return 400, f"the host {host!r} is none of {names}; see allowed_hosts"
         if not self.open or scope["method"] in SAFE or "*" in self.origins:
             return None
-        origin = headers.get("origin")
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin in self.origins:
             return None
-        own = origin is None or urlsplit(origin).netloc == host
-        if own and headers.get("sec-fetch-site") != "cross-site":
+        # Pages cannot choose Sec-Fetch-Site, but older browsers lack it. A proxy may change Host.
+        own = origin is None or origin.partition("://")[2] == host
+        if site in ("same-origin", "none") or (own and site is None):
             return None
         return 403, "a page of another site may not use this endpoint; see cors_origins"
+
+
+def _name(url: str) -> str | None:
+    """Return the host of a URL in lower case, without brackets and port; None if there is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

@@ -188,14 +188,18 @@ def _check_shapes(file: Any, config: ModelConfig, path: Path) -> None:
     blocks than the file has tensors, so these are counted first.
     """
     names = set(file.keys())
-    fits = len(names) >= config.denoiser.depth
-    expected = placeholder(config).state_dict() if fits else {}
+    if len(names) < config.denoiser.depth:
+        raise WeightsError(
+            f"{path}: does not fit its config: {len(names)} tensors for {config.denoiser.depth} "
+            "blocks"
+        )
+    expected = placeholder(config).state_dict()
     odd = sorted(names ^ expected.keys())
     odd += [k for k in names & expected.keys() if _shape(file, k) != tuple(expected[k].shape)]
     if odd:
         raise WeightsError(
-            f"{path}: does not fit its config: {odd[0]} is missing, of another shape or one too "
-            f"many, as are {len(odd) - 1} others"
+            f"{path}: does not fit its config: tensors that are missing, too many or of another "
+            f"shape: {len(odd)}, such as {odd[0]}"
         )
 
 

@@ -62,9 +62,8 @@ def test_store_that_ignores_conditions_keeps_the_last_of_two_claims(
     note = locate(s3.bucket()) / "job.json"
     nested: list[bool] = []
 
-    def ignoring(path: s3_module.S3Path, data: bytes) -> bool:
+    def ignoring(path: s3_module.S3Path, data: bytes) -> None:
         path.client.put_object(Bucket=path.bucket, Key=path.key, Body=data)
-        return True
 
     def other_comes(_: float) -> None:
         monkeypatch.setattr(s3_module.time, "sleep", lambda _: None)

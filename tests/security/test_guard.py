@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from linearsr.web import http_parser
 from linearsr.web.guard import Guard, UploadLimits
 from tests.helpers.forms import FORM
 from tests.helpers.local_service import Local, served
@@ -152,6 +153,34 @@ def test_long_headers_are_refused_while_they_come(url: str, request_: bytes, sta
         connection.sendall(request_)
         assert connection.recv(12) == b"HTTP/1.1 " + status
     assert requests.get(f"{url}/healthz", timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_connection_that_does_not_finish_its_headers_is_closed(
+    service: Local, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr(http_parser, "HEADER_SECONDS", 0.5)
+    with served(service, uploads=LIMITS) as url, connect(url) as connection:
+        if before:
+            connection.sendall(before)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        connection.sendall(b"GET /heal")
+        until(lambda: not connection.recv(4096), "the end of the connection")
+
+
+def test_room_is_given_back_when_the_answer_begins() -> None:
+    """Clients that do not read their answers would keep it otherwise."""
+    held: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        held.append(guard.held_bytes)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        held.append(guard.held_bytes)
+        await send({"type": "http.response.body", "body": b""})
+
+    guard = Guard(app, LIMITS)
+    assert TestClient(guard).post("/", content=b"12345").status_code == 200
+    assert held == [5, 0]
 
 
 @pytest.mark.parametrize(

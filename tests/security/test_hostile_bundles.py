@@ -126,7 +126,9 @@ def test_tensors_of_other_shapes_are_refused_before_they_are_read(bundle: Path) 
         assert "does not fit its config" in refused(bundle)
     del tensors[name]
     save_file(tensors, path, metadata)
-    assert f"{name} is missing" in refused(bundle)
+    assert f"such as {name}" in refused(bundle)
+    save_file({}, path, metadata)
+    assert "0 tensors for 2 blocks" in refused(bundle)
 
 
 @pytest.mark.parametrize(

@@ -71,14 +71,10 @@ def _join_or_start(**options: Any) -> Any:
     """Join the cluster of RAY_ADDRESS or of this machine, or start one; return Ray's context."""
     import ray
 
+    from linearsr.distributed.compat import cluster_to_join
     from linearsr.distributed.local_cluster import start
 
-    if os.environ.get("RAY_ADDRESS"):
-        return ray.init(**options)
-    try:
-        return ray.init(address="auto", **options)
-    except ConnectionError:
-        return start(**options)
+    return start(**options) if cluster_to_join() is None else ray.init(**options)
 
 
 def connect(*, data: bool = True) -> str:

@@ -77,8 +77,9 @@ class ServeConfig(Config):
     """The other origins, such as "https://example.org", whose pages may use the endpoint from a
     browser; "*" for all of them."""
     allowed_hosts: tuple[str, ...] = ()
-    """The names of the endpoint that the Host header may have, such as "example.org"; empty or "*"
-    for any. `linearsr serve` on loopback takes the names of loopback unless others are given."""
+    """The names of the endpoint that the Host header may have, such as "example.org", without a
+    port and in lower case; empty or "*" for any. `linearsr serve` on loopback adds the names of
+    loopback."""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> ServeConfig:

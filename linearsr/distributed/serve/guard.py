@@ -39,7 +39,9 @@ def guard_proxies(limits: Limits) -> None:
 
     limits: those of a request, for whose largest upload the guard leaves room.
     """
-    body = max(read_limits().body_bytes, limits.bytes + FORM_OVERHEAD)
-    uploads = read_limits().model_copy(update={"body_bytes": body})
+    before = read_limits()
+    body = max(before.body_bytes, limits.bytes + FORM_OVERHEAD)
+    total = max(before.total_bytes, body)
+    uploads = before.model_copy(update={"body_bytes": body, "total_bytes": total})
     os.environ[UPLOADS] = uploads.model_dump_json()
     os.environ[CALLBACK] = f"{__name__}.{middlewares.__name__}"

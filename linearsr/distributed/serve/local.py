@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.serve.exceptions import RayServeException
 
-from linearsr.distributed.compat import delete_application, http_address
+from linearsr.distributed.compat import ask_for_token, delete_application, http_address
 from linearsr.distributed.local_cluster import start
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
@@ -86,6 +86,8 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     LinearSRError if a deployment does not start.
     """
     build_app(config)  # to refuse a wrong config first
+    if not os.environ.get("RAY_ADDRESS"):
+        ask_for_token()  # as the cluster that `run` starts does
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "auto"),
@@ -93,6 +95,10 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
             logging_level="ERROR",
         )
         running = APPLICATION in serve.status().applications
+    except AuthenticationError as error:
+        raise OptionError(
+            "--redeploy: the Ray that runs here has another token than ~/.ray/auth_token"
+        ) from error
     except (ConnectionError, RayServeException):
         running = False
     if not running:
@@ -113,14 +119,14 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
 
 
 def _named(config: ServeConfig, host: str) -> ServeConfig:
-    """Return the config with the names of loopback, if the endpoint listens there and has none.
+    """Return the config with the names of loopback too, if the endpoint listens there.
 
     A page of the web may give its own name the address of loopback, and then counts as the
     endpoint's own page.
     """
-    if config.allowed_hosts or host not in LOOPBACK:
+    if host not in LOOPBACK:
         return config
-    return config.model_copy(update={"allowed_hosts": LOOPBACK})
+    return config.model_copy(update={"allowed_hosts": (*LOOPBACK, *config.allowed_hosts)})
 
 
 def _drain(seconds: float) -> None:
