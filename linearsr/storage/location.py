@@ -122,7 +122,8 @@ class Location:
     def create(self, data: bytes) -> bool:
         """Write a file that does not exist yet; return False, having written nothing, if it does.
 
-        Of several writers at the same moment exactly one gets True. Raises OutputError.
+        Of several writers of different data at the same moment exactly one gets True. Raises
+        OutputError.
         """
         with explained(self, OutputError):
             if s3 := _on_s3(self):

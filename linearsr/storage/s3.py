@@ -130,7 +130,7 @@ class S3Path(NamedTuple):
         self.client.upload_fileobj(file, self.bucket, self.key, Config=_transfer())
 
     def create(self, data: bytes) -> bool:
-        """Write an object that does not exist yet; return whether this call made it.
+        """Write an object that does not exist yet; return whether it then holds this data.
 
         Some stores ignore the condition, and others check it before they begin to write. So every
         writer reads back after SETTLE_SECONDS, and the last one counts, if all began within them.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -96,8 +95,7 @@ def claim(
             raise OptionError(
                 f"{url(output)}: is not empty and has no {JOB} of a job; choose another --output"
             )
-        mine = {**settings, "job": uuid.uuid4().hex}  # so that two jobs' notes always differ
-        if note.create(f"{json.dumps(mine, indent=1)}\n".encode()):
+        if note.create(f"{json.dumps(settings, indent=1)}\n".encode()):
             return
     try:
         before = {**(defaults or {}), **json.loads(note.read())}
