@@ -16,7 +16,12 @@ from ray import serve
 from ray.exceptions import AuthenticationError, RayError
 from ray.serve.exceptions import RayServeException
 
-from linearsr.distributed.compat import ask_for_token, delete_application, http_address
+from linearsr.distributed.compat import (
+    ask_for_token,
+    delete_application,
+    http_address,
+    listen_on_loopback,
+)
 from linearsr.distributed.local_cluster import start
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
@@ -87,7 +92,9 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     """
     build_app(config)  # to refuse a wrong config first
     if not os.environ.get("RAY_ADDRESS"):
-        ask_for_token()  # as the cluster that `run` starts does
+        # As the cluster that `run` starts does; otherwise Ray would look for it at another address.
+        ask_for_token()
+        listen_on_loopback()
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "auto"),
