@@ -106,8 +106,8 @@ def reason(error: Exception) -> str:
     return kind + one_line(error)
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of a library's error on one line of at most 300 characters."""
+def one_line(error: Exception | str) -> str:
+    """Return a library's error, or its message, on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 

@@ -30,10 +30,15 @@ def start(**options: Any) -> Any:
             "a token, since anyone could run code on it otherwise.",
             file=sys.stderr,
         )
-    ask_for_token()
+    expect_private()
     _make_token()
-    listen_on_loopback()
     return ray.init(address="local", **options)
+
+
+def expect_private() -> None:
+    """Let this process start a cluster as above, or look for one that another process started."""
+    ask_for_token()
+    listen_on_loopback()
 
 
 def _make_token() -> None:

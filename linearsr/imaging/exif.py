@@ -242,11 +242,7 @@ def _add_provenance(tags: Tags, provenance: Mapping[str, str]) -> None:
         software = provenance["software"].encode() + b"\0"
         tags.root[Base.Software] = Value(ASCII, software)
     code, codec, text = _comment(tags)
-    lines = text.split("\n") if text else []
-    if _record(text.rstrip("\n").split("\n")) is not None:
-        lines = text.rstrip("\n").split("\n")
-    if _record(lines) is not None:
-        lines.pop()
+    lines, _ = _split_record(text)
     text = "\n".join([*lines, record_line(provenance)])
     if code in (_PLAIN, _UNDEFINED_CODE):
         code = _PLAIN if text.isascii() else _UNDEFINED_CODE
@@ -257,7 +253,7 @@ def _add_provenance(tags: Tags, provenance: Mapping[str, str]) -> None:
 def find_provenance(data: bytes | None) -> dict[str, str] | None:
     """Return the record of `result_tags` in EXIF or a TIFF file, or None if there is none."""
     tags = parse(data)
-    return _record(_comment(tags)[2].rstrip("\n").split("\n")) if tags else None
+    return _split_record(_comment(tags)[2])[1] if tags else None
 
 
 def record_line(provenance: Mapping[str, str]) -> str:
@@ -267,15 +263,24 @@ def record_line(provenance: Mapping[str, str]) -> str:
 
 def is_record(text: str) -> bool:
     """Return whether the text is a line of `record_line`."""
-    return _record([text]) is not None
+    return _record(text) is not None
 
 
-def _record(lines: list[str]) -> dict[str, str] | None:
-    """Return the record in the last line, or None if that is not one of ours."""
+def _split_record(comment: str) -> tuple[list[str], dict[str, str] | None]:
+    """Return the lines of a comment before our record, and the record in its last line, if any."""
+    *lines, last = comment.rstrip("\n").split("\n")
+    record = _record(last)
+    if record is None:
+        lines = comment.split("\n") if comment else []
+    return lines, record
+
+
+def _record(line: str) -> dict[str, str] | None:
+    """Return the record in a line, or None if that is not one of ours."""
     try:
-        record = json.loads(lines[-1])["linearsr"]
+        record = json.loads(line)["linearsr"]
         return {str(key): str(value) for key, value in record.items()}
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return None
 
 

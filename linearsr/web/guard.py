@@ -1,4 +1,4 @@
-"""What stands before the endpoint, in the process that accepts connections.
+"""A guard before the endpoint, in the process that accepts connections.
 
 It refuses requests with long headers, and it holds each upload back until the whole body has come.
 So slow and unfinished uploads take neither memory nor places of the endpoint behind it, and the

@@ -113,7 +113,7 @@ def _openai(problem: Problem) -> OpenAIProblem:
 def error_response(
     path: str, status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return the response to a request for `path` that is refused before any route sees it."""
+    """Return the response to a request for `path` that is refused with this status."""
     return _response(path, _problem(status, detail), headers)
 
 
@@ -137,7 +137,7 @@ def handle_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return _response(request.url.path, _problem(error.status_code, error.detail), error.headers)
+        return error_response(request.url.path, error.status_code, error.detail, error.headers)
 
     @app.exception_handler(LinearSRError)
     @app.exception_handler(Exception)

@@ -152,14 +152,12 @@ def _read_metadata(path: Path) -> tuple[ModelConfig, dict[str, str]]:
         raise WeightsError(
             f"{path}: no LinearSR config inside; convert it first (linearsr.weights.convert)"
         ) from None
-    except ValidationError as error:
-        reason = ": ".join(filter(None, explain(error)))
-        raise WeightsError(
-            f"{path}: cannot be read as LinearSR weights: {one_line(ValueError(reason))}"
-        ) from error
     except (SafetensorError, OSError, ValueError) as error:
+        reason: Exception | str = error
+        if isinstance(error, ValidationError):
+            reason = ": ".join(filter(None, explain(error)))
         raise WeightsError(
-            f"{path}: cannot be read as LinearSR weights: {one_line(error)}"
+            f"{path}: cannot be read as LinearSR weights: {one_line(reason)}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What every answer tells browsers, and forms that are not what they say."""
+"""The headers of every answer for browsers, and a form that is compressed."""
 
 from __future__ import annotations
 

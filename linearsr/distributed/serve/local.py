@@ -16,13 +16,8 @@ from ray import serve
 from ray.exceptions import AuthenticationError, RayError
 from ray.serve.exceptions import RayServeException
 
-from linearsr.distributed.compat import (
-    ask_for_token,
-    delete_application,
-    http_address,
-    listen_on_loopback,
-)
-from linearsr.distributed.local_cluster import start
+from linearsr.distributed.compat import delete_application, http_address
+from linearsr.distributed.local_cluster import expect_private, start
 from linearsr.distributed.models import read_config
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.serve.build import build_app
@@ -90,11 +85,8 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     Raises OptionError if there is none, or if it listens elsewhere: Serve cannot move. Raises
     LinearSRError if a deployment does not start.
     """
-    build_app(config)  # to refuse a wrong config first
     if not os.environ.get("RAY_ADDRESS"):
-        # As the cluster that `run` starts does; otherwise Ray would look for it at another address.
-        ask_for_token()
-        listen_on_loopback()
+        expect_private()
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "auto"),
@@ -116,9 +108,10 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
             '--host and --port cannot change while the endpoint runs on {}:{}; see "Opening it to '
             'others" in docs/guides/serving.md'.format(*listens)
         )
+    app = build_app(_named(config, listens[0]))
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.run(build_app(_named(config, listens[0])), name=APPLICATION)
+        serve.run(app, name=APPLICATION)
     except (RuntimeError, RayError) as error:
         raise LinearSRError(f"the endpoint did not change: {one_line(error)}") from error
     ray.shutdown()
