@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -40,5 +41,7 @@ def exit_code(run: Callable[[], int | None], interrupted: str) -> int:
     except (LinearSRError, OSError) as error:
         return complain(error, SOME_FAILED)
     except KeyboardInterrupt:
+        # A second Ctrl-C would interrupt the end of Ray's cluster, and leave some of its processes.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         say(f"linearsr: interrupted; {interrupted}", error=True)
         return INTERRUPTED

@@ -17,7 +17,7 @@ import requests
 from linearsr.web.guard import UploadLimits
 from tests.helpers.cluster import ROOT
 from tests.helpers.local_service import Local, served
-from tests.helpers.processes import until
+from tests.helpers.processes import free_port, until
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 CONFIG = ROOT / "deploy" / "nginx.conf"
@@ -39,12 +39,6 @@ http {{
 }}
 """
 LIMITS = UploadLimits(count=64)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def certificate(folder: Path) -> None:
