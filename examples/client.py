@@ -15,6 +15,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
+# An endpoint that is full (429), or has just lost a process (503), says when to come back.
+AGAIN = Retry(total=8, backoff_factor=1, status_forcelist=(429, 503), allowed_methods=None)
 
 
 def upscale(photo: str, endpoint: str, **fields: object) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -22,11 +27,26 @@ def upscale(photo: str, endpoint: str, **fields: object) -> Iterator[tuple[str, 
 
     fields: fields of the form at ENDPOINT/docs, such as steps=1, scale=2, seed=7, format="png".
     """
+    for attempts_left in (2, 1, 0):
+        try:
+            yield from events(photo, endpoint, fields)
+            return
+        except requests.exceptions.ChunkedEncodingError:  # the connection was cut
+            if not attempts_left:
+                raise
+
+
+def events(
+    photo: str, endpoint: str, fields: dict[str, object]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Upload the photograph once; yield the events until the last one or until a cut."""
     headers = {"Accept": "text/event-stream"}
     if "LINEARSR_TOKEN" in os.environ:
         headers["Authorization"] = f"Bearer {os.environ['LINEARSR_TOKEN']}"
+    session = requests.Session()
+    session.mount(endpoint, HTTPAdapter(max_retries=AGAIN))
     with open(photo, "rb") as file:
-        answer = requests.post(
+        answer = session.post(
             f"{endpoint}/v1/upscale",
             files={"image": file},
             data=fields,
@@ -34,7 +54,7 @@ def upscale(photo: str, endpoint: str, **fields: object) -> Iterator[tuple[str, 
             stream=True,
             timeout=(5, 300),
         )
-    if not answer.ok:  # refused: 413 too large, 422 a wrong field, 429 too many requests
+    if not answer.ok:  # refused: 413 too large, 422 a wrong field
         sys.exit(f"{answer.status_code}: {answer.json()['detail']}")
     name = ""
     for line in answer.iter_lines(chunk_size=None, decode_unicode=True):

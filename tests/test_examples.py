@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,3 +70,56 @@ def test_client_example_prints_progress_and_saves_the_result(
     assert lines[-1] == f"{result}: 256x192"
     expected = upscaler(Image.open(photo), steps=4)
     assert ImageChops.difference(Image.open(result).convert("RGB"), expected).getbbox() is None
+
+
+def test_client_example_asks_again_after_a_refusal_and_a_cut(
+    photo: Path,
+    small_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first answer is 503, and the second one's connection is cut behind its first event."""
+    event = b'event: progress\r\ndata: {"percent": 0, "expert": "structure", "step": 0}\r\n\r\n'
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    cut = head + b"%x\r\n%s\r\n" % (len(event), event)
+    busy = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+    service, result = Local(Upscaler.load(small_bundle, "cpu")), tmp_path / "large.png"
+    with served(service) as url, failing_first(url, [busy, cut]) as fails:
+        _run("client.py", photo, result, fails, monkeypatch=monkeypatch)
+    assert Image.open(result).size == (256, 192) and service.requests == 1
+    assert capsys.readouterr().out.startswith("  0%  structure: step 0\n  0%  ")
+
+
+@contextlib.contextmanager
+def failing_first(url: str, answers: list[bytes]) -> Iterator[str]:
+    """Listen on a free port; give the first requests these answers, and send others on to `url`."""
+    host, port = url.removeprefix("http://").split(":")
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if answers:
+                self.request.recv(1 << 20)
+                self.request.sendall(answers.pop(0))
+                self.request.shutdown(socket.SHUT_WR)
+                while self.request.recv(1 << 20):
+                    pass
+                return
+            with socket.create_connection((host, int(port))) as behind:
+                threading.Thread(target=copy, args=(self.request, behind), daemon=True).start()
+                copy(behind, self.request)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    """Send on all bytes until one of the two sockets is closed."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)

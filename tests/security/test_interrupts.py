@@ -17,7 +17,7 @@ from linearsr.cli.report import INTERRUPTED
 from tests.helpers.cluster import ROOT
 from tests.helpers.processes import until
 
-# A command whose end takes as long as that of a cluster, and which says when it has begun and ended.
+# A command whose end takes as long as that of a cluster, and which says when it begins and ends.
 SLOW_TO_END = """
 import atexit, signal, sys
 from linearsr.cli.report import exit_code
