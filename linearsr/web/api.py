@@ -290,7 +290,8 @@ class _SafeHeaders:
         async def send_more(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if scope["path"].rstrip("/") == "/docs":
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                if path.rstrip("/") == "/docs":
                     headers["Content-Security-Policy"] = DOCS_POLICY
                 for name, value in SAFE_HEADERS.items():
                     headers.setdefault(name, value)

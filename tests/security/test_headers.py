@@ -30,6 +30,12 @@ def test_every_answer_forbids_guessing_types_and_foreign_scripts(
     assert ("unsafe-inline" in headers["Content-Security-Policy"]) == (path == "/docs")
 
 
+def test_documentation_below_a_prefix_may_run_its_script(service: Local) -> None:
+    client = TestClient(create_app(service, Limits()), root_path="/upscaler")
+    policy = client.get("/docs").headers["Content-Security-Policy"]
+    assert "script-src 'self' 'unsafe-inline'" in policy
+
+
 def test_compressed_form_is_refused(client: TestClient, png: bytes) -> None:
     body = gzip.compress(part("image", png, "x.png") + END)
     headers = {**FORM, "Content-Encoding": "gzip"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
+from linearsr.distributed.serve.config import ServeConfig
 from linearsr.web.api import create_app, digest
 from linearsr.web.service import Limits
 from tests.helpers.forms import detail
@@ -72,3 +73,11 @@ def test_other_names_than_the_endpoints_own_are_refused(
     assert answer.status_code == status
     if status == 400:
         assert "none of 127.0.0.1, localhost, ::1" in detail(answer, 400)
+
+
+def test_allowed_hosts_are_compared_in_lower_case_and_have_no_port() -> None:
+    config = ServeConfig(allowed_hosts=("Example.ORG", "[::1]"))
+    assert config.allowed_hosts == ("example.org", "::1")
+    for wrong in ("example.org:8000", "https://example.org", "[::1]:80", "a b"):
+        with pytest.raises(ValueError, match="leave out the scheme and the port"):
+            ServeConfig(allowed_hosts=(wrong,))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from linearsr.config import Config, ModelConfig
 from linearsr.diffusion.experts import plan, shares
@@ -78,8 +79,7 @@ class ServeConfig(Config):
     browser; "*" for all of them."""
     allowed_hosts: tuple[str, ...] = ()
     """The names of the endpoint that the Host header may have, such as "example.org", without a
-    port and in lower case; empty or "*" for any. `linearsr serve` on loopback adds the names of
-    loopback."""
+    port; empty or "*" for any. `linearsr serve` on loopback adds the names of loopback."""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> ServeConfig:
@@ -89,6 +89,14 @@ class ServeConfig(Config):
         if self.layout == "together" and not isinstance(self.replicas, int):
             raise ValueError('replicas must be one number in the layout "together"')
         return self
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if re.search(r"[/@\s]|^[^:]*:[^:]*$|\]:", host):
+                raise ValueError(f"{host!r} is no host name: leave out the scheme and the port")
+        return tuple(host.lower().strip("[]") for host in hosts)
 
     @property
     def ingress_cpus(self) -> float:
