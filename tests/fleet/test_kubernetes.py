@@ -25,7 +25,7 @@ FREE = {"annotations", "rayStartParams", "requests", "limits"}
 
 def levels(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Yield the paths to all mappings of API fields."""
-    if isinstance(value, dict) and (not path or path[-1] not in FREE):
+    if isinstance(value, dict) and value and (not path or path[-1] not in FREE):
         yield path
         for key, inner in value.items():
             yield from levels(inner, (*path, key))
@@ -98,6 +98,25 @@ def test_the_service_account_is_valid_and_used_by_all_pods() -> None:
     cluster = spec("raycluster")
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         assert group["template"]["spec"]["serviceAccountName"] == account["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_containers_are_restricted_and_write_to_volumes_only(name: str) -> None:
+    """The rules are those of Kubernetes' "restricted" Pod Security Standard, and more."""
+    cluster = spec(name)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        containers = [*pod["containers"], *pod.get("initContainers", ())]
+        for container in (*containers, cluster["autoscalerOptions"]):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["readOnlyRootFilesystem"] is True
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert "/tmp" in mounts and set(mounts.values()) <= volumes
 
 
 def test_every_start_flag_is_one_of_ray_start() -> None:

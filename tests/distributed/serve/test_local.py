@@ -33,6 +33,9 @@ pytestmark = pytest.mark.cluster
 
 TOKEN = "a-word-that-no-log-may-have"
 SENT = {"Authorization": f"Bearer {TOKEN}"}
+# After a redeployment.
+NEXT_TOKEN = "another-word-that-no-log-may-have"
+SENT_NEXT = {"Authorization": f"Bearer {NEXT_TOKEN}"}
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +50,12 @@ def command(small_bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen
     """Yield a process that serves, and its address. Its RAY_AUTH_MODE is "disabled"."""
     port = str(free_port())
     (folder / "home").mkdir()
-    places = {"RAY_TMPDIR": str(folder), "HOME": str(folder / "home")}
-    arguments = ["serve", "--model", str(small_bundle), "--device", "cpu", "--port", port]
     process = subprocess.Popen(
-        [sys.executable, "-m", "linearsr.cli", *arguments],
+        serve(small_bundle, "--port", port),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, **places, "OMP_NUM_THREADS": "1", "LINEARSR_TOKEN": TOKEN},
+        env=environment(folder, TOKEN),
     )
     assert process.stdout is not None
     try:
@@ -64,6 +65,18 @@ def command(small_bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen
     finally:
         process.kill()
         process.wait()
+
+
+def serve(bundle: Path, *more: str) -> list[str]:
+    """Return the command that serves a bundle."""
+    command = [sys.executable, "-m", "linearsr.cli", "serve"]
+    return [*command, "--model", str(bundle), "--device", "cpu", *more]
+
+
+def environment(folder: Path, token: str) -> dict[str, str]:
+    """Return the environment of `linearsr serve` with Ray's and the user's files in a folder."""
+    places = {"RAY_TMPDIR": str(folder), "HOME": str(folder / "home")}
+    return {**os.environ, **places, "OMP_NUM_THREADS": "1", "LINEARSR_TOKEN": token}
 
 
 def test_local_cluster_listens_on_loopback_and_has_a_token_of_its_user(
@@ -131,6 +144,29 @@ def test_job_gets_the_pixels_of_the_command(
     assert state().status_code == 404
 
 
+def test_redeployment_changes_the_token_and_the_limits(
+    command: tuple[subprocess.Popen[str], str], small_bundle: Path, folder: Path
+) -> None:
+    changed = subprocess.run(
+        serve(small_bundle, "--redeploy", "--max-pixels", "5000"),
+        env=environment(folder, NEXT_TOKEN),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert changed.returncode == 0, changed.stderr
+    url = command[1]
+    form: dict[str, Any] = {
+        "files": {"image": ("a.png", answered_by(small_bundle)[0].picture)},
+        "data": {"steps": 1},
+    }
+    ask = partial(requests.post, f"{url}/v1/upscale", timeout=60)
+    assert ask(headers=SENT, **form).status_code == 401
+    assert ask(headers=SENT_NEXT, **form).status_code == 200
+    (model,) = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
+    assert model["limits"]["pixels"] == 5000
+
+
 def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     command: tuple[subprocess.Popen[str], str], small_bundle: Path
 ) -> None:
@@ -140,7 +176,7 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
 
     async def ask() -> tuple[bytes, int]:
         form = form_of(case.picture, steps=50, seed=1)
-        headers = {"Accept": "text/event-stream", **SENT}
+        headers = {"Accept": "text/event-stream", **SENT_NEXT}
         async with (
             aiohttp.ClientSession(read_bufsize=LINE) as session,
             session.post(f"{url}/v1/upscale", data=form, headers=headers) as response,
@@ -162,7 +198,7 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     async def later(session: aiohttp.ClientSession) -> int:
         try:
             form = form_of(case.picture)
-            async with session.post(f"{url}/v1/upscale", data=form, headers=SENT) as response:
+            async with session.post(f"{url}/v1/upscale", data=form, headers=SENT_NEXT) as response:
                 return response.status
         except aiohttp.ClientConnectionError:
             return 503
@@ -178,4 +214,5 @@ def test_no_file_of_ray_has_the_token(folder: Path) -> None:
     """This is the last test, after the endpoint has ended."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix in (".log", ".out", ".err")]) > 10
-    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    for token in (TOKEN, NEXT_TOKEN):
+        assert [path for path in files if token.encode() in path.read_bytes()] == []
