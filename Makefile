@@ -16,7 +16,7 @@ define install
 		$(PIP) --editable '.[$(1)]'; }
 endef
 
-.PHONY: demo test test-fast pages drills rehearse lint types docs s3 s3-server clean
+.PHONY: demo test test-fast pages drills rehearse lint types docs requirements s3 s3-server clean
 .DELETE_ON_ERROR:
 
 # The demo needs the upscaler and one photograph; the tests need everything.
@@ -84,6 +84,12 @@ types: $(VENV)/dev.stamp
 # The pages of docs/reference, from docstrings, parsers and configs.
 docs: $(VENV)/dev.stamp
 	$(BIN)/python -m tools.generate_docs
+
+# The image's requirements with the digests of their files, after a change of constraints.txt.
+requirements: $(VENV)/dev.stamp
+	echo hatchling | $(BIN)/uv pip compile --quiet pyproject.toml - --extra all \
+		--constraint constraints.txt --generate-hashes --no-annotate --no-header --no-emit-index-url \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_35 --output-file deploy/requirements.txt
 
 s3-server: $(S3)/stamp
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr as derive,
 )
@@ -26,7 +27,8 @@ else:
     import tomli as tomllib
 
 DOCKERFILE = (TOP / "deploy/Dockerfile").read_text()
-PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 
 def aws() -> dict[str, Any]:
@@ -119,7 +121,8 @@ def test_processes_have_the_same_environment() -> None:
     assert ours.pop("RAY_AUTH_MODE") == spec("raycluster")["authOptions"]["mode"] == "token"
     mounted = ours.pop("RAY_AUTH_TOKEN_PATH").replace("/home/ray/", "~/")
     assert mounted in aws()["file_mounts"]
-    assert ours == environment()
+    # A pod's root file system is read-only.
+    assert {**ours, "HOME": "/tmp"} == environment()
     assert ours["AWS_REGION"] == aws()["provider"]["region"]
 
 
@@ -156,10 +159,23 @@ def test_all_nodes_run_one_image_with_the_pinned_versions() -> None:
 
 def test_the_image_installs_the_pinned_versions_of_the_requirements() -> None:
     extras = PROJECT["optional-dependencies"]
-    (install,) = re.findall(r"pip install .*", DOCKERFILE)
-    assert "--constraint constraints.txt" in install
-    (extra,) = re.findall(r'"\.\[([\w,]+)\]"', install)
-    assert extra == "all"
+    install, package = re.findall(r"pip install .*", DOCKERFILE)
+    assert "--require-hashes --requirement deploy/requirements.txt" in install
+    assert "--no-deps --no-build-isolation ." in package
+    text = (TOP / "deploy/requirements.txt").read_text()
+    assert "://" not in text
+    assert text.count("==") == len(re.findall(r"==.* \\\n    --hash=sha256:", text))
+    versions = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
+    build = Requirement(PYPROJECT["build-system"]["requires"][0])
+    assert build.specifier.contains(versions.pop(build.name))
+    own = {"packaging", "pathspec", "pluggy", "tomlkit", "trove-classifiers"}  # hatchling's
+    for name, version in versions.items():
+        if name not in own:
+            assert pinned(name) == version, name
+    needed = [PROJECT["dependencies"], *(extras[extra] for extra in ("sana", "serve", "train"))]
+    for requirement in map(Requirement, itertools.chain(*needed)):
+        if requirement.name != PROJECT["name"]:
+            assert canonicalize_name(requirement.name) in versions, requirement.name
     assert '; python_version >= "3.11"' in (TOP / "constraints.txt").read_text()
     lines = itertools.chain(PROJECT["dependencies"], *extras.values())
     for requirement in map(Requirement, lines):
@@ -170,7 +186,7 @@ def test_the_image_installs_the_pinned_versions_of_the_requirements() -> None:
 def test_the_image_runs_without_root_and_its_build_context_is_complete() -> None:
     assert re.findall(r"^USER (.*)", DOCKERFILE, re.M)[-1] == "1000"
     kept = re.findall(r"^!(.*)", (TOP / "deploy/Dockerfile.dockerignore").read_text(), re.M)
-    needed = {"linearsr", "ray_jobs", "pyproject.toml", "constraints.txt"}
+    needed = {"linearsr", "ray_jobs", "pyproject.toml", "deploy/requirements.txt"}
     assert set(kept) == {*needed, PROJECT["readme"], *PROJECT["license-files"]}
     assert all((TOP / name).exists() for name in kept)
 
