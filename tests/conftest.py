@@ -17,6 +17,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+# One process less in each run: no node of these clusters is taken away with a warning.
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
@@ -55,10 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if path.startswith("distributed/") and "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.cluster)
             group = "first cluster" if path.startswith(FIRST_CLUSTER) else "second cluster"
-        for layouts in item.iter_markers("thorough_in"):
-            assert isinstance(item, pytest.Function)
-            if item.callspec.params["endpoint"] in layouts.args:
-                item.add_marker(pytest.mark.thorough)
         if path == "web/test_page.py":
             item.add_marker(pytest.mark.browser)
             if "[firefox" in item.name and not item.get_closest_marker("every_browser"):

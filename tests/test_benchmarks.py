@@ -64,6 +64,7 @@ def test_measuring_one_section_keeps_the_others(
     assert page.index("## The attention operator") < page.index("## What was measured before")
 
 
+@pytest.mark.thorough
 def test_a_numerically_wrong_implementation_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,10 @@ def tagged(tagged_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
     return Upscaler.load(folder, "cpu")
 
 
-@pytest.mark.parametrize("token", [None, "a-token"], ids=["open", "token"])
+TOKENS = [None, pytest.param("a-token", marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=["open", "token"])
 def test_server_behaves_as_its_openapi_document_says(
     tagged: Upscaler, tmp_path: Path, token: str | None
 ) -> None:

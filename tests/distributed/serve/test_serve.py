@@ -52,7 +52,11 @@ KILLED = int(os.environ.get("LINEARSR_TEST_KILLED", "2"))
 SLOTS, QUEUE = 16, 16
 
 
-@pytest.fixture(scope="module", params=["split", "together"])
+# tests/distributed/serve/test_local.py has the layout "together" too.
+LAYOUTS = ["split", pytest.param("together", marks=pytest.mark.thorough)]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def endpoint(
     request: pytest.FixtureRequest,
     cluster: Cluster,
@@ -98,12 +102,10 @@ def test_single_request_has_the_bits_of_the_command(endpoint: Endpoint, cases: l
         assert answer.headers["x-request-id"]
 
 
-@pytest.mark.thorough_in("together")
 def test_concurrent_requests_get_their_own_pictures(endpoint: Endpoint, cases: list[Case]) -> None:
     check(in_session(lambda session: crowd(session, endpoint, cases, REQUESTS)), cases)
 
 
-@pytest.mark.thorough_in("together")
 def test_all_pages_of_a_tiff_have_the_bits_of_the_command(
     endpoint: Endpoint, scaling_bundle: Path
 ) -> None:
@@ -129,7 +131,6 @@ def replicas(name: str) -> list[int]:
     return living_actors(f"ServeReplica:default:{name}")
 
 
-@pytest.mark.thorough_in("together")
 def test_requests_survive_the_death_of_replicas(endpoint: Endpoint, cases: list[Case]) -> None:
     """Replicas of as many experts as KILLED, and the router, are killed in turn under load."""
     split = endpoint.config.layout == "split"
@@ -198,7 +199,6 @@ def test_request_survives_the_death_of_its_expert_in_mid_step(
         assert np.array_equal(pixels_of(answer.body), expected)
 
 
-@pytest.mark.thorough_in("split")
 def test_requests_beyond_slots_and_queue_are_refused_with_429(
     endpoint: Endpoint, cases: list[Case]
 ) -> None:
@@ -217,7 +217,6 @@ def test_requests_beyond_slots_and_queue_are_refused_with_429(
     check(in_session(lambda session: crowd(session, endpoint, cases, 32)), cases)
 
 
-@pytest.mark.thorough_in("split")
 def test_disconnect_frees_the_slot(endpoint: Endpoint, cases: list[Case]) -> None:
     """Clients disconnect in mid-request; then as many others use all slots."""
     long = cases[0]._replace(options={"steps": 50, "seed": 1})
@@ -240,7 +239,6 @@ def test_disconnect_frees_the_slot(endpoint: Endpoint, cases: list[Case]) -> Non
     check(in_session(work), cases)
 
 
-@pytest.mark.thorough_in("together")
 def test_health_needs_every_expert(endpoint: Endpoint) -> None:
     async def health(session: aiohttp.ClientSession) -> list[Answer]:
         async with session.get(f"{endpoint.url}/healthz") as response:
@@ -262,7 +260,7 @@ def test_health_needs_every_expert(endpoint: Endpoint) -> None:
     until(lambda: in_session(health)[0].status == 200, "healthy again")
 
 
-@pytest.mark.thorough_in("split")
+@pytest.mark.thorough
 def test_rollout_fails_no_request_and_mixes_no_models(
     endpoint: Endpoint, cases: list[Case], tmp_path: Path
 ) -> None:

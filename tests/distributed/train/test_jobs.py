@@ -153,6 +153,7 @@ def test_the_runs_of_four_experts_have_the_papers_names(
     ]
 
 
+@pytest.mark.thorough
 def test_the_perceptual_stage_trains_all_experts_but_the_first(
     cluster: Cluster,
     recipe: Recipe,
