@@ -15,13 +15,14 @@ from typing import Any
 import ray
 
 from linearsr.distributed.compat import ask_for_token, listen_on_loopback
+from linearsr.errors import LinearSRError, one_line
 from linearsr.storage import atomic
 
 
 def start(**options: Any) -> Any:
     """Start a cluster whose processes listen on loopback; return Ray's context.
 
-    options: those of `ray.init`.
+    options: those of `ray.init`. Raises LinearSRError if Ray does not start.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
@@ -32,7 +33,10 @@ def start(**options: Any) -> Any:
         )
     expect_private()
     _make_token()
-    return ray.init(address="local", **options)
+    try:
+        return ray.init(address="local", **options)
+    except Exception as error:  # Ray has no type for it
+        raise LinearSRError(f"Ray did not start on this machine: {one_line(error)}") from error
 
 
 def expect_private() -> None:

@@ -84,18 +84,19 @@ class Guard:
             await self._pass_on(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the endpoint answer. Serve's own 500 means that a process has died: say try again."""
-        died = False
+        """Let the endpoint answer. If a process of it has died, there is no answer: say try again.
 
-        async def mend(message: Message) -> None:
-            nonlocal died
-            if message["type"] == "http.response.start" and message["status"] == 500:
-                died = Headers(raw=message["headers"]).get("content-type", "").startswith("text/")
-            if not died:
-                await send(message)
+        Serve's proxy then returns without one, for which the server would send 500.
+        """
+        begun = False
 
-        await self.app(scope, receive, mend)
-        if died:
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        await self.app(scope, receive, noted)
+        if not begun:
             refusal = _Refusal(503, "a part of the server has ended; try again", **RETRY)
             await refusal.send(scope, receive, send)
 

@@ -200,13 +200,12 @@ def test_odd_request_id_does_not_reach_the_endpoint(id: bytes) -> None:
     assert seen == [id.decode() if id.startswith(b"fine") else None]
 
 
-@pytest.mark.parametrize(
-    ("kind", "status"), [("text/plain", 503), ("application/problem+json", 500)]
-)
-def test_death_of_a_process_behind_the_guard_says_try_again(kind: str, status: int) -> None:
-    """Serve answers with a text of its own; the endpoint's own errors are problems."""
-    client = TestClient(Guard(Response("internals", 500, media_type=kind), LIMITS))
-    answer = client.post("/v1/upscale", content=b"x")
-    assert answer.status_code == status
-    assert (answer.text == "internals") == (status == 500)
-    assert ("Retry-After" in answer.headers) == (status == 503)
+def test_death_of_a_process_behind_the_guard_says_try_again() -> None:
+    """Serve's proxy then returns without an answer."""
+
+    async def dead(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    answer = TestClient(Guard(dead, LIMITS)).post("/v1/upscale", content=b"x")
+    assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
+    assert "try again" in answer.json()["detail"]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -24,8 +22,9 @@ from openai import OpenAI
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
+from tests.helpers.command import environment, serve, serving
 from tests.helpers.endpoint import LINE, Case, answered_by, form_of, image_of, pixels_of
-from tests.helpers.processes import free_port, until
+from tests.helpers.processes import until
 
 # `linearsr serve` starts a Ray cluster of its own.
 pytestmark = pytest.mark.cluster
@@ -48,35 +47,8 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def command(small_bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield a process that serves, and its address. Its RAY_AUTH_MODE is "disabled"."""
-    port = str(free_port())
-    (folder / "home").mkdir()
-    process = subprocess.Popen(
-        serve(small_bundle, "--port", port),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment(folder, TOKEN),
-    )
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline().startswith("Loading ")
-        assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def serve(bundle: Path, *more: str) -> list[str]:
-    """Return the command that serves a bundle."""
-    command = [sys.executable, "-m", "linearsr.cli", "serve"]
-    return [*command, "--model", str(bundle), "--device", "cpu", *more]
-
-
-def environment(folder: Path, token: str) -> dict[str, str]:
-    """Return the environment of `linearsr serve` with Ray's and the user's files in a folder."""
-    places = {"RAY_TMPDIR": str(folder), "HOME": str(folder / "home")}
-    return {**os.environ, **places, "OMP_NUM_THREADS": "1", "LINEARSR_TOKEN": token}
+    with serving(small_bundle, folder, LINEARSR_TOKEN=TOKEN) as process_and_url:
+        yield process_and_url
 
 
 def test_local_cluster_listens_on_loopback_and_has_a_token_of_its_user(
@@ -149,7 +121,7 @@ def test_redeployment_changes_the_token_and_the_limits(
 ) -> None:
     changed = subprocess.run(
         serve(small_bundle, "--redeploy", "--max-pixels", "5000"),
-        env=environment(folder, NEXT_TOKEN),
+        env=environment(folder, LINEARSR_TOKEN=NEXT_TOKEN),
         capture_output=True,
         text=True,
         check=False,
@@ -163,8 +135,8 @@ def test_redeployment_changes_the_token_and_the_limits(
     ask = partial(requests.post, f"{url}/v1/upscale", timeout=60)
     assert ask(headers=SENT, **form).status_code == 401
     assert ask(headers=SENT_NEXT, **form).status_code == 200
-    (model,) = requests.get(f"{url}/v1/models", timeout=60).json()["data"]
-    assert model["limits"]["pixels"] == 5000
+    limits = requests.get(f"{url}/v1/models", timeout=60).json()["limits"]
+    assert limits["pixels"] == 5000
 
 
 def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
