@@ -22,7 +22,7 @@ from openai import OpenAI
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
-from tests.helpers.command import environment, serve, serving
+from tests.helpers.command import serving
 from tests.helpers.endpoint import LINE, Case, answered_by, form_of, image_of, pixels_of
 from tests.helpers.processes import until
 
@@ -32,9 +32,6 @@ pytestmark = pytest.mark.cluster
 
 TOKEN = "a-word-that-no-log-may-have"
 SENT = {"Authorization": f"Bearer {TOKEN}"}
-# After a redeployment.
-NEXT_TOKEN = "another-word-that-no-log-may-have"
-SENT_NEXT = {"Authorization": f"Bearer {NEXT_TOKEN}"}
 
 
 @pytest.fixture(scope="module")
@@ -116,29 +113,6 @@ def test_job_gets_the_pixels_of_the_command(
     assert state().status_code == 404
 
 
-def test_redeployment_changes_the_token_and_the_limits(
-    command: tuple[subprocess.Popen[str], str], small_bundle: Path, folder: Path
-) -> None:
-    changed = subprocess.run(
-        serve(small_bundle, "--redeploy", "--max-pixels", "5000"),
-        env=environment(folder, LINEARSR_TOKEN=NEXT_TOKEN),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert changed.returncode == 0, changed.stderr
-    url = command[1]
-    form: dict[str, Any] = {
-        "files": {"image": ("a.png", answered_by(small_bundle)[0].picture)},
-        "data": {"steps": 1},
-    }
-    ask = partial(requests.post, f"{url}/v1/upscale", timeout=60)
-    assert ask(headers=SENT, **form).status_code == 401
-    assert ask(headers=SENT_NEXT, **form).status_code == 200
-    limits = requests.get(f"{url}/v1/models", timeout=60).json()["limits"]
-    assert limits["pixels"] == 5000
-
-
 def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     command: tuple[subprocess.Popen[str], str], small_bundle: Path
 ) -> None:
@@ -148,7 +122,7 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
 
     async def ask() -> tuple[bytes, int]:
         form = form_of(case.picture, steps=50, seed=1)
-        headers = {"Accept": "text/event-stream", **SENT_NEXT}
+        headers = {"Accept": "text/event-stream", **SENT}
         async with (
             aiohttp.ClientSession(read_bufsize=LINE) as session,
             session.post(f"{url}/v1/upscale", data=form, headers=headers) as response,
@@ -170,7 +144,7 @@ def test_sigterm_finishes_requests_in_flight_and_refuses_new_ones(
     async def later(session: aiohttp.ClientSession) -> int:
         try:
             form = form_of(case.picture)
-            async with session.post(f"{url}/v1/upscale", data=form, headers=SENT_NEXT) as response:
+            async with session.post(f"{url}/v1/upscale", data=form, headers=SENT) as response:
                 return response.status
         except aiohttp.ClientConnectionError:
             return 503
@@ -186,5 +160,4 @@ def test_no_file_of_ray_has_the_token(folder: Path) -> None:
     """This is the last test, after the endpoint has ended."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix in (".log", ".out", ".err")]) > 10
-    for token in (TOKEN, NEXT_TOKEN):
-        assert [path for path in files if token.encode() in path.read_bytes()] == []
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
