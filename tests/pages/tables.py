@@ -62,7 +62,7 @@ REFUSES = {
     # LPIPS has no trunk here.
     "python -m tools.train_bundled": (1, "SqueezeNet 1.1, is not on this machine"),
     "linearsr tag photo.png --tagger ram": (2, "not a readable checkpoint"),  # the user has none
-    # The page's endpoint is one on a cluster by then; test_redeploy.py has this command.
+    # On some pages no endpoint runs by then; test_redeploy.py has this command.
     "linearsr serve --redeploy": (2, "no endpoint runs here"),
     "python -m pytest": (5, "no tests"),
 }

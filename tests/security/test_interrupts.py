@@ -19,7 +19,7 @@ from tests.helpers.processes import until
 
 # A command whose end takes as long as that of a cluster, and which says when it begins and ends.
 SLOW_TO_END = """
-import atexit, signal, sys
+import atexit, signal, sys, time
 from linearsr.cli.report import exit_code
 
 def end():
@@ -28,7 +28,8 @@ def end():
 
 def work():
     print("begun", flush=True)
-    signal.pause()
+    while True:  # a signal that comes just before a longer wait would not end it
+        time.sleep(0.01)
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 atexit.register(end)

@@ -71,7 +71,9 @@ def run(
         raise LinearSRError(f"the endpoint did not start: {one_line(error)}") from error
     on_ready()
     print(f"Serving {model.name} at http://{host}:{port}/ (press Ctrl-C to stop)", flush=True)
-    stop.wait()
+    # The kernel may give a signal to another thread, which does not end a wait of this one.
+    while not stop.wait(timeout=1):
+        pass
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     print("Finishing in-flight requests. Press Ctrl-C again to stop now.", flush=True)

@@ -81,6 +81,8 @@ def _serving(context: Table, command: str, name: str, arguments: list[str]) -> i
     running = Path(context["done"]) / "serving"
     if running.exists() and running.read_text().endswith(command):
         return 0
+    if "--redeploy" in arguments:  # over the endpoint that runs, if there is one
+        return _real(context, command, name, arguments)
     end_serving(running)
     if name == "serve":
         code = _real(context, command, name, arguments)
