@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import socket
-import time
 from collections.abc import Iterator
 
 import psutil
@@ -19,11 +17,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from linearsr.web import http_parser
 from linearsr.web.guard import Guard, UploadLimits
+from tests.helpers.attacks import MEGABYTE, begin, begin_many, connect, seconds_of, upload
 from tests.helpers.forms import FORM
 from tests.helpers.local_service import Local, served
 from tests.helpers.processes import until
 
-MEGABYTE = 1_000_000
 # A short time of grace keeps the tests short.
 LIMITS = UploadLimits(count=8, total_bytes=64 * MEGABYTE, grace_seconds=2)
 
@@ -34,44 +32,18 @@ def url(service: Local) -> Iterator[str]:
         yield address
 
 
-def connect(url: str) -> socket.socket:
-    host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
-
-
-def begin(url: str, length: int, sent: int) -> socket.socket:
-    """Return a connection with an upload of which only so many bytes have been sent."""
-    connection = connect(url)
-    head = f"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM['Content-Type']}\r\n"
-    connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + bytes(sent))
-    return connection
-
-
-def upload(url: str, png: bytes, **more: object) -> requests.Response:
-    files = {"image": ("x.png", png)}
-    return requests.post(f"{url}/v1/upscale", files=files, data={"steps": 1}, timeout=60, **more)
-
-
-def seconds_of(url: str) -> float:
-    started = time.perf_counter()
-    assert requests.get(url, timeout=60).status_code == 200
-    return time.perf_counter() - started
-
-
 def test_slow_and_unfinished_uploads_take_neither_health_nor_memory(url: str, png: bytes) -> None:
     """300 uploads send nine bytes and 100 half a megabyte, then nothing."""
     process = psutil.Process()
-    assert upload(url, png).status_code == 200
+    assert upload(url, png, steps=1).status_code == 200
     gc.collect()
     before = process.memory_info().rss
     with contextlib.ExitStack() as stack:
-        for number in range(400):
-            sent = 9 if number % 4 else MEGABYTE // 2
-            stack.enter_context(begin(url, 20 * MEGABYTE, sent))
+        begin_many(url, stack)
         # The time is a promise of the endpoint, not a measure of its speed.
         assert max(seconds_of(f"{url}/healthz"), seconds_of(f"{url}/")) < 1
         assert process.memory_info().rss - before < 100 * MEGABYTE
-    until(lambda: upload(url, png).status_code == 200, "a real upload", 10)
+    until(lambda: upload(url, png, steps=1).status_code == 200, "a real upload", 10)
     gc.collect()
     assert process.memory_info().rss - before < 100 * MEGABYTE
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from linearsr.cli.report import INTERRUPTED
-from tests.helpers.cluster import ROOT
+from tests.helpers.fleet_files import TOP
 from tests.helpers.processes import until
 
 # A command whose end takes as long as that of a cluster, and which says when it begins and ends.
@@ -67,7 +67,7 @@ def test_two_interrupts_of_a_job_leave_no_process_of_its_cluster(
         places = [f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}"]
         with subprocess.Popen(
             [sys.executable, "ray_jobs/upscale_dataset.py", *places],
-            cwd=ROOT,
+            cwd=TOP,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -5,29 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import requests
 
 from linearsr.config import Options
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
+from tests.helpers.attacks import MEGABYTE, begin_many, connect, seconds_of, upload
 from tests.helpers.command import serving
 from tests.helpers.endpoint import answered_by, pixels_of
-from tests.helpers.forms import FORM
 from tests.helpers.processes import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.thorough]
 
-MEGABYTE = 1_000_000
 UPLOADS = {"count": 8, "total_bytes": 64 * MEGABYTE, "grace_seconds": 2}
 # The endpoint promises an answer of the health check and the page within this time, in seconds.
 PROMISED = 1.0
@@ -40,28 +35,6 @@ def served(small_bundle: Path) -> Iterator[tuple[psutil.Process, str]]:
         limits = json.dumps(UPLOADS)
         with serving(small_bundle, Path(name), LINEARSR_UPLOADS=limits) as (process, url):
             yield psutil.Process(process.pid), url
-
-
-def connect(url: str) -> socket.socket:
-    host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
-
-
-def begin(url: str, sent: int) -> socket.socket:
-    """Return a connection with an upload of 20 MB, of which only so many bytes are sent."""
-    connection = connect(url)
-    head = (
-        f"POST /v1/upscale HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM['Content-Type']}\r\n"
-    )
-    connection.sendall(f"{head}Content-Length: {20 * MEGABYTE}\r\n\r\n".encode())
-    with contextlib.suppress(OSError):  # refused already
-        connection.sendall(bytes(sent))
-    return connection
-
-
-def upload(url: str, picture: bytes, **data: Any) -> requests.Response:
-    files = {"image": ("x.png", picture)}
-    return requests.post(f"{url}/v1/upscale", files=files, data=data, timeout=60)
 
 
 def memory(family: list[psutil.Process]) -> int:
@@ -87,16 +60,12 @@ def test_slow_and_unfinished_uploads_and_floods_of_headers(
     assert len(family) == 2
     before = memory(family)
     with contextlib.ExitStack() as stack:
-        for number in range(400):
-            stack.enter_context(begin(url, 9 if number % 4 else MEGABYTE // 2))
+        begin_many(url, stack)
         for _ in range(50):
             flood = stack.enter_context(connect(url))
             with contextlib.suppress(OSError):  # refused while it comes
                 flood.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * MEGABYTE)
-        for path in ("/healthz", "/"):
-            started = time.perf_counter()
-            assert requests.get(f"{url}{path}", timeout=60).status_code == 200
-            assert time.perf_counter() - started < PROMISED
+        assert max(seconds_of(f"{url}/healthz"), seconds_of(f"{url}/")) < PROMISED
     until(lambda: upload(url, picture).status_code == 200, "a real upload", 10)
     assert memory(family) - before < 100 * MEGABYTE
     answer = upload(url, picture, format="png")
