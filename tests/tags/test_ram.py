@@ -170,6 +170,73 @@ def test_merge_lora_updates_the_parts_it_names() -> None:
     torch.testing.assert_close(merge_lora(plain), {"key.weight": expected})
 
 
+def _dape(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return random LoRA weights of DAPE's layout (SeeSR): rank 8, and also for captions."""
+    generator = torch.Generator().manual_seed(2)
+    shapes: dict[str, tuple[int, int, int]] = {}  # rows of A, columns of A, rows of B
+    for name, tensor in tensors.items():
+        if name.endswith("attn.qkv.weight"):  # query and value, but not key
+            shapes[name] = (16, tensor.shape[1], tensor.shape[0] // 3 * 2)
+        elif name.endswith(("self.query.weight", "self.key.weight")):
+            shapes[name] = (8, tensor.shape[1], tensor.shape[0])
+    shapes["text_decoder.bert.encoder.layer.0.attention.self.query.weight"] = (8, 12, 12)
+    update = {}
+    for name, (rows, inner, outer) in shapes.items():
+        module = name.removesuffix(".weight")
+        update[f"{module}.lora_A"] = torch.randn(rows, inner, generator=generator)
+        update[f"{module}.lora_B"] = torch.randn(outer, 8, generator=generator)
+    return update
+
+
+def _merged(tensors: dict[str, Tensor], update: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the update by loops over rows, W[i] += B[i] A / 8, where A has a half for each part."""
+    merged = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, weight in merged.items():
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or f"{module}.lora_A" not in update:
+            continue
+        down, up = update[f"{module}.lora_A"], update[f"{module}.lora_B"]
+        joint = down.shape[0] == 16
+        part = weight.shape[0] // 3 if joint else weight.shape[0]
+        for row in range(up.shape[0]):
+            half = row // part
+            target = row + part if half else row  # the rows of the key lie between
+            weight[target] += up[row] @ down[8 * half : 8 * half + 8] / 8
+    return merged
+
+
+@torch.no_grad()
+def test_dape_gives_the_logits_of_the_merged_weights(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    update = _dape(tensors)
+    assert len(update) == 2 * (4 + 2 * 2 + 1)  # four blocks, two layers of two, and one of captions
+    torch.save({"params": update}, tmp_path / "DAPE.pth")
+    config = _save(tmp_path, tensors)
+    plain = RamTagger(config).model
+    dape = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "DAPE.pth")})).model
+    (tmp_path / "merged").mkdir()
+    merged = RamTagger(_save(tmp_path / "merged", _merged(tensors, update))).model
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(dape(pictures), merged(pictures), atol=1e-5, rtol=1e-5)
+    assert (dape(pictures) - plain(pictures)).abs().max() > 0.01
+
+
+def test_a_head_with_the_name_of_the_first_release_is_read(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    expected = load_tagger(_save(tmp_path, tensors))(photo("coffee", 8))
+    renamed = {k.replace("tagging_head.", "vision_multi."): v for k, v in tensors.items()}
+    assert load_tagger(_save(tmp_path, renamed))(photo("coffee", 8)) == expected
+
+
+def test_a_checkpoint_of_an_old_torch_is_read(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    config = _save(tmp_path, tensors)
+    expected = load_tagger(config)(photo("coffee", 8))
+    torch.save({"model": tensors}, tmp_path / "ram.pth", _use_new_zipfile_serialization=False)
+    assert load_tagger(config)(photo("coffee", 8)) == expected
+
+
 def test_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     config = _save(tmp_path, tensors)
     name = "tagging_head.encoder.layer.0.crossattention.self.query"
