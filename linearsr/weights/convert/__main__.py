@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--mapping",
         type=Path,
-        help='file of JSON, {"name in the source": "name to read it as, or drop"}; * stands for '
-        "any text and {} for a number",
+        help='file of JSON, {"name in the source": "our name, or drop"}; in a name of the source '
+        "* stands for any text and {} for a number",
     )
     add(
         "--experts",

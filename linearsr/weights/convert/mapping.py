@@ -1,4 +1,4 @@
-"""Give tensors other names, or drop them, by a mapping that the user wrote."""
+"""Read a user's mapping of names: what a tensor is, or that it is dropped."""
 
 from __future__ import annotations
 
@@ -10,74 +10,51 @@ from torch import Tensor
 from linearsr.config import LINEARSR_1_6B
 from linearsr.errors import OptionError, did_you_mean
 from linearsr.weights.convert.layout import DROP, LAYOUTS, places
-from linearsr.weights.convert.recognise import components
+
+Role = tuple[str, int]
+"""Our key, with `{}` for a block's number, and which of the tensors that are joined for it."""
 
 
-def rename(
+def apply(
     source: Mapping[str, Tensor], mapping: Mapping[str, str]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors under the names of a mapping, and the names that it drops.
+) -> tuple[dict[str, Tensor], dict[str, Role], list[str]]:
+    """Return the tensors that are not dropped, the roles of those in the mapping, and the dropped.
 
     A key of the mapping is a name in the source, in which `*` stands for any text and `{}` for a
-    number. Its value is "drop", or a name that ends in one of LinearSR's, Sana's or diffusers',
-    in which `*` and `{}` are the texts and numbers of the key, in order. The first key that fits a
-    name counts.
+    number. Its value is "drop", or a name of LinearSR, Sana or diffusers, with `{}` for the number
+    of a block: the tensor's own name says which block and expert it belongs to. The first key that
+    fits a name counts.
 
-    Raises OptionError for a key that fits no tensor, a value that is no such name, and two tensors
-    of one name.
+    Raises OptionError for a key that fits no tensor, and for a value that is no such name.
     """
-    rules = {key: (_pattern(key), _checked(key, value)) for key, value in mapping.items()}
-    unused = dict.fromkeys(rules)
-    renamed: dict[str, Tensor] = {}
-    dropped = []
-    for name, tensor in source.items():
-        key = next((key for key, (pattern, _) in rules.items() if pattern.fullmatch(name)), None)
-        target = name
-        if key is not None:
-            unused.pop(key, None)
-            pattern, value = rules[key]
-            target = _filled(value, pattern.fullmatch(name))
-        if target == DROP:
-            dropped.append(name)
-        elif target in renamed:
-            raise OptionError(f"mapping: two tensors would be {target!r}, the second is {name!r}")
-        else:
-            renamed[target] = tensor
-    for key in unused:
-        raise OptionError(f"mapping: no tensor has the name {key!r}{did_you_mean(key, source)}")
-    return renamed, dropped
+    rules = {re.compile(_pattern(key)): _role(key, value) for key, value in mapping.items()}
+    roles = {
+        name: next((role for rule, role in rules.items() if rule.fullmatch(name)), None)
+        for name in source
+    }
+    for key in mapping:
+        if not any(re.fullmatch(_pattern(key), name) for name in source):
+            raise OptionError(f"mapping: no tensor has the name {key!r}{did_you_mean(key, source)}")
+    kept = {name: x for name, x in source.items() if roles[name] != (DROP, 0)}
+    placed = {name: role for name, role in roles.items() if role and name in kept}
+    return kept, placed, [name for name in source if name not in kept]
 
 
-def _pattern(key: str) -> re.Pattern[str]:
-    text = re.escape(key).replace(r"\*", "(.*)").replace(r"\{\}", r"(\d+)")
-    return re.compile(text)
+def _pattern(key: str) -> str:
+    return re.escape(key).replace(r"\*", ".*").replace(r"\{\}", r"\d+")
 
 
-def _checked(key: str, value: object) -> str:
-    """Return the value of a mapping's key. Raises OptionError unless it is a name, or "drop"."""
-    known = _known_names()
-    if not isinstance(value, str):
-        raise OptionError(f"mapping: the value of {key!r} must be a name or {DROP!r}")
-    parts = components(re.sub(r"(?<=\.)\d+(?=\.)", "{}", value))
-    if value != DROP and not any(".".join(parts[start:]) in known for start in range(len(parts))):
-        raise OptionError(
-            f"mapping: {value!r} ends in no name of LinearSR, Sana or diffusers"
-            f"{did_you_mean(value, known)}"
-        )
-    wildcards = re.findall(r"\*|\{\}", key)
-    if value != DROP and re.findall(r"\*|\{\}", value) != wildcards:
-        raise OptionError(f"mapping: {value!r} must have the same * and {{}} as {key!r}, in order")
-    return value
-
-
-def _known_names() -> set[str]:
+def _role(key: str, value: object) -> Role:
     config = LINEARSR_1_6B.denoiser
-    stem = {f"stem.convs.{{}}.{leaf}" for leaf in ("weight", "bias")}
-    names = {name for layout in LAYOUTS.values() for name in places(config, layout)}
-    numbered = {re.sub(r"\.\d+\.", ".{}.", name) for name in names}
-    return {*stem, *names, *numbered}
-
-
-def _filled(value: str, match: re.Match[str] | None) -> str:
-    found = iter(match.groups() if match else ())
-    return re.sub(r"\*|\{\}", lambda _: next(found), value)
+    known = {n: (p.key, p.part) for x in LAYOUTS.values() for n, p in places(config, x).items()}
+    known |= {
+        name: (name, 0)
+        for name in (f"stem.convs.{i}.{leaf}" for i in range(3) for leaf in ("weight", "bias"))
+    }
+    known[DROP] = (DROP, 0)
+    if not isinstance(value, str) or value not in known:
+        raise OptionError(
+            f"mapping: {key!r} is {value!r}, which is neither {DROP!r} nor a name of LinearSR, "
+            f"Sana or diffusers{did_you_mean(str(value), known)}"
+        )
+    return known[value]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from linearsr.config import DenoiserConfig
 from linearsr.weights.convert.layout import LAYOUTS, Layout, Place, places, ratio, squeezed
+from linearsr.weights.convert.mapping import Role
 
 Source = Mapping[str, Tensor]
 _TIME_CHANNELS = 256  # of Sana's sinusoids
@@ -126,13 +127,14 @@ def _nearest(name: str, paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...
     return [path for path, count in shared.items() if count == max(shared.values())]
 
 
-def recognise(source: Source, group: Group, ordered: bool) -> Found:
+def recognise(source: Source, group: Group, roles: Mapping[str, Role], ordered: bool) -> Found:
     """Find the layout that leaves the fewest tensors without a place and places without a tensor.
 
+    roles: what some tensors are, whatever their names say.
     ordered: whether the source's order is that of the model's layers.
     """
     found = [
-        _fit(source, group, ordered, title, qk_norm, tagged)
+        _fit(_Clues(source, roles, ordered), group, title, qk_norm, tagged)
         for title in LAYOUTS
         for tagged in (True, False)
         for qk_norm in (False, True)
@@ -140,10 +142,33 @@ def recognise(source: Source, group: Group, ordered: bool) -> Found:
     return min(found, key=lambda one: len(one.missing) + len(one.left))
 
 
-def _fit(
-    source: Source, group: Group, ordered: bool, title: str, qk_norm: bool, tagged: bool
-) -> Found:
-    sizes = _Sizes(source, group, LAYOUTS[title])
+class _Clues(NamedTuple):
+    """A source with what is known about it: see `recognise`."""
+
+    source: Source
+    roles: Mapping[str, Role]
+    ordered: bool
+
+    def named(self, names: Iterable[str], wanted: Mapping[str, Place]) -> dict[str, str]:
+        """Return the tensors whose roles are wanted, or whose names end in a wanted one.
+
+        Any prefix may stand before it; the longest end counts.
+        """
+        roles = {(place.key, place.part): leaf for leaf, place in wanted.items()}
+        found: dict[str, str] = {}
+        for name in names:
+            parts = components(name)
+            tails = (".".join(parts[start:]) for start in range(len(parts)))
+            leaf = next((tail for tail in tails if tail in wanted), None)
+            if name in self.roles:
+                leaf = roles.get(self.roles[name])
+            if leaf is not None:
+                found.setdefault(leaf, name)
+        return found
+
+
+def _fit(clues: _Clues, group: Group, title: str, qk_norm: bool, tagged: bool) -> Found:
+    sizes = _Sizes(clues, group, LAYOUTS[title])
     config = sizes.config(qk_norm, tagged)
     known = places(config, LAYOUTS[title])
     known = {
@@ -159,7 +184,7 @@ def _fit(
     inner = {leaf: place for leaf, (_, place) in block.items()}
     parts = [(group.around, around, None), *((x, inner, n) for n, x in group.blocks.items())]
     for names, wanted, number in parts:
-        by_name, by_shape = _assign(source, names, wanted, ordered)
+        by_name, by_shape = _assign(clues, names, wanted)
         named += len(by_name)
         for leaf, place in wanted.items():
             name = by_name.get(leaf) or by_shape.get(leaf)
@@ -169,7 +194,7 @@ def _fit(
                 recipe.setdefault(place.key.format(number), []).append(name)
     used = {name for names in recipe.values() for name in names}
     left = [name for names, _, _ in parts for name in names if name not in used]
-    stem = _stem(source, left)
+    stem = _stem(clues, left)
     recipe |= stem
     left = [name for name in left if [name] not in stem.values()]
     return Found(title, config, sizes.columns, recipe, named, missing, left)
@@ -178,8 +203,9 @@ def _fit(
 class _Sizes:
     """The sizes of a model that its tensors show; 1 stands for a size that they do not show."""
 
-    def __init__(self, source: Source, group: Group, layout: Layout) -> None:
-        self.source, self.around, self.layout = source, group.around, layout
+    def __init__(self, clues: _Clues, group: Group, layout: Layout) -> None:
+        self.clues, self.around, self.layout = clues, group.around, layout
+        source = clues.source
         self.depth = len(group.blocks)
         inside = [source[name] for names in group.blocks.values() for name in names]
         self.width = _most([x.shape[1] for x in inside if x.ndim == 2 and len(x) == 6])
@@ -193,8 +219,9 @@ class _Sizes:
     def _of(self, layer: str, axis: int, fits: Callable[[tuple[int, ...]], object]) -> int:
         """Return a side of a layer's weight: the one of that name, or the only one that fits."""
         weights = [name for name in self.around if _kind(name) == "weight"]
-        named = [*_named(weights, {f"{self.layout[layer][0]}.weight"}).values()]
-        shapes = [tuple(self.source[name].shape) for name in named or weights]
+        wanted = {f"{self.layout[layer][0]}.weight": Place(f"{layer}.weight", 0, ())}
+        named = [*self.clues.named(weights, wanted).values()]
+        shapes = [tuple(self.clues.source[name].shape) for name in named or weights]
         sides = {s[axis] for s in shapes if len(s) in (2, 4) and (named or _plain(layer, s, fits))}
         return sides.pop() if len(sides) == 1 else 1
 
@@ -221,37 +248,41 @@ def _most(values: Sequence[int]) -> int:
 
 
 def _assign(
-    source: Source, names: Sequence[str], wanted: Mapping[str, Place], ordered: bool
+    clues: _Clues, names: Sequence[str], wanted: Mapping[str, Place]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the tensors of the wanted places: those found by name, and those found by shape."""
-    by_name = _named(names, wanted)
-    taken = {*by_name.values()}
-    free: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    rest: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for leaf, place in wanted.items():
-        if leaf not in by_name:
-            free.setdefault((_kind(leaf), place.shape), []).append(leaf)
-    for name in names:
-        if name not in taken:
-            rest.setdefault((_kind(name), squeezed(source[name])), []).append(name)
+    """Return the tensors of the wanted places: those found by name, and those found by shape.
+
+    Weights come before biases, because a bias has its place beside its weight.
+    """
+    by_name = clues.named(names, wanted)
     by_shape: dict[str, str] = {}
-    for shape, leaves in free.items():
-        fitting = rest.get(shape, [])
-        if len(fitting) == len(leaves) and (ordered or len(leaves) == 1):
-            by_shape |= zip(leaves, fitting, strict=True)
+    for kind in ("weight", "bias", ""):
+        taken = {*by_name.values()}
+        free: dict[tuple[int, ...], list[str]] = {}
+        rest: dict[tuple[int, ...], list[str]] = {}
+        for leaf, place in wanted.items():
+            if leaf not in by_name and _kind(leaf) == kind:
+                free.setdefault(place.shape, []).append(leaf)
+        for name in names:
+            if name not in taken and name not in clues.roles and _kind(name) == kind:
+                rest.setdefault(squeezed(clues.source[name]), []).append(name)
+        for shape, leaves in free.items():
+            found = {**by_name, **by_shape}
+            by_shape |= _pairs(leaves, rest.get(shape, []), found, clues.ordered)
     return by_name, by_shape
 
 
-def _named(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Return the tensors whose names end in a known one, after any prefix; the longest counts."""
-    found: dict[str, str] = {}
-    for name in names:
-        parts = components(name)
-        tails = (".".join(parts[start:]) for start in range(len(parts)))
-        tail = next((tail for tail in tails if tail in known), None)
-        if tail is not None:
-            found.setdefault(tail, name)
-    return found
+def _pairs(
+    leaves: Sequence[str], names: Sequence[str], found: Mapping[str, str], ordered: bool
+) -> dict[str, str]:
+    """Return the tensors of places of one shape: beside a found weight, alone, or in order."""
+    weights = {leaf: found.get(f"{leaf.removesuffix('bias')}weight") for leaf in leaves}
+    beside = {leaf: f"{name.removesuffix('weight')}bias" for leaf, name in weights.items() if name}
+    pairs = {leaf: name for leaf, name in beside.items() if name in names}
+    leaves = [leaf for leaf in leaves if leaf not in pairs]
+    names = [name for name in names if name not in pairs.values()]
+    fits = len(leaves) == len(names) and (ordered or len(names) == 1)
+    return {**pairs, **dict(zip(leaves, names, strict=True))} if fits else pairs
 
 
 def _kind(name: str) -> str:
@@ -260,18 +291,24 @@ def _kind(name: str) -> str:
     return last if last in ("weight", "bias") else ""
 
 
-def _stem(source: Source, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the recipe of an LR stem: three 3x3 convolutions in a row, the first from RGB."""
-    convs = [n for n in names if source[n].ndim == 4 and n.endswith(".weight")]
-    convs.sort(key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
-    chain = [3, *(len(source[name]) for name in convs)]
-    wanted = [(o, i, 3, 3) for i, o in pairwise(chain)]
-    biases = [f"{name.removesuffix('weight')}bias" for name in convs]
-    fits = [tuple(source[name].shape) for name in convs] == wanted and len(convs) == 3
-    if not fits or any(name not in source for name in biases):
-        return {}
-    return {
-        f"stem.convs.{i}.{leaf}": [name]
-        for leaf, found in (("weight", convs), ("bias", biases))
-        for i, name in enumerate(found)
-    }
+def _stem(clues: _Clues, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the recipe of an LR stem: three 3x3 convolutions in a row, the first from RGB.
+
+    Their names, or roles, differ in a number alone.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for name in names:
+        if clues.source[name].ndim == 4 and _kind(name) == "weight":
+            role, _ = clues.roles.get(name, (name, 0))
+            rows.setdefault(re.sub(r"\d+", "{}", role), {})[role] = name
+    for row in rows.values():
+        order = sorted(row, key=lambda role: [int(n) for n in re.findall(r"\d+", role)])
+        convs = [row[role] for role in order]
+        channels = [3, *(len(clues.source[name]) for name in convs)]
+        wanted = [(o, i, 3, 3) for i, o in pairwise(channels)]
+        biases = [f"{name.removesuffix('weight')}bias" for name in convs]
+        fits = [tuple(clues.source[name].shape) for name in convs] == wanted and len(convs) == 3
+        if fits and all(name in clues.source for name in biases):
+            leaves = {"weight": convs, "bias": biases}
+            return {f"stem.convs.{i}.{x}": [leaves[x][i]] for x in leaves for i in range(3)}
+    return {}

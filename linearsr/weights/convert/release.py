@@ -27,7 +27,7 @@ from linearsr.weights.convert.layout import (
     fresh_keys,
     some,
 )
-from linearsr.weights.convert.mapping import rename
+from linearsr.weights.convert.mapping import apply
 from linearsr.weights.convert.recognise import Found, Group, components, groups, recognise
 
 # Tensors of Sana's layout that no output depends on: the position buffer (all zeros unless
@@ -91,7 +91,7 @@ def from_files(
 ) -> Release:
     """Convert a file, several, or all weights files of a folder.
 
-    mapping: other names for tensors, or "drop": see `mapping.rename`.
+    mapping: what tensors are, or "drop": see `mapping.apply`.
     experts: the places of the experts in the source, highest noise first, to use these alone. By
         default all are used, of averaged copies and others the averaged ones, in the order of
         their names (structure, refinement, texture, polish) or numbers.
@@ -108,11 +108,11 @@ def from_files(
     where = paths[0] if len(paths) == 1 else paths[0].parent
     unseen = unseen or Unseen()
     source, dropped, ordered = _pool(where, paths, say)
-    source, gone = rename(source, mapping or {})
+    source, roles, gone = apply(source, mapping or {})
     dropped += gone + _idle(where, source)
     everyone = groups(source)
     chosen = choose(where, everyone, experts, count)
-    found = [recognise(source, group, ordered) for group in chosen]
+    found = [recognise(source, group, roles, ordered) for group in chosen]
     dropped += [
         f"all of {title(group, where)} ({sum(map(len, group.blocks.values()))} tensors in blocks)"
         for group in everyone
