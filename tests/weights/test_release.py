@@ -399,6 +399,16 @@ def test_pickled_code_in_one_of_the_files_is_named_and_not_run(tmp_path: Path) -
     assert not (tmp_path / "ran").exists()
 
 
+def test_sizes_that_linearsr_cannot_have_are_refused(tmp_path: Path) -> None:
+    content = {
+        f"blocks.{n}.{name}": torch.zeros(shape)
+        for n in range(2)
+        for name, shape in {"a": (6, 64), "b.weight": (1, 1, 3, 3)}.items()
+    }
+    message = refusal(lambda: convert(write(tmp_path, {"a.pth": content})))
+    assert "LinearSR cannot have this shape" in message
+
+
 # The first layer and the LR stem
 
 

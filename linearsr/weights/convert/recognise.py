@@ -17,7 +17,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from linearsr.config import DenoiserConfig
-from linearsr.weights.convert.layout import LAYOUTS, Layout, Place, places, ratio, squeezed
+from linearsr.weights.convert.layout import (
+    LAYOUTS,
+    Layout,
+    Place,
+    denoiser_config,
+    places,
+    ratio,
+    squeezed,
+)
 from linearsr.weights.convert.mapping import Role
 
 Source = Mapping[str, Tensor]
@@ -89,13 +97,14 @@ def _lists(source: Source) -> list[tuple[str, ...]]:
     """Return the components before the numbers of blocks, for each list of blocks."""
     convs = [components(name) for name, x in source.items() if tuple(x.shape[1:]) == (1, 3, 3)]
     inside = Counter(conv[: end + 1] for conv in convs for end in range(len(conv)))
-    six = {components(name)[:-1] for name, x in source.items() if x.ndim == 2 and len(x) == 6}
+    six = [components(name) for name, x in source.items() if x.ndim == 2 and len(x) == 6]
+    modulated = {parts[:end] for parts in six for end in range(len(parts))}
     found: dict[tuple[str, ...], None] = {}
     for conv in convs:
         ends = [
             end
             for end, part in enumerate(conv)
-            if part.isdigit() and inside[conv[: end + 1]] == 1 and conv[: end + 1] in six
+            if part.isdigit() and inside[conv[: end + 1]] == 1 and conv[: end + 1] in modulated
         ]
         if ends:
             found[conv[: ends[0]]] = None
@@ -118,12 +127,8 @@ def _number(name: str, path: tuple[str, ...]) -> int | None:
 def _nearest(name: str, paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return the lists that share the most leading components with a name."""
     parts = components(name)
-    shared = {
-        path: sum(
-            1 for _ in takewhile(lambda two: two[0] == two[1], zip(parts, path, strict=False))
-        )
-        for path in paths
-    }
+    same = {path: [a == b for a, b in zip(parts, path, strict=False)] for path in paths}
+    shared = {path: len([*takewhile(bool, equal)]) for path, equal in same.items()}
     return [path for path, count in shared.items() if count == max(shared.values())]
 
 
@@ -132,6 +137,8 @@ def recognise(source: Source, group: Group, roles: Mapping[str, Role], ordered: 
 
     roles: what some tensors are, whatever their names say.
     ordered: whether the source's order is that of the model's layers.
+
+    Raises WeightsError for sizes that LinearSR cannot have.
     """
     found = [
         _fit(_Clues(source, roles, ordered), group, title, qk_norm, tagged)
@@ -139,7 +146,7 @@ def recognise(source: Source, group: Group, roles: Mapping[str, Role], ordered: 
         for tagged in (True, False)
         for qk_norm in (False, True)
     ]
-    return min(found, key=lambda one: len(one.missing) + len(one.left))
+    return min(found, key=lambda one: (len(one.missing) + len(one.left), len(one.left)))
 
 
 class _Clues(NamedTuple):
@@ -204,7 +211,8 @@ class _Sizes:
     """The sizes of a model that its tensors show; 1 stands for a size that they do not show."""
 
     def __init__(self, clues: _Clues, group: Group, layout: Layout) -> None:
-        self.clues, self.around, self.layout = clues, group.around, layout
+        self.clues, self.layout = clues, layout
+        self.label, self.around = group.label, group.around
         source = clues.source
         self.depth = len(group.blocks)
         inside = [source[name] for names in group.blocks.values() for name in names]
@@ -226,7 +234,8 @@ class _Sizes:
         return sides.pop() if len(sides) == 1 else 1
 
     def config(self, qk_norm: bool, tagged: bool) -> DenoiserConfig:
-        return DenoiserConfig(
+        return denoiser_config(
+            self.label or "this source",
             latent_channels=self.latent,
             depth=self.depth,
             width=self.width,
