@@ -35,10 +35,11 @@ from PIL import Image
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
 from linearsr.metrics import measure
+from linearsr.weights.convert.__main__ import main as convert
 from tests.helpers.experts import random_experts
 from tests.helpers.s3 import Server
 from tests.helpers.tag_models import save_gemma
-from tools import s3_server
+from tools import s3_server, stand_in
 
 # Tests with a cluster run in one of two processes, so that two clusters serve all of them.
 FIRST_CLUSTER = "distributed/train/"
@@ -139,6 +140,25 @@ def tagged_config(
     gemma = save_gemma(tmp_path_factory.mktemp("gemma"), 16, words)
     tags = TagEncoderConfig(kind="gemma", source=str(gemma))
     return small_config.model_copy(update={"name": "tagged", "denoiser": denoiser, "tags": tags})
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with narrow stand-ins for Sana, a release, DC-AE and Gemma: `tools.stand_in`."""
+    folder = tmp_path_factory.mktemp("stand-ins") / "all"
+    stand_in.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted_bundle(stand_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts with velocity prediction, DC-AE and tags, from a LinearSR-like release."""
+    folder = tmp_path_factory.mktemp("converted") / "bundle"
+    source = [str(stand_ins / "release"), "--out", str(folder), "--name", "converted"]
+    parts = ["--dc-ae", str(stand_ins / "dc-ae"), "--gemma", str(stand_ins / "gemma")]
+    unseen = ["--tag-heads", str(stand_in.TAG_HEADS), "--stem-strides", *map(str, stand_in.STRIDES)]
+    assert convert([*source, *parts, *unseen]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -166,9 +166,10 @@ def _check_shared(names: str, *tensors: Tensor, mixed: bool = False) -> None:
     """Raise ValueError unless they share a device and, if not `mixed`, a dtype."""
     dtypes, devices = [x.dtype for x in tensors], [x.device for x in tensors]
     if any(d not in _DTYPES or not (mixed or d == dtypes[0]) for d in dtypes):
+        half = "; float16 ends at 65504, which sums over tokens exceed"
         raise ValueError(
             f"{names} must share one dtype out of float32, bfloat16 and float64, not "
-            f"{', '.join(map(str, dtypes))}"
+            f"{', '.join(map(str, dtypes))}{half if torch.float16 in dtypes else ''}"
         )
     if any(d != devices[0] for d in devices):
         raise ValueError(f"{names} must be on one device, not {', '.join(map(str, devices))}")

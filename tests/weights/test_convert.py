@@ -1,4 +1,7 @@
-"""Both layouts of Sana become LinearSR; tensors that do not fit are refused by name."""
+"""Both layouts of Sana become LinearSR; tensors that do not fit are refused by name.
+
+Releases of several experts are in test_release.py.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from linearsr import weights
-from linearsr.config import DenoiserConfig
 from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError
-from linearsr.weights.convert import _ratio, from_diffusers, from_sana, main
+from linearsr.weights.convert import Release, Unseen, from_diffusers, from_files
+from linearsr.weights.convert.__main__ import main
+from linearsr.weights.convert.layout import ratio
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -267,19 +271,21 @@ def nvlabs(sana: Path) -> dict[str, Tensor]:
     return original(load_file(sana / WEIGHTS))
 
 
-@pytest.fixture
-def config(sana: Path) -> DenoiserConfig:
-    return from_diffusers(sana).config
-
-
 def saved(tensors: dict[str, Any], folder: Path) -> Path:
     torch.save({"state_dict": tensors, "epoch": 3}, folder / "sana.pth")
     return folder / "sana.pth"
 
 
+TWO_HEADS = Unseen(tag_heads=2)
+
+
+def from_sana(path: Path) -> Release:
+    return from_files(path, unseen=TWO_HEADS)
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_original_and_diffusers_layouts_give_the_same_model(
-    sana: Path, tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig, suffix: str
+    sana: Path, tmp_path: Path, nvlabs: dict[str, Tensor], suffix: str
 ) -> None:
     theirs = from_diffusers(sana)
     path = tmp_path / "sana.safetensors"
@@ -287,71 +293,52 @@ def test_original_and_diffusers_layouts_give_the_same_model(
         path = saved(nvlabs, tmp_path)
     else:
         save_file(nvlabs, path)
-    ours = from_sana(path, config)
-    assert set(ours.tensors) == set(theirs.tensors)
-    assert all(torch.equal(ours.tensors[key], theirs.tensors[key]) for key in theirs.tensors)
-    caption = ["pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias"]
-    assert list(ours.dropped) == ["epoch"] * (suffix == "pth") + caption
+    ours = from_sana(path)
+    assert (ours.config, ours.fresh) == (theirs.config, theirs.fresh)
+    (tensors,) = ours.experts
+    assert set(tensors) == set(theirs.tensors)
+    assert all(torch.equal(tensors[key], theirs.tensors[key]) for key in theirs.tensors)
+    caption = {"pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias"}
+    beside = {"epoch"} if suffix == "pth" else set()
+    assert {name.removeprefix("state_dict.") for name in ours.dropped} == caption | beside
 
 
-def test_config_is_inferred_from_the_shapes_of_the_tensors(
-    tmp_path: Path,
-    nvlabs: dict[str, Tensor],
-    config: DenoiserConfig,
-    monkeypatch: pytest.MonkeyPatch,
+def test_heads_of_cross_attention_must_be_given_for_an_unknown_width(
+    tmp_path: Path, nvlabs: dict[str, Tensor]
 ) -> None:
-    path = saved(nvlabs, tmp_path)
-    assert "width 128" in refusal(lambda: from_sana(path))
-    monkeypatch.setitem(weights.convert._SANA_TAG_HEADS, 128, 2)  # type: ignore[attr-defined]
-    assert from_sana(path).config == config
+    message = refusal(lambda: from_files(saved(nvlabs, tmp_path)))
+    assert "width 128" in message and "--tag-heads" in message
 
 
 @pytest.mark.parametrize("width", [1152, 2240, 96, 77])
 def test_mlp_ratio_gives_back_the_hidden_size(width: int) -> None:
-    assert all(int(width * _ratio(hidden, width)) == hidden for hidden in range(1, 4 * width))
+    assert all(int(width * ratio(hidden, width)) == hidden for hidden in range(1, 4 * width))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("blocks.1.mlp.point_conv.conv.weight", None, "1 missing"),
-        ("blocks.0.attn.qkv.bias", torch.zeros(384), "1 unexpected"),
+        ("blocks.0.attn.qkv.bias", torch.zeros(384), "1 without a place"),
         ("blocks.0.cross_attn.kv_linear.weight", torch.zeros(128, 128), "not (256, 128)"),
         ("x_embedder.proj.weight", torch.zeros(128, 32, 2, 2), "patches"),
-        ("x_embedder.proj.weight", None, "not Sana's layout"),
+        ("x_embedder.proj.weight", None, "1 missing"),
         ("cfg_embedder.mlp.0.weight", torch.zeros(128, 256), "guidance"),
+        ("blocks.1.scale_shift_table", None, "1 missing"),
+        ("blocks.1.mlp.depth_conv.conv.weight", None, "1 missing"),
+        ("proj_out.weight", torch.zeros(128, dtype=torch.int8), "1 without a place"),
+        ("final_layer.linear.bias", torch.zeros(32, dtype=torch.int8), "quantised"),
         ("pos_embed", torch.ones(1, 64, 128), "sincos"),
         ("attention_y_norm.weight", torch.full((128,), torch.inf), "NaN or infinity"),
     ],
 )
 def test_wrong_original_tensors_are_named(
-    tmp_path: Path,
-    nvlabs: dict[str, Tensor],
-    config: DenoiserConfig,
-    key: str,
-    value: Tensor | None,
-    words: str,
+    tmp_path: Path, nvlabs: dict[str, Tensor], key: str, value: Tensor | None, words: str
 ) -> None:
     content = {k: v for k, v in {**nvlabs, key: value}.items() if v is not None}
-    message = refusal(lambda: from_sana(saved(content, tmp_path), config))
-    assert key.split(".")[0] in message
+    message = refusal(lambda: list(from_sana(saved(content, tmp_path)).experts))
+    assert key in message
     assert words in message
-
-
-def test_conversion_to_a_preconditioned_model_is_refused(
-    tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig
-) -> None:
-    other = config.model_copy(update={"prediction": "preconditioned"})
-    assert "velocity" in refusal(lambda: from_sana(saved(nvlabs, tmp_path), other))
-
-
-def test_a_condition_latent_adds_nothing_after_conversion(
-    tmp_path: Path, nvlabs: dict[str, Tensor], config: DenoiserConfig
-) -> None:
-    wider = config.model_copy(update={"condition_latent": True})
-    tensors = from_sana(saved(nvlabs, tmp_path), wider).tensors
-    assert tensors["embed.weight"].shape[1] == 32 + config.stem_channels[-1] + 32
-    assert not tensors["embed.weight"][:, 32:].any()
 
 
 class Bomb:
@@ -364,22 +351,36 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_pickles_that_run_code_are_refused(tmp_path: Path, nvlabs: dict[str, Tensor]) -> None:
-    target = tmp_path / "ran"
-    message = refusal(lambda: from_sana(saved({**nvlabs, "bomb": Bomb(target)}, tmp_path)))
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_named_and_not_run(
+    tmp_path: Path, nvlabs: dict[str, Tensor], zipped: bool
+) -> None:
+    target, path = tmp_path / "ran", tmp_path / "sana.pth"
+    content = {"state_dict": nvlabs, "bomb": Bomb(target)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    message = refusal(lambda: from_sana(path))
     assert not target.exists()
     assert "weights_only" not in message
+    assert "asks for" in message and "to be run" in message and "getattr" in message
 
 
-def test_files_that_are_no_sana_are_refused(sana: Path, tmp_path: Path) -> None:
+def test_file_of_old_pytorch_is_read(sana: Path, tmp_path: Path, nvlabs: dict[str, Tensor]) -> None:
+    torch.save(nvlabs, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert from_sana(tmp_path / "old.pth").config == from_diffusers(sana).config
+
+
+def test_files_that_are_no_sana_are_refused(tmp_path: Path) -> None:
     assert "nowhere.pth" in refusal(lambda: from_sana(tmp_path / "nowhere.pth"))
-    assert "diffusers' layout" in refusal(lambda: from_sana(sana / WEIGHTS))
     (tmp_path / "noise.pth").write_bytes(b"not a checkpoint")
     assert "damaged" in refusal(lambda: from_sana(tmp_path / "noise.pth"))
     (tmp_path / "empty.pth").touch()
     assert "damaged" in refusal(lambda: from_sana(tmp_path / "empty.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
     assert "no state dict" in refusal(lambda: from_sana(tmp_path / "list.pth"))
+    torch.save({"weight": torch.zeros(3, 3)}, tmp_path / "layer.pth")
+    assert "no denoiser was recognised" in refusal(lambda: from_sana(tmp_path / "layer.pth"))
+    (tmp_path / "folder").mkdir()
+    assert "holds no weights" in refusal(lambda: from_sana(tmp_path / "folder"))
 
 
 # Command line
@@ -408,19 +409,28 @@ def test_command_line_writes_a_bundle(
 
 
 def test_command_line_converts_the_original_layout(
-    tmp_path: Path,
-    nvlabs: dict[str, Tensor],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, nvlabs: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = saved(nvlabs, tmp_path), tmp_path / "bundle"
     assert main([str(source), "--out", str(out)]) == 1
     assert "width 128" in capsys.readouterr().err
     assert not out.exists()
-    monkeypatch.setitem(weights.convert._SANA_TAG_HEADS, 128, 2)  # type: ignore[attr-defined]
-    assert main([str(source), "--out", str(out)]) == 0
-    assert "dropped: epoch, pos_embed, y_embedder.y_embedding" in capsys.readouterr().out
-    assert weights.load(out).config.name == "sana"
+    places = ["--dc-ae", "there/dc-ae", "--gemma", "there/gemma"]
+    assert main([str(source), "--out", str(out), "--tag-heads", "2", *places]) == 0
+    printed = capsys.readouterr().out
+    assert "2 blocks, layout of NVlabs: 54 tensors, 54 by name and 0 by shape" in printed
+    assert "taken as given" in printed and "2 heads of cross-attention" in printed
+    assert "dropped: epoch, state_dict.pos_embed, state_dict.y_embedder.y_embedding" in printed
+    config = weights.load(out).config
+    assert (config.name, config.latent.source) == ("sana", "there/dc-ae")
+    assert config.tags is not None and config.tags.source == "there/gemma"
+
+
+def test_command_line_refuses_heads_that_differ_from_the_config(
+    sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(sana), "--out", str(tmp_path / "bundle"), "--tag-heads", "4"]) == 2
+    assert "config.json says 2" in capsys.readouterr().err
 
 
 def test_command_line_refuses_latents_that_dc_ae_does_not_make(
