@@ -108,11 +108,10 @@ class DataConfig(Config):
     def micro_batch(self, workers: int, accumulation: int) -> int:
         """Return the number of pairs that a worker takes at once. Raises OptionError for a rest."""
         size, rest = divmod(self.batch, workers * accumulation)
-        if rest or not size:
-            parts = f"{workers} workers" + f" in {accumulation} parts each" * (accumulation > 1)
+        if rest:
+            parts = f" with accumulation {accumulation}" * (accumulation > 1)
             raise OptionError(
-                f"data.batch {self.batch} cannot be shared by {parts} evenly; change the batch, "
-                "the number of workers or the stage's accumulation"
+                f"data.batch {self.batch} cannot be shared by {workers} workers evenly{parts}"
             )
         return size
 

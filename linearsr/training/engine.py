@@ -31,6 +31,8 @@ from linearsr.training.config import TrainConfig
 
 # DeepSpeed's folder inside a checkpoint, followed by the number of ranks that wrote it.
 TAG = "zero-of-"
+# Numbers in the buffer that DeepSpeed allocates for gradients; by default ten times as many.
+BUCKET = 50_000_000
 
 UNREAD = "{}: cannot be resumed from: another rank could not read it"
 
@@ -299,8 +301,7 @@ def zero_config(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
         # ZeroEngine says itself which loss is the last one of a step.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip,
-        # Numbers in the buffer that DeepSpeed allocates; by default ten times as many.
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": BUCKET},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bfloat16},
     }

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,56 +29,12 @@ from linearsr.training.ema import load_average
 from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
 from linearsr.training.guard import Diverged
 from tests.helpers.experts import random_experts
+from tests.helpers.ranks import launch
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, SAVED_AT = 4, 50, 25
 # Sixteen roundings of bfloat16's eight bits.
 BFLOAT16 = 16 * torch.finfo(torch.bfloat16).eps
-# The imports of DeepSpeed take longer than all else here, so a server makes them once, and each
-# rank is a fork of that server.
-PRELOAD = ["torch._inductor.compile_fx"]
-
-Job = Callable[..., Any]
-
-
-def _launch(
-    folder: Path, job: Job, world: int, *arguments: object, path: str | None = None
-) -> list[Any]:
-    """Return the results of `job(*arguments)` on `world` fresh ranks, which may compile nothing."""
-    folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    ranks = [
-        context.Process(target=_rank, args=(folder, rank, world, path, job, arguments))
-        for rank in range(world)
-    ]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=600)
-        assert [process.exitcode for process in ranks] == [0] * world
-    finally:
-        for process in ranks:
-            process.kill()
-    assert not list(folder.glob("built/*"))
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
-
-
-def _rank(
-    folder: Path, rank: int, world: int, path: str | None, job: Job, arguments: tuple[Any, ...]
-) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(TORCH_EXTENSIONS_DIR=str(folder / "built"))
-    if path is not None:
-        os.environ["PATH"] = path
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
-    )
-    result = job(*arguments)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 def _train(**changes: object) -> TrainConfig:
@@ -317,7 +270,7 @@ class Curves:
             parts = folder / f"parts-of-{world}"
             # No compiler is found without a PATH.
             no_compiler = "" if world == 1 else None
-            self.ranks[world] = _launch(
+            self.ranks[world] = launch(
                 folder / f"run-{world}", _curve, world, model, parts, path=no_compiler
             )
             self.checkpoints[world] = folder / f"checkpoint-{world}"
@@ -352,7 +305,7 @@ def test_the_loss_curve_is_the_same_on_one_rank_two_ranks_and_plain_torch(curves
 def test_a_run_resumes_on_any_number_of_ranks(
     curves: Curves, saved: int, resumed: int, tmp_path: Path
 ) -> None:
-    ranks = _launch(tmp_path / "run", _resume, resumed, curves.model, curves.checkpoints[saved])
+    ranks = launch(tmp_path / "run", _resume, resumed, curves.model, curves.checkpoints[saved])
     for rank in ranks:
         difference = _difference(rank["losses"], curves.losses(saved))
         assert difference == 0 if saved == resumed else difference < 1e-3
@@ -380,7 +333,7 @@ def _broken(curves: Curves, folder: Path) -> list[Path]:
 def test_all_ranks_stop_for_a_fault_of_one_rank(curves: Curves, tmp_path: Path) -> None:
     """One rank alone meets NaNs and damage; a rate is a thousand times too high."""
     broken = _broken(curves, tmp_path)
-    first, second = _launch(tmp_path / "run", _refusals, 2, curves.model, broken)
+    first, second = launch(tmp_path / "run", _refusals, 2, curves.model, broken)
     assert first["stops"] == second["stops"]
     for kind in ("batch", "gradient", "bfloat16 gradient"):
         stop = first["stops"][kind]
@@ -394,7 +347,7 @@ def test_all_ranks_stop_for_a_fault_of_one_rank(curves: Curves, tmp_path: Path) 
 def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    for rank in _launch(tmp_path / "run", _bfloat16, 2, small_config, folder):
+    for rank in launch(tmp_path / "run", _bfloat16, 2, small_config, folder):
         assert rank["dtypes"] == ["torch.bfloat16"]
         assert all(map(math.isfinite, rank["losses"])) and rank["losses"][-1] < rank["losses"][0]
         assert rank["again"] == rank["losses"]
@@ -407,7 +360,7 @@ def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) 
 def test_bfloat16_is_off_on_all_ranks_if_one_processor_is_slow_at_it(
     small_config: ModelConfig, tmp_path: Path
 ) -> None:
-    assert _launch(tmp_path / "run", _own_choice, 2, small_config) == [["torch.float32"]] * 2
+    assert launch(tmp_path / "run", _own_choice, 2, small_config) == [["torch.float32"]] * 2
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -426,7 +379,7 @@ def test_a_rank_without_tags_keeps_in_step_with_one_that_has_some(
 ) -> None:
     """Both ranks reduce the same gradients, also those of the cross-attention."""
     alone = _tagged(tagged_config, TorchEngine)["losses"]
-    for rank in _launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
+    for rank in launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
         assert _difference(rank["losses"], alone) < 1e-4
 
 
@@ -438,7 +391,7 @@ def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
         (tmp_path / name).mkdir()
     plain = _perceptual(small_config, TorchEngine, lpips_trunk, tmp_path / "plain")
     arguments = (small_config, ZeroEngine, lpips_trunk, tmp_path / "zero")
-    first, second = _launch(tmp_path / "run", _perceptual, 2, *arguments)
+    first, second = launch(tmp_path / "run", _perceptual, 2, *arguments)
     assert first == second and first["again"] == first["losses"]
     assert _difference(first["losses"], plain["losses"]) < 1e-3
     assert _difference(first["discriminator"], plain["discriminator"]) < 1e-3
@@ -446,5 +399,5 @@ def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
 
 
 def test_ranks_whose_clocks_differ_end_together(small_config: ModelConfig, tmp_path: Path) -> None:
-    first, second = _launch(tmp_path / "run", _timed, 2, small_config)
+    first, second = launch(tmp_path / "run", _timed, 2, small_config)
     assert first == second and first["minutes"] == 2.0 and first["steps"] == 6
