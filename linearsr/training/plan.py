@@ -128,6 +128,8 @@ def memory(run: Run, gpus: int) -> Memory:
     width = _dtype(train).itemsize
     experts, learned = count.size(model)
     pairs = run.data.micro_batch(gpus, train.accumulation)
+    # HR and LR, which may be as large, of all pairs; the pass counts the HR of its own.
+    pictures = 4 * 3 * run.data.patch**2 * (2 * run.data.batch // gpus - pairs)
     # The optimizer's step copies this rank's part of the gradients (reduced, flat, and in float32),
     # when all others are free already.
     update = experts * (2 * width + 4) // gpus - width * experts
@@ -141,7 +143,7 @@ def memory(run: Run, gpus: int) -> Memory:
         tag_encoder=tag_encoder_bytes(model),
         frozen=width * experts * _frozen(run),
         judges=_judges(train),
-        working=max(update, working(Pass.of(run, pairs))),
+        working=max(update, pictures + working(Pass.of(run, pairs))),
     )
 
 

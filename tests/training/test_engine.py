@@ -157,6 +157,25 @@ def _perceptual(
     return {**results, "critic": critic, "discriminator": beside}
 
 
+def _accumulated(model: ModelConfig, save_to: Path, bfloat16: bool) -> dict[str, Any]:
+    """Run ten steps in micro-batches; the last five again from a checkpoint, in whole batches."""
+    fields = {"steps": 10, "bfloat16": bfloat16, "activation_checkpointing": True}
+    train = _train(accumulation=2, **fields)
+
+    def save(stage: loop.TrainState, report: loop.Report) -> None:
+        if report.step == 5:
+            stage.save(save_to)
+
+    stage = _stage(model, train, ZeroEngine)
+    loop.run(stage, _batches(stage.engine), save)
+    assert stage.engine.module.checkpoint_blocks
+    stage.engine.close()
+    whole = _stage(model, _train(**fields), ZeroEngine)
+    whole.load(save_to)
+    loop.run(whole, _batches(whole.engine, whole.progress.seen), _quiet)
+    return {"losses": _losses(stage), "again": _losses(whole)}
+
+
 def _timed(model: ModelConfig) -> dict[str, Any]:
     """Run with a budget of two minutes; the clock of the second rank is twice as fast."""
     stage = _stage(model, _train(minutes=2.0), ZeroEngine)
@@ -355,6 +374,20 @@ def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) 
         assert rank["other"][:5] == rank["losses"][:5] and rank["other"] != rank["losses"]
         assert rank["other"] == pytest.approx(rank["losses"], rel=BFLOAT16)
     assert all(t.dtype == torch.float32 for t in load_average(folder).values())
+
+
+@pytest.mark.parametrize(("bfloat16", "within"), [(False, 1e-3), (True, BFLOAT16)])
+def test_two_ranks_in_micro_batches_take_the_steps_of_plain_torch(
+    small_config: ModelConfig, tmp_path: Path, bfloat16: bool, within: float
+) -> None:
+    """A checkpoint may be continued with another accumulation."""
+    plain = _stage(small_config, _train(steps=10), TorchEngine)
+    expected = _losses(loop.run(plain, _batches(plain.engine), _quiet))
+    (tmp_path / "saved").mkdir()
+    arguments = (small_config, tmp_path / "saved", bfloat16)
+    for rank in launch(tmp_path / "run", _accumulated, 2, *arguments):
+        assert _difference(rank["losses"], expected) < within
+        assert _difference(rank["again"], expected) < within
 
 
 def test_bfloat16_is_off_on_all_ranks_if_one_processor_is_slow_at_it(
