@@ -369,15 +369,16 @@ def test_micro_batches_take_the_steps_of_the_whole_batch(
     """Also the discriminator does, though each of its passes improves the spectral norms."""
     weights, losses, estimates = [], [], []
     for changes in ({}, {"accumulation": 3, "activation_checkpointing": True}):
-        # The denoiser's own weights move little, so that differences stay those of rounding.
-        config = config_of(small_config, 2, lpips_trunk, steps=2, learning_rate=1e-4, **changes)
+        # In float32, and with denoiser's weights that move little: differences stay small.
+        fields = {"steps": 2, "learning_rate": 1e-4, "bfloat16": False, **changes}
+        config = config_of(small_config, 2, lpips_trunk, **fields)
         stage = loop.run(stage_of(small_config, config), batches(), quiet)
         critic = objective_of(stage).critic
         assert critic is not None and not objective_of(stage).shown
         weights.append(weights_of(stage))
         estimates.append(torch.cat([b.flatten() for b in critic.model.buffers()]))
         losses.append([(h["loss"], h["discriminator"]) for h in stage.progress.history])
-    torch.testing.assert_close(estimates[1], estimates[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(estimates[1], estimates[0], rtol=1e-3, atol=1e-4)
     assert np.allclose(losses[1], losses[0], rtol=1e-5)
     # AdamW's first steps are of the size of the rate whatever the gradient, so a gradient near zero
     # may move its weight the other way.
