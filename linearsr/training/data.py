@@ -55,8 +55,8 @@ class Batch(NamedTuple):
         size, rest = divmod(len(self.numbers), count)
         if rest or not size:
             raise ValueError(f"{len(self.numbers)} pairs cannot be split into {count} equal parts")
-        starts = range(0, len(self.numbers), size)
-        return [Batch(*(part[start : start + size] for part in self)) for start in starts]
+        parts = [slice(start, start + size) for start in range(0, len(self.numbers), size)]
+        return [Batch(self.hr[p], self.lr[p], self.numbers[p], self.tags[p]) for p in parts]
 
 
 class Photo(NamedTuple):

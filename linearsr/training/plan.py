@@ -124,12 +124,19 @@ class Memory(NamedTuple):
 
 def memory(run: Run, gpus: int) -> Memory:
     """Return the memory of one of `gpus` ranks. Raises OptionError if they cannot share a batch."""
+    standing = _standing(run, gpus)
+    pairs = run.data.micro_batch(gpus, run.train.accumulation)
+    # HR and LR, which may be as large, of all pairs; the pass counts the HR of its own.
+    pictures = 4 * 3 * run.data.patch**2 * (2 * run.data.batch // gpus - pairs)
+    passed = pictures + working(Pass.of(run, pairs))
+    return standing._replace(working=max(standing.working, passed))
+
+
+def _standing(run: Run, gpus: int) -> Memory:
+    """Return the memory of a rank without the pass, which takes long to count."""
     train, model = run.train, run.recipe.model
     width = _dtype(train).itemsize
     experts, learned = count.size(model)
-    pairs = run.data.micro_batch(gpus, train.accumulation)
-    # HR and LR, which may be as large, of all pairs; the pass counts the HR of its own.
-    pictures = 4 * 3 * run.data.patch**2 * (2 * run.data.batch // gpus - pairs)
     # The optimizer's step copies this rank's part of the gradients (reduced, flat, and in float32),
     # when all others are free already.
     update = experts * (2 * width + 4) // gpus - width * experts
@@ -143,7 +150,7 @@ def memory(run: Run, gpus: int) -> Memory:
         tag_encoder=tag_encoder_bytes(model),
         frozen=width * experts * _frozen(run),
         judges=_judges(train),
-        working=max(update, pictures + working(Pass.of(run, pairs))),
+        working=max(0, update),
     )
 
 
@@ -173,10 +180,15 @@ def _judges(train: TrainConfig) -> int:
     """Return the bytes of LPIPS and the discriminator, which has gradients and two moments."""
     if not isinstance(train, PerceptualConfig):
         return 0
+    critic, judge = _judge_sizes(train.channels)
+    return (16 * critic if train.gan else 0) + (4 * judge if train.lpips else 0)
+
+
+@cache
+def _judge_sizes(channels: tuple[int, ...]) -> tuple[int, int]:
     with count.shapes_only():
-        critic = 16 * count.parameters(Discriminator(train.channels)) if train.gan else 0
-        judge = 4 * count.parameters(lpips.without_weights(train.net)) if train.lpips else 0
-    return critic + judge
+        judge = count.parameters(lpips.without_weights())
+        return count.parameters(Discriminator(channels)), judge
 
 
 class Pass(NamedTuple):
@@ -407,6 +419,8 @@ def _advice(need: Need, gpus: int, limit: float) -> str:
     """Return the change that costs least computing and GPUs and lets the runs fit."""
     run = need.runs[0]
     for more in _multiples(gpus, run.data.batch):
+        if _standing(run, more).total > limit:
+            continue  # whatever the pass takes
         for checkpointing in sorted({run.train.activation_checkpointing, True}):
             share = run.data.batch // more
             for accumulation in (k for k in range(1, share + 1) if share % k == 0):

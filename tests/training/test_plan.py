@@ -31,7 +31,7 @@ BUCKET = 1 << 18
 # Four pairs for each of two ranks, in two micro-batches, so that gradients add up.
 NARROW = (
     "model.denoiser.latent_channels=8",
-    "model.denoiser.depth=12",
+    "model.denoiser.depth=8",
     "model.denoiser.width=64",
     "model.denoiser.tag_dim=null",
     "model.denoiser.stem_channels=[8, 8, 8]",
