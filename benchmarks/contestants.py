@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.flops import counted
 from linearsr.config import DenoiserConfig, ModelConfig
 from linearsr.denoiser import Condition, LinearSR
 from linearsr.denoiser.blocks import LinearAttention
+from linearsr.training.count import counted
 from linearsr.weights.convert import from_diffusers
 
 TAGS = 4

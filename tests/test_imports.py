@@ -132,6 +132,8 @@ def test_heavy_packages_stay_in_their_place(module: str) -> None:
         ("linearsr.cli", ["torch", "ray", "numpy", "tqdm", "PIL"]),
         ("linearsr.training.knee", ["torch", "ray", "scipy", "kneed"]),
         ("linearsr.training.loop", ["ray", "deepspeed", "pyiqa"]),
+        ("linearsr.cli.jobs.plan", ["torch", "ray"]),
+        ("linearsr.training.plan", ["ray", "deepspeed", "diffusers"]),
         # A machine with a GPU may have little besides torch.
         ("tools.train_bundled.__main__", ["ray", "pyvips", "psutil", "pyiqa", "diffusers"]),
         # `linearsr evaluate` on Parquet needs no Ray.

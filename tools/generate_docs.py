@@ -37,6 +37,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 JOBS: dict[str, tuple[type[Config], ...]] = {
     "build_shards": (ShardConfig,),
     "tag_dataset": (TagConfig, TaggerConfig),
+    "plan": (),
     "pretrain": (ClusterConfig,),
     "finetune_experts": (ClusterConfig,),
     "upscale_dataset": (UpscaleConfig, Options, FileOptions),
@@ -57,7 +58,7 @@ def _job(name: str, configs: Iterable[type[Config]]) -> str:
     parser = job.parser(name.replace("_", "-"))
     parts = [f"# {name}", NOTICE, markdown(parser.description), "## Flags"]
     parts.append(_flags(parser, configs))
-    if ClusterConfig in configs:
+    if any(action.dest == "recipe" for action in parser._actions):
         parts.append("`--set` takes every field of the [recipe](recipe.md).")
     return _page(parts)
 

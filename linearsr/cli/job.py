@@ -18,12 +18,15 @@ from linearsr.cli.report import exit_code
 JOBS = {
     "build-shards": "build a shard dataset from folders of pictures",
     "tag-dataset": "name what the pictures of a shard dataset show",
+    "plan": "print the memory and the hours of a training",
     "pretrain": "pretrain one model and find its knee",
     "finetune-experts": "fine-tune four experts from a pretraining run",
     "upscale-dataset": "upscale a folder, a bucket or shards",
     "evaluate": "measure models and results",
     "deploy": "deploy the endpoint on a cluster",
 }
+# Jobs that cannot be submitted, since they only print something.
+WITHOUT_CLUSTER = ("plan",)
 
 
 def add(commands: Commands, words: Sequence[str]) -> None:
@@ -73,6 +76,9 @@ def _fill(job: Parser, name: str) -> None:
     module = import_module(f"linearsr.cli.jobs.{name.replace('-', '_')}")
     job.description = module.__doc__
     module.add_flags(job)
+    if name in WITHOUT_CLUSTER:
+        job.set_defaults(run=module.run)
+        return
     job.add_argument(
         "--submit",
         action="store_true",

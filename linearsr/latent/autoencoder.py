@@ -21,6 +21,7 @@ from linearsr.imaging.tiles import Canvas, tile_grid
 # In pixels. Neighbouring tiles fade into each other over the overlap.
 DECODE_TILE = 2048
 DECODE_OVERLAP = 256
+_SIDES = ("encoder", "decoder")
 
 
 class Autoencoder(Protocol):
@@ -111,6 +112,43 @@ def load_autoencoder(
     if config.kind == "space-to-depth":
         return SpaceToDepth(config)
     return DCAutoencoder(config, _load_dc_ae(config, dtype).to(device))
+
+
+# Shape of Sana's DC-AE f32c32, as its config.json has it.
+_SANA = {
+    "latent_channels": 32,
+    **{f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 for side in _SIDES},
+    **{f"{side}_qkv_multiscales": ((),) * 3 + ((5,),) * 3 for side in _SIDES},
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "decoder_layers_per_block": (3,) * 6,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+}
+
+
+def without_weights(config: LatentConfig) -> Autoencoder:
+    """Return the autoencoder of a config in its shape but with random weights, to count its cost.
+
+    The shape comes from the folder `source`; a hub id counts as Sana's DC-AE f32c32.
+    Raises MissingExtra without diffusers, and WeightsError for a folder that is not DC-AE's.
+    """
+    if config.kind == "space-to-depth":
+        return SpaceToDepth(config)
+    require("sana", "diffusers")
+    from diffusers import AutoencoderDC
+
+    source = Path(split_revision(config.source or "")[0])
+    if not config.source or not source.is_dir():
+        return DCAutoencoder(config, AutoencoderDC(**_SANA))
+    try:
+        shape = AutoencoderDC.load_config(source)
+        return DCAutoencoder(config, AutoencoderDC.from_config(shape))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{source}: not a folder of an AutoencoderDC: {one_line(error)}"
+        ) from error
 
 
 def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:

@@ -41,17 +41,33 @@ def load(trunk: str | Path | None = None, net: Literal["squeeze"] = "squeeze") -
     MissingExtra without the packages.
     """
     require("evaluation", "lpips", "torchvision")
-    import lpips
-
     path = Path(trunk) if trunk else find_trunk()
     tensors = _read(path) if path else _downloaded()
     # The random weights, which are replaced below, must not change the caller's next random
-    # numbers. The package calls torchvision with deprecated arguments, hence the filter.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    # numbers.
+    with torch.random.fork_rng(devices=[]):
+        model = _network(net, pretrained=True)
     _fill(model.get_submodule("net"), tensors, path or Path(_URL))
     return model.requires_grad_(False).eval()
+
+
+def without_weights(net: Literal["squeeze"] = "squeeze") -> nn.Module:
+    """Return LPIPS with random weights, to count its cost. Raises MissingExtra."""
+    require("evaluation", "lpips", "torchvision")
+    return _network(net, pretrained=False).requires_grad_(False).eval()
+
+
+def _network(net: str, *, pretrained: bool) -> nn.Module:
+    """Return LPIPS with a random trunk. pretrained: whether its heads are the package's own."""
+    import lpips
+
+    # The package calls torchvision with deprecated arguments, hence the filter.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: nn.Module = lpips.LPIPS(
+            pretrained=pretrained, net=net, pnet_rand=True, verbose=False
+        )
+    return model
 
 
 def find_trunk() -> Path | None:

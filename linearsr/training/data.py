@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from linearsr.config import Config
-from linearsr.errors import InputError, one_line
+from linearsr.errors import InputError, OptionError, one_line
 from linearsr.imaging.degradation import PRESETS, Preset, degrade
 from linearsr.imaging.files import read
 from linearsr.imaging.listing import find_images
@@ -46,6 +46,17 @@ class Batch(NamedTuple):
     lr: Tensor
     numbers: Tensor
     tags: tuple[Tags, ...] = ()
+
+    def split(self, count: int) -> list[Batch]:
+        """Return `count` batches of equal size, in order. Raises ValueError if they would differ.
+
+        Then the mean of their means would not be the mean of the whole.
+        """
+        size, rest = divmod(len(self.numbers), count)
+        if rest or not size:
+            raise ValueError(f"{len(self.numbers)} pairs cannot be split into {count} equal parts")
+        parts = [slice(start, start + size) for start in range(0, len(self.numbers), size)]
+        return [Batch(self.hr[p], self.lr[p], self.numbers[p], self.tags[p]) for p in parts]
 
 
 class Photo(NamedTuple):
@@ -93,6 +104,16 @@ class DataConfig(Config):
     """Pixels around the patch that blur and resizing may use."""
     tag_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of pairs that lose their tags, so that the model learns to do without."""
+
+    def micro_batch(self, workers: int, accumulation: int) -> int:
+        """Return the number of pairs that a worker takes at once. Raises OptionError for a rest."""
+        size, rest = divmod(self.batch, workers * accumulation)
+        if rest:
+            parts = f" with accumulation {accumulation}" * (accumulation > 1)
+            raise OptionError(
+                f"data.batch {self.batch} cannot be shared by {workers} workers evenly{parts}"
+            )
+        return size
 
     @property
     def needs(self) -> int:

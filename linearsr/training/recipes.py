@@ -117,6 +117,15 @@ class Recipe(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _batches_split(self) -> Recipe:
+        stages = (self.pretrain, *self.experts, *self.finetune)
+        for stage in stages:
+            self.data.micro_batch(1, stage.accumulation)
+        for stage in self.perceptual:
+            self.data_of("perceptual").micro_batch(1, stage.accumulation)
+        return self
+
     def stage(self, kind: Kind, expert: int | None = None) -> TrainConfig:
         """Return the configuration of a stage, for one expert unless it is pretraining.
 
@@ -232,7 +241,9 @@ def tiny_gpu() -> Recipe:
 def _sana(model: ModelConfig) -> Recipe:
     """Train at the paper's scale: 224k steps of 1024 px, a checkpoint every 8k, Real-ESRGAN.
 
-    The preset `web`, scales below 4 and the perceptual stage are additions to the paper.
+    The preset `web`, scales below 4 and the perceptual stage are additions to the paper. The last
+    expert's fine-tuning decodes whole pictures with gradients, so a worker takes its pairs in two
+    parts (`linearsr job plan` has the memory).
     """
     base = TrainConfig(
         steps=224_000,
@@ -250,6 +261,7 @@ def _sana(model: ModelConfig) -> Recipe:
     judged = _PERCEPTUAL.model_copy(
         update={"learning_rate": 5e-6, "ema": 0.999, "bfloat16": True, "crop": 8}
     )
+    finetune = _experts(model, polish, (10_000,) * 4, at_one=0.0)
     data = DataConfig(
         patch=1024,
         batch=32,
@@ -261,7 +273,7 @@ def _sana(model: ModelConfig) -> Recipe:
         data=data,
         pretrain=base,
         experts=_experts(model, expert, (40_000,) * 4, at_one=0.0),
-        finetune=_experts(model, polish, (10_000,) * 4, at_one=0.0),
+        finetune=(*finetune[:-1], finetune[-1].model_copy(update={"accumulation": 2})),
         perceptual=_experts(model, judged, (4000, 10_000, 4000), at_one=0.0),
         validation=ValidationConfig(
             metrics=(

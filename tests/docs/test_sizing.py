@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks import sizing
 from benchmarks.contestants import _sana
-from benchmarks.flops import counted
 from linearsr.config import LINEARSR_1_6B, TINY
 from linearsr.denoiser import blocks
+from linearsr.training import count, plan
 from linearsr.training.recipes import RECIPES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "sizing.md").read_text()
@@ -33,8 +33,8 @@ def test_flops_of_a_forward_pass_equal_those_of_diffusers_sana() -> None:
         inputs = torch.randn(1, 32, 32, 32), torch.randn(1, 300, 2304), torch.rand(1)
         return lambda: sana(*inputs)
 
-    ours = sum(sizing.denoiser(LINEARSR_1_6B, 1024, 300))
-    assert ours == pytest.approx(counted(theirs), rel=0.01)
+    ours = sum(count.denoiser(LINEARSR_1_6B, 1024, 300))
+    assert ours == pytest.approx(count.counted(theirs), rel=0.01)
 
 
 def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass(
@@ -47,24 +47,20 @@ def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass(
         return passed * by.sigmoid()
 
     def both() -> Callable[[], object]:
-        inputs = sizing.forward(TINY, 128)
+        inputs = count.forward(TINY, 128)
         return lambda: inputs.step(inputs.condition()).sum().backward()
 
     monkeypatch.setattr(blocks, "depthwise_gate", gate)
     monkeypatch.setattr(blocks.LinearAttention, "neighbours", lambda _, values: values)
-    there = sum(sizing.denoiser.__wrapped__(TINY, 128))
-    assert counted(both) == pytest.approx(sizing.FORWARD_AND_BACKWARD * there, rel=0.05)
+    there = sum(count.denoiser.__wrapped__(TINY, 128))
+    assert count.counted(both) == pytest.approx(plan.FORWARD_AND_BACKWARD * there, rel=0.05)
 
 
 def test_pair_flops_include_decoding_only_for_the_expert_below_the_bound() -> None:
     recipe = RECIPES["sana_0_6b"]()
-    decode = sizing.autoencoder(recipe.model.latent, 1024)[1]
-    costs = [sizing.pair_flops(recipe, stage) for stage in recipe.finetune]
+    decode = count.autoencoder(recipe.model.latent, 1024)[1]
+    costs = [plan.pair_flops(plan.Run(recipe, "finetune", expert)) for expert in range(4)]
     assert [cost - costs[0] for cost in costs] == [0, 0, 0, 2 * decode]
-
-
-def test_kept_memory_equals_that_of_a_real_step() -> None:
-    assert sizing.kept(TINY, 64) == sizing.saved(TINY, 64) > 0
 
 
 def test_other_pages_link_to_the_sizing_numbers_and_do_not_repeat_them() -> None:

@@ -35,6 +35,8 @@ _TRAINING = [part for setting in (*SMALL, *_SHORT) for part in ("--set", setting
 # Commands with --gpu get one CPU process instead.
 _EXPERTS = [*_TRAINING, "--i-know-this-is-not-the-knee"]  # such a short run has no knee
 ADDED = {
+    # The shapes of a small model are counted in seconds.
+    "linearsr job plan": ["--recipe", "smoke", "--gpus", "2"],
     "linearsr job pretrain": _TRAINING,
     "linearsr job finetune-experts": _EXPERTS,
     "python -m tools.train_bundled": [

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,56 +29,12 @@ from linearsr.training.ema import load_average
 from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
 from linearsr.training.guard import Diverged
 from tests.helpers.experts import random_experts
+from tests.helpers.ranks import launch
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, SAVED_AT = 4, 50, 25
 # Sixteen roundings of bfloat16's eight bits.
 BFLOAT16 = 16 * torch.finfo(torch.bfloat16).eps
-# The imports of DeepSpeed take longer than all else here, so a server makes them once, and each
-# rank is a fork of that server.
-PRELOAD = ["torch._inductor.compile_fx"]
-
-Job = Callable[..., Any]
-
-
-def _launch(
-    folder: Path, job: Job, world: int, *arguments: object, path: str | None = None
-) -> list[Any]:
-    """Return the results of `job(*arguments)` on `world` fresh ranks, which may compile nothing."""
-    folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    ranks = [
-        context.Process(target=_rank, args=(folder, rank, world, path, job, arguments))
-        for rank in range(world)
-    ]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=600)
-        assert [process.exitcode for process in ranks] == [0] * world
-    finally:
-        for process in ranks:
-            process.kill()
-    assert not list(folder.glob("built/*"))
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
-
-
-def _rank(
-    folder: Path, rank: int, world: int, path: str | None, job: Job, arguments: tuple[Any, ...]
-) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(TORCH_EXTENSIONS_DIR=str(folder / "built"))
-    if path is not None:
-        os.environ["PATH"] = path
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
-    )
-    result = job(*arguments)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 def _train(**changes: object) -> TrainConfig:
@@ -204,6 +157,25 @@ def _perceptual(
     return {**results, "critic": critic, "discriminator": beside}
 
 
+def _accumulated(model: ModelConfig, save_to: Path, bfloat16: bool) -> dict[str, Any]:
+    """Run ten steps in micro-batches; the last five again from a checkpoint, in whole batches."""
+    fields = {"steps": 10, "bfloat16": bfloat16, "activation_checkpointing": True}
+    train = _train(accumulation=2, **fields)
+
+    def save(stage: loop.TrainState, report: loop.Report) -> None:
+        if report.step == 5:
+            stage.save(save_to)
+
+    stage = _stage(model, train, ZeroEngine)
+    loop.run(stage, _batches(stage.engine), save)
+    assert stage.engine.module.checkpoint_blocks
+    stage.engine.close()
+    whole = _stage(model, _train(**fields), ZeroEngine)
+    whole.load(save_to)
+    loop.run(whole, _batches(whole.engine, whole.progress.seen), _quiet)
+    return {"losses": _losses(stage), "again": _losses(whole)}
+
+
 def _timed(model: ModelConfig) -> dict[str, Any]:
     """Run with a budget of two minutes; the clock of the second rank is twice as fast."""
     stage = _stage(model, _train(minutes=2.0), ZeroEngine)
@@ -317,7 +289,7 @@ class Curves:
             parts = folder / f"parts-of-{world}"
             # No compiler is found without a PATH.
             no_compiler = "" if world == 1 else None
-            self.ranks[world] = _launch(
+            self.ranks[world] = launch(
                 folder / f"run-{world}", _curve, world, model, parts, path=no_compiler
             )
             self.checkpoints[world] = folder / f"checkpoint-{world}"
@@ -352,7 +324,7 @@ def test_the_loss_curve_is_the_same_on_one_rank_two_ranks_and_plain_torch(curves
 def test_a_run_resumes_on_any_number_of_ranks(
     curves: Curves, saved: int, resumed: int, tmp_path: Path
 ) -> None:
-    ranks = _launch(tmp_path / "run", _resume, resumed, curves.model, curves.checkpoints[saved])
+    ranks = launch(tmp_path / "run", _resume, resumed, curves.model, curves.checkpoints[saved])
     for rank in ranks:
         difference = _difference(rank["losses"], curves.losses(saved))
         assert difference == 0 if saved == resumed else difference < 1e-3
@@ -380,7 +352,7 @@ def _broken(curves: Curves, folder: Path) -> list[Path]:
 def test_all_ranks_stop_for_a_fault_of_one_rank(curves: Curves, tmp_path: Path) -> None:
     """One rank alone meets NaNs and damage; a rate is a thousand times too high."""
     broken = _broken(curves, tmp_path)
-    first, second = _launch(tmp_path / "run", _refusals, 2, curves.model, broken)
+    first, second = launch(tmp_path / "run", _refusals, 2, curves.model, broken)
     assert first["stops"] == second["stops"]
     for kind in ("batch", "gradient", "bfloat16 gradient"):
         stop = first["stops"][kind]
@@ -394,7 +366,7 @@ def test_all_ranks_stop_for_a_fault_of_one_rank(curves: Curves, tmp_path: Path) 
 def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    for rank in _launch(tmp_path / "run", _bfloat16, 2, small_config, folder):
+    for rank in launch(tmp_path / "run", _bfloat16, 2, small_config, folder):
         assert rank["dtypes"] == ["torch.bfloat16"]
         assert all(map(math.isfinite, rank["losses"])) and rank["losses"][-1] < rank["losses"][0]
         assert rank["again"] == rank["losses"]
@@ -404,10 +376,24 @@ def test_bfloat16_trains_and_resumes(small_config: ModelConfig, tmp_path: Path) 
     assert all(t.dtype == torch.float32 for t in load_average(folder).values())
 
 
+@pytest.mark.parametrize(("bfloat16", "within"), [(False, 1e-3), (True, BFLOAT16)])
+def test_two_ranks_in_micro_batches_take_the_steps_of_plain_torch(
+    small_config: ModelConfig, tmp_path: Path, bfloat16: bool, within: float
+) -> None:
+    """A checkpoint may be continued with another accumulation."""
+    plain = _stage(small_config, _train(steps=10), TorchEngine)
+    expected = _losses(loop.run(plain, _batches(plain.engine), _quiet))
+    (tmp_path / "saved").mkdir()
+    arguments = (small_config, tmp_path / "saved", bfloat16)
+    for rank in launch(tmp_path / "run", _accumulated, 2, *arguments):
+        assert _difference(rank["losses"], expected) < within
+        assert _difference(rank["again"], expected) < within
+
+
 def test_bfloat16_is_off_on_all_ranks_if_one_processor_is_slow_at_it(
     small_config: ModelConfig, tmp_path: Path
 ) -> None:
-    assert _launch(tmp_path / "run", _own_choice, 2, small_config) == [["torch.float32"]] * 2
+    assert launch(tmp_path / "run", _own_choice, 2, small_config) == [["torch.float32"]] * 2
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -426,7 +412,7 @@ def test_a_rank_without_tags_keeps_in_step_with_one_that_has_some(
 ) -> None:
     """Both ranks reduce the same gradients, also those of the cross-attention."""
     alone = _tagged(tagged_config, TorchEngine)["losses"]
-    for rank in _launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
+    for rank in launch(tmp_path / "ranks", _tagged, 2, tagged_config, ZeroEngine):
         assert _difference(rank["losses"], alone) < 1e-4
 
 
@@ -438,7 +424,7 @@ def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
         (tmp_path / name).mkdir()
     plain = _perceptual(small_config, TorchEngine, lpips_trunk, tmp_path / "plain")
     arguments = (small_config, ZeroEngine, lpips_trunk, tmp_path / "zero")
-    first, second = _launch(tmp_path / "run", _perceptual, 2, *arguments)
+    first, second = launch(tmp_path / "run", _perceptual, 2, *arguments)
     assert first == second and first["again"] == first["losses"]
     assert _difference(first["losses"], plain["losses"]) < 1e-3
     assert _difference(first["discriminator"], plain["discriminator"]) < 1e-3
@@ -446,5 +432,5 @@ def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
 
 
 def test_ranks_whose_clocks_differ_end_together(small_config: ModelConfig, tmp_path: Path) -> None:
-    first, second = _launch(tmp_path / "run", _timed, 2, small_config)
+    first, second = launch(tmp_path / "run", _timed, 2, small_config)
     assert first == second and first["minutes"] == 2.0 and first["steps"] == 6

@@ -473,3 +473,120 @@ def test_checkpoints_without_minutes_are_read(small_config: ModelConfig, tmp_pat
     del progress["minutes"]
     (tmp_path / loop.PROGRESS).write_text(json.dumps(progress))
     assert loop.read_progress(tmp_path).minutes == 0
+
+
+# Accumulation and checkpointing
+
+# Roundings of float32 that sums in another order may differ by, of the norm of a gradient.
+FLOAT32 = 64 * torch.finfo(torch.float32).eps
+WIDER = DATA.model_copy(update={"batch": 6})
+
+
+def _gradient(stage: loop.TrainState, batch: Batch) -> torch.Tensor:
+    """Return the gradient that one step of the loop takes."""
+    taken: list[torch.Tensor] = []
+    step = stage.engine.step
+
+    def note(rate: float) -> float:
+        gradients = [p.grad for p in stage.engine.module.parameters() if p.grad is not None]
+        taken.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
+        return step(rate)
+
+    stage.engine.step = note  # type: ignore[method-assign]
+    loop.run(stage, iter([batch]), lambda *_: True)
+    return taken[0]
+
+
+def _random_stage(config: ModelConfig, train: TrainConfig) -> loop.TrainState:
+    [model] = random_experts(config, 1)
+    encoder = tag_encoder(config)
+    engine = TorchEngine(model, train, torch.device("cpu"))
+    return loop.TrainState.start(engine, SpaceToDepth(config.latent), train, encoder)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 6])
+@pytest.mark.parametrize("changes", [{}, {"pixel_weight": 1.0, "pixel_below": 0.9}])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(
+    tagged_config: ModelConfig, photos: Path, accumulation: int, changes: dict[str, float]
+) -> None:
+    """Some pairs have tags, and some are near enough for the pixel loss."""
+    batch = next(iter(Batches(load_photos(photos, WIDER, 0), 0)))
+    batch = batch._replace(tags=(("cat",), (), ("dog", "grass"), (), (), ("woman",)))
+    whole, parts = (
+        _gradient(_random_stage(tagged_config, train), batch)
+        for train in (
+            _config(report_every=1, **changes),
+            _config(report_every=1, accumulation=accumulation, **changes),
+        )
+    )
+    assert (whole - parts).norm() <= FLOAT32 * whole.norm()
+
+
+def test_accumulation_changes_no_report(small_config: ModelConfig, photos: Path) -> None:
+    histories = []
+    for accumulation in (1, 3):
+        train = _config(steps=4, report_every=1, accumulation=accumulation)
+        batches = iter(Batches(load_photos(photos, WIDER, 0), 0))
+        stage = loop.run(_stage(small_config, train), batches, _quiet)
+        assert (stage.progress.step, stage.progress.seen) == (4, 24)
+        histories.append(stage.progress.history)
+    for whole, parts in zip(*histories, strict=True):
+        for name in set(whole) - {"images_per_second"}:
+            assert parts[name] == pytest.approx(whole[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_checkpointed_blocks_have_the_same_gradient_and_keep_less(
+    small_config: ModelConfig, photos: Path, bfloat16: bool
+) -> None:
+    """A block is computed again by the same operations, so not even rounding differs."""
+    denoiser = small_config.denoiser.model_copy(update={"depth": 6})
+    config = small_config.model_copy(update={"denoiser": denoiser})
+    batch, gradients, kept = next(_batches(photos)), [], []
+    for checkpointing in (False, True):
+        train = _config(report_every=1, activation_checkpointing=checkpointing, bfloat16=bfloat16)
+        stage, storages = _random_stage(config, train), {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            gradients.append(_gradient(stage, batch))
+        kept.append(sum(storages.values()))
+    assert torch.equal(*gradients)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_a_poisoned_micro_batch_stops_training_before_it_reaches_the_weights(
+    small_config: ModelConfig, photos: Path
+) -> None:
+    """The second micro-batch of three is poisoned; the other two are fine."""
+    batch = next(iter(Batches(load_photos(photos, WIDER, 0), 0)))
+    batch.hr[2] = torch.nan
+    stage = _stage(small_config, _config(accumulation=3, activation_checkpointing=True))
+    before = _weights(stage)
+    with pytest.raises(Diverged, match="step 0: not finite"):
+        loop.run(stage, iter([batch]), _quiet)
+    assert torch.equal(before, _weights(stage))
+
+
+def test_the_guard_sees_the_largest_activation_of_all_micro_batches(
+    small_config: ModelConfig, photos: Path
+) -> None:
+    batch = next(iter(Batches(load_photos(photos, WIDER, 0), 0)))
+    batch.hr[0] *= 100
+    peaks = []
+    for accumulation in (1, 6):
+        train = _config(report_every=1, accumulation=accumulation)
+        stage = loop.run(_random_stage(small_config, train), iter([batch]), lambda *_: True)
+        peaks.append(stage.progress.history[0]["activation"])
+    assert peaks[1] == pytest.approx(peaks[0], rel=1e-5)
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_refused(
+    small_config: ModelConfig, photos: Path
+) -> None:
+    with pytest.raises(ValueError, match="2 pairs cannot be split into 3 equal parts"):
+        loop.run(_stage(small_config, _config(accumulation=3)), _batches(photos), _quiet)

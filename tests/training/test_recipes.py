@@ -51,6 +51,9 @@ def test_any_field_can_be_overridden() -> None:
         ("pretrain.steps.more=1", "no such field"),
         ("data.patch=97", "multiples"),
         ("experts=3", "experts"),
+        ("pretrain.accumulation=0", "accumulation: .*greater than or equal to 1"),
+        ("pretrain.accumulation=3", r"data\.batch 8 cannot be shared .* with accumulation 3"),
+        ("perceptual.1.accumulation=8", r"data\.batch 12 cannot .* with accumulation 8"),
         ("pretrain.checkpoint_every=75", "multiple of report_every"),
     ],
 )

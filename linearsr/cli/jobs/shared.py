@@ -29,6 +29,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """
     require("train", "ray", "deepspeed")
     from linearsr.distributed.train.config import ClusterConfig
+
+    add_recipe_flags(parser)
+    add_fields(parser, ClusterConfig, ClusterConfig.model_fields)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a recipe and change its fields."""
     from linearsr.training.recipes import RECIPES
 
     parser.add_argument(
@@ -37,7 +44,6 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default="tiny_cpu",
         help="preset of the model, its training pairs and the schedule (docs/reference/recipe.md)",
     )
-    add_fields(parser, ClusterConfig, ClusterConfig.model_fields)
     parser.add_argument(
         "--set",
         action="append",
@@ -50,11 +56,16 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def configs(options: argparse.Namespace) -> tuple[Recipe, ClusterConfig]:
     """Return the recipe and the cluster's config that the flags choose. Raises OptionError."""
     from linearsr.distributed.train.config import ClusterConfig
+
+    fields = {name: getattr(options, name) for name in ClusterConfig.model_fields}
+    return recipe(options), validated(ClusterConfig, fields)
+
+
+def recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that the flags choose. Raises OptionError."""
     from linearsr.training.recipes import RECIPES, override
 
-    recipe = override(RECIPES[options.recipe](), options.set)
-    fields = {name: getattr(options, name) for name in ClusterConfig.model_fields}
-    return recipe, validated(ClusterConfig, fields)
+    return override(RECIPES[options.recipe](), options.set)
 
 
 def validated(config: type[C], fields: Mapping[str, object]) -> C:

@@ -30,7 +30,7 @@ from linearsr.training.recipes import Kind, Recipe
 from linearsr.weights.bundle import expert_names
 
 
-def check_stages(kinds: Sequence[Kind], recipe: Recipe) -> None:
+def check_stages(kinds: Sequence[Kind], recipe: Recipe, workers: int = 1) -> None:
     """Check that recipe and machine can do all stages, before the first of them runs.
 
     Raises OptionError, MissingExtra or WeightsError for the first stage that they cannot do.
@@ -38,6 +38,7 @@ def check_stages(kinds: Sequence[Kind], recipe: Recipe) -> None:
     for kind in kinds:
         for expert in recipe.trained(kind):
             config = recipe.stage(kind, expert)
+            recipe.data_of(kind).micro_batch(workers, config.accumulation)
             if isinstance(config, PerceptualConfig):
                 perceptual.check(config)
 

@@ -90,10 +90,7 @@ def check(stage: StageConfig) -> None:
     """Raise LinearSRError for what cannot work, before any worker starts or GPU is reserved."""
     require("train", "deepspeed", "tensorboard", "matplotlib")
     cluster, recipe = stage.cluster, stage.recipe
-    if stage.data.batch % cluster.workers:
-        raise OptionError(
-            f"data.batch {stage.data.batch} cannot be shared by {cluster.workers} workers evenly"
-        )
+    stage.data.micro_batch(cluster.workers, stage.train.accumulation)
     check_writable(locate(cluster.storage))
     open_source(cluster.data, stage.data, stage.train.seed)
     validation_pictures(cluster.validation, recipe.validation)
@@ -195,7 +192,8 @@ def _build(job: StageConfig) -> loop.TrainState:
         engine = ZeroEngine(model, train, device)
         if isinstance(train, PerceptualConfig):
             objective = perceptual.objective(config, train, expert, load, engine)
-    autoencoder, encoder = load_autoencoder(config.latent, device), tag_encoder(config, device)
+    autoencoder = load_autoencoder(config.latent, device, engine.dtype)
+    encoder = tag_encoder(config, device)
     return loop.TrainState.start(engine, autoencoder, train, encoder, objective)
 
 
