@@ -29,6 +29,8 @@ class AdaptedLinear(nn.Module):
     adapters. Reading changes nothing: threads may run experts of one base at the same time.
     """
 
+    bias: Tensor | None
+
     def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scale: float) -> None:
         """down: A (rank, inputs). up: B (outputs, rank). scale: alpha / rank."""
         super().__init__()

@@ -122,7 +122,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"{name} {tuple(tensor.shape)} ".encode())
         values = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        hasher.update(values.view(torch.uint8).numpy())
+        hasher.update(values.view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
@@ -251,6 +251,11 @@ def read_lora(name_or_folder: str | Path) -> LoRAConfig | None:
     Raises WeightsError as `read_config` does.
     """
     return _read_folder(find(name_or_folder))[0].lora
+
+
+def read_provenance(name_or_folder: str | Path) -> dict[str, str]:
+    """Return a bundle's provenance without loading tensors. Raises WeightsError likewise."""
+    return _read_folder(find(name_or_folder))[0].provenance
 
 
 def _read_folder(folder: Path) -> tuple[_Metadata, list[Path]]:

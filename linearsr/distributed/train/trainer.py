@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -213,7 +214,7 @@ def _build(job: StageConfig) -> loop.TrainState:
         device = get_device()
         engine = ZeroEngine(model, train, device)
         if isinstance(train, PerceptualConfig):
-            frozen = start.expert
+            frozen: Callable[[int], LinearSR] = start.expert
             if origin is not None:  # experts on the base that the engine already holds
                 frozen = lora.sharing(engine.module, origin.config, start.adapters)
             objective = perceptual.objective(config, train, expert, frozen, engine)
