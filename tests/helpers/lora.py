@@ -26,7 +26,8 @@ def random_adapters(config: ModelConfig, seed: int, lora: LoRAConfig = LORA) -> 
     generator = torch.Generator().manual_seed(seed)
     empty = empty_adapters(config.denoiser, lora)
     return {
-        name: 0.15 * torch.randn(tensor.shape, generator=generator) for name, tensor in empty.items()
+        name: 0.15 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in empty.items()
     }
 
 
