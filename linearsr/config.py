@@ -124,7 +124,8 @@ class LoRAConfig(Config):
     """Shape of low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
     An expert's layer has the weight W + alpha / rank * B A. All experts share W, the base; each has
-    matrices A (rank, inputs) and B (outputs, rank) of its own.
+    matrices A (rank, inputs) and B (outputs, rank) of its own. A recipe has no adapters by default,
+    and trains whole experts; `lora={}` takes the defaults below.
     """
 
     rank: int = Field(default=32, gt=0, le=1024)

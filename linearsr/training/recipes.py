@@ -86,8 +86,8 @@ class Recipe(Config):
     """Folder of weights, or the name of a bundled model, that pretraining starts from; by default,
     random weights."""
     lora: LoRAConfig | None = None
-    """Shape of the adapters that all stages after pretraining train on one frozen base, instead of
-    whole experts; {} takes the defaults. By default, whole experts are trained."""
+    """Shape of the adapters that all stages after pretraining train on one frozen base; by default,
+    they train whole experts."""
     data: DataConfig
     """Training pairs of all stages, unless perceptual_data is set."""
     pretrain: TrainConfig
