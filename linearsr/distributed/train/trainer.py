@@ -116,7 +116,6 @@ def _claim(stage: StageConfig) -> None:
     """
     file, model = stage.run / MODEL, stage.recipe.model
     note, adapters = stage.run / LORA, None if stage.lora is None else stage.lora.model_dump_json()
-    advice = "choose another --name, or the settings it was started with"
     if not file.exists():
         if adapters is not None:
             note.write(adapters.encode())
@@ -124,11 +123,15 @@ def _claim(stage: StageConfig) -> None:
         return
     if ModelConfig.model_validate_json(file.read()) != model:
         raise OptionError(
-            f"{stage.run.path}: this run was started with a different model config; {advice}"
+            f"{stage.run.path}: this run was started with a different model config; choose another "
+            "--name, or the settings it was started with"
         )
     known = LoRAConfig.model_validate_json(note.read()) if note.exists() else None
     if known != stage.lora:
-        raise OptionError(f"{stage.run.path}: this run was started with another lora; {advice}")
+        raise OptionError(
+            f"{stage.run.path}: this run was started with another lora; choose another --name, or "
+            "the settings it was started with"
+        )
 
 
 def _trainer(stage: StageConfig, callback: KneePointCallback) -> TorchTrainer:
