@@ -55,17 +55,20 @@ class EMA:
     def load(self, folder: Path) -> None:
         """Read this rank's part from a checkpoint of any number of ranks.
 
-        Raises WeightsError if it is damaged, or of adapters of another shape or another base.
+        Raises WeightsError if it is damaged.
         """
         full = load_average(folder)
+        for name, average in self.average.items():
+            average.copy_(full[name])
+
+    def check(self, folder: Path) -> None:
+        """Raise WeightsError if a checkpoint has adapters of another shape or another base."""
         ours, theirs = (origin and origin[:2] for origin in (self.origin, read_origin(folder)))
         if ours != theirs:
             raise WeightsError(
                 f"{folder}: cannot be resumed from: this checkpoint and this run do not both have "
                 "adapters (LoRA) of the same shape on the same base"
             )
-        for name, average in self.average.items():
-            average.copy_(full[name])
 
 
 def read_origin(folder: Path) -> Origin | None:

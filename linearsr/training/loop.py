@@ -173,8 +173,9 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder. Raises WeightsError if it does not fit."""
         self.progress = read_progress(folder)
-        self.ema.load(folder)
+        self.ema.check(folder)
         self.engine.load(folder)
+        self.ema.load(folder)
         self.objective.load(folder)
         self.progress.world = self.engine.world
 
