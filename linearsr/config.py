@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -106,6 +106,42 @@ class DenoiserConfig(Config):
         if self.tag_dim is not None and self.width % self.tag_heads:
             raise ValueError(f"width {self.width} is not a multiple of tag_heads {self.tag_heads}")
         return self
+
+
+# The linear layers of a block that adapters may stand beside, by their names in it.
+AdaptedLayer = Literal[
+    "attention.qkv",
+    "attention.out",
+    "tag_attention.q",
+    "tag_attention.kv",
+    "tag_attention.out",
+    "ffn.expand",
+    "ffn.project",
+]
+
+
+class LoRAConfig(Config):
+    """Shape of low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    An expert's layer has the weight W + alpha / rank * B A. All experts share W, the base; each has
+    matrices A (rank, inputs) and B (outputs, rank) of its own. A recipe has no adapters by default,
+    and trains whole experts; `lora={}` takes the defaults below.
+    """
+
+    rank: int = Field(default=32, gt=0, le=1024)
+    """Number of rows of A and of columns of B."""
+    alpha: float = Field(default=32.0, gt=0, le=10_000, allow_inf_nan=False)
+    """Strength of the adapters: B A is multiplied by alpha / rank."""
+    layers: tuple[AdaptedLayer, ...] = Field(default=get_args(AdaptedLayer), min_length=1)
+    """Layers of each block that get an adapter; those of the cross-attention count only in models
+    with tags."""
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[AdaptedLayer, ...]) -> tuple[AdaptedLayer, ...]:
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"each layer may be named once, unlike {layers}")
+        return layers
 
 
 class LatentConfig(Config):

@@ -43,6 +43,7 @@ HEAVY = {
     "pyarrow": ["storage", "imaging.sources", "distributed", "evaluation.report"],
     "matplotlib": ["training.plot"],
     "diffusers": ["latent", "weights.convert"],
+    "peft": ["training.lora"],
     "pyiqa": ["metrics"],
     "lpips": ["metrics"],
     "torchmetrics": ["metrics"],

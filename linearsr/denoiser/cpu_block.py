@@ -130,11 +130,12 @@ def _reader(state: Tensor, out: nn.Linear, gate: Tensor) -> Callable[[Tensor, Te
     """
     sums, z = scaled_state(state).split([state.shape[-2], 1], dim=-1)
     heads, dim = sums.shape[1:3]
-    project = out.weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
+    weight = out.weight
+    project = weight.unflatten(1, (heads, dim)).permute(1, 2, 0)
     matrix = (sums @ project.to(sums.dtype)).flatten(1, 2) * gate.squeeze(1)
-    matrix, bias = matrix.to(out.weight.dtype), out.bias * gate
+    matrix, bias = matrix.to(weight.dtype), out.bias * gate
     # (B, C, H): the z of a head in its own rows and column.
-    z = torch.diag_embed(z.squeeze(-1).mT).transpose(1, 2).flatten(1, 2).to(out.weight.dtype)
+    z = torch.diag_embed(z.squeeze(-1).mT).transpose(1, 2).flatten(1, 2).to(weight.dtype)
 
     def attend_(tokens: Tensor, query: Tensor) -> None:
         norm = query @ z
@@ -201,7 +202,9 @@ class _MixFFN:
     """
 
     def __init__(self, ffn: MixFFN, gate: Tensor, tokens: Tensor) -> None:
-        self.halves = [_Half.of(ffn, number) for number in (0, 1)]
+        # Read once: an adapted layer makes its weight anew for each reader.
+        expand = ffn.expand.weight.chunk(2)
+        self.halves = [_Half.of(ffn, number, weight) for number, weight in enumerate(expand)]
         # (B, hidden, C): the projection times the gate; the sum is added by its product.
         self.project = ffn.project.weight.t() * gate.squeeze(1)
         self.tokens, self.known, self.done = tokens, tokens[:, :0], 0
@@ -230,13 +233,14 @@ class _Half(NamedTuple):
     is_gate: bool
 
     @classmethod
-    def of(cls, ffn: MixFFN, number: int) -> _Half:
-        """Return half of the first two layers' channels: values (number 0) or gates (1)."""
-        expand, depthwise = (
-            (layer.weight.chunk(2)[number], layer.get_parameter("bias").chunk(2)[number])
-            for layer in (ffn.expand, ffn.depthwise)
-        )
-        return cls(expand, depthwise, number == 1)
+    def of(cls, ffn: MixFFN, number: int, expand: Tensor) -> _Half:
+        """Return half of the first two layers' channels: values (number 0) or gates (1).
+
+        expand: that half of the first layer's weight.
+        """
+        biases = [x.get_parameter("bias").chunk(2)[number] for x in (ffn.expand, ffn.depthwise)]
+        depthwise = ffn.depthwise.weight.chunk(2)[number]
+        return cls((expand, biases[0]), (depthwise, biases[1]), number == 1)
 
     def __call__(self, x: Tensor, edge: int) -> Tensor:
         """(B, n, W, C) -> (B, n - 2 + 2 edge, W, hidden), with `edge` rows of zero padding."""

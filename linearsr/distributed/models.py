@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection
 
 from linearsr import weights
-from linearsr.config import ModelConfig
+from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.errors import WeightsError
 from linearsr.pipeline.upscaler import DEFAULT_TAGGER, Upscaler
 from linearsr.storage.location import locate
@@ -36,6 +36,14 @@ def read_config(model: str) -> ModelConfig:
         return weights.read_config(model)
     with locate(model).local(".safetensors") as folder:
         return weights.read_config(folder)
+
+
+def read_lora(model: str) -> LoRAConfig | None:
+    """Read the shape of a model's adapters as `read_config` does; None if it has none."""
+    if not model.startswith("s3://"):
+        return weights.read_lora(model)
+    with locate(model).local(".safetensors") as folder:
+        return weights.read_lora(folder)
 
 
 def absolute(model: str) -> str:

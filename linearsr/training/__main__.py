@@ -17,9 +17,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from linearsr import weights
 from linearsr.denoiser import LinearSR
@@ -27,7 +29,7 @@ from linearsr.errors import LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
 from linearsr.storage import atomic
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import export, loop, perceptual
+from linearsr.training import export, loop, lora, perceptual
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.data import stream
 from linearsr.training.engine import TorchEngine
@@ -119,10 +121,22 @@ def _start(
     """Return the state before the first step, with the weights of the stages before."""
 
     def load(expert: int) -> LinearSR:
-        return export.load(_latest(options.out, options.stage, expert), recipe.model)
+        return export.load(_latest(options.out, options.stage, expert), recipe.model, base)
 
+    def adapters(expert: int) -> dict[str, Tensor] | None:
+        assert origin is not None
+        before = _latest(options.out, options.stage, expert)
+        return export.adapters(before, recipe.model, origin)
+
+    base = partial(export.load, options.out / "pretrain", recipe.model)
     torch.manual_seed(config.seed)
-    if index is not None:
+    origin: lora.Origin | None = None
+    if index is not None and recipe.lora is not None:
+        model = base()
+        digest = weights.digest(model.state_dict())
+        origin = lora.Origin(recipe.lora, digest, str(options.out / "pretrain"))
+        lora.inject(model, recipe.lora, adapters(index))
+    elif index is not None:
         model = load(index)
     elif recipe.start:
         model = weights.load(recipe.start, only={0}).experts[0].requires_grad_(True).train()
@@ -132,10 +146,11 @@ def _start(
     engine = TorchEngine(model, config, device)
     objective: loop.Objective | None = None
     if isinstance(config, PerceptualConfig) and index is not None:
-        objective = perceptual.objective(recipe.model, config, index, load, engine)
+        frozen = load if origin is None else lora.sharing(engine.module, origin.config, adapters)
+        objective = perceptual.objective(recipe.model, config, index, frozen, engine)
     autoencoder = load_autoencoder(recipe.model.latent, device, engine.dtype)
     encoder = tag_encoder(recipe.model, device)
-    return loop.TrainState.start(engine, autoencoder, config, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, config, encoder, objective, origin)
 
 
 def _name(stage: str, index: int | None) -> str:
@@ -174,7 +189,8 @@ def _bundle(recipe: Recipe, out: Path, folder: Path) -> None:
     experts = [_latest(out, "bundle", i) for i in range(len(recipe.experts))]
     stages = json.dumps([expert.name for expert in experts])
     provenance = {"stages": stages, "recipe": recipe.model_dump_json()}
-    export.bundle(folder, recipe.model, experts, provenance)
+    base = partial(export.load, out / "pretrain", recipe.model)
+    export.bundle(folder, recipe.model, experts, provenance, base)
     single = folder.with_name(f"{folder.name}-single")
     export.bundle(single, export.single(recipe.model), [out / "pretrain"], provenance)
     print(f"wrote {folder} and, for comparison, the one model its experts came from, {single}")

@@ -28,6 +28,7 @@ from linearsr.denoiser import LinearSR
 from linearsr.errors import WeightsError, one_line
 from linearsr.pipeline.device import best_dtype
 from linearsr.training.config import TrainConfig
+from linearsr.training.lora import trained
 
 # DeepSpeed's folder inside a checkpoint, followed by the number of ranks that wrote it.
 TAG = "zero-of-"
@@ -98,9 +99,12 @@ class Engine(Protocol):
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return torch's AdamW: DeepSpeed's would have to be compiled on the user's machine."""
+    """Return torch's AdamW: DeepSpeed's would have to be compiled on the user's machine.
+
+    It has no state for frozen parameters.
+    """
     return torch.optim.AdamW(
-        model.parameters(),
+        trained(model).values(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=config.betas,
@@ -148,8 +152,9 @@ class TorchEngine:
         return norm
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer into one file."""
-        payload = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Write the trained weights and the optimizer into one file."""
+        weights = {name: p.detach() for name, p in trained(self.module).items()}
+        payload = {"model": weights, "optimizer": self.optimizer.state_dict()}
         torch.save(payload, folder / "torch.pt")
 
     def load(self, folder: Path) -> None:
@@ -157,7 +162,9 @@ class TorchEngine:
         with as_weights_error(folder):
             path = folder / "torch.pt"
             payload = torch.load(path, weights_only=True, map_location=self.device)
-            self.module.load_state_dict(payload["model"])
+            if payload["model"].keys() != trained(self.module).keys():
+                raise LookupError("it has weights of other layers")
+            self.module.load_state_dict(payload["model"], strict=False)
             self.optimizer.load_state_dict(payload["optimizer"])
 
     def close(self) -> None:
@@ -232,8 +239,16 @@ class ZeroEngine:
         return float(self.zero.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
-        """Write this rank's ZeRO shard and, on rank 0, the weights. All ranks must call it."""
-        self.zero.save_checkpoint(str(folder), tag=f"{TAG}{self.world:05d}", save_latest=False)
+        """Write this rank's ZeRO shard and, on rank 0, the trained weights.
+
+        All ranks must call it.
+        """
+        self.zero.save_checkpoint(
+            str(folder),
+            tag=f"{TAG}{self.world:05d}",
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint of any number of ranks, in either precision.
@@ -260,7 +275,11 @@ class ZeroEngine:
         universal = saved.name != f"{TAG}{self.world:05d}" or not any(saved.glob(shards))
         self.zero._config.load_universal_checkpoint = universal
         source = self._universal(saved, scratch) if universal else saved
-        loaded, _ = self.zero.load_checkpoint(str(source.parent), tag=source.name)
+        # A frozen base is not in the checkpoint; the shards have all weights that are trained.
+        frozen = any(not p.requires_grad for p in self.module.parameters())
+        loaded, _ = self.zero.load_checkpoint(
+            str(source.parent), tag=source.name, load_module_strict=not frozen
+        )
         if loaded is None:  # DeepSpeed only logs it
             raise WeightsError(f"{saved}: this checkpoint has no weights")
 

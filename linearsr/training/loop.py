@@ -32,6 +32,7 @@ from linearsr.training.data import Batch
 from linearsr.training.ema import EMA
 from linearsr.training.engine import Engine
 from linearsr.training.guard import Diverged, Guard, Signals, check_finite
+from linearsr.training.lora import Origin
 
 PROGRESS = "progress.json"
 
@@ -136,13 +137,14 @@ class TrainState:
         config: TrainConfig,
         encoder: TagEncoder | None = None,
         objective: Objective | None = None,
+        origin: Origin | None = None,
     ) -> TrainState:
         """Return the state before the first step, with the weights that `engine` holds.
 
         encoder: the tag encoder of a model that takes tags (`linearsr.tags.encoder.tag_encoder`).
-        objective: flow matching by default.
+        objective: flow matching by default. origin: see `EMA`.
         """
-        ema = EMA(engine.module, config.ema, engine.rank, engine.world)
+        ema = EMA(engine.module, config.ema, engine.rank, engine.world, origin)
         guard, progress = Guard(config.guard), Progress(world=engine.world)
         objective = objective or Objective()
         return cls(engine, autoencoder, config, ema, guard, progress, encoder, objective)
@@ -171,6 +173,7 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder. Raises WeightsError if it does not fit."""
         self.progress = read_progress(folder)
+        self.ema.check(folder)
         self.engine.load(folder)
         self.ema.load(folder)
         self.objective.load(folder)

@@ -20,6 +20,7 @@ from linearsr.config import (
     TINY,
     Config,
     DenoiserConfig,
+    LoRAConfig,
     ModelConfig,
     SamplingConfig,
     explain,
@@ -84,6 +85,9 @@ class Recipe(Config):
     start: str | None = None
     """Folder of weights, or the name of a bundled model, that pretraining starts from; by default,
     random weights."""
+    lora: LoRAConfig | None = None
+    """Shape of the adapters that all stages after pretraining train on one frozen base; by default,
+    they train whole experts."""
     data: DataConfig
     """Training pairs of all stages, unless perceptual_data is set."""
     pretrain: TrainConfig
@@ -153,6 +157,10 @@ class Recipe(Config):
                 "`perceptual`"
             )
         return list(range(1, count))
+
+    def lora_of(self, kind: Kind) -> LoRAConfig | None:
+        """Return the shape of the adapters that a stage trains; None if it trains all weights."""
+        return None if kind == "pretrain" else self.lora
 
     def data_of(self, kind: Kind) -> DataConfig:
         """Return the training pairs' configuration of a stage."""

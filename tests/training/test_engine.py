@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import ranges
@@ -22,13 +23,14 @@ from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import loop, perceptual
+from linearsr.training import loop, lora, perceptual
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.data import Batch
 from linearsr.training.ema import load_average
 from linearsr.training.engine import Engine, TorchEngine, ZeroEngine
 from linearsr.training.guard import Diverged
 from tests.helpers.experts import random_experts
+from tests.helpers.lora import LORA, random_base
 from tests.helpers.ranks import launch
 
 CPU = torch.device("cpu")
@@ -174,6 +176,47 @@ def _accumulated(model: ModelConfig, save_to: Path, bfloat16: bool) -> dict[str,
     whole.load(save_to)
     loop.run(whole, _batches(whole.engine, whole.progress.seen), _quiet)
     return {"losses": _losses(stage), "again": _losses(whole)}
+
+
+def _adapters(
+    model: ModelConfig,
+    engine: type[TorchEngine] | type[ZeroEngine],
+    save_to: Path | None,
+    load_from: Path | None = None,
+    bfloat16: bool = False,
+) -> dict[str, Any]:
+    """Train adapters on a frozen base for eight steps, or for the last four from a checkpoint."""
+    train = _train(steps=8, bfloat16=bfloat16)
+    base = random_base(model)
+    origin = lora.Origin(LORA, weights.digest(base.state_dict()), "here")
+    torch.manual_seed(0)
+    held = engine(lora.inject(base, LORA), train, CPU)
+    autoencoder = SpaceToDepth(model.latent)
+    stage = loop.TrainState.start(held, autoencoder, train, origin=origin)
+
+    def save(stage: loop.TrainState, report: loop.Report) -> None:
+        if report.step == 4 and save_to is not None:
+            own = save_to / str(stage.engine.rank)
+            own.mkdir(parents=True)
+            stage.save(own)
+
+    if load_from is not None:
+        stage.load(load_from)
+    loop.run(stage, _batches(stage.engine, stage.progress.seen), save)
+    frozen = [p.detach() for p in stage.engine.module.parameters() if not p.requires_grad]
+    same = zip(frozen, random_base(model).parameters(), strict=True)
+    result: dict[str, Any] = {
+        "losses": _losses(stage),
+        "frozen": all(torch.equal(a.float(), b.to(a.dtype).float()) for a, b in same),
+        "moved": all(p.any().item() for p in lora.trained(stage.engine.module).values()),
+        "trained": sum(p.numel() for p in lora.trained(stage.engine.module).values()),
+    }
+    if isinstance(stage.engine, ZeroEngine):
+        adamw = stage.engine.zero.optimizer.optimizer
+        state = [x for own in adamw.state.values() for x in own.values() if torch.is_tensor(x)]
+        result["optimizer"] = sum(tensor.numel() for tensor in state)
+        stage.engine.close()
+    return result
 
 
 def _timed(model: ModelConfig) -> dict[str, Any]:
@@ -429,6 +472,58 @@ def test_a_perceptual_stage_is_the_same_on_one_rank_and_two_and_resumes(
     assert _difference(first["losses"], plain["losses"]) < 1e-3
     assert _difference(first["discriminator"], plain["discriminator"]) < 1e-3
     assert _difference(first["critic"], plain["critic"]) < 1e-2  # the biases are small
+
+
+def _merged(parts: Path, folder: Path) -> Path:
+    for part in parts.iterdir():
+        shutil.copytree(part, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_adapters_train_and_resume_on_any_number_of_ranks(
+    small_config: ModelConfig, tmp_path: Path
+) -> None:
+    """The optimizer has two moments for each number of the adapters, shared by the ranks."""
+    plain = _adapters(small_config, TorchEngine, None)
+    assert plain["frozen"] and plain["moved"]
+    parts = tmp_path / "parts"
+    both = launch(tmp_path / "two", _adapters, 2, small_config, ZeroEngine, parts)
+    checkpoint = _merged(parts, tmp_path / "checkpoint")
+    for rank in both:
+        assert rank["frozen"] and _difference(rank["losses"], plain["losses"]) < 1e-3
+        assert rank["optimizer"] == pytest.approx(plain["trained"], rel=0.1)
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    # Weights, masters, two moments and the average, of the adapters alone; the base is larger.
+    assert size < 4 * 6 * plain["trained"] + 200_000
+    for world, exact in ((2, True), (1, False)):
+        again = launch(
+            tmp_path / f"again-{world}",
+            _adapters,
+            world,
+            small_config,
+            ZeroEngine,
+            None,
+            checkpoint,
+        )
+        for rank in again:
+            difference = _difference(rank["losses"], both[0]["losses"])
+            assert difference == 0 if exact else difference < 1e-3
+            assert rank["frozen"]
+
+
+def test_adapters_train_in_bfloat16_on_a_base_in_bfloat16(
+    small_config: ModelConfig, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    arguments = (small_config, ZeroEngine, parts, None, True)
+    both = launch(tmp_path / "run", _adapters, 2, *arguments)
+    checkpoint = _merged(parts, tmp_path / "checkpoint")
+    arguments = (small_config, ZeroEngine, None, checkpoint, True)
+    again = launch(tmp_path / "again", _adapters, 2, *arguments)
+    for rank in both:
+        assert rank["frozen"] and rank["moved"]
+    assert again[0]["losses"] == both[0]["losses"]
+    assert all(t.dtype == torch.float32 for t in load_average(checkpoint).values())
 
 
 def test_ranks_whose_clocks_differ_end_together(small_config: ModelConfig, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from linearsr.config import Config
+from linearsr.config import Config, LoRAConfig
 from linearsr.storage.location import Location, locate, url
 from linearsr.training.config import TrainConfig
 from linearsr.training.data import DataConfig
@@ -76,6 +76,11 @@ class StageConfig(Config):
     def train(self) -> TrainConfig:
         """Return this stage's steps, rates and losses, which the recipe holds."""
         return self.recipe.stage(self.kind, self.expert)
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Return the shape of the adapters that this stage trains, if it trains only those."""
+        return self.recipe.lora_of(self.kind)
 
     @property
     def data(self) -> DataConfig:

@@ -17,15 +17,18 @@ import ray
 from ray.util import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.distributed.resources import capacity
 from linearsr.distributed.train.config import ClusterConfig, StageConfig
 from linearsr.distributed.train.knee import last_checkpoint, read_knee, start_from_knee, summary
+from linearsr.distributed.train.start import start_folder
 from linearsr.distributed.train.trainer import Outcome, check, train
 from linearsr.errors import LinearSRError
 from linearsr.storage.location import Location, locate, url
 from linearsr.training import export, perceptual
 from linearsr.training.config import PerceptualConfig
+from linearsr.training.ema import read_origin
 from linearsr.training.recipes import Kind, Recipe
 from linearsr.weights.bundle import expert_names
 
@@ -131,7 +134,10 @@ def write_bundle(
     checkpoints: Sequence[Location],
     provenance: dict[str, str],
 ) -> None:
-    """Export checkpoints, one per expert, to a weights folder on storage."""
+    """Export checkpoints, one per expert, to a weights folder on storage.
+
+    Adapters (LoRA) get the base of the weights that they were started from.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folders = []
         for i, checkpoint in enumerate(checkpoints):
@@ -141,7 +147,9 @@ def write_bundle(
                 if file.name.startswith("ema-"):
                     (folders[-1] / file.name).write_bytes(file.read())
         bundle = Path(temporary) / "bundle"
-        export.bundle(bundle, model, folders, provenance)
+        origins = [origin for origin in map(read_origin, folders) if origin is not None]
+        with start_folder(origins[0].source if origins else "") as base:
+            export.bundle(bundle, model, folders, provenance, lambda: weights.load_base(base()))
         locate(bundle).copy_to(target)
 
 

@@ -7,13 +7,16 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 from linearsr import weights
-from linearsr.config import ModelConfig
+from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.distributed.models import read_config
+from linearsr.distributed.models import read_config, read_lora
 from linearsr.distributed.train.config import StageConfig
 from linearsr.errors import OptionError
 from linearsr.storage.location import locate
+from linearsr.training.lora import Origin, inject
 
 
 def check_start(job: StageConfig) -> None:
@@ -23,10 +26,10 @@ def check_start(job: StageConfig) -> None:
     fit the recipe.
     """
     if job.start is not None:
-        _check_fits(job, read_config(job.start))
+        _check_fits(job, read_config(job.start), read_lora(job.start))
 
 
-def _check_fits(job: StageConfig, config: ModelConfig) -> None:
+def _check_fits(job: StageConfig, config: ModelConfig, adapters: LoRAConfig | None) -> None:
     if config.denoiser != job.recipe.model.denoiser:
         raise OptionError(
             f"{job.start}: the denoiser config of these weights differs from the recipe's; "
@@ -38,30 +41,80 @@ def _check_fits(job: StageConfig, config: ModelConfig) -> None:
             f"{job.start}: these weights have {count} experts and the recipe has "
             f"{len(job.recipe.experts)}; give weights with one expert or with as many as the recipe"
         )
+    if job.lora is None:
+        return
+    if adapters is None and count > 1:
+        raise OptionError(
+            f"{job.start}: lora trains adapters on one base, but these weights are {count} whole "
+            "experts; start from a pretraining run, or leave out lora"
+        )
+    if adapters is not None and adapters != job.lora:
+        raise OptionError(
+            f"{job.start}: the adapters of these weights have another shape than the recipe's; "
+            f"set lora={adapters.model_dump_json()}"
+        )
+
+
+class Start:
+    """The experts that a stage starts with.
+
+    Each call reads the file anew and keeps nothing, so a process holds no more experts than its
+    caller keeps. The calls raise WeightsError for a damaged file, and what `check_start` raises.
+
+    folder: returns the folder of the starting weights on this machine.
+    """
+
+    def __init__(self, job: StageConfig, folder: Callable[[], str | Path]) -> None:
+        self.job, self._folder = job, folder
+
+    def expert(self, number: int) -> LinearSR:
+        """Load an expert in float32, its adapters merged into it.
+
+        Starting weights without experts give the same model for every number.
+        """
+        folder, number = self._folder(), self._number(number)
+        return weights.load(folder, only={number}).experts[number]
+
+    def base(self) -> LinearSR:
+        """Load the base of all experts in float32."""
+        return weights.load_base(self._folder())
+
+    def adapters(self, number: int) -> dict[str, Tensor] | None:
+        """Load the adapters of an expert; None if it is the base itself."""
+        return weights.load_adapters(self._folder(), self._number(number))
+
+    def adapted(self, number: int, lora: LoRAConfig) -> tuple[LinearSR, Origin]:
+        """Load an expert whose adapters are to be trained, and say where its base is."""
+        base = self.base()
+        origin = Origin(lora, weights.digest(base.state_dict()), str(self.job.start))
+        return inject(base, lora, self.adapters(number)), origin
+
+    def _number(self, expert: int) -> int:
+        folder = self._folder()
+        config = weights.read_config(folder)
+        _check_fits(self.job, config, weights.read_lora(folder))
+        return expert if len(weights.expert_names(config)) > 1 else 0
 
 
 @contextmanager
-def start_experts(job: StageConfig) -> Iterator[Callable[[int], LinearSR]]:
-    """Yield a function that loads one expert of the starting weights in float32, by its number.
+def start_experts(job: StageConfig) -> Iterator[Start]:
+    """Yield the experts of the starting weights."""
+    with start_folder(str(job.start)) as folder:
+        yield Start(job, folder)
 
-    Starting weights without experts give the same model for every number. Each call reads the file
-    anew and keeps nothing, so a process holds no more experts than its caller keeps.
-    The function raises WeightsError for a damaged file, and what `check_start` raises.
+
+@contextmanager
+def start_folder(start: str) -> Iterator[Callable[[], str | Path]]:
+    """Yield a function that returns a weights folder on this machine.
+
+    It copies an s3:// folder, once and only if it is called.
     """
-    start = str(job.start)
     with ExitStack() as stack:
 
         @cache
         def folder() -> str | Path:
-            """Copy an s3:// folder to this machine, once and only if an expert is needed."""
             if not start.startswith("s3://"):
                 return start
             return stack.enter_context(locate(start).local(".safetensors"))
 
-        def load(expert: int) -> LinearSR:
-            config = weights.read_config(folder())
-            _check_fits(job, config)
-            number = expert if len(weights.expert_names(config)) > 1 else 0
-            return weights.load(folder(), only={number}).experts[number]
-
-        yield load
+        yield folder

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from ray.train import ValidationConfig as RayValidation
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from linearsr.config import ModelConfig
+from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.distributed.compat import progress_bar
 from linearsr.distributed.resources import ResourceRequest, check_feasible
@@ -44,12 +45,12 @@ from linearsr.errors import LinearSRError, OptionError, one_line, require
 from linearsr.latent import load_autoencoder
 from linearsr.storage.location import Location, check_writable, locate
 from linearsr.tags.encoder import tag_encoder
-from linearsr.training import loop, perceptual
+from linearsr.training import loop, lora, perceptual
 from linearsr.training.config import PerceptualConfig
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.guard import Diverged
 
-MODEL = "model.json"
+MODEL, LORA = "model.json", "lora.json"
 ADVICE = "lower learning_rate, or start from an earlier checkpoint"
 
 
@@ -100,14 +101,33 @@ def check(stage: StageConfig) -> None:
     advice = "use fewer workers, or lower worker_cpus, data_cpus, validation_cpus"
     worker = ResourceRequest(cluster.worker_cpus, int(cluster.gpu))
     check_feasible("the stage", ResourceRequest(cluster.cpus(), cluster.gpus()), worker, advice)
-    # Checkpoints of another model do not fit.
-    file, model = stage.run / MODEL, recipe.model
+    if stage.lora is not None:
+        require("train", "peft")
+    _claim(stage)
+
+
+def _claim(stage: StageConfig) -> None:
+    """Note the model and the adapters in the run's folder, or refuse a run that has others.
+
+    Their checkpoints would not fit.
+    """
+    file, model = stage.run / MODEL, stage.recipe.model
+    note, adapters = stage.run / LORA, None if stage.lora is None else stage.lora.model_dump_json()
     if not file.exists():
+        if adapters is not None:
+            note.write(adapters.encode())
         file.write(model.model_dump_json().encode())
-    elif ModelConfig.model_validate_json(file.read()) != model:
+        return
+    if ModelConfig.model_validate_json(file.read()) != model:
         raise OptionError(
             f"{stage.run.path}: this run was started with a different model config; choose another "
             "--name, or the settings it was started with"
+        )
+    known = LoRAConfig.model_validate_json(note.read()) if note.exists() else None
+    if known != stage.lora:
+        raise OptionError(
+            f"{stage.run.path}: this run was started with another lora; choose another --name, or "
+            "the settings it was started with"
         )
 
 
@@ -183,18 +203,24 @@ def _build(job: StageConfig) -> loop.TrainState:
     torch.manual_seed(job.train.seed)
     train, config, expert = job.train, job.recipe.model, job.expert or 0
     objective: loop.Objective | None = None
-    with start_experts(job) as load:
+    origin: lora.Origin | None = None
+    with start_experts(job) as start:
         if job.start is None:
             model = LinearSR(config.denoiser)
+        elif job.lora is not None:
+            model, origin = start.adapted(expert, job.lora)
         else:
-            model = load(expert).requires_grad_(True).train()
+            model = start.expert(expert).requires_grad_(True).train()
         device = get_device()
         engine = ZeroEngine(model, train, device)
         if isinstance(train, PerceptualConfig):
-            objective = perceptual.objective(config, train, expert, load, engine)
+            frozen: Callable[[int], LinearSR] = start.expert
+            if origin is not None:  # experts on the base that the engine already holds
+                frozen = lora.sharing(engine.module, origin.config, start.adapters)
+            objective = perceptual.objective(config, train, expert, frozen, engine)
     autoencoder = load_autoencoder(config.latent, device, engine.dtype)
     encoder = tag_encoder(config, device)
-    return loop.TrainState.start(engine, autoencoder, train, encoder, objective)
+    return loop.TrainState.start(engine, autoencoder, train, encoder, objective, origin)
 
 
 def _restart(

@@ -58,7 +58,7 @@ def validate_checkpoint(checkpoint: Checkpoint, stage_json: str) -> dict[str, An
 
         def load(number: int) -> LinearSR:
             trained = number == (job.expert or 0)
-            return export.load(folder, model) if trained else others(number)
+            return export.load(folder, model, others.base) if trained else others.expert(number)
 
         metrics, strip = validate(model, load, pictures, config, device)
     (job.run / "samples" / f"{source.name}.png").write(encode(Picture(strip), "png"))

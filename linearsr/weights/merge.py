@@ -1,0 +1,76 @@
+"""Merge adapters into their base: each expert becomes a file with all weights.
+
+    python -m linearsr.weights.merge FOLDER --out MERGED
+
+FOLDER is a bundle whose experts share a base (LoRA). The result is a bundle as of whole experts,
+with the same pictures up to the rounding of bfloat16, for programs that know no adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import overload
+
+from torch import Tensor
+
+from linearsr.errors import LinearSRError, OutputError, WeightsError
+from linearsr.weights.bundle import find, load, read_config, read_lora, read_provenance, save
+
+
+def merge(folder: Path, out: Path) -> None:
+    """Write a bundle with the merged experts of `folder` into `out`; one is in memory at a time.
+
+    Raises WeightsError if `folder` has no adapters or is damaged, and OutputError if `out` has
+    weights already or cannot be written.
+    """
+    if read_lora(folder) is None:
+        raise WeightsError(f"{folder}: these experts have all their weights; nothing to merge")
+    if any(out.glob("*.safetensors")):
+        raise OutputError(f"{out}: already holds weights; choose an empty folder")
+    try:
+        save(out, read_config(folder), _Merged(find(folder)), read_provenance(folder))
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error}") from error
+
+
+class _Merged(Sequence[Mapping[str, Tensor]]):
+    """The merged experts of a bundle; each access loads one anew, since all may not fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(read_config(self.folder).sampling.boundaries) + 1
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(len(self))[index]]
+        return load(self.folder, only={index}).experts[index].state_dict()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Merge one bundle and return the exit code."""
+    parser = argparse.ArgumentParser(
+        "linearsr.weights.merge", description="Merge adapters (LoRA) into their base."
+    )
+    parser.add_argument("folder", type=Path, help="bundle whose experts share a base")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the bundle to")
+    options = parser.parse_args(arguments)
+    try:
+        merge(options.folder, options.out)
+    except LinearSRError as error:
+        print(f"linearsr.weights.merge: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
