@@ -5,11 +5,14 @@ Knows nothing of pictures, samplers or experts: an expert is just another set of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from linearsr.config import DenoiserConfig
 from linearsr.denoiser import cpu_block
@@ -44,6 +47,8 @@ class LinearSR(nn.Module):
 
     # Whether a CPU runs blocks strip by strip; benchmarks turn it off to measure the gain.
     use_strips = True
+    # Whether the backward pass computes the blocks again instead of keeping their activations.
+    checkpoint_blocks = False
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -148,12 +153,21 @@ class LinearSR(nn.Module):
         completed = self._network(c.input_scale * latent, t, condition)
         return torch.addcmul(c.skip * latent, c.output_scale, completed)
 
+    def _runner(self, x: Tensor) -> Callable[..., Tensor]:
+        """Return the function that calls a block, with the block as its first argument."""
+        if self.use_strips and cpu_block.supports(x):
+            return cpu_block.forward_
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            # A block draws no random numbers.
+            return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return Block.__call__
+
     def _network(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = self.embed.weight.dtype
         weight = self.embed.weight[:, : self.config.latent_channels]
         x = F.linear(latent.to(dtype).permute(0, 2, 3, 1), weight).add_(condition.embedded)
         modulation, embedding = self.time(t)
-        run = cpu_block.forward_ if self.use_strips and cpu_block.supports(x) else Block.__call__
+        run = self._runner(x)
         for i, block in enumerate(self.blocks):
             tags = None if condition.tags is None else condition.tags[i]
             x = run(cast(Block, block), x, modulation, tags, condition.tag_mask)

@@ -100,6 +100,8 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
     config = recipe.stage(kind, index)
     if options.minutes is not None:
         config = type(config).parse(**{**config.model_dump(), "minutes": options.minutes})
+    data = recipe.data_of(kind)
+    data.micro_batch(1, config.accumulation)
     folder = options.out / _name(options.stage, index)
     state = _start(recipe, config, options, index)
     # The second one is left if the program ended while it replaced the first.
@@ -107,7 +109,6 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
         if saved.is_dir():
             state.load(saved)
             break
-    data = recipe.data_of(kind)
     batches = stream(options.photos, data, config.seed, state.progress.seen, options.workers)
     loop.run(state, batches, _reporter(folder))
 
@@ -132,7 +133,7 @@ def _start(
     objective: loop.Objective | None = None
     if isinstance(config, PerceptualConfig) and index is not None:
         objective = perceptual.objective(recipe.model, config, index, load, engine)
-    autoencoder = load_autoencoder(recipe.model.latent, device)
+    autoencoder = load_autoencoder(recipe.model.latent, device, engine.dtype)
     encoder = tag_encoder(recipe.model, device)
     return loop.TrainState.start(engine, autoencoder, config, encoder, objective)
 

@@ -69,6 +69,16 @@ class TrainConfig(Config):
     """Number of steps between two checkpoints, a multiple of report_every; each is validated."""
     seed: int = Field(default=0, ge=0)
     """Seed for crops, degradation, timesteps and noise."""
+    accumulation: int = Field(default=1, ge=1)
+    """Number of micro-batches, one after the other, that each worker takes its part of a global
+    batch in (gradient accumulation). More of them need less memory for activations. Batch, steps
+    and rates stay as they are, and so do gradients up to rounding: with DeepSpeed in bfloat16, the
+    sum of the micro-batches is bfloat16 too. `data.batch` must be a multiple of workers times
+    this."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass computes each block's activations again instead of keeping them
+    (torch.utils.checkpoint). Memory falls to about one block's, and a step computes four forward
+    passes instead of three; the gradients stay the same."""
     bfloat16: bool | Literal["auto"] = "auto"
     """Whether to compute in bfloat16 over float32 weights. "auto" does if every worker's processor
     multiplies bfloat16 in hardware, as GPUs do, and CPUs with AMX or AVX512-BF16."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from linearsr.config import Config
-from linearsr.errors import InputError, one_line
+from linearsr.errors import InputError, OptionError, one_line
 from linearsr.imaging.degradation import PRESETS, Preset, degrade
 from linearsr.imaging.files import read
 from linearsr.imaging.listing import find_images
@@ -47,14 +47,11 @@ class Stored(NamedTuple):
     condition: Tensor | None = None
     tags: EncodedTags | None = None
 
-    def to(self, device: torch.device) -> Stored:
-        """Return the same on a device."""
-        condition, tags = self.condition, self.tags
-        return Stored(
-            self.clean.to(device, non_blocking=True),
-            None if condition is None else condition.to(device, non_blocking=True),
-            None if tags is None else EncodedTags(*(part.to(device) for part in tags)),
-        )
+    def each(self, change: Callable[[Tensor], Tensor]) -> Stored:
+        """Return the same with every tensor changed."""
+        condition = None if self.condition is None else change(self.condition)
+        tags = None if self.tags is None else EncodedTags(*map(change, self.tags))
+        return Stored(change(self.clean), condition, tags)
 
 
 class Batch(NamedTuple):
@@ -73,9 +70,26 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with pictures, latents and embeddings on a device; numbers stay."""
-        hr, lr = (side.to(device, non_blocking=True) for side in (self.hr, self.lr))
-        stored = None if self.stored is None else self.stored.to(device)
-        return self._replace(hr=hr, lr=lr, stored=stored)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        stored = None if self.stored is None else self.stored.each(move)
+        return self._replace(hr=move(self.hr), lr=move(self.lr), stored=stored)
+
+    def split(self, count: int) -> list[Batch]:
+        """Return `count` batches of equal size, in order. Raises ValueError if they would differ.
+
+        Then the mean of their means would not be the mean of the whole.
+        """
+        size, rest = divmod(len(self.numbers), count)
+        if rest or not size:
+            raise ValueError(f"{len(self.numbers)} pairs cannot be split into {count} equal parts")
+        return [self._part(slice(at, at + size)) for at in range(0, len(self.numbers), size)]
+
+    def _part(self, pairs: slice) -> Batch:
+        stored = None if self.stored is None else self.stored.each(lambda tensor: tensor[pairs])
+        return Batch(self.hr[pairs], self.lr[pairs], self.numbers[pairs], self.tags[pairs], stored)
 
 
 class Photo(NamedTuple):
@@ -126,6 +140,17 @@ class DataConfig(Config):
     latents: bool = True
     """Whether latents are used that shards hold. If not, pairs are cut from the shards' HR and
     encoded at each step."""
+
+    def micro_batch(self, workers: int, accumulation: int) -> int:
+        """Return the number of pairs that a worker takes at once. Raises OptionError for a rest."""
+        size, rest = divmod(self.batch, workers * accumulation)
+        if rest or not size:
+            parts = f"{workers} workers" + f" in {accumulation} parts each" * (accumulation > 1)
+            raise OptionError(
+                f"data.batch {self.batch} cannot be shared by {parts} evenly; change the batch, "
+                "the number of workers or the stage's accumulation"
+            )
+        return size
 
     @property
     def needs(self) -> int:

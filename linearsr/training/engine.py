@@ -51,6 +51,7 @@ class Engine(Protocol):
 
     module: LinearSR
     device: torch.device
+    dtype: torch.dtype  # that forward passes compute in
     rank: int
     world: int
 
@@ -66,10 +67,18 @@ class Engine(Protocol):
         """Replace each tensor by its mean over all ranks; they must have the same shapes there."""
         ...
 
-    def step(self, loss: Tensor, rate: float) -> float:
-        """Update the weights; return the norm of the whole gradient before clipping.
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradients of a loss to those since the last step.
 
-        If the gradient is not finite, the weights do not change, and the norm is not finite either.
+        last: whether no further loss is added before the step; the ranks share gradients then.
+        """
+        ...
+
+    def step(self, rate: float) -> float:
+        """Update the weights by the gradients of all ranks.
+
+        Return the norm of the whole gradient before clipping. If it is not finite, the weights do
+        not change.
         """
         ...
 
@@ -104,14 +113,16 @@ class TorchEngine:
 
     def __init__(self, model: LinearSR, config: TrainConfig, device: torch.device) -> None:
         self.module = model.to(device).to(memory_format=torch.channels_last)
+        self.module.checkpoint_blocks = config.activation_checkpointing
         self.device = device
         self.config = config
-        self.bfloat16 = in_bfloat16(config, device)
+        self.dtype = torch.bfloat16 if in_bfloat16(config, device) else torch.float32
         self.optimizer = adamw(self.module, config)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return an autocast to bfloat16, if the config or, with "auto", the processor wants it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def share(self, mean: float, largest: float) -> tuple[float, float]:
         """Return both numbers: there is one rank."""
@@ -120,9 +131,12 @@ class TorchEngine:
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Change nothing: there is one rank."""
 
-    def step(self, loss: Tensor, rate: float) -> float:
-        """Run the backward pass, clip, and step AdamW."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:  # noqa: ARG002
+        """Run the backward pass."""
         loss.backward()
+
+    def step(self, rate: float) -> float:
+        """Clip, and step AdamW."""
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip).item()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -167,7 +181,9 @@ class ZeroEngine:
         self.device = device
         # Ranks sum their gradients, so one slow processor decides for all.
         _, slowest = self.share(0.0, float(not in_bfloat16(config, device)))
+        self.dtype = torch.float32 if slowest else torch.bfloat16
         model = model.to(device)
+        model.checkpoint_blocks = config.activation_checkpointing
         self.zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=adamw(model, config),
@@ -199,11 +215,17 @@ class ZeroEngine:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def step(self, loss: Tensor, rate: float) -> float:
-        """Let DeepSpeed average gradients over ranks, clip, and step this rank's partition."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Run the backward pass; the last one lets DeepSpeed average gradients over ranks."""
+        # Set at each call: DeepSpeed's own count would be wrong after a checkpoint that was
+        # written with another accumulation.
+        self.zero.set_gradient_accumulation_boundary(last)
+        self.zero.backward(loss)
+
+    def step(self, rate: float) -> float:
+        """Let DeepSpeed clip, and step this rank's partition."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
-        self.zero.backward(loss)
         self.zero.step()
         return float(self.zero.get_global_grad_norm())
 
@@ -274,6 +296,7 @@ def zero_config(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
     return {
         # The loss is a mean already; DeepSpeed only requires a number here.
         "train_micro_batch_size_per_gpu": 1,
+        # ZeroEngine says itself which loss is the last one of a step.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip,
         # Numbers in the buffer that DeepSpeed allocates; by default ten times as many.

@@ -297,14 +297,21 @@ def flow_loss(
 
 
 class _Largest:
-    """Hook that records the largest |activation| that leaves the last block."""
+    """Hook that records the largest |activation| that leaves the last block in trained passes."""
 
     def __init__(self, model: LinearSR) -> None:
-        self.value = torch.zeros(())
+        self.values: list[Tensor] = []
         self.hook = model.blocks[-1].register_forward_hook(self._note)
 
     def _note(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        self.value = output.detach().abs().amax()
+        if torch.is_grad_enabled():
+            self.values.append(output.detach().abs().amax())
+
+    def take(self) -> float:
+        """Return the largest value since the last call; NaN if one was NaN."""
+        largest = torch.stack(self.values).amax().item()
+        self.values.clear()
+        return largest
 
 
 class _Sums:
@@ -341,7 +348,8 @@ def run(
 
     batches: this rank's part of each global batch, in order. report: may return True to end the
     stage early. Raises Diverged when the guard fires: before the weights change if a signal is not
-    finite, after it if one has grown too much.
+    finite, after it if one has grown too much. Raises ValueError if a part cannot be split into
+    `config.accumulation` micro-batches (`DataConfig.micro_batch` tells).
     """
     config, progress = state.config, state.progress
     largest, sums = _Largest(state.engine.module), _Sums()
@@ -369,14 +377,24 @@ def _step(
 ) -> tuple[Signals, Losses, float]:
     engine, config, progress = state.engine, state.config, state.progress
     progress.seen += len(batch.numbers) * engine.world
-    batch = batch.to(engine.device)
-    with engine.precision():
-        losses = state.objective.losses(state, batch)
-    mean, peak = engine.share(losses.reported.mean().item(), largest.value.item())
+    losses = _accumulate(state, batch.to(engine.device))
+    mean, peak = engine.share(losses.reported.mean().item(), largest.take())
     check_finite(progress.step, Signals(mean, 0.0, peak))
-    signals = Signals(mean, engine.step(losses.total.mean(), rate), peak)
+    signals = Signals(mean, engine.step(rate), peak)
     state.guard.check(progress.step, signals)
     beside = state.objective.learn(state, rate / config.learning_rate)
     progress.step += 1
     state.ema.update(progress.step)
     return signals, losses, beside
+
+
+def _accumulate(state: TrainState, batch: Batch) -> Losses:
+    """Add up the gradients of a batch, one micro-batch after the other; return its losses."""
+    engine, parts = state.engine, batch.split(state.config.accumulation)
+    done = []
+    for number, part in enumerate(parts, 1):
+        with engine.precision():
+            losses = state.objective.losses(state, part)
+        engine.backward(losses.total.mean() / len(parts), last=number == len(parts))
+        done.append([each.detach() for each in losses])
+    return Losses(*(torch.cat(each) for each in zip(*done, strict=True)))

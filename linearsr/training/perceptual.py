@@ -11,8 +11,9 @@ enough to be the result, at any number of steps. Knows nothing of Ray, files or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ from linearsr.training.loop import Conditions, Losses, Objective, TrainState, dr
 DISCRIMINATOR = "discriminator.pt"
 
 
+class Shown(NamedTuple):
+    """Pictures (B, 3, H, W) in [-1, 1] that the discriminator judges: HR, generated, and LR."""
+
+    real: Tensor
+    fake: Tensor
+    lr_picture: Tensor
+
+
 class Critic:
     """A discriminator and its optimizer, the same on every rank."""
 
@@ -45,22 +54,40 @@ class Critic:
             self.model.parameters(), config.discriminator_rate, config.betas, weight_decay=0.0
         )
 
-    def fooled(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
-        """Return the generator's loss (B,), with gradients to the picture alone."""
+    def fooled(self, picture: Tensor, lr_picture: Tensor, *, first: bool = True) -> Tensor:
+        """Return the generator's loss (B,), with gradients to the picture alone.
+
+        first: whether these are the first pictures of a step.
+        """
+        self._align(first)
         self.model.requires_grad_(False)
         loss = fooled(self.model(picture, lr_picture))
         self.model.requires_grad_(True)
         return loss
 
-    def step(
-        self, real: Tensor, fake: Tensor, lr_picture: Tensor, engine: Engine, fraction: float
-    ) -> float:
+    def _align(self, first: bool) -> None:
+        """Let all micro-batches of a step see the same weights.
+
+        Each pass in training improves the estimates of the spectral norms, so a micro-batch after
+        the first one begins with those that the first one began with.
+        """
+        if first:
+            self.estimates = [estimate.clone() for estimate in self.model.buffers()]
+        for estimate, start in zip(self.model.buffers(), self.estimates, strict=True):
+            estimate.copy_(start)
+
+    def step(self, shown: Sequence[Shown], engine: Engine, fraction: float) -> float:
         """Take one step over all ranks and return this rank's loss.
 
-        Raises Diverged, on all ranks alike and before any change, if the gradient is not finite.
+        shown: the pictures of the step's micro-batches. Raises Diverged, on all ranks alike and
+        before any change, if the gradient is not finite.
         """
-        loss = hinge(self.model(real, lr_picture), self.model(fake, lr_picture))
-        loss.backward()
+        total = 0.0
+        for number, (real, fake, lr_picture) in enumerate(shown):
+            self._align(number == 0)
+            loss = hinge(self.model(real, lr_picture), self.model(fake, lr_picture)) / len(shown)
+            loss.backward()
+            total += loss.item()
         parameters = list(self.model.parameters())
         engine.average([p.grad for p in parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip).item()
@@ -70,7 +97,7 @@ class Critic:
             group["lr"] = self.config.discriminator_rate * fraction
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return total
 
 
 class Perceptual(Objective):
@@ -95,7 +122,7 @@ class Perceptual(Objective):
         judge = _lpips(config)
         self.lpips = None if judge is None else judge.to(device)
         self.critic = Critic(config, device) if config.gan else None
-        self.shown: tuple[Tensor, Tensor, Tensor] | None = None
+        self.shown: list[Shown] = []  # in this step so far
 
     def losses(self, state: TrainState, batch: Batch) -> Losses:
         """Return the losses: the weighted distances, and with the adversarial loss in `total`."""
@@ -122,9 +149,9 @@ class Perceptual(Objective):
     def _fooling(self, picture: Tensor, real: Tensor, lr_picture: Tensor, step: int) -> Tensor:
         if self.critic is None:
             return picture.new_zeros(len(picture))
-        self.shown = real, picture.detach(), lr_picture
-        weight = self.config.gan * min(1.0, step / max(self.config.gan_warmup, 1))
-        return weight * self.critic.fooled(picture, lr_picture)
+        fooling = self.critic.fooled(picture, lr_picture, first=not self.shown)
+        self.shown.append(Shown(real, picture.detach(), lr_picture))
+        return self.config.gan * min(1.0, step / max(self.config.gan_warmup, 1)) * fooling
 
     def arrive(
         self, state: TrainState, batch: Batch, conditions: Conditions
@@ -182,10 +209,11 @@ class Perceptual(Objective):
         return latent, real, bicubic
 
     def learn(self, state: TrainState, fraction: float) -> float:
-        """Take the discriminator's step on the pictures of the last `losses`; return its loss."""
-        if self.critic is None or self.shown is None:
+        """Take the discriminator's step on the pictures since the last one; return its loss."""
+        if self.critic is None:
             return 0.0
-        loss = self.critic.step(*self.shown, state.engine, fraction)
+        loss = self.critic.step(self.shown, state.engine, fraction)
+        self.shown.clear()
         return state.engine.share(loss, 0.0)[0]
 
     def save(self, folder: Path) -> None:

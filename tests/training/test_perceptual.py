@@ -163,8 +163,8 @@ def test_gan_weight_grows_until_its_warmup_ends(
         stage.progress.step = step
         total, parts, _ = objective.losses(stage, batch)
         assert (parts > 0).all()
-        assert objective.shown is not None and objective.critic is not None
-        real, fake, lr_picture = objective.shown
+        assert objective.critic is not None
+        real, fake, lr_picture = objective.shown[-1]
         assert torch.equal(real, batch.hr) and not fake.requires_grad
         extra[step] = (total - parts).detach()
         with torch.no_grad():
@@ -183,10 +183,11 @@ def test_discriminator_learns_to_tell_real_from_generated(
     engine = stage_of(small_config, config_of(small_config, 2, lpips_trunk)).engine
     batch = next(batches(size=4))
     lr_picture = resize(batch.lr, 32, 32)
-    losses = [critic.step(batch.hr, -batch.hr, lr_picture, engine, 1.0) for _ in range(40)]
+    shown = [perceptual.Shown(batch.hr, -batch.hr, lr_picture)]
+    losses = [critic.step(shown, engine, 1.0) for _ in range(40)]
     assert losses[0] == pytest.approx(2, abs=0.3) and losses[-1] < 0.7 * losses[0]
     still = [p.detach().clone() for p in critic.model.parameters()]
-    critic.step(batch.hr, lr_picture, lr_picture, engine, 0.0)
+    critic.step([perceptual.Shown(batch.hr, lr_picture, lr_picture)], engine, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(still, critic.model.parameters(), strict=True))
 
 
@@ -231,13 +232,12 @@ def test_the_picture_that_is_judged_is_the_decoded_guess(
     stage, batch = stage_of(small_config, config_of(small_config, 2, lpips_trunk)), next(batches())
     objective, model = objective_of(stage), stage.engine.module
     objective.losses(stage, batch)
-    assert objective.shown is not None
     with torch.no_grad():
         conditions = loop.Conditions.of(batch, model, stage.autoencoder, None)
         latent, t = objective.arrive(stage, batch, conditions)
         guess = clean_guess(latent, model(latent, t, conditions.encode(model)), t)
         picture = stage.autoencoder.decode(guess, conditions.lr_picture)
-    torch.testing.assert_close(objective.shown[1], picture)
+    torch.testing.assert_close(objective.shown[0].fake, picture)
 
 
 def test_a_crop_is_judged_where_it_lies(small_config: ModelConfig, lpips_trunk: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_crop_is_judged_where_it_lies(small_config: ModelConfig, lpips_trunk: 
     shown = []
     for stage in (whole, part):
         objective_of(stage).losses(stage, batch)
-        shown.append(objective_of(stage).shown)
+        shown.append(objective_of(stage).shown[0])
     places = set()
     for i in range(6):
         rng = np.random.default_rng([0, i, 4])
@@ -397,8 +397,9 @@ def test_a_discriminator_that_is_not_finite_ends_the_stage(
     critic = objective_of(stage).critic
     assert critic is not None
     batch, before = next(batches()), weights_of(stage)
+    shown = perceptual.Shown(batch.hr * math.nan, batch.hr, batch.hr)
     with pytest.raises(Diverged, match="discriminator"):
-        critic.step(batch.hr * math.nan, batch.hr, batch.hr, stage.engine, 1.0)
+        critic.step([shown], stage.engine, 1.0)
     assert torch.equal(weights_of(stage), before)
 
 

@@ -46,7 +46,7 @@ from linearsr.storage.location import Location, check_writable, locate
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop, perceptual
 from linearsr.training.config import PerceptualConfig
-from linearsr.training.engine import ZeroEngine
+from linearsr.training.engine import Engine, ZeroEngine
 from linearsr.training.guard import Diverged
 
 MODEL = "model.json"
@@ -90,10 +90,7 @@ def check(stage: StageConfig) -> None:
     """Raise LinearSRError for what cannot work, before any worker starts or GPU is reserved."""
     require("train", "deepspeed", "tensorboard", "matplotlib")
     cluster, recipe = stage.cluster, stage.recipe
-    if stage.data.batch % cluster.workers:
-        raise OptionError(
-            f"data.batch {stage.data.batch} cannot be shared by {cluster.workers} workers evenly"
-        )
+    stage.data.micro_batch(cluster.workers, stage.train.accumulation)
     check_writable(locate(cluster.storage))
     open_source(cluster.data, stage.data, stage.train.seed, stage.wanted)
     validation_pictures(cluster.validation, recipe.validation)
@@ -198,11 +195,11 @@ def _build(job: StageConfig) -> loop.TrainState:
         engine = ZeroEngine(model, train, device)
         if isinstance(train, PerceptualConfig):
             objective = perceptual.objective(config, train, expert, load, engine)
-    autoencoder, encoder = _autoencoder(job, device), tag_encoder(config, device)
+    autoencoder, encoder = _autoencoder(job, engine), tag_encoder(config, device)
     return loop.TrainState.start(engine, autoencoder, train, encoder, objective)
 
 
-def _autoencoder(job: StageConfig, device: torch.device) -> Autoencoder:
+def _autoencoder(job: StageConfig, engine: Engine) -> Autoencoder:
     """Load the autoencoder: on the CPU if all that it would do is done in the shards.
 
     Raises OptionError if other weights have made the shards' latents or embeddings.
@@ -210,7 +207,7 @@ def _autoencoder(job: StageConfig, device: torch.device) -> Autoencoder:
     config = job.recipe.model
     notes = notes_about(job.cluster.data, job.data)
     idle = notes is not None and not job.train.pixels
-    autoencoder = load_autoencoder(config.latent, "cpu" if idle else device)
+    autoencoder = load_autoencoder(config.latent, "cpu" if idle else engine.device, engine.dtype)
     if notes is not None:
         notes.check_weights(config, autoencoder.digest())
     return autoencoder
