@@ -1,0 +1,25 @@
+"""A DC-AE with few channels and random weights, in the layout of the real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def save_dc_ae(folder: Path, channels: int = 4, factor: int = 32) -> Path:
+    """Write a diffusers `AutoencoderDC` that compresses `factor` times; return its folder."""
+    from diffusers import AutoencoderDC
+
+    levels = factor.bit_length()  # each level but the first halves the sides
+    sides = {
+        "block_types": ("ResBlock",) * levels,
+        "block_out_channels": (8,) * levels,
+        "layers_per_block": (1,) * levels,
+        "qkv_multiscales": ((),) * levels,
+    }
+    both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderDC(latent_channels=channels, attention_head_dim=8, **both).save_pretrained(folder)
+    return folder
