@@ -21,5 +21,7 @@ def save_dc_ae(folder: Path, channels: int = 4, factor: int = 32) -> Path:
     both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoencoderDC(latent_channels=channels, attention_head_dim=8, **both).save_pretrained(folder)
+        AutoencoderDC(latent_channels=channels, attention_head_dim=8, **both).save_pretrained(
+            folder
+        )
     return folder

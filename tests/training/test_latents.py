@@ -10,7 +10,7 @@ import skimage.data
 import torch
 from torch import Tensor
 
-from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, TagEncoderConfig
+from linearsr.config import LatentConfig, ModelConfig
 from linearsr.errors import OptionError, WeightsError
 from linearsr.latent import DCAutoencoder, load_autoencoder
 from linearsr.tags.encoder import fingerprint, tag_encoder
@@ -20,9 +20,8 @@ from linearsr.training.data import Batch, DataConfig, Pair, Photo, collate, make
 from linearsr.training.engine import TorchEngine
 from linearsr.training.latents import LatentsConfig, StoredPair, collate_stored, pack, unpack
 from linearsr.training.perceptual import Perceptual
-from tests.helpers.dc_ae import save_dc_ae
 from tests.helpers.experts import random_experts
-from tests.helpers.tag_models import save_gemma
+from tests.helpers.latents import save_models
 
 DATA = DataConfig(patch=32, batch=4, margin=8, scales=(1.0, 4.0), degradations={"mild": 1.0})
 TAGS = [("cat",), ("dog", "grass"), (), ("cat", "dog")]
@@ -30,24 +29,7 @@ TAGS = [("cat",), ("dog", "grass"), (), ("cat", "dog")]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A DC-AE of 8x and a model that takes its condition and tags."""
-    folder = tmp_path_factory.mktemp("model")
-    gemma = save_gemma(folder / "gemma", 16, ["cat", "dog", "grass", ","])
-    denoiser = DenoiserConfig(
-        latent_channels=4,
-        depth=2,
-        width=32,
-        head_dim=16,
-        tag_dim=16,
-        tag_heads=2,
-        stem_channels=(8, 8, 8),
-        stem_strides=(2, 2, 2),
-        condition_latent=True,
-    )
-    source = str(save_dc_ae(folder / "dc-ae", factor=8))
-    latent = LatentConfig(kind="dc-ae", factor=8, scale=0.4, source=source)
-    tags = TagEncoderConfig(kind="gemma", source=str(gemma))
-    return ModelConfig(name="latents", denoiser=denoiser, latent=latent, tags=tags)
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def _photo() -> Photo:

@@ -123,6 +123,18 @@ class Notes(NamedTuple):
     latents: LatentsConfig
     embeddings: EmbeddingsNote | None
 
+    def check_recipe(self, model: ModelConfig, data: DataConfig) -> None:
+        """Raise OptionError, naming what differs, if the latents do not fit a model and its data.
+
+        Weights are not compared: see `check_weights`.
+        """
+        if differences := self.latents.differences(model, data):
+            raise OptionError(
+                "the latents of these shards do not fit the recipe: they have "
+                f"{'; '.join(differences)}. Give --set with the values that they were built with, "
+                f"build shards for this recipe, {CUT_INSTEAD}"
+            )
+
     def check_weights(self, model: ModelConfig, digest: str) -> None:
         """Raise OptionError if other weights made the latents or embeddings than the model's.
 
@@ -170,7 +182,7 @@ class StoredShards(Rows):
         pair = self.usable(
             number,
             lambda group, row: self._stored(group, row, variant),
-            f"has usable latents of {self.shape} numbers for the {variant}th variant; build the "
+            f"has a usable latent of {self.shape} numbers in {pair_column(variant)!r}; build the "
             f"shards again, {CUT_INSTEAD}",
         )
         dropped = np.random.default_rng([self.seed, number, 5]).random() < self.config.tag_dropout
@@ -238,12 +250,7 @@ def open_rows(
         notes = _common(files, wanted.model)
     if notes is None or wanted is None:
         return Shards(groups, config, seed)
-    if differences := notes.latents.differences(wanted.model, config):
-        raise OptionError(
-            f"{files[0].path}: the latents of these shards do not fit the recipe: they have "
-            f"{'; '.join(differences)}. Give --set with the values that they were built with, "
-            f"build shards for this recipe, {CUT_INSTEAD}"
-        )
+    notes.check_recipe(wanted.model, config)
     return StoredShards(groups, config, seed, notes, wanted)
 
 
