@@ -44,8 +44,8 @@ class LatentsConfig(Config):
     """Number of pairs that are cut from each HR crop, with other places, flips and degradations.
     Training takes one of them at a time, so an epoch differs from the one before."""
     precision: Precision = "float16"
-    """Precision of the stored latents; float16 is four times as exact as bfloat16, and bfloat16
-    holds values above 65504."""
+    """Precision of the stored latents; float16 is eight times as exact as bfloat16, and
+    bfloat16 holds values above 65504."""
     digest: str = ""
     """Digest of the encoder's weights; `build-shards` computes it."""
 
