@@ -221,12 +221,16 @@ class StoredShards(Rows):
                 return None
             pair = pair._replace(embedded=embedded)
         if self.wanted.pixels:
-            hr = _decoded(columns["hr"])
-            if hr is None or min(hr.shape[1:]) < made.data.needs:
-                return None
-            rng = np.random.default_rng(parts["seed"])
-            pair = pair._replace(hr=make_hr(Photo(hr), made.data, rng))
+            hr = self._hr(columns["hr"], parts["seed"])
+            return None if hr is None else pair._replace(hr=hr)
         return pair
+
+    def _hr(self, encoded: bytes | None, seed: int | None) -> Tensor | None:
+        """Return HR of a variant, cut again from the row's HR; None if it cannot be."""
+        pixels, data = _decoded(encoded), self.notes.latents.data
+        if pixels is None or seed is None or min(pixels.shape[1:]) < data.needs:
+            return None
+        return make_hr(Photo(pixels), data, np.random.default_rng(seed))
 
     def _lr_side(self, variant: int) -> int:
         made = self.notes.latents
