@@ -13,17 +13,14 @@ actor does beside a worker, and both.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
 import numpy as np
-import ray
+import pyarrow as pa
 import skimage.data
 import torch
 from PIL import Image
@@ -33,8 +30,10 @@ from benchmarks.timing import in_turn
 from linearsr.cli.flags import Parser
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
-from linearsr.distributed.datasets.shards.build import build_shards
+from linearsr.distributed.datasets.shards.build import shard_bytes, shard_name
 from linearsr.distributed.datasets.shards.config import ShardConfig
+from linearsr.distributed.datasets.shards.plan import plan
+from linearsr.distributed.datasets.shards.scan import SCAN, fetcher, list_sources, scan_picture
 from linearsr.distributed.train.data import Source, open_source
 from linearsr.distributed.train.shards import Wanted
 from linearsr.latent import load_autoencoder
@@ -121,17 +120,21 @@ def write_shards(folder: Path, model: ModelConfig, data: DataConfig) -> None:
         factor = max(1.0, 1.5 * data.needs / min(photo.size))
         size = [round(side * factor) for side in photo.size]
         photo.resize((size[0], size[1])).save(folder / "photos" / f"{name}.png")
+    latents = LatentsConfig.of(model, data, digest=load_autoencoder(model.latent).digest())
     config = ShardConfig.parse(
         inputs=[str(folder / "photos")],
         output=str(folder / "shards"),
         crop=-(-data.needs // 4) * 4,
         min_sharpness=0,
         crops_per_picture=2,
-        latents=LatentsConfig.of(model, data),
+        latents=latents,
     )
-    ray.init("local", log_to_driver=False, logging_level="WARNING", include_dashboard=False)
-    print(build_shards(config), file=sys.stderr)
-    ray.shutdown()
+    # As the job does, but in this process: Ray would take the cores of the measurement.
+    fetch, sources = fetcher(config), list_sources(config)
+    rows = [scan_picture(n, source, fetch, config) for n, source in enumerate(sources)]
+    (folder / "shards").mkdir()
+    for number, shard in enumerate(plan(pa.Table.from_pylist(rows, SCAN), config)):
+        (folder / "shards" / shard_name(number)).write_bytes(shard_bytes(shard.to_pylist(), config))
 
 
 def batch(source: Source, first: int, size: int) -> Batch:

@@ -16,7 +16,9 @@ import torch
 from ray.cluster_utils import Cluster
 
 from linearsr.config import ModelConfig
+from linearsr.denoiser import LinearSR
 from linearsr.distributed.train import shards as reading
+from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.data import Share, batches, notes_about, open_source
 from linearsr.distributed.train.esgf import check_stages
 from linearsr.distributed.train.shards import Shards, StoredShards, Wanted
@@ -24,9 +26,10 @@ from linearsr.distributed.train.trainer import check, train
 from linearsr.errors import InputError, LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
 from linearsr.storage.location import locate
+from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop
 from linearsr.training.data import Batch, DataConfig
-from linearsr.training.latents import LatentsConfig, StoredPair
+from linearsr.training.latents import LatentsConfig, StoredPair, collate_stored
 from linearsr.training.recipes import Recipe, override, tiny_cpu
 from tests.helpers.latents import DATA, save_models, shard_config, tag_shards, write_shards
 from tests.helpers.runs import STEPS, checkpoints, reported, stage_of
@@ -329,29 +332,38 @@ def recipe(model: ModelConfig) -> Recipe:
     )
 
 
+def _stage(recipe: Recipe, shards: Path, photos: Path, runs: Path) -> StageConfig:
+    stage = stage_of(recipe, shards, runs, "run")
+    cluster = stage.cluster.model_copy(update={"validation": str(photos)})
+    return stage.model_copy(update={"cluster": cluster})
+
+
 def test_a_run_trains_from_latents_as_from_pictures(
     cluster: Cluster, recipe: Recipe, shards: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Gemma is not on the machine of the training, as nothing has to be encoded by it."""
-    stage = stage_of(recipe, shards, tmp_path, "stored")
-    stage = stage.model_copy(
-        update={"cluster": stage.cluster.model_copy(update={"validation": str(photos)})}
-    )
-    outcome = train(stage)
-    run = Path(outcome.run.path)
+    """The first step has the loss that the same pairs have as pictures and names of tags."""
+    stage = _stage(recipe, shards, photos, tmp_path)
+    run = Path(train(stage).run.path)
     assert [m["step"] for m in reported(run)] == [6]
     history = loop.read_progress(checkpoints(run)[-1]).history
-    assert len(history) == 6 and all(point["loss"] > 0 for point in history)
+    model, train_config = recipe.model, stage.train
+    torch.manual_seed(train_config.seed)
+    denoiser = LinearSR(model.denoiser)
+    source = _open(shards, model, pixels=True)
+    batch = collate_stored([source.pair(n) for n in range(4)], range(4))._replace(stored=None)
+    assert train_config.seed == 0 and any(batch.tags)
+    encoders = load_autoencoder(model.latent), tag_encoder(model)
+    with torch.no_grad():
+        losses, _ = loop.flow_loss(denoiser, encoders[0], batch, train_config, encoders[1])
+    assert len(history) == 6
+    assert history[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-3)
 
 
 def test_a_run_on_latents_of_other_weights_ends_before_its_first_step(
     cluster: Cluster, recipe: Recipe, shards: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Of the same shape, they are only known once a worker has loaded them."""
-    from tests.helpers.dc_ae import save_dc_ae
-
-    torch.manual_seed(5)
-    source = save_dc_ae(tmp_path / "dc-ae", factor=8)
+    """Their shape is the same, so they are known only once a worker has loaded them."""
+    source = tmp_path / "dc-ae"
     autoencoder = load_autoencoder(recipe.model.latent)
     with torch.no_grad():
         for parameter in autoencoder.model.parameters():  # type: ignore[attr-defined]
@@ -359,13 +371,10 @@ def test_a_run_on_latents_of_other_weights_ends_before_its_first_step(
     autoencoder.model.save_pretrained(source)  # type: ignore[attr-defined]
     latent = recipe.model.latent.model_copy(update={"source": str(source)})
     other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"latent": latent})})
-    stage = stage_of(other, shards, tmp_path, "other")
-    stage = stage.model_copy(
-        update={"cluster": stage.cluster.model_copy(update={"validation": str(photos)})}
-    )
+    stage = _stage(other, shards, photos, tmp_path)
     with pytest.raises(LinearSRError, match="the shards have latents of"):
         train(stage)
-    assert not reported(tmp_path / "other")
+    assert not reported(stage.run.path)
 
 
 def test_latents_of_another_recipe_are_refused_before_any_worker_starts(
