@@ -30,12 +30,13 @@ from linearsr.evaluation.run import Request
 from linearsr.tags.base import TaggerConfig
 from linearsr.training import recipes
 from linearsr.training.config import PerceptualConfig, TrainConfig
+from linearsr.training.latents import LatentsConfig
 from linearsr.web.service import JobLimits, Limits
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 # The configs that check each job's flags: their fields have the flags' names.
 JOBS: dict[str, tuple[type[Config], ...]] = {
-    "build_shards": (ShardConfig,),
+    "build_shards": (ShardConfig, LatentsConfig),
     "tag_dataset": (TagConfig, TaggerConfig),
     "plan": (),
     "pretrain": (ClusterConfig,),

@@ -188,9 +188,15 @@ class _Actors:
 
 
 def map_tasks(
-    items: Iterable[Item], function: Callable[[Item], Result], cpus: float, max_cpus: float
+    items: Iterable[Item],
+    function: Callable[[Item], Result],
+    cpus: float,
+    max_cpus: float,
+    gpus: float = 0.0,
 ) -> Iterator[tuple[Item, Result | None]]:
-    """Yield every item with `function(item)`, in completion order; each is a task of `cpus` CPUs.
+    """Yield every item with `function(item)`, in completion order.
+
+    Each is a task of `cpus` CPUs and `gpus` GPUs, of which a share is possible.
 
     An item that kills ATTEMPTS workers has the result None. A cluster that autoscales would add
     nodes for every waiting task, so it gets tasks for at most `max_cpus` CPUs at a time. Raises
@@ -199,8 +205,9 @@ def map_tasks(
     left = deque(items)
     if not left:
         return
-    check_feasible("a task", ResourceRequest(cpus), ResourceRequest(cpus), "lower --cpus")
-    task = ray.remote(_call).options(num_cpus=cpus, max_retries=ATTEMPTS - 1)
+    request = ResourceRequest(cpus, gpus)
+    check_feasible("a task", request, request, "lower --cpus" + " or --gpus" * bool(gpus))
+    task = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus or None, max_retries=ATTEMPTS - 1)
     # On a fixed cluster as many tasks wait as run, so that no CPU idles between two of them.
     cpus_in_flight = max_cpus if autoscales() else 2 * ray.cluster_resources().get("CPU", 0.0)
     limit = max(1, int(cpus_in_flight / cpus))

@@ -6,6 +6,7 @@ with a spread near one. `lr_picture` is always the LR picture upsampled to the H
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +38,10 @@ class Autoencoder(Protocol):
         """Return the picture of `latent`, not clamped."""
         ...
 
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that differ where `encode` or `condition` would differ."""
+        ...
+
     def condition(self, lr_picture: Tensor) -> Tensor:
         """Return the encoded LR picture, for `LinearSR.condition(lr_latent=...)`."""
         ...
@@ -57,6 +62,9 @@ class SpaceToDepth:
 
     def condition(self, lr_picture: Tensor) -> Tensor:
         return F.pixel_unshuffle(lr_picture, self.factor)
+
+    def digest(self) -> str:
+        return _digest("space-to-depth", self.factor, self.scale).hexdigest()[:16]
 
 
 class DCAutoencoder:
@@ -99,6 +107,21 @@ class DCAutoencoder:
 
     def condition(self, lr_picture: Tensor) -> Tensor:
         return self.encode(lr_picture, lr_picture)
+
+    def digest(self) -> str:
+        # In bfloat16, so that it is the same for weights that were loaded in another precision; the
+        # decoder has no part in a latent.
+        found = _digest("dc-ae", self.factor, self.scale)
+        encoder: nn.Module = self.model.encoder  # type: ignore[assignment]
+        for name, tensor in sorted(encoder.state_dict().items()):
+            rounded = tensor.to(torch.bfloat16).cpu().contiguous()
+            found.update(f"{name} {tuple(tensor.shape)} ".encode())
+            found.update(rounded.view(torch.int16).numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def _digest(*parts: object) -> hashlib._Hash:
+    return hashlib.sha256(repr(parts).encode())
 
 
 def load_autoencoder(

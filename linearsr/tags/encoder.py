@@ -6,9 +6,11 @@ encodes its first tag.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -52,6 +54,33 @@ def tag_encoder(config: ModelConfig, device: str | torch.device = "cpu") -> TagE
     dim = config.denoiser.tag_dim
     assert dim is not None
     return GemmaEncoder(config.tags.source, dim, device)
+
+
+def pad(rows: Sequence[Tensor]) -> EncodedTags:
+    """Join embeddings (T_i, tag_dim) of several pictures; T_i is 0 for one without tags."""
+    longest = max(1, *map(len, rows))
+    embeddings = torch.zeros(len(rows), longest, rows[0].shape[1])
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        embeddings[i, : len(row)], mask[i, : len(row)] = row, True
+    return EncodedTags(embeddings, mask)
+
+
+def fingerprint(source: str) -> str:
+    """Return a text that differs for other embeddings: a hub id itself, or a folder's digest.
+
+    A folder's digest is of the names and sizes of its weights and of its tokenizer, and of the
+    first MiB of each. So a copy of a folder has the same one.
+    """
+    if not os.path.isdir(source):
+        return source
+    digest = hashlib.sha256()
+    for file in sorted(Path(source).iterdir()):
+        if file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(1 << 20))
+    return digest.hexdigest()[:16]
 
 
 class GemmaEncoder:

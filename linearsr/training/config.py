@@ -83,6 +83,11 @@ class TrainConfig(Config):
     """Whether to compute in bfloat16 over float32 weights. "auto" does if every worker's processor
     multiplies bfloat16 in hardware, as GPUs do, and CPUs with AMX or AVX512-BF16."""
 
+    @property
+    def pixels(self) -> bool:
+        """Return whether the stage compares pictures, and so needs HR even beside its latents."""
+        return self.pixel_weight > 0
+
     @model_validator(mode="after")
     def _checkpoints_are_reports(self) -> TrainConfig:
         if self.checkpoint_every % self.report_every:
@@ -122,3 +127,8 @@ class PerceptualConfig(TrainConfig):
     and one more by the expert before the trained one, or by the trained one itself."""
     crop: int | None = Field(default=None, gt=0)
     """Side, in latent cells, of the part that is decoded and judged; by default, all of it."""
+
+    @property
+    def pixels(self) -> bool:
+        """Return True: this stage compares pictures."""
+        return True

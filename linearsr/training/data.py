@@ -26,6 +26,7 @@ from linearsr.imaging.files import read
 from linearsr.imaging.listing import find_images
 from linearsr.imaging.resample import resize
 from linearsr.storage.walk import Notes
+from linearsr.tags.encoder import EncodedTags
 
 Tags = tuple[str, ...]
 
@@ -35,17 +36,46 @@ SIDECAR = "tags.jsonl"
 NEAR_ONE = 1.5
 
 
+class Stored(NamedTuple):
+    """What a batch of B pairs need not compute, since it was computed in advance.
+
+    clean: (B, C, h, w), the clean latent z_0 of HR. condition: (B, C, h, w), the encoded LR
+    picture, for models that take it. tags: the embedded tags; None if tags are still names.
+    """
+
+    clean: Tensor
+    condition: Tensor | None = None
+    tags: EncodedTags | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Stored:
+        """Return the same with every tensor changed."""
+        condition = None if self.condition is None else change(self.condition)
+        tags = None if self.tags is None else EncodedTags(*map(change, self.tags))
+        return Stored(change(self.clean), condition, tags)
+
+
 class Batch(NamedTuple):
     """hr (B, 3, H, W) and lr (B, 3, H/s, W/s) in [-1, 1]; numbers (B,) int64 of the pairs.
 
     All pairs of a batch have one scale s. The numbers also seed timesteps and noise, so a step
-    depends on nothing but its pairs. tags: B tuples, or none at all.
+    depends on nothing but its pairs. tags: B tuples, or none at all. stored: what was computed in
+    advance, if anything; hr is (B, 3, 0, 0) then, unless the stage compares pictures.
     """
 
     hr: Tensor
     lr: Tensor
     numbers: Tensor
     tags: tuple[Tags, ...] = ()
+    stored: Stored | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with pictures, latents and embeddings on a device; numbers stay."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        stored = None if self.stored is None else self.stored.each(move)
+        return self._replace(hr=move(self.hr), lr=move(self.lr), stored=stored)
 
     def split(self, count: int) -> list[Batch]:
         """Return `count` batches of equal size, in order. Raises ValueError if they would differ.
@@ -55,8 +85,11 @@ class Batch(NamedTuple):
         size, rest = divmod(len(self.numbers), count)
         if rest or not size:
             raise ValueError(f"{len(self.numbers)} pairs cannot be split into {count} equal parts")
-        parts = [slice(start, start + size) for start in range(0, len(self.numbers), size)]
-        return [Batch(self.hr[p], self.lr[p], self.numbers[p], self.tags[p]) for p in parts]
+        return [self._part(slice(at, at + size)) for at in range(0, len(self.numbers), size)]
+
+    def _part(self, pairs: slice) -> Batch:
+        stored = None if self.stored is None else self.stored.each(lambda tensor: tensor[pairs])
+        return Batch(self.hr[pairs], self.lr[pairs], self.numbers[pairs], self.tags[pairs], stored)
 
 
 class Photo(NamedTuple):
@@ -104,6 +137,9 @@ class DataConfig(Config):
     """Pixels around the patch that blur and resizing may use."""
     tag_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of pairs that lose their tags, so that the model learns to do without."""
+    latents: bool = True
+    """Whether latents are used that shards hold. If not, pairs are cut from the shards' HR and
+    encoded at each step."""
 
     def micro_batch(self, workers: int, accumulation: int) -> int:
         """Return the number of pairs that a worker takes at once. Raises OptionError for a rest."""
@@ -130,6 +166,19 @@ class DataConfig(Config):
             return float(self.scale)
         share = np.array(smaller) / sum(smaller)
         return float(rng.choice(smaller, p=share))
+
+    def scales_of(self, count: int) -> list[float]:
+        """Return `count` scales that stand for those of all batches.
+
+        At least one is the largest, and in all the share `at_largest` of them. The others lie in
+        the middle of equally likely parts of the smaller scales.
+        """
+        smaller = self._smaller
+        others = min(count - round(self.at_largest * count), count - 1) if smaller else 0
+        likely = np.cumsum(smaller) / sum(smaller) if smaller else np.ones(1)
+        middles = (np.arange(others) + 0.5) / max(others, 1)
+        chosen = [smaller[i] for i in np.searchsorted(likely, middles)]
+        return [float(self.scale)] * (count - others) + chosen
 
     @property
     def _smaller(self) -> list[float]:
@@ -194,19 +243,42 @@ def cut_pair(
 ) -> Pair:
     """Return pair `number`, cut from a photograph. photo: returns one, at random if it likes."""
     rng = np.random.default_rng([seed, number])
-    scale = config.scale_of(seed, number)
-    # Half the time the busier of two crops.
-    crops = [_random_crop(photo(rng), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
-    crop, tags = max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
-    hr = _augment(crop, rng)
-    presets = config.presets_at(scale)
-    preset = rng.choice(list(presets), p=list(presets.values()))
-    lr = degrade(hr, scale, PRESETS[preset], rng)
-    inner, side = round(config.margin / scale), round(config.patch / scale)
-    hr, lr = _centre(hr, config.margin, config.patch), _centre(lr, inner, side)
+    pair = make_pair(photo, config, config.scale_of(seed, number), rng)
     # Drawn last, so that pixels are the same with and without tags.
     dropped = rng.random() < config.tag_dropout
-    return Pair(as_bytes(hr), as_bytes(lr), () if dropped else tags)
+    return pair._replace(tags=()) if dropped else pair
+
+
+def make_pair(
+    photo: Callable[[np.random.Generator], Photo],
+    config: DataConfig,
+    scale: float,
+    rng: np.random.Generator,
+) -> Pair:
+    """Return a pair of this scale, cut from a photograph at random and degraded at random."""
+    crop = _cut_hr(photo, config, rng)
+    presets = config.presets_at(scale)
+    preset = rng.choice(list(presets), p=list(presets.values()))
+    lr = degrade(crop.pixels, scale, PRESETS[preset], rng)
+    inner, side = round(config.margin / scale), round(config.patch / scale)
+    hr = as_bytes(_centre(crop.pixels, config.margin, config.patch))
+    return Pair(hr, as_bytes(_centre(lr, inner, side)), crop.tags)
+
+
+def make_hr(photo: Photo, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    """Return the HR of the pair that `make_pair` cuts from this photograph, without its LR."""
+    crop = _cut_hr(lambda _: photo, config, rng)
+    return as_bytes(_centre(crop.pixels, config.margin, config.patch))
+
+
+def _cut_hr(
+    photo: Callable[[np.random.Generator], Photo], config: DataConfig, rng: np.random.Generator
+) -> Photo:
+    """Return a random crop with its margins, (3, needs, needs) in [0, 1], and its tags."""
+    # Half the time the busier of two crops.
+    crops = [_random_crop(photo(rng), config, rng) for _ in range(1 if rng.random() < 0.5 else 2)]
+    crop = max(crops, key=lambda crop: crop.pixels.diff(dim=-1).abs().mean().item())
+    return Photo(_augment(crop.pixels, rng), crop.tags)
 
 
 def _random_crop(photo: Photo, config: DataConfig, rng: np.random.Generator) -> Photo:

@@ -240,14 +240,22 @@ class Conditions(NamedTuple):
         cls, batch: Batch, model: LinearSR, autoencoder: Autoencoder, encoder: TagEncoder | None
     ) -> Conditions:
         """Return the conditions of all pairs of the batch; call it without gradients."""
-        lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
-        joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
+        stored = batch.stored
+        if stored is None:
+            lr_picture = resize(batch.lr, *batch.hr.shape[-2:])
+            joined = autoencoder.condition(lr_picture) if model.config.condition_latent else None
+        else:
+            sides = (cells * autoencoder.factor for cells in stored.clean.shape[-2:])
+            lr_picture, joined = resize(batch.lr, *sides), stored.condition
         if encoder is None:
             return cls(lr_picture, joined, None, None)
-        # Encoded even if no pair has a tag: all ranks must use the same parameters.
-        embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
-        tags = embeddings.to(batch.hr.device, model.embed.weight.dtype)
-        return cls(lr_picture, joined, tags, mask.to(batch.hr.device))
+        if stored is not None and stored.tags is not None:
+            embeddings, mask = stored.tags
+        else:
+            # Encoded even if no pair has a tag: all ranks must use the same parameters.
+            embeddings, mask = encoder(batch.tags or [()] * len(batch.numbers))
+        tags = embeddings.to(batch.lr.device, model.embed.weight.dtype)
+        return cls(lr_picture, joined, tags, mask.to(batch.lr.device))
 
     def only(self, chosen: Tensor) -> Conditions:
         """Return the conditions of the pairs that the mask `chosen` (B,) keeps."""
@@ -270,13 +278,15 @@ def flow_loss(
 
     The loss of a pair is the mean of |v_theta(z_t, t, LR) - (eps - z_0)|^2. With
     `config.pixel_weight`, the L1 distance of the decoded guess z_t - t v to the HR picture is added
-    where t <= `config.pixel_below`. With an `encoder`, the tags of the batch guide the model.
+    where t <= `config.pixel_below`. With an `encoder`, the tags of the batch guide the model. What
+    the batch has stored is not computed again.
     """
-    device = batch.hr.device
+    device = batch.lr.device
     with torch.no_grad():
         conditions = Conditions.of(batch, model, autoencoder, encoder)
         lr_picture = conditions.lr_picture
-        clean = autoencoder.encode(batch.hr, lr_picture)
+        stored = batch.stored
+        clean = autoencoder.encode(batch.hr, lr_picture) if stored is None else stored.clean
         t, noise = (x.to(device) for x in draw(batch.numbers, clean.shape[1:], config))
         latent = add_noise(clean, noise, t)
     v = model(latent, t, conditions.encode(model))
@@ -370,11 +380,7 @@ def _step(
 ) -> tuple[Signals, Losses, float]:
     engine, config, progress = state.engine, state.config, state.progress
     progress.seen += len(batch.numbers) * engine.world
-    batch = batch._replace(
-        hr=batch.hr.to(engine.device, non_blocking=True),
-        lr=batch.lr.to(engine.device, non_blocking=True),
-    )
-    losses = _accumulate(state, batch)
+    losses = _accumulate(state, batch.to(engine.device))
     mean, peak = engine.share(losses.reported.mean().item(), largest.take())
     check_finite(progress.step, Signals(mean, 0.0, peak))
     signals = Signals(mean, engine.step(rate), peak)

@@ -51,6 +51,7 @@ ADDED = {
     ],
     "python -m benchmarks.serve": ["--count", "2", "--steps", "1", "--layouts", "together"],
     "python -m benchmarks.dataset": ["--pictures", "2"],
+    "python -m benchmarks.latents": ["--divide", "32", "--patch", "64", "--rounds", "1"],
     "python -m benchmarks.tags": ["--steps", "1", "1", "1", "--threshold", "0"],
     "python -m pytest": ["--collect-only", "--ignore-glob=*"],  # pytest would run itself
     "curl": ["--fail-with-body", "--silent", "--show-error"],

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from linearsr.distributed.train.esgf import check_stages, export_outcomes, run_stage
     from linearsr.storage.location import locate, url
 
-    check_stages(options.stages, recipe, cluster.workers)
+    check_stages(options.stages, recipe, cluster.workers, cluster.data)
     before = [locate(options.before)]
     target = locate(cluster.storage) / cluster.name / "weights"
     for kind in options.stages:

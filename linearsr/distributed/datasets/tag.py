@@ -2,6 +2,9 @@
 
     list shards ─▶ leave out those done ─▶ actors: row group ▸ decode ▸ tag ─▶ shard written whole
 
+Shards whose latents are of a model with tags also get the tags' embeddings by the encoder of that
+model, so that training need not embed them.
+
 A shard's footer says which tagger has seen it, which rows it had then, and which rows failed. So
 the output may be the input, and a job that is started again goes on with the shards that this
 tagger has not seen.
@@ -20,6 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from linearsr.distributed.datasets.resume import Errors, Failure, Summary, progress
+from linearsr.distributed.latents import (
+    EMBEDDED,
+    EMBEDDED_PRECISION,
+    EMBEDDINGS,
+    EmbeddingsNote,
+    latents_of,
+    with_note,
+)
 from linearsr.distributed.queue import CRASHED, Pool, map_actors
 from linearsr.errors import (
     InputError,
@@ -44,6 +55,8 @@ from linearsr.storage.location import (
 from linearsr.storage.walk import Notes
 from linearsr.tags import load_tagger
 from linearsr.tags.base import Tag, TaggerConfig
+from linearsr.tags.encoder import GemmaEncoder, TagEncoder
+from linearsr.training.latents import pack
 
 # The footer's key. Its value is JSON: the `settings`, the shard's `identity`, the number of rows
 # `tagged`, and `errors` by id; the id "" stands for the whole shard. It may have `notes` by id, of
@@ -181,6 +194,7 @@ def _read_notes(
     def read_note(file: Location) -> Note | None:
         shard = open_shard(file, "id")
         note = _note(shard, file)
+        wanted = {**settings, **_encoder_settings(shard.schema_arrow, file)}
         with explained(file):
             same = identity(shard) == known[file.path].identity
         if not same:
@@ -189,10 +203,17 @@ def _read_notes(
                 f"{known[file.path].name} differ from those in the input; choose another --output"
             )
         done = (note.get("settings"), note.get("identity"))
-        return note if done == (settings, known[file.path].identity) else None
+        return note if done == (wanted, known[file.path].identity) else None
 
     notes = dict(zip((file.path for file in existing), map_files(existing, read_note), strict=True))
     return [notes.get(path) for path in known]
+
+
+def _encoder_settings(schema: Any, file: Location) -> dict[str, str]:
+    """Return the encoder that must embed a shard's tags, as a setting; {} if none must."""
+    latents = latents_of(schema, url(file))
+    note = None if latents is None else EmbeddingsNote.of(latents)
+    return {} if note is None else {"encoder": note.source}
 
 
 def _note(shard: Any, file: Location) -> Note:
@@ -232,7 +253,9 @@ class _Worker:
 
     def __init__(self, config: TagConfig, source: Location, output: Location) -> None:
         self.config, self.source, self.output = config, source, output
-        self.tagger = load_tagger(config.tagger, "cuda" if config.gpu else "cpu")
+        self.device = "cuda" if config.gpu else "cpu"
+        self.tagger = load_tagger(config.tagger, self.device)
+        self.encoders: dict[EmbeddingsNote, TagEncoder] = {}
 
     def __call__(self, shards: list[_Shard]) -> list[Note]:
         """Tag shards and return the note of each."""
@@ -241,7 +264,9 @@ class _Worker:
     def _tag(self, name: str) -> Note:
         """Tag one shard; a bad one must not end the job."""
         try:
-            data, note = tag_shard(open_shard(self.source / name), self.config, self.tagger)
+            shard = open_shard(self.source / name)
+            encoder = self._encoder(shard.schema_arrow, name)
+            data, note = tag_shard(shard, self.config, self.tagger, encoder)
             (self.output / name).write(data)
         except (OptionError, WeightsError):
             raise  # the next one would fail as well
@@ -249,16 +274,43 @@ class _Worker:
             return _failed_shard(reason(error))
         return note
 
+    def _encoder(self, schema: Any, name: str) -> Encoder | None:
+        """Return the encoder that a shard's latents ask for, if they do; each is loaded once."""
+        latents = latents_of(schema, name)
+        note = None if latents is None else EmbeddingsNote.of(latents)
+        if note is None:
+            return None
+        if note not in self.encoders:
+            self.encoders[note] = GemmaEncoder(note.source, note.dim, self.device)
+        return Encoder(note, self.encoders[note])
 
-def tag_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
+
+class Encoder(NamedTuple):
+    """An encoder of tags, and the note about its embeddings."""
+
+    note: EmbeddingsNote
+    encode: TagEncoder
+
+    def column(self, tags: list[list[Tag]]) -> pa.Array:
+        """Return the column of a row group's embeddings."""
+        embedded, mask = self.encode([[tag.name for tag in row] for row in tags])
+        rows = (row[kept] for row, kept in zip(embedded, mask, strict=True))
+        return pa.array([pack(row, EMBEDDED_PRECISION) for row in rows], EMBEDDED.type)
+
+
+def tag_shard(
+    file: Any, config: TagConfig, tagger: Any, encoder: Encoder | None = None
+) -> tuple[bytes, Note]:
     """Return the bytes of a shard with `tags` and `tag_scores` filled, and the note in its footer.
 
     file: the shard, opened by pyarrow. All its other columns stay as they are. Its row groups are
     tagged in turn, so at most one is in memory. A row whose picture cannot be read has no tags and
-    an error in the note.
+    an error in the note. encoder: also fills `tag_embeddings`; without it, a column of an earlier
+    run is dropped, as its embeddings would be of other tags.
     """
-    schema = _schema(file.schema_arrow)
-    note: Note = {"settings": config.settings, "identity": identity(file)}
+    schema = _schema(file.schema_arrow, None if encoder is None else encoder.note)
+    settings = config.settings | ({} if encoder is None else {"encoder": encoder.note.source})
+    note: Note = {"settings": settings, "identity": identity(file)}
     note |= {"tagged": 0, "errors": {}, "notes": {}}
     sink = io.BytesIO()
     # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
@@ -268,18 +320,23 @@ def tag_shard(file: Any, config: TagConfig, tagger: Any) -> tuple[bytes, Note]:
             group = file.read_row_group(number)
             rows = zip(*(group.column(c).to_pylist() for c in ("id", config.column)), strict=True)
             tags = [_tags(id, data, tagger, note) for id, data in rows]
-            writer.write_table(_with_tags(group, tags, schema))
+            embedded = None if encoder is None else encoder.column(tags)
+            writer.write_table(_with_tags(group, tags, embedded, schema))
         writer.add_key_value_metadata({NOTE.decode(): json.dumps(note)})
     return sink.getvalue(), note
 
 
-def _schema(schema: Any) -> Any:
-    """Return the shard's schema with TAGS in their place or at the end, without a note."""
-    for field_ in TAGS:
+def _schema(schema: Any, embeddings: EmbeddingsNote | None) -> Any:
+    """Return the shard's schema with TAGS in their place or at the end, without a note of tags.
+
+    embeddings: the note about the column EMBEDDED, which there is with it alone.
+    """
+    for field_ in TAGS if embeddings is None else (*TAGS, EMBEDDED):
         at = schema.get_field_index(field_.name)
         schema = schema.append(field_) if at < 0 else schema.set(at, field_)
-    kept = {k: v for k, v in (schema.metadata or {}).items() if k != NOTE}
-    return schema.with_metadata(kept or None)
+    if embeddings is None and EMBEDDED.name in schema.names:
+        schema = schema.remove(schema.get_field_index(EMBEDDED.name))
+    return with_note(with_note(schema, NOTE, None), EMBEDDINGS, embeddings)
 
 
 def _tags(id: str, data: bytes | None, tagger: Any, note: Note) -> list[Tag]:
@@ -299,9 +356,11 @@ def _tags(id: str, data: bytes | None, tagger: Any, note: Note) -> list[Tag]:
     return tags
 
 
-def _with_tags(group: pa.Table, tags: list[list[Tag]], schema: Any) -> pa.Table:
+def _with_tags(
+    group: pa.Table, tags: list[list[Tag]], embedded: pa.Array | None, schema: Any
+) -> pa.Table:
     names = pa.array([[tag.name for tag in row] for row in tags], TAGS[0].type)
     scores = pa.array([[tag.score for tag in row] for row in tags], TAGS[1].type)
-    new = {"tags": names, "tag_scores": scores}
+    new = {"tags": names, "tag_scores": scores, EMBEDDED.name: embedded}
     columns = [new[n] if n in new else group.column(n) for n in schema.names]
     return pa.table(columns, schema=schema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from linearsr.config import Config, LoRAConfig
+from linearsr.distributed.train.shards import Wanted
 from linearsr.storage.location import Location, locate, url
 from linearsr.training.config import TrainConfig
 from linearsr.training.data import DataConfig
@@ -86,6 +87,11 @@ class StageConfig(Config):
     def data(self) -> DataConfig:
         """Return the configuration of this stage's training pairs."""
         return self.recipe.data_of(self.kind)
+
+    @property
+    def wanted(self) -> Wanted:
+        """Return what this stage takes from shards with latents."""
+        return Wanted(self.recipe.model, self.train.pixels)
 
     @property
     def run(self) -> Location:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -19,10 +19,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from linearsr.distributed.train.shards import Notes, Wanted, open_rows, read_notes
 from linearsr.errors import InputError, LinearSRError, StorageError
 from linearsr.imaging.files import read
-from linearsr.imaging.sources import choose, map_files, open_shard
-from linearsr.storage.location import Location, explained, locate
+from linearsr.imaging.sources import choose
+from linearsr.storage.location import Location, locate
 from linearsr.training.data import (
     SIDECAR,
     Batch,
@@ -33,15 +34,12 @@ from linearsr.training.data import (
     Tags,
     as_bytes,
     collate,
-    cut_pair,
     read_tags,
 )
+from linearsr.training.latents import StoredPair, collate_stored
 
-# Decoded photographs, and row groups of encoded ones, that one actor keeps.
+# Decoded photographs that one actor keeps.
 PHOTOS_KEPT = 64
-GROUPS_KEPT = 4
-# Number of unusable rows of a shard dataset, one after the other, that end a run.
-MAX_SKIPPED = 100
 # Number of pictures that are checked before a run may start.
 CHECKED = 32
 # Small blocks: a rank waits for its first one, and prefetches by blocks.
@@ -51,21 +49,23 @@ STEPS_PER_BLOCK, MAX_BLOCKS, BLOCK_BYTES = 8, 512, 8 << 20
 class Source(Protocol):
     """Numbered training pairs."""
 
-    def pair(self, number: int) -> Pair:
+    def pair(self, number: int) -> Pair | StoredPair:
         """Return pair `number`."""
         ...
 
 
-def open_source(path: str, config: DataConfig, seed: int) -> Source:
+def open_source(path: str, config: DataConfig, seed: int, wanted: Wanted | None = None) -> Source:
     """Open a folder of pictures or of Parquet shards, local or s3://.
 
     Tags come from the folder's tags.jsonl, or from the shards' column `tags`, if there is one.
-    Raises InputError, with the reason, if there is nothing to train on.
+    wanted: what the stage takes from shards with latents; without it, pairs are cut from their HR.
+    Raises InputError, with the reason, if there is nothing to train on, and OptionError for latents
+    that do not fit.
     """
     folder = locate(path)
     pictures, shards = choose(folder, "hr")
     if shards:
-        return Shards(shards, config, seed)
+        return open_rows(shards, config, seed, wanted)
     if not pictures:
         raise InputError(f"{path}: no pictures and no .parquet shards to train on")
     decodable = (p for p in pictures[:CHECKED] if _decoded(p, config.needs) is not None)
@@ -78,6 +78,12 @@ def open_source(path: str, config: DataConfig, seed: int) -> Source:
     tags = _tags(folder, pictures)
     photos = [partial(_photo, p, config.needs, usable, tags) for p in pictures]
     return Photos(photos, config, seed)
+
+
+def notes_about(path: str, config: DataConfig) -> Notes | None:
+    """Return the notes about the latents that a stage takes from this folder; None without some."""
+    _, shards = choose(locate(path), "hr") if config.latents else ([], [])
+    return read_notes(shards[0]) if shards else None
 
 
 def _tags(folder: Location, pictures: list[Location]) -> Mapping[str, Tags]:
@@ -116,92 +122,6 @@ def _photo(
     )
 
 
-class _Group(NamedTuple):
-    """One row group of one shard: pairs are drawn from whole groups, so each is read once."""
-
-    file: Location
-    number: int
-    rows: int
-
-
-class Shards:
-    """HR pictures of a shard dataset; each epoch shuffles the groups, and the rows in a group."""
-
-    def __init__(self, files: list[Location], config: DataConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.groups = [group for groups in map_files(files, _groups) for group in groups]
-        self.rows = sum(group.rows for group in self.groups)
-        if not self.rows:
-            raise InputError(f"{files[0].path}: the shards hold no rows")
-
-    def pair(self, number: int) -> Pair:
-        """Return pair `number`; unusable rows are skipped.
-
-        Raises InputError after a whole epoch, or MAX_SKIPPED rows, of unusable ones.
-        """
-        candidates = range(number, number + min(self.rows, MAX_SKIPPED))
-        rows = (self._photo(*divmod(candidate, self.rows)) for candidate in candidates)
-        photo = next((row for row in rows if row is not None), None)
-        if photo is None:
-            raise InputError(
-                f"{self.groups[0].file.path}: none of {len(candidates)} rows tried in this data "
-                f"set can be decoded and is at least {self.config.needs} px on its shorter side; "
-                "build shards with a larger --crop"
-            )
-        return cut_pair(lambda _: photo, self.config, self.seed, number)
-
-    def _photo(self, epoch: int, position: int) -> Photo | None:
-        group, row = self._find(epoch, position)
-        columns = _columns(group).slice(row, 1).to_pylist()[0]
-        if columns["hr"] is None:
-            return None
-        try:
-            pixels = as_bytes(read(columns["hr"], name=f"{group.file.path}:{row}").pixels)
-        except LinearSRError:
-            return None
-        if min(pixels.shape[1:]) < self.config.needs:
-            return None
-        return Photo(pixels, tuple(filter(None, columns.get("tags") or ())))
-
-    def _find(self, epoch: int, position: int) -> tuple[_Group, int]:
-        order, starts = _epoch_order(tuple(g.rows for g in self.groups), self.seed, epoch)
-        nth = int(np.searchsorted(starts, position, side="right")) - 1
-        group = self.groups[order[nth]]
-        rows = np.random.default_rng([self.seed, epoch, nth]).permutation(group.rows)
-        return group, int(rows[position - starts[nth]])
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the groups in the order of an epoch, and the position of each one's first row."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-    return order, np.concatenate([[0], np.cumsum(np.array(rows)[order])])
-
-
-def _groups(file: Location) -> list[_Group]:
-    shard = open_shard(file, "hr")
-    metadata, schema = shard.metadata, shard.schema_arrow
-    if "tags" in schema.names:
-        kind = schema.field("tags").type
-        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if not lists or str(kind.value_type).removeprefix("large_") != "string":
-            raise InputError(
-                f"{file.path}: column 'tags' must hold lists of strings; if it holds something "
-                "else, rename it"
-            )
-    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    return [_Group(file, number, size) for number, size in enumerate(sizes)]
-
-
-@lru_cache(maxsize=GROUPS_KEPT)
-def _columns(group: _Group) -> pa.Table:
-    """Read the columns `hr` and, if there is one, `tags`."""
-    shard = open_shard(group.file, "hr")
-    names = [name for name in ("hr", "tags") if name in shard.schema_arrow.names]
-    with explained(group.file):
-        return shard.read_row_group(group.number, columns=names)
-
-
 class Share(NamedTuple):
     """The part of each global batch that a rank takes, and the CPUs of its data actor."""
 
@@ -214,9 +134,15 @@ class _PairMaker:
     """Actor beside a rank that turns step numbers into that rank's pairs of those steps."""
 
     def __init__(
-        self, path: str, config: DataConfig, seed: int, first_step: int, share: Share
+        self,
+        path: str,
+        config: DataConfig,
+        seed: int,
+        wanted: Wanted | None,
+        first_step: int,
+        share: Share,
     ) -> None:
-        self.source = open_source(path, config, seed)
+        self.source = open_source(path, config, seed, wanted)
         self.first_step = first_step
         self.batch, self.count = config.batch, config.batch // share.world
         self.offset = share.rank * self.count
@@ -224,23 +150,73 @@ class _PairMaker:
     def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         firsts = [(self.first_step + int(n)) * self.batch + self.offset for n in steps["step"]]
         numbers = [n for first in firsts for n in range(first, first + self.count)]
-        hr, lr, tags = zip(*(self.source.pair(n) for n in numbers), strict=True)
-        return {
+        pairs = [self.source.pair(n) for n in numbers]
+        columns: dict[str, np.ndarray] = {
             "number": np.array(numbers),
-            "hr": np.stack([picture.numpy() for picture in hr]),
             # LR as bytes, since its size differs between steps; tags as text, since a column cannot
             # hold lists of different lengths.
-            "lr": np.array([picture.numpy().tobytes() for picture in lr], dtype=object),
-            "tags": np.array([json.dumps(names) for names in tags]),
+            "lr": _bytes(pair.lr for pair in pairs),
+            "tags": np.array([json.dumps(pair.tags) for pair in pairs]),
         }
+        for name in ("hr", "clean", "condition"):
+            if parts := _present(pairs, name):
+                columns[name] = np.stack([part.numpy() for part in parts])
+        if embedded := _present(pairs, "embedded"):
+            columns["embedded"] = _bytes(embedded)
+            columns["tag_dim"] = np.array([rows.shape[1] for rows in embedded])
+        return columns
+
+
+def _present(pairs: Sequence[Pair | StoredPair], name: str) -> list[Tensor]:
+    """Return this part of all pairs, or nothing if they do not have it."""
+    parts = (getattr(pair, name, None) for pair in pairs)
+    return [part for part in parts if part is not None]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> np.ndarray:
+    return np.array([tensor.numpy().tobytes() for tensor in tensors], dtype=object)
+
+
+def _batch(columns: dict[str, np.ndarray]) -> Batch:
+    """Return the batch of the pairs that a `_PairMaker` made."""
+    numbers = columns["number"].tolist()
+    side = math.isqrt(len(columns["lr"][0]) // 3)
+    lrs = [torch.from_numpy(np.frombuffer(lr, np.uint8).copy()) for lr in columns["lr"]]
+    lrs = [lr.view(3, side, side) for lr in lrs]
+    tags = [tuple(json.loads(names)) for names in columns["tags"]]
+    tensors: dict[str, list[Tensor]] = {
+        name: [torch.from_numpy(np.array(part)) for part in columns[name]]
+        for name in ("hr", "clean", "condition")
+        if name in columns
+    }
+    if "clean" not in tensors:
+        return collate(list(map(Pair, tensors["hr"], lrs, tags)), numbers)
+    if "embedded" in columns:
+        rows = zip(columns["embedded"], columns["tag_dim"], strict=True)
+        tensors["embedded"] = [torch.from_numpy(_rows(data, dim)) for data, dim in rows]
+    stored = [
+        StoredPair(lr, tags=names, **{name: parts[i] for name, parts in tensors.items()})
+        for i, (lr, names) in enumerate(zip(lrs, tags, strict=True))
+    ]
+    return collate_stored(stored, numbers)
+
+
+def _rows(data: bytes, length: int) -> np.ndarray:
+    return np.frombuffer(data, np.float32).reshape(-1, length).copy()
 
 
 def batches(
-    path: str, config: DataConfig, seed: int, seen: int, steps: int, share: Share
+    path: str,
+    config: DataConfig,
+    seed: int,
+    seen: int,
+    steps: int,
+    share: Share,
+    wanted: Wanted | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield a rank's part of `steps` global batches from pair number `seen` on, in order.
 
-    It must run inside a Ray worker. Pairs are made a few steps ahead.
+    It must run inside a Ray worker. Pairs are made a few steps ahead. wanted: see `open_source`.
     """
     import ray
 
@@ -253,16 +229,10 @@ def batches(
     dataset.context.execution_options.preserve_order = True
     pairs = dataset.map_batches(
         _PairMaker,
-        fn_constructor_args=(path, config, seed, seen // config.batch, share),
+        fn_constructor_args=(path, config, seed, wanted, seen // config.batch, share),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=share.cpus,
     )
-    for rows in pairs.iter_batches(batch_size=config.batch // share.world, prefetch_batches=2):
-        side = math.isqrt(len(rows["lr"][0]) // 3)
-        lrs = [torch.from_numpy(np.frombuffer(lr, np.uint8).copy()) for lr in rows["lr"]]
-        own = [
-            Pair(torch.from_numpy(np.array(hr)), lr.view(3, side, side), tuple(json.loads(names)))
-            for hr, lr, names in zip(rows["hr"], lrs, rows["tags"], strict=True)
-        ]
-        yield collate(own, rows["number"].tolist())
+    for columns in pairs.iter_batches(batch_size=config.batch // share.world, prefetch_batches=2):
+        yield _batch(columns)

@@ -21,10 +21,11 @@ from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.distributed.resources import capacity
 from linearsr.distributed.train.config import ClusterConfig, StageConfig
+from linearsr.distributed.train.data import notes_about
 from linearsr.distributed.train.knee import last_checkpoint, read_knee, start_from_knee, summary
 from linearsr.distributed.train.start import start_folder
 from linearsr.distributed.train.trainer import Outcome, check, train
-from linearsr.errors import LinearSRError
+from linearsr.errors import LinearSRError, OptionError
 from linearsr.storage.location import Location, locate, url
 from linearsr.training import export, perceptual
 from linearsr.training.config import PerceptualConfig
@@ -33,12 +34,21 @@ from linearsr.training.recipes import Kind, Recipe
 from linearsr.weights.bundle import expert_names
 
 
-def check_stages(kinds: Sequence[Kind], recipe: Recipe, workers: int = 1) -> None:
+def check_stages(
+    kinds: Sequence[Kind], recipe: Recipe, workers: int = 1, data: str | None = None
+) -> None:
     """Check that recipe and machine can do all stages, before the first of them runs.
 
-    Raises OptionError, MissingExtra or WeightsError for the first stage that they cannot do.
+    data: the folder to train on, whose latents, if it has some, must fit each stage. Raises
+    OptionError, MissingExtra or WeightsError for the first stage that they cannot do.
     """
     for kind in kinds:
+        notes = None if data is None else notes_about(data, recipe.data_of(kind))
+        if notes is not None:
+            try:
+                notes.check_recipe(recipe.model, recipe.data_of(kind))
+            except OptionError as error:
+                raise OptionError(f"{kind}: {error}") from error
         for expert in recipe.trained(kind):
             config = recipe.stage(kind, expert)
             recipe.data_of(kind).micro_batch(workers, config.accumulation)

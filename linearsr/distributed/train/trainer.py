@@ -37,17 +37,17 @@ from linearsr.denoiser import LinearSR
 from linearsr.distributed.compat import progress_bar
 from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.train.config import StageConfig
-from linearsr.distributed.train.data import Share, batches, open_source
+from linearsr.distributed.train.data import Share, batches, notes_about, open_source
 from linearsr.distributed.train.knee import Knee, KneePointCallback, advance, read_knee
 from linearsr.distributed.train.start import check_start, start_experts
 from linearsr.distributed.train.validation import validate_checkpoint, validation_pictures
 from linearsr.errors import LinearSRError, OptionError, one_line, require
-from linearsr.latent import load_autoencoder
+from linearsr.latent import Autoencoder, load_autoencoder
 from linearsr.storage.location import Location, check_writable, locate
 from linearsr.tags.encoder import tag_encoder
 from linearsr.training import loop, lora, perceptual
 from linearsr.training.config import PerceptualConfig
-from linearsr.training.engine import ZeroEngine
+from linearsr.training.engine import Engine, ZeroEngine
 from linearsr.training.guard import Diverged
 
 MODEL, LORA = "model.json", "lora.json"
@@ -93,7 +93,7 @@ def check(stage: StageConfig) -> None:
     cluster, recipe = stage.cluster, stage.recipe
     stage.data.micro_batch(cluster.workers, stage.train.accumulation)
     check_writable(locate(cluster.storage))
-    open_source(cluster.data, stage.data, stage.train.seed)
+    open_source(cluster.data, stage.data, stage.train.seed, stage.wanted)
     validation_pictures(cluster.validation, recipe.validation)
     check_start(stage)
     if isinstance(stage.train, PerceptualConfig):
@@ -177,7 +177,10 @@ def _worker(config: dict[str, str]) -> str | None:
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size(), job.cluster.data_cpus)
     with _Reporter(job, share) as reporter:
-        state = _build(job)
+        try:
+            state = _build(job)
+        except OptionError as error:
+            return str(error)
         if checkpoint := ray.train.get_checkpoint():
             with Location(checkpoint.filesystem, checkpoint.path).local() as folder:
                 state.load(folder)
@@ -185,7 +188,7 @@ def _worker(config: dict[str, str]) -> str | None:
             try:
                 seen, steps = state.progress.seen, job.train.steps - state.progress.step
                 source = job.cluster.data, job.data, job.train.seed
-                with closing(batches(*source, seen, steps, share)) as data:
+                with closing(batches(*source, seen, steps, share, job.wanted)) as data:
                     loop.run(state, data, reporter)
                 return None
             except Diverged as error:
@@ -218,9 +221,22 @@ def _build(job: StageConfig) -> loop.TrainState:
             if origin is not None:  # experts on the base that the engine already holds
                 frozen = lora.sharing(engine.module, origin.config, start.adapters)
             objective = perceptual.objective(config, train, expert, frozen, engine)
-    autoencoder = load_autoencoder(config.latent, device, engine.dtype)
-    encoder = tag_encoder(config, device)
+    autoencoder, encoder = _autoencoder(job, engine), tag_encoder(config, device)
     return loop.TrainState.start(engine, autoencoder, train, encoder, objective, origin)
+
+
+def _autoencoder(job: StageConfig, engine: Engine) -> Autoencoder:
+    """Load the autoencoder: on the CPU if all that it would do is done in the shards.
+
+    Raises OptionError if other weights have made the shards' latents or embeddings.
+    """
+    config = job.recipe.model
+    notes = notes_about(job.cluster.data, job.data)
+    idle = notes is not None and not job.train.pixels
+    autoencoder = load_autoencoder(config.latent, "cpu" if idle else engine.device, engine.dtype)
+    if notes is not None:
+        notes.check_weights(config, autoencoder.digest())
+    return autoencoder
 
 
 def _restart(

@@ -24,7 +24,8 @@ from linearsr.distributed.datasets.shards import scan
 from linearsr.distributed.datasets.shards.build import SCHEMA, BuildResult, build_shards
 from linearsr.distributed.datasets.shards.config import ShardConfig
 from linearsr.distributed.datasets.shards.plan import cut
-from linearsr.distributed.train.data import Shards, open_source
+from linearsr.distributed.train.data import open_source
+from linearsr.distributed.train.shards import Shards
 from linearsr.errors import InputError, OptionError, OutputError
 from linearsr.imaging.degradation import PRESETS, degrade
 from linearsr.imaging.files import read

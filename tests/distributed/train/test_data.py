@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from linearsr.distributed.train.data import Shards, Share, batches, open_source
+from linearsr.distributed.train.data import Share, batches, open_source
+from linearsr.distributed.train.shards import Shards
 from linearsr.errors import InputError
 from linearsr.training.data import Batch, Batches, DataConfig, Photos, load_photos
 

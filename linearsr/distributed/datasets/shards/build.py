@@ -1,6 +1,6 @@
 """Build a shard dataset: Parquet files of degraded pairs, the same bytes on every run.
 
-    scan ─▶ plan ─▶ a task per shard: fetch ▸ crop ▸ degrade ▸ encode ▸ write whole
+    scan ─▶ plan ─▶ a task per shard: fetch ▸ crop ▸ degrade ▸ encode (▸ latents) ▸ write whole
 
 A shard's name follows from the plan, so a job that is started again builds only what is missing.
 """
@@ -29,6 +29,7 @@ from torch import Tensor
 from linearsr.distributed.datasets.resume import Errors, Failure, claim, progress
 from linearsr.distributed.datasets.shards.config import ShardConfig
 from linearsr.distributed.datasets.shards.filters import Box
+from linearsr.distributed.datasets.shards.latents import variants, with_digest
 from linearsr.distributed.datasets.shards.plan import cut, plan, reject_duplicates
 from linearsr.distributed.datasets.shards.scan import (
     UNREADABLE,
@@ -39,6 +40,7 @@ from linearsr.distributed.datasets.shards.scan import (
     scan,
     use_one_thread,
 )
+from linearsr.distributed.latents import with_latents
 from linearsr.distributed.queue import CRASHED, map_tasks
 from linearsr.errors import InputError, one_line
 from linearsr.imaging.degradation import PRESETS, degrade
@@ -67,7 +69,7 @@ SCHEMA: Final = pa.schema(
 # Limits of a row group. A reader fetches row groups whole, so they are small.
 GROUP_ROWS, GROUP_PIXELS = 32, 1 << 25
 # Fields that change nothing in the shards.
-_IRRELEVANT: Final = {"inputs", "output", "cpus", "max_cpus"}
+_IRRELEVANT: Final = {"inputs", "output", "cpus", "max_cpus", "gpus"}
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,12 @@ class BuildResult:
 def build_shards(config: ShardConfig) -> BuildResult:
     """Build the missing shards on a running Ray cluster, then rejects.csv and manifest.json.
 
-    Errors that can be found in advance are raised before any work starts: InputError, OutputError
-    or OptionError. Raises InputError also if no picture passes the filters.
+    Errors that can be found in advance are raised before any work starts: InputError, OutputError,
+    OptionError or WeightsError. Raises InputError also if no picture passes the filters.
     """
     notes = Notes()
     sources = list_sources(config, notes)
+    config = with_digest(config)
     folder = locate(config.output)
     settings = {
         **config.model_dump(mode="json", exclude=_IRRELEVANT),
@@ -166,7 +169,8 @@ def _build_missing(
         for _ in range(2):
             todo, failed = [(n, shards[n].to_pylist()) for n in left], {}
             build = partial(_build, config=config)
-            for (number, _), error in map_tasks(todo, build, config.cpus, config.max_cpus):
+            results = map_tasks(todo, build, config.cpus, config.max_cpus, config.gpus)
+            for (number, _), error in results:
                 if error is None:
                     failed[number] = Failure("build", CRASHED)
                 elif error:
@@ -178,7 +182,10 @@ def _build_missing(
 
 
 def _build(shard: tuple[int, list[dict[str, Any]]], config: ShardConfig) -> str:
-    """Write one shard; return what was wrong, or "". Raises OutputError: all would fail."""
+    """Write one shard; return what was wrong, or "".
+
+    Raises OutputError or WeightsError: all would fail.
+    """
     number, rows = shard
     try:
         data = shard_bytes(rows, config)
@@ -195,18 +202,18 @@ def shard_bytes(rows: list[dict[str, Any]], config: ShardConfig) -> bytes:
     """
     use_one_thread()
     pairs = _pairs(rows, config)
-    sink = io.BytesIO()
+    sink, schema = io.BytesIO(), with_latents(SCHEMA, config.latents)
     # Pictures are compressed already; neither statistics nor dictionaries of them are of use.
     plain: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
-    with pq.ParquetWriter(sink, SCHEMA, compression="none", **plain) as writer:
+    with pq.ParquetWriter(sink, schema, compression="none", **plain) as writer:
         for first, last in cut([r["width"] * r["height"] for r in rows], GROUP_ROWS, GROUP_PIXELS):
             group = [next(pairs) for _ in range(first, last)]
-            writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+            writer.write_table(pa.Table.from_pylist(group, schema))
     return sink.getvalue()
 
 
 def _pairs(rows: list[dict[str, Any]], config: ShardConfig) -> Iterator[dict[str, Any]]:
-    """Yield rows of SCHEMA; a picture is fetched and decoded once for all its crops in a shard."""
+    """Yield a shard's rows; a picture is fetched and decoded once for all its crops in a shard."""
     fetch = fetcher(config)
     for source, crops in groupby(rows, key=lambda row: row["source"]):
         data = fetch(source)
@@ -223,7 +230,7 @@ def _pairs(rows: list[dict[str, Any]], config: ShardConfig) -> Iterator[dict[str
 def _pair(
     row: dict[str, Any], pixels: Tensor, picture: Picture, config: ShardConfig
 ) -> dict[str, Any]:
-    """Return a row of SCHEMA from pixels (3, H, W) uint8; the pair gets the picture's profile."""
+    """Return a shard's row from pixels (3, H, W) uint8; the pair gets the picture's profile."""
     # Texts of a whole picture would outweigh the pixels of a crop.
     picture = replace(picture, xmp=None, iptc=None, texts=())
     box = Box(*(row[side] for side in Box._fields))
@@ -242,6 +249,7 @@ def _pair(
         "hr_height": hr.shape[1],
         "degradation": {"preset": config.degradation, "seed": seed},
         "source": row["source"],
+        **variants(row["id"], box.cut(pixels), config),
     }
 
 
@@ -255,7 +263,9 @@ def _manifest(
     rows = {shard_name(n): shard.num_rows for n, shard in enumerate(shards)}
     rows = {name: count for name, count in rows.items() if name not in failed}
     # The versions of all packages that decide the bytes.
-    packages = ("linearsr", "torch", "numpy", "pyarrow", "pyvips-binary", "pillow", "imagehash")
+    packages = ["linearsr", "torch", "numpy", "pyarrow", "pyvips-binary", "pillow", "imagehash"]
+    if config.latents is not None and config.latents.latent.kind == "dc-ae":
+        packages.append("diffusers")
     return {
         "settings": config.model_dump(mode="json", exclude=_IRRELEVANT),
         "inputs": config.roots(),

@@ -12,6 +12,7 @@ from linearsr.distributed.datasets.shards.filters import MAX_DISTANCE
 from linearsr.imaging.degradation import Preset
 from linearsr.imaging.files import DEFAULT_MAX_PIXELS
 from linearsr.storage.location import locate, url
+from linearsr.training.latents import LatentsConfig
 
 
 class ShardConfig(Config):
@@ -47,6 +48,11 @@ class ShardConfig(Config):
     max_cpus: float = Field(default=128, gt=0)
     """Maximum number of logical CPUs to request from an autoscaling cluster; the CPU workers of
     cluster.yaml have 128 in all."""
+    latents: LatentsConfig | None = None
+    """Latents that are stored beside the pictures, for training."""
+    gpus: float = Field(default=0.0, ge=0, le=1)
+    """GPUs, or the share of one, that each task reserves to encode latents; with 0, its CPUs
+    encode."""
 
     @field_validator("inputs")
     @classmethod
@@ -73,6 +79,25 @@ class ShardConfig(Config):
         if crop % info.data.get("scale", 1):
             raise ValueError(f"must be a multiple of the scale {info.data['scale']}")
         return crop
+
+    @field_validator("latents")
+    @classmethod
+    def _holds_pairs(
+        cls, latents: LatentsConfig | None, info: ValidationInfo
+    ) -> LatentsConfig | None:
+        crop = info.data.get("crop", 0)
+        if latents is not None and 0 < crop < latents.data.needs:
+            raise ValueError(
+                f"a crop of {crop} px is too small for pairs of {latents.data.patch} px with their "
+                f"margins; --crop must be at least {latents.data.needs}"
+            )
+        return latents
+
+    @property
+    def least(self) -> int:
+        """Return the shortest side that a picture must have, in pixels."""
+        needs = 0 if self.latents is None else self.latents.data.needs
+        return max(self.min_size, self.crop, self.scale, needs)
 
     def roots(self) -> dict[str, str]:
         """Return the input folders by name; the sources of their pictures begin with that name."""

@@ -197,9 +197,8 @@ def _choose_crops(
 ) -> tuple[str | None, str | None, list[dict[str, int]]]:
     """Return the boxes to cut from a picture, or a reason and its details why it is not used."""
     height, width = pixels.shape[1:]
-    least = max(config.min_size, config.crop, config.scale)
-    if min(height, width) < least:
-        detail = f"{width}x{height}, shorter side below {least}; see --crop and --min-size"
+    if min(height, width) < config.least:
+        detail = f"{width}x{height}, shorter side below {config.least}; see --crop and --min-size"
         return "too small", detail, []
     chosen, best = [], 0.0
     for box in boxes(height, width, config.crop, config.scale, config.rng(source)):
