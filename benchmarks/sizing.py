@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.flops import counted, torch_only
-from benchmarks.tables import markdown
+from benchmarks.markdown import markdown
 from linearsr.config import MODELS, LatentConfig, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import plan
