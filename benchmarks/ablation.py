@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.tables import markdown
+from benchmarks.markdown import markdown
 from linearsr import weights
 from linearsr.cli.flags import JobHelpFormatter, Parser, add_fields
 from linearsr.cli.report import exit_code

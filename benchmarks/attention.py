@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from benchmarks import gate, tables
 from benchmarks.machine import Machine
 from benchmarks.tables import Row
-from benchmarks.timing import Expected, Settings, in_turn
+from benchmarks.timing import Expected, Settings, in_turn, log_slope
 from linearsr.kernels import relu_linear_attention
 
 LINEAR, SOFTMAX = "linear attention", "softmax attention"
@@ -38,26 +37,13 @@ def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[R
         for name in (LINEAR, SOFTMAX):
             rows.append(tables.row(name, side, timed, expected))
     tables.plot(rows, f"Attention of {config.name} alone", folder / "attention.png")
+    points = [(row.side, row.seconds) for row in rows if row.what == LINEAR and row.seconds]
     lines = [
         "## The attention operator",
         f"{width // dim} heads of {dim} channels ({config.name}), {config.latent.factor}² pixels "
         "to a token; softmax is PyTorch's `scaled_dot_product_attention`.",
         tables.table(rows, SOFTMAX),
-        f"Log-log slope of linear attention over pixels: {slope(rows, LINEAR):.3f}.",
+        f"Log-log slope of linear attention over pixels: {log_slope(points):.3f}.",
         "![attention](attention.png)",
     ]
     return "\n\n".join(lines), rows
-
-
-def slope(rows: list[Row], what: str) -> float:
-    """Return the slope of log seconds over log pixels, by least squares; NaN below two sizes."""
-    points = [
-        (math.log(row.side**2), math.log(row.seconds))
-        for row in rows
-        if row.what == what and row.seconds
-    ]
-    if len(points) < 2:
-        return math.nan
-    x, y = torch.tensor(points, dtype=torch.float64).T
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / x.square().sum())

@@ -50,7 +50,7 @@ class Contestants:
         torch.manual_seed(0)
         torch._dynamo.reset()  # what was compiled for other models counts against this one
         self.config, self.device, self.dtype = config, device, dtype
-        sana = _sana(config.denoiser)
+        sana = sana_of(config.denoiser)
         with tempfile.TemporaryDirectory() as folder:
             sana.save_pretrained(folder)
             converted = from_diffusers(Path(folder))
@@ -89,8 +89,8 @@ class Contestants:
         if compiled:
             ways["diffusers, compiled"] = lambda: _theirs(self.compiled_sana, inputs)
             ways["LinearSR, compiled"] = lambda: self.compiled_ours(last, inputs.t, condition)
-        softmax = _softmax(self.ours)
-        ways["softmax attention"] = lambda: softmax(last, inputs.t, condition)
+        other = softmax(self.ours)
+        ways["softmax attention"] = lambda: other(last, inputs.t, condition)
         return ways
 
     def flops(self, side: int) -> int:
@@ -104,7 +104,8 @@ class Contestants:
         return counted(forward)
 
 
-def _sana(config: DenoiserConfig) -> Any:
+def sana_of(config: DenoiserConfig) -> Any:
+    """Return diffusers' Sana of this shape, with random weights."""
     from diffusers import SanaTransformer2DModel
 
     heads = config.tag_heads if config.tag_dim else config.width // config.head_dim
@@ -136,11 +137,11 @@ def _plain(model: LinearSR) -> LinearSR:
     return plain
 
 
-def _softmax(model: LinearSR) -> LinearSR:
-    """The same parameters under the other attention."""
+def softmax(model: LinearSR) -> LinearSR:
+    """Return a model of the same parameters with softmax attention."""
     memo = {id(p): p for p in model.parameters()}
-    softmax = copy.deepcopy(model, memo)
-    softmax.use_strips = False
-    for block in softmax.blocks:
+    other = copy.deepcopy(model, memo)
+    other.use_strips = False
+    for block in other.blocks:
         block.attention.__class__ = SoftmaxAttention
-    return softmax
+    return other

@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import skimage.data
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,7 +37,10 @@ def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[R
     """Time each model at each size, from decoded LR to finished HR, with its own steps and 20."""
     rows, expected = [], Expected(settings.limit)
     with tempfile.TemporaryDirectory() as scratch:
-        upscalers = [model(config, machine, Path(scratch)) for config in settings.models]
+        upscalers = [
+            model(config, machine.device, machine.dtype, Path(scratch))
+            for config in settings.models
+        ]
     rival = real_esrgan(settings.real_esrgan, machine)
     for side in settings.sides:
         lr = photograph(side // 4)
@@ -54,7 +56,7 @@ def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[R
         for name in runs:
             row = tables.row(name, side, timed, expected)
             if row.seconds and name not in (BICUBIC, REAL_ESRGAN):
-                row = row._replace(parts=_parts(started[name], machine, row.seconds))
+                row = row._replace(parts=parts_of(started[name], machine.device, row.seconds))
             rows.append(row)
     tables.plot(rows, "A whole picture, x4", folder / "image.png")
     whose = "weights given" if settings.real_esrgan else "random weights: for its time alone"
@@ -73,25 +75,37 @@ def run(machine: Machine, settings: Settings, folder: Path) -> tuple[str, list[R
 
 def photograph(side: int) -> Picture:
     """Return a photograph of side x side pixels."""
+    import skimage.data
+
     image = Image.fromarray(np.asarray(skimage.data.astronaut())).resize((side, side))
     pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1).float() / 255
     return Picture(pixels)
 
 
-def model(config: ModelConfig, machine: Machine, scratch: Path) -> Upscaler:
-    """Load the bundled weights, or make random ones of the real shape, with a random DC-AE."""
+def model(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    scratch: Path,
+    *,
+    narrow: bool = False,
+) -> Upscaler:
+    """Load the bundled weights, or make random ones of the real shape, with a random DC-AE.
+
+    narrow: give DC-AE an eighth of its channels.
+    """
     if config.name in weights.available():
-        return Upscaler.load(config.name, str(machine.device))
+        return Upscaler.load(config.name, str(device))
     folder = scratch / "dc-ae"
     if not folder.exists():
-        _dc_ae(config).save_pretrained(folder)
+        _dc_ae(config, 8 if narrow else 1).save_pretrained(folder)
     latent = config.latent.model_copy(update={"source": str(folder)})
     # Without tags: their embeddings would need the weights of Gemma.
     config = config.model_copy(update={"latent": latent, "tags": None})
-    with machine.device:
-        expert = LinearSR(config.denoiser).to(machine.dtype).requires_grad_(False).eval()
+    with device:
+        expert = LinearSR(config.denoiser).to(dtype).requires_grad_(False).eval()
     experts = [expert] * (len(config.sampling.boundaries) + 1)
-    upscaler = Upscaler(weights.Bundle(config, experts, {}), machine.device)
+    upscaler = Upscaler(weights.Bundle(config, experts, {}), device)
     _ = upscaler.autoencoder  # read while its folder is there
     return upscaler
 
@@ -123,12 +137,13 @@ def _there_and_back(upscale: Callable[[Tensor], Tensor], lr: Picture, device: to
     return lambda: upscale(lr.pixels[None].to(device)).float().clamp(0, 1).cpu()
 
 
-def _dc_ae(config: ModelConfig) -> Any:
-    """DC-AE f32c32 as Sana 1.0 has it, with random weights."""
+def _dc_ae(config: ModelConfig, divisor: int) -> Any:
+    """DC-AE f32c32 as Sana 1.0 has it, with random weights; its channels divided by `divisor`."""
     from diffusers import AutoencoderDC
 
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    channels, scales = (128, 256, 512, 512, 1024, 1024), ((),) * 3 + ((5,),) * 3
+    channels = tuple(n // divisor for n in (128, 256, 512, 512, 1024, 1024))
+    scales = ((),) * 3 + ((5,),) * 3
     return AutoencoderDC(
         latent_channels=config.denoiser.latent_channels,
         encoder_block_types=blocks,
@@ -149,10 +164,10 @@ def _picture(upscaler: Upscaler, lr: Picture, steps: int) -> Run:
     return lambda: upscaler.upscale(lr, Options(steps=steps))
 
 
-def _parts(run: Run, machine: Machine, seconds: float) -> dict[str, float]:
-    """Seconds of each stage in one more run, scaled to the time of the runs without clocks."""
-    with _clocks(machine.device) as parts:
-        whole = seconds_of(run, machine.device)
+def parts_of(run: Run, device: torch.device, seconds: float) -> dict[str, float]:
+    """Return the seconds of each stage in one more run, scaled to those of runs without clocks."""
+    with _clocks(device) as parts:
+        whole = seconds_of(run, device)
     return {name: spent * seconds / whole for name, spent in parts.items()}
 
 

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from benchmarks.timing import in_turn
@@ -33,11 +32,11 @@ class Machine(NamedTuple):
     def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
         """Describe this machine and measure its peak, which takes a few seconds."""
         if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            name, memory = properties.name, properties.total_memory
+            memory = torch.cuda.get_device_properties(device).total_memory
         else:
-            name, memory = _processor(), psutil.virtual_memory().total
-        return cls(name, device, dtype, torch.get_num_threads(), memory, _peak(device, dtype))
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        threads = torch.get_num_threads()
+        return cls(processor(device), device, dtype, threads, memory, _peak(device, dtype))
 
     @property
     def slug(self) -> str:
@@ -61,8 +60,10 @@ class Machine(NamedTuple):
         }
 
 
-def _processor() -> str:
-    """Name of the CPU, from a file on Linux and from Python elsewhere."""
+def processor(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU: from a file on Linux, from Python elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).name
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     features = " with AMX" if torch.cpu._is_amx_tile_supported() else ""

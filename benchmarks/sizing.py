@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.tables import markdown
+from benchmarks.markdown import markdown
 from linearsr.config import MODELS
 from linearsr.training import plan
 from linearsr.training.count import autoencoder, denoiser, picture_flops, size

@@ -7,12 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
+from benchmarks.markdown import markdown
 from benchmarks.timing import Expected, Timed
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 
 class Row(NamedTuple):
@@ -79,6 +75,11 @@ def parts_table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     """Plot seconds over pixels, both logarithmic, with a line for each way."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for what in dict.fromkeys(row.what for row in rows):
         points = [(row.side, row.seconds) for row in rows if row.what == what and row.seconds]
@@ -95,9 +96,3 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

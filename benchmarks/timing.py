@@ -9,12 +9,11 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from linearsr.config import ModelConfig
@@ -107,6 +106,8 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         _wait(device)
         peak[0] = torch.cuda.max_memory_allocated(device) - before
         return
+    import psutil
+
     _give_back_freed()
     process, ended = psutil.Process(), threading.Event()
     before = process.memory_info().rss
@@ -133,3 +134,16 @@ def _give_back_freed() -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def log_slope(points: Sequence[tuple[int, float]]) -> float:
+    """Return the slope of log seconds over log pixels, by least squares; NaN below two points.
+
+    points: sides of square pictures, and seconds.
+    """
+    if len(points) < 2:
+        return math.nan
+    logs = [(2 * math.log(side), math.log(seconds)) for side, seconds in points]
+    x, y = torch.tensor(logs, dtype=torch.float64).T
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / x.square().sum())

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import ablation, attention, gate, tagging
+from benchmarks import ablation, gate, tagging
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
 from benchmarks.tags import HashedEncoder
-from benchmarks.timing import Expected, in_turn
+from benchmarks.timing import Expected, in_turn, log_slope
 from linearsr.denoiser import cpu_block as strips
 from linearsr.errors import OptionError
 from linearsr.metrics import lpips
@@ -142,10 +142,8 @@ def test_tables_mark_runs_over_the_limit() -> None:
 
 
 def test_slope_tells_linear_from_quadratic_cost() -> None:
-    rows = [Row("a", side, side**2 / 1e6) for side in (1, 2, 4)]
-    rows += [Row("b", side, side**4 / 1e6) for side in (1, 2, 4)]
-    assert attention.slope(rows, "a") == pytest.approx(1)
-    assert attention.slope(rows, "b") == pytest.approx(2)
+    assert log_slope([(side, side**2 / 1e6) for side in (1, 2, 4)]) == pytest.approx(1)
+    assert log_slope([(side, side**4 / 1e6) for side in (1, 2, 4)]) == pytest.approx(2)
 
 
 TINY = {

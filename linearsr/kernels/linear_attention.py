@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from linearsr.errors import OptionError
 from linearsr.kernels._launch import check_input, load, rows_contiguous, view
 
-_BLOCK = 64  # tokens a program holds at once
 _CHUNK = 256  # tokens a program reduces, at least
 _MAX_CHUNKS = 64  # bounds the partial states, which cost (D + 1) * D floats each
 
@@ -219,7 +218,7 @@ class _TritonAttention(torch.autograd.Function):
         grad = rows_contiguous(grad)
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
         tokens, heads = q.shape[1:3]
-        chunk, chunks = _chunks(tokens)
+        chunk, chunks = _chunks(q)
         partial = _new_partial(q, chunks)
         with torch.cuda.device_of(q):
             _query_grad_kernel[chunks, partial.shape[0]](
@@ -235,7 +234,7 @@ class _TritonAttention(torch.autograd.Function):
 
 def _key_value_state(k: Tensor, v: Tensor) -> Tensor:
     """Return the fp32 state (B * H, D + 1, D) of all tokens."""
-    chunk, chunks = _chunks(k.shape[1])
+    chunk, chunks = _chunks(k)
     partial = _new_partial(k, chunks)
     _state_kernel[chunks, partial.shape[0]](
         *view(k), *view(v), partial, k.shape[1], k.shape[2], chunk, **_settings(k)
@@ -243,10 +242,16 @@ def _key_value_state(k: Tensor, v: Tensor) -> Tensor:
     return partial.sum(dim=1)
 
 
-def _chunks(tokens: int) -> tuple[int, int]:
+def _block(dim: int) -> int:
+    """Return the tokens that a program holds at once; wider heads leave room for fewer."""
+    return 64 if dim <= 32 else 32
+
+
+def _chunks(x: Tensor) -> tuple[int, int]:
     """Return the tokens in a chunk (whole blocks) and the number of chunks."""
-    blocks = triton.cdiv(max(_CHUNK, triton.cdiv(tokens, _MAX_CHUNKS)), _BLOCK)
-    return blocks * _BLOCK, triton.cdiv(tokens, blocks * _BLOCK)
+    tokens, block = x.shape[1], _block(x.shape[-1])
+    blocks = triton.cdiv(max(_CHUNK, triton.cdiv(tokens, _MAX_CHUNKS)), block)
+    return blocks * block, triton.cdiv(tokens, blocks * block)
 
 
 def _new_partial(x: Tensor, chunks: int) -> Tensor:
@@ -255,18 +260,20 @@ def _new_partial(x: Tensor, chunks: int) -> Tensor:
 
 
 def _block_grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.shape[1], _BLOCK), x.shape[0] * x.shape[2]
+    return triton.cdiv(x.shape[1], _block(x.shape[-1])), x.shape[0] * x.shape[2]
 
 
 def _settings(x: Tensor) -> dict[str, Any]:
     """Return the compile-time arguments of every kernel for inputs like x."""
     return {
-        "BLOCK": _BLOCK,
+        "BLOCK": _block(x.shape[-1]),
         "D": x.shape[-1],
         # bfloat16 inputs gain tensor cores from tf32x3, at close to fp32 precision; fp32 inputs
         # must match the reference.
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32x3",
-        # A 128 x 128 state fills the registers of four warps; more stages fill shared memory.
-        "num_warps": 8 if x.shape[-1] == 128 else 4,
+        # Products in fp32 take their operands in registers, for which four warps have no room; nor
+        # have they for the state of a wide head (benchmarks.gpu.ahead_of_time counts them).
+        "num_warps": 8 if x.shape[-1] > 32 or x.dtype == torch.float32 else 4,
+        # More stages fill shared memory.
         "num_stages": 1,
     }

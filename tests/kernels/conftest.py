@@ -1,11 +1,22 @@
 """Fixtures that fill unwritten memory with NaN and round bfloat16 as GPUs do.
 
-They do not depend on what the kernels compute.
+They do not depend on what the kernels compute. The tests run on the device that the environment
+variable LINEARSR_TEST_DEVICE names: on the CPU, by default, in Triton's interpreter.
 """
+
+import os
+
+DEVICE = os.environ.get("LINEARSR_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    # @triton.jit reads it, so it is set before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
 import torch
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 # torch.device("meta") remembers the functions that allocate memory at its first use. That must come
 # before they are replaced, or models of later tests would not be on "meta".
@@ -41,6 +52,8 @@ def poison_empty_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def round_bfloat16(monkeypatch):
     """The interpreter truncates fp32 to bfloat16; GPUs round to nearest even, as this does."""
+    if DEVICE != "cpu":
+        return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     convert = interpreter._convert_float
 

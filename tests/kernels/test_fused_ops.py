@@ -14,12 +14,17 @@ from linearsr.errors import OptionError
 from linearsr.kernels import depthwise_gate, modulate
 
 BACKENDS = ["torch", "triton"]
+on_cpu = pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="about tensors on the CPU"
+)
 # B, H, W, C: single rows and columns, partial tiles, channels that fill no block.
 SHAPES = [(1, 1, 1, 16), (3, 1, 7, 33), (1, 7, 2, 33), (1, 5, 9, 16), (3, 2, 1, 240)]
 
 
 def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        shape, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
 
 
 def gate_inputs(b, h, w, c):
@@ -185,6 +190,7 @@ def chosen(monkeypatch):
     return ran
 
 
+@on_cpu
 @both
 def test_auto_is_triton_only_on_a_gpu_without_gradients_or_autocast(
     function, plain, inputs, chosen
@@ -197,11 +203,12 @@ def test_auto_is_triton_only_on_a_gpu_without_gradients_or_autocast(
     function(*learned)
     with torch.no_grad():
         function(*learned)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         function(*on_gpu)
     assert chosen == ["torch", "triton", "torch", "triton", "torch"]
 
 
+@on_cpu
 @both
 def test_environment_chooses_the_backend_of_auto(function, plain, inputs, chosen, monkeypatch):
     tensors = inputs(1, 2, 3, 16)
@@ -267,6 +274,6 @@ def test_options_out_of_range_are_refused(function, plain, inputs):
 @both
 def test_autocast_may_mix_dtypes(function, plain, inputs):
     x, *others = inputs(2, 2, 3, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         result = function(x.bfloat16(), *others)
     assert error(result.float(), plain, [x, *others]) < 0.03

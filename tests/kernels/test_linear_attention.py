@@ -16,16 +16,19 @@ from linearsr.kernels import relu_linear_attention
 
 BATCH, HEADS = 2, 3
 BACKENDS = ["torch", "triton"]
+on_cpu = pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="about tensors on the CPU"
+)
 
 
 def projection(tokens, dim, seed=0, batch=BATCH, heads=HEADS):
     """Return one (B, N, 3 * H * D) projection, float32."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(batch, tokens, 3 * heads * dim, generator=generator)
 
 
 def upstream(tokens, dim, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(BATCH, tokens, HEADS, dim, generator=generator)
 
 
@@ -212,11 +215,12 @@ def test_reference_compiles_in_one_graph():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_does_not_narrow_the_sums(backend):
     q, k, v = projection(63, 16).unflatten(-1, (3, HEADS, 16)).unbind(2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = relu_linear_attention(q, k, v, backend=backend)
     assert torch.equal(out, relu_linear_attention(q, k, v, backend=backend))
 
 
+@on_cpu
 def test_auto_backend_is_torch_on_cpu():
     q, k, v = projection(7, 12).unflatten(-1, (3, HEADS, 12)).unbind(2)  # a D that Triton refuses
     auto = relu_linear_attention(q, k, v)
@@ -273,12 +277,14 @@ def python(code, **environment):
     )
 
 
+@on_cpu
 def test_import_does_not_load_triton():
     code = "import sys, linearsr.kernels; assert 'triton' not in sys.modules"
     result = python(code, PYTHONPATH=":".join(sys.path), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
 
 
+@on_cpu
 def test_triton_refuses_cpu_tensors_outside_the_interpreter():
     code = (
         "import torch, linearsr.kernels as k\n"

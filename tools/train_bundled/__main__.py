@@ -450,7 +450,7 @@ class Trainer:
         options, mix = self.options, STAGES[name].mix
         data = pairs(self.atlas, options.patch, options.batch, mix, AT_FOUR, self._seed(name))
         clock, log = Clock(seconds, self.device), Log(name, options.say_every)
-        judged = time.perf_counter()
+        judged = saved = time.perf_counter()
         while clock.used() < 1:
             losses = objective.step(*next(data), clock)
             began = clock.tick()
@@ -463,6 +463,9 @@ class Trainer:
             if time.perf_counter() - judged > options.judge_every:
                 self._judge(name, clock.steps, average.average)
                 judged = time.perf_counter()
+            if time.perf_counter() - saved > options.save_every:
+                self._save(name, average.average)
+                saved = time.perf_counter()
         self._judge(name, clock.steps, average.average)
         say(f"{name}: done after {clock.steps} steps")
 
@@ -579,6 +582,7 @@ def _options() -> argparse.Namespace:
     add("--gan", type=float, default=0.03, help="weight of the discriminator in them")
     add("--say-every", type=float, default=8.0, help="seconds between lines of the log")
     add("--judge-every", type=float, default=20.0, help="seconds between validations")
+    add("--save-every", type=float, default=60.0, help="seconds between savings of a stage")
     add("--seed", type=int, default=int(time.time()) % 100000, help="seed (default: from the time)")
     options = parser.parse_args()
     if options.stages and not options.photos:
