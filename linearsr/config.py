@@ -77,7 +77,8 @@ class DenoiserConfig(Config):
     ffn_ratio: float = Field(default=2.5, gt=0, le=64)
     """Number of channels inside a Mix-FFN, as a multiple of the width."""
     qk_norm: bool = True
-    """Whether queries and keys are RMS-normalised; without it, bfloat16 overflows."""
+    """Whether queries and keys are RMS-normalised, as from Sana 1.5 on; without it, nothing holds
+    their growth back (docs/design/method.md)."""
     local_kernel: int = Field(default=0, ge=0, le=7)
     """Side of a depthwise convolution of the values that is added to the linear attention; 0 for
     none. Linear attention spreads its weight over the whole picture; the convolution tells near

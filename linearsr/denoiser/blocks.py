@@ -18,9 +18,9 @@ from linearsr.kernels import depthwise_gate, modulate, relu_linear_attention
 class LinearAttention(nn.Module):
     """Multi-head ReLU linear attention, O(N) in tokens (Sana section 2.2; LinearSR section 3).
 
-    QK-RMSNorm runs across all heads: without it ReLU keys grow until bf16 overflows. Queries
-    are only multiplied by their norm's weight, not divided by their length, which cancels in the
-    normalised attention.
+    QK-RMSNorm runs across all heads: without it nothing holds the growth of ReLU keys back, and
+    sums in half precision overflow (docs/design/method.md). Queries are only multiplied by their
+    norm's weight, not divided by their length, which cancels in the normalised attention.
 
     With `local_kernel` a depthwise convolution of the values is added to the attention, as in
     EfficientViT and FLatten Transformer, because sums over all tokens cannot tell neighbours apart.

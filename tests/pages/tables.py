@@ -19,7 +19,7 @@ PLACES = {
     r"127\.0\.0\.1:9000\b": "127.0.0.1:{s3}",
     r"^  port: 8000$": "  port: {http}",  # of ray_jobs/serve.yaml
     r"s3://BUCKET\b": "s3://bucket",
-    r"(?<![\w/])(PHOTOS|VAL|RUNS|SHARDS|OTHER|SANA_FOLDER)\b": r"{data}/\1",
+    r"(?<![\w/])(PHOTOS|VAL|RUNS|SHARDS|OTHER|SANA_FOLDER|SANA\.pth|RELEASE)\b": r"{data}/\1",
     r"\bexpert_gpus=0\.25\b": "expert_gpus=0",  # there is no GPU
     r"\breplicas=8\b": "replicas=4",  # there are two cores
 }
@@ -54,6 +54,7 @@ ADDED = {
     "python -m benchmarks.latents": ["--divide", "32", "--patch", "64", "--rounds", "1"],
     "python -m benchmarks.tags": ["--steps", "1", "1", "1", "--threshold", "0"],
     "python -m pytest": ["--collect-only", "--ignore-glob=*"],  # pytest would run itself
+    "python -m linearsr.weights.convert": ["--tag-heads", "2"],  # of stand-ins
     "curl": ["--fail-with-body", "--silent", "--show-error"],
 }
 GPU = {"pretrain": "--workers", "finetune_experts": "--workers"}  # other jobs have --actors

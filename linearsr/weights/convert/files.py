@@ -80,8 +80,8 @@ def _read_pickle(path: Path) -> Any:
         # torch's own message advises weights_only=False, which would run whatever is inside.
         code = _code_of(path, error)
         raise WeightsError(
-            f"{path}: asks for {some(code)} to be run, which only tensors may not; nothing was run "
-            "or loaded. Get the weights as safetensors"
+            f"{path}: this pickle calls {some(code)}; nothing of it was run or loaded. Get the "
+            "weights as safetensors"
             if code
             else f"{path}: damaged, or holds more than tensors; not loaded"
         ) from error
