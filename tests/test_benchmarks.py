@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import ablation, attention, gate
+from benchmarks import ablation, attention, gate, tagging
 from benchmarks.gate import GateError
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, parts_table, row, table
@@ -240,3 +240,15 @@ def test_hashed_tags_are_similar_only_if_spelt_alike() -> None:
 def test_hashed_encoder_needs_no_tags() -> None:
     embeddings, mask = HashedEncoder(8)([(), ("",)])
     assert embeddings.shape == (2, 1, 8) and not mask.any()
+
+
+def test_the_costs_of_tags_are_those_of_their_page() -> None:
+    page = (Path(__file__).parents[1] / "docs/guides/tags.md").read_text()
+    for cost in (tagging.ram_cost(), tagging.gemma_cost(11)):
+        counted = f"{cost.parameters / 1e6:.0f} million | {cost.weights / 1e9:.2f} GB "
+        assert counted in page and f"| {cost.operations / 1e9:.0f} GFLOP |" in page
+
+
+def test_operations_of_a_linear_layer_are_counted_twice_its_weights() -> None:
+    cost = tagging._cost("", torch.nn.Linear(3, 5, bias=False), 4, torch.empty(2, 3, device="meta"))
+    assert cost == ("", 15, 60, 2 * 2 * 15)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ from linearsr.tags.base import TAGGERS, TaggerConfig, check_used
 
 if TYPE_CHECKING:
     from linearsr.tags.base import Tagger
+
+# The flags that may name files.
+TAGGER_FILES = ("tagger_model", "tagger_adapter", "vocabulary")
 
 
 def add(commands: Commands) -> None:
@@ -45,7 +49,7 @@ def add(commands: Commands) -> None:
     add_tagger_options(parser)
 
 
-def add_tagger_options(parser: argparse.ArgumentParser) -> None:
+def add_tagger_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the flags that choose a tagger; ray_jobs/tag_dataset.py has them too."""
     parser.add_argument(
         "--tagger",
@@ -95,6 +99,17 @@ def tagger_config(arguments: argparse.Namespace) -> TaggerConfig:
     )
     check_used(config)
     return config
+
+
+def absolute_paths(arguments: argparse.Namespace) -> None:
+    """Make the tagger's files absolute: workers have working folders of their own.
+
+    A hub id stays as it is.
+    """
+    for name in TAGGER_FILES:
+        path = getattr(arguments, name)
+        if path is not None and os.path.exists(path):
+            setattr(arguments, name, os.path.abspath(path))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from linearsr.cli.flags import Commands, add_fields
 from linearsr.cli.inputs import Pair, pair_files
 from linearsr.cli.report import OK, SOME_FAILED, complain, say
+from linearsr.cli.tag import add_tagger_options, tagger_config
 from linearsr.config import FileOptions, Options
 from linearsr.errors import (
     LinearSRError,
@@ -21,6 +22,7 @@ from linearsr.errors import (
     printable,
     reason,
 )
+from linearsr.tags.base import TaggerConfig
 
 if TYPE_CHECKING:
     from linearsr.cli.progress import Display
@@ -73,6 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_fields(parser, Options)
     add_fields(parser, FileOptions)
+    add_tagger_options(parser.add_argument_group("tagger", "the tagger of --tags auto"))
 
 
 def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
@@ -84,8 +87,17 @@ def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
     )
 
 
+def tagger(arguments: argparse.Namespace) -> TaggerConfig:
+    """Return the tagger of --tags auto. Raises OptionError for a tagger that no tags come from."""
+    config = tagger_config(arguments)
+    if config != TaggerConfig() and arguments.tags != "auto":
+        raise OptionError("a tagger is chosen, but used for --tags auto alone; add --tags auto")
+    return config
+
+
 def _run(arguments: argparse.Namespace) -> int:
     options, files = parse(arguments)
+    chosen = tagger(arguments)
     from linearsr.cli.progress import Display
 
     with Display(f"loading {arguments.model}") as display:
@@ -100,7 +112,9 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         if not pairs:
             return SOME_FAILED if failed else OK
-        upscaler = Upscaler.load(arguments.model, arguments.device, compiled=arguments.compile)
+        upscaler = Upscaler.load(
+            arguments.model, arguments.device, compiled=arguments.compile, tagger=chosen
+        )
         failed += _upscale_files(upscaler, options, files, pairs, display)
     if failed and len(pairs) > 1:
         written = "; the others are written" if failed < len(pairs) else ""

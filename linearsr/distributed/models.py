@@ -9,19 +9,25 @@ from collections.abc import Collection
 from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.errors import WeightsError
-from linearsr.pipeline.upscaler import Upscaler
+from linearsr.pipeline.upscaler import DEFAULT_TAGGER, Upscaler
 from linearsr.storage.location import locate
 from linearsr.storage.walk import Notes
+from linearsr.tags.base import TaggerConfig
 
 
 def load_upscaler(
-    model: str, device: str, only: Collection[int] | None = None, *, compiled: bool = False
+    model: str,
+    device: str,
+    only: Collection[int] | None = None,
+    *,
+    compiled: bool = False,
+    tagger: TaggerConfig = DEFAULT_TAGGER,
 ) -> Upscaler:
     """Load as `Upscaler.load` does, also from s3:// folders. Raises WeightsError or OptionError."""
     if not model.startswith("s3://"):
-        return Upscaler.load(model, device, only, compiled=compiled)
+        return Upscaler.load(model, device, only, compiled=compiled, tagger=tagger)
     with locate(model).local(".safetensors") as folder:
-        return Upscaler.load(folder, device, only, compiled=compiled)
+        return Upscaler.load(folder, device, only, compiled=compiled, tagger=tagger)
 
 
 def read_config(model: str) -> ModelConfig:

@@ -6,7 +6,9 @@ misleads the denoiser, while a missing one only leaves it unguided. Thresholds a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -53,6 +55,23 @@ class TaggerConfig(Config):
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """The least score of a name without its own threshold; None is the tagger's default."""
     max_tags: int = Field(default=5, ge=1, le=100)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings that the tags depend on, for the record of a job.
+
+        Raises OptionError for an unreadable vocabulary.
+        """
+        settings = self.model_dump(mode="json")
+        if self.vocabulary is not None:
+            try:
+                words = Path(self.vocabulary).read_bytes()
+            except OSError as error:
+                raise OptionError(
+                    f"{self.vocabulary}: cannot be read ({error.strerror}); check --vocabulary"
+                ) from error
+            settings["vocabulary"] = hashlib.sha256(words).hexdigest()
+        return settings
 
 
 def check_used(config: TaggerConfig) -> None:

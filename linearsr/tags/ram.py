@@ -3,13 +3,16 @@
 A Swin backbone encodes the picture. Every tag of a fixed list is a query, which attends to the
 picture's features and becomes one probability. Sizes come from the checkpoint's shapes, so files
 with Swin-B and Swin-L load alike. DAPE (SeeSR, 2311.16518) is RAM with LoRA weights for degraded
-pictures. Inference only; RAM's captioning half and RAM++ are not supported.
+pictures: rank 8, on query and value of the backbone, and on query and key of the tagging head. They
+are merged when they are loaded, so DAPE takes the time and memory of RAM. Inference only; RAM's
+captioning half and RAM++ are not supported.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,10 @@ MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The tensors for tagging; the rest of a checkpoint is for captions.
 _PARTS = ("visual_encoder.", "image_proj.", "wordvec_proj.", "tagging_head.", "fc.", "label_embed")
 _BUFFERS = ("relative_position_index", "attn_mask")
+# The tagging head's names: in files of the first release, and in RAM's code, which renames them.
+_OLD_HEAD, _HEAD = "vision_multi.", "tagging_head."
+# The entries of a file that may hold its tensors: RAM's own, and that of BasicSR, which SeeSR uses.
+_ENTRIES = ("model", "params")
 
 
 class RamTagger:
@@ -47,10 +54,12 @@ class RamTagger:
         require("tags", "timm")
         tensors = _read(config.source)
         if config.adapter is not None:
-            update = _read(config.adapter)
+            # DAPE's file also has LoRA weights of the captioning half, which training left at zero.
+            update = {k: v for k, v in _read(config.adapter).items() if k.startswith(_PARTS)}
             if not any(LORA in name for name in update):
                 raise WeightsError(
-                    f"{config.adapter}: has no LoRA weights; give the file of an adapter like DAPE"
+                    f"{config.adapter}: has no LoRA weights for the tagging half of RAM; give the "
+                    "file of an adapter like DAPE"
                 )
             tensors = merge_lora({**tensors, **update})
         self.device = device
@@ -255,14 +264,19 @@ def _fault(error: Exception) -> str:
 def _read(path: str) -> Tensors:
     """Return the tensors of a checkpoint file without running anything in it.
 
+    They stay in the file until they are used: it also holds captions and an optimizer's state.
     Raises WeightsError.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 cannot be
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # A damaged archive raises almost anything.
         raise WeightsError(f"{path}: not a readable checkpoint: {one_line(error)}") from error
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    content = content if isinstance(content, dict) else {}
+    content = next((content[e] for e in _ENTRIES if isinstance(content.get(e), dict)), content)
+    return {
+        str(k).replace(_OLD_HEAD, _HEAD): v for k, v in content.items() if isinstance(v, Tensor)
+    }
 
 
 def _lists(folder: Path, count: int) -> tuple[list[str], list[float]]:

@@ -8,6 +8,7 @@ health check and the page answer whatever else arrives.
 from __future__ import annotations
 
 import re
+import uuid
 from tempfile import SpooledTemporaryFile
 
 import anyio
@@ -28,6 +29,7 @@ CHUNK_BYTES = 1 << 18
 SLOW = 408
 RETRY = {"Retry-After": "5"}
 # Ids that clients may choose for their requests; others are replaced, since ids go into all logs.
+ID_HEADER = "X-Request-Id"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
@@ -72,7 +74,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
-        _drop_odd_id(headers)
+        _name_request(headers)
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -132,7 +134,8 @@ class _Refusal(Exception):
         self.headers = {"Connection": "close", **headers}
 
     async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(scope["path"], self.status, self.detail, self.headers)
+        headers = {**self.headers, ID_HEADER: Headers(scope=scope)[ID_HEADER]}
+        response = error_response(scope["path"], self.status, self.detail, headers)
         await response(scope, receive, send)
 
 
@@ -242,8 +245,8 @@ def _header_bytes(scope: Scope) -> int:
     return line + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
-def _drop_odd_id(headers: MutableHeaders) -> None:
-    """Remove an X-Request-Id that may not be kept; the endpoint then makes one."""
-    ids = headers.getlist("x-request-id")
-    if ids and not (len(ids) == 1 and REQUEST_ID.fullmatch(ids[0].encode("latin-1"))):
-        del headers["x-request-id"]
+def _name_request(headers: MutableHeaders) -> None:
+    """Give a request an id of our own, unless its client chose one that may be kept."""
+    ids = headers.getlist(ID_HEADER)
+    if not (len(ids) == 1 and REQUEST_ID.fullmatch(ids[0].encode("latin-1"))):
+        headers[ID_HEADER] = uuid.uuid4().hex

@@ -11,6 +11,7 @@ import yaml
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 from jsonschema import ValidationError
+from ray.autoscaler._private.aws.config import _configure_security_group
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
@@ -118,6 +119,14 @@ def test_every_start_flag_is_one_of_ray_start(config: dict[str, Any], node: str)
 
 def test_the_dashboard_listens_on_the_head_only(config: dict[str, Any]) -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
-    # Ray's own security group admits only SSH and the nodes of the cluster.
-    assert "security_group" not in config["provider"]
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+
+
+def test_ray_makes_no_security_group_of_its_own(config: dict[str, Any]) -> None:
+    """Ray's own group lets everyone connect by SSH."""
+    complete = prepared(config)
+    before = copy.deepcopy(complete)
+    assert _configure_security_group(complete) == before  # without a request to AWS
+    del complete["available_node_types"]["cpu"]["node_config"]["SecurityGroupIds"]
+    with pytest.raises(KeyError, match="SubnetIds"):  # it would look for a network for its group
+        _configure_security_group(complete)

@@ -19,7 +19,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from linearsr.distributed.datasets.shards.config import ShardConfig
-from tests.helpers.fleet_files import MANIFESTS, TOP, manifest, pinned, read, spec
+from tests.helpers.fleet_files import MANIFESTS, TOP, built, manifest, pinned, read, spec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +37,7 @@ def aws() -> dict[str, Any]:
 
 
 def kubernetes() -> dict[str, Any]:
-    """Return raycluster.yaml in Ray's own translation for the autoscaler."""
+    """Return the manifest of the cluster in Ray's own translation for the autoscaler."""
     cluster = manifest("raycluster")
     cluster["metadata"]["namespace"] = "default"
     config = dict(derive(cluster))
@@ -103,6 +103,18 @@ def test_work_without_gpus_asks_for_the_cpu_workers_and_no_more() -> None:
     group = aws()["available_node_types"]["cpu"]
     room = group["max_workers"] * group["resources"]["CPU"]
     assert ShardConfig.model_fields["max_cpus"].default == room
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_setting_of_the_shared_cluster_reaches_every_manifest(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(TOP / "deploy/kubernetes", folder)
+    image, cluster = folder / "base/kustomization.yaml", folder / "base/cluster.yaml"
+    image.write_text(image.read_text().replace("example.com", "ours.example.org"))
+    cluster.write_text(cluster.read_text().replace("us-west-2", "eu-north-1"))
+    text = built(folder / name)
+    assert text.count("image: ours.example.org/linearsr:") == text.count("image:") == 4
+    assert "us-west-2" not in text and text.count("value: eu-north-1") == 3
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])

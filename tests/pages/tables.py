@@ -63,6 +63,7 @@ REFUSES = {
     # LPIPS has no trunk here.
     "python -m tools.train_bundled": (1, "SqueezeNet 1.1, is not on this machine"),
     "linearsr tag photo.png --tagger ram": (2, "not a readable checkpoint"),  # the user has none
+    "linearsr upscale photo.png -o big.png --model runs/weights": (2, "unknown model"),
     # On some pages no endpoint runs by then; test_redeploy.py has this command.
     "linearsr serve --redeploy": (2, "no endpoint runs here"),
     "python -m pytest": (5, "no tests"),

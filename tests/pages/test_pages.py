@@ -63,6 +63,7 @@ def test_every_command_of_the_page_runs(user: User, page: str) -> None:
         "docker build -f deploy/Dockerfile -t example.com/linearsr:0.0.0 .",
         "docker build -f deploy/Dockerfile -t example.com/linearsr:0.1.0-ray2.60.0 gone",
         "kubectl apply -f deploy/kubernetes/gone.yaml",
+        "kubectl apply -k deploy/kubernetes/gone",
         "kubectl get rayjob gone",
         "kubectl logs -l ray.io/cluster=linearsr,ray.io/group=gpu -c gone",
         "kubectl logs -l ray.io/cluster=linearsr,ray.io/group=gone -c health",

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from linearsr.web import http_parser
-from linearsr.web.guard import Guard, UploadLimits
+from linearsr.web.guard import REQUEST_ID, Guard, UploadLimits
 from tests.helpers.attacks import MEGABYTE, begin, begin_many, connect, seconds_of, upload
 from tests.helpers.forms import FORM
 from tests.helpers.local_service import Local, served
@@ -169,7 +169,19 @@ def test_odd_request_id_does_not_reach_the_endpoint(id: bytes) -> None:
 
     answer = TestClient(Guard(app, LIMITS)).get("/", headers={"X-Request-Id": id})
     assert answer.status_code == 200
-    assert seen == [id.decode() if id.startswith(b"fine") else None]
+    (name,) = seen
+    assert name and REQUEST_ID.fullmatch(name.encode())
+    assert (name == id.decode("latin-1")) == id.startswith(b"fine")
+
+
+def test_refusal_carries_the_id_of_its_request(url: str) -> None:
+    headers = {**FORM, "X-Request-Id": "mine"}
+    body = bytes(LIMITS.body_bytes + 1)
+    mine = requests.post(f"{url}/v1/upscale", data=body, headers=headers, timeout=60)
+    other = requests.post(f"{url}/v1/upscale", data=body, headers=FORM, timeout=60)
+    assert mine.status_code == other.status_code == 413
+    assert mine.headers["X-Request-Id"] == "mine"
+    assert other.headers["X-Request-Id"] not in ("", "mine")
 
 
 def test_death_of_a_process_behind_the_guard_says_try_again() -> None:

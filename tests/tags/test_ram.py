@@ -17,79 +17,33 @@ from linearsr.tags import load_tagger
 from linearsr.tags.base import TaggerConfig
 from linearsr.tags.ram import RamTagger, merge_lora
 from tests.helpers.pictures import photo
+from tests.helpers.tag_models import (
+    RAM_MEMORY,
+    RAM_WIDTH,
+    dape_tensors,
+    ram_swin,
+    ram_tensors,
+    save_ram,
+)
 
 NAMES = ["cat", "cup", "grass", "sky", "wall"]
-WIDTH, MEMORY, PATCHES = 16, 12, 16
-# Swin's parts in transformers -> their names at Microsoft, which RAM's checkpoints use.
-THEIRS = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.norm": "patch_embed.norm",
-    "encoder.layers": "layers",
-    "attention.o_proj": "attn.proj",
-    "attention.relative_position_bias.": "attn.",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "layernorm": "norm",
-}
-
-
-def _swin() -> Any:
-    from transformers import SwinConfig, SwinModel
-
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
-    model = SwinModel(SwinConfig(image_size=32, patch_size=4, **sizes), add_pooling_layer=False)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def _microsoft(swin: Any) -> dict[str, Tensor]:
-    """Return the backbone's tensors under their names in a RAM checkpoint."""
-    theirs = dict(swin.state_dict())
-    for name in [n for n in theirs if ".q_proj." in n]:
-        parts = [theirs.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
-        theirs[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    for old, new in THEIRS.items():
-        theirs = {k.replace(old, new): v for k, v in theirs.items()}
-    return {f"visual_encoder.{k}": v for k, v in theirs.items()}
-
-
-def _head() -> dict[str, Tensor]:
-    shapes = {"image_proj": (MEMORY, PATCHES), "wordvec_proj": (WIDTH, MEMORY), "fc": (1, WIDTH)}
-    for i in range(2):
-        layer = f"tagging_head.encoder.layer.{i}."
-        look = {"query": WIDTH, "key": MEMORY, "value": MEMORY}
-        shapes |= {f"{layer}crossattention.self.{k}": (WIDTH, v) for k, v in look.items()}
-        shapes[f"{layer}crossattention.output.dense"] = (WIDTH, WIDTH)
-        shapes[f"{layer}crossattention.output.LayerNorm"] = (WIDTH,)
-        shapes[f"{layer}intermediate.dense"] = (32, WIDTH)
-        shapes[f"{layer}output.dense"] = (WIDTH, 32)
-        shapes[f"{layer}output.LayerNorm"] = (WIDTH,)
-    layers = {f"{k}.weight": torch.randn(shape) for k, shape in shapes.items()}
-    layers |= {f"{k}.bias": torch.randn(shape[:1]) for k, shape in shapes.items()}
-    return {**layers, "label_embed": torch.randn(len(NAMES), MEMORY)}
 
 
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
-    checkpoint = {**_microsoft(_swin()), **_head()}
-    # A released file also holds buffers and the part that writes captions.
-    checkpoint["visual_encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
-    checkpoint["text_decoder.bert.embeddings.word_embeddings.weight"] = torch.zeros(3, 3)
-    return checkpoint
+    return ram_tensors(len(NAMES))
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], names: list[str] = NAMES) -> TaggerConfig:
-    torch.save({"model": tensors}, folder / "ram.pth")
-    (folder / "ram_tag_list.txt").write_text("\n".join(names))
-    return TaggerConfig(kind="ram", source=str(folder / "ram.pth"), threshold=0.0)
+    return TaggerConfig(kind="ram", source=str(save_ram(folder, names, tensors)), threshold=0.0)
 
 
 def _attention(tensors: dict[str, Tensor], layer: str) -> nn.MultiheadAttention:
     """Return torch's attention with the weights of a layer."""
     look = [tensors[f"{layer}self.{k}.weight"] for k in ("query", "key", "value")]
-    attention = nn.MultiheadAttention(WIDTH, 4, kdim=MEMORY, vdim=MEMORY, batch_first=True)
+    attention = nn.MultiheadAttention(
+        RAM_WIDTH, 4, kdim=RAM_MEMORY, vdim=RAM_MEMORY, batch_first=True
+    )
     q, k, v = (nn.Parameter(weight) for weight in look)
     attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight = q, k, v
     bias = [tensors[f"{layer}self.{k}.bias"] for k in ("query", "key", "value")]
@@ -100,7 +54,7 @@ def _attention(tensors: dict[str, Tensor], layer: str) -> nn.MultiheadAttention:
 
 
 def _norm(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
-    return F.layer_norm(x, (WIDTH,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-12)
+    return F.layer_norm(x, (RAM_WIDTH,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-12)
 
 
 def _linear(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -109,7 +63,7 @@ def _linear(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
 
 def _expected(tensors: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """Return RAM's logits, computed with transformers' Swin and torch's attention."""
-    patches = _swin()(pictures).last_hidden_state
+    patches = ram_swin()(pictures).last_hidden_state
     features = torch.cat([patches.mean(1, keepdim=True), patches], 1)
     features = _linear(features, tensors, "image_proj")
     tags = _linear(tensors["label_embed"], tensors, "wordvec_proj").relu()
@@ -129,7 +83,7 @@ def test_logits_equal_those_of_other_libraries(tmp_path: Path, tensors: dict[str
     model = RamTagger(_save(tmp_path, tensors)).model
     assert model.side == 32
     pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    patches = _swin()(pictures).last_hidden_state
+    patches = ram_swin()(pictures).last_hidden_state
     torch.testing.assert_close(model.visual_encoder(pictures).flatten(1, 2), patches)
     expected = _expected(tensors, pictures)
     assert expected.std(1).min() > 0.01 and expected.std(0).min() > 0.01
@@ -170,10 +124,59 @@ def test_merge_lora_updates_the_parts_it_names() -> None:
     torch.testing.assert_close(merge_lora(plain), {"key.weight": expected})
 
 
+def _merged(tensors: dict[str, Tensor], update: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the update by loops over rows, W[i] += B[i] A / 8, where A has a half for each part."""
+    merged = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, weight in merged.items():
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or f"{module}.lora_A" not in update:
+            continue
+        down, up = update[f"{module}.lora_A"], update[f"{module}.lora_B"]
+        joint = down.shape[0] == 16
+        part = weight.shape[0] // 3 if joint else weight.shape[0]
+        for row in range(up.shape[0]):
+            half = row // part
+            target = row + part if half else row  # the rows of the key lie between
+            weight[target] += up[row] @ down[8 * half : 8 * half + 8] / 8
+    return merged
+
+
+@torch.no_grad()
+def test_dape_gives_the_logits_of_the_merged_weights(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    update = dape_tensors(tensors)
+    assert len(update) == 2 * (4 + 2 * 2 + 1)  # four blocks, two layers of two, and one of captions
+    torch.save({"params": update}, tmp_path / "DAPE.pth")
+    config = _save(tmp_path, tensors)
+    plain = RamTagger(config).model
+    dape = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "DAPE.pth")})).model
+    (tmp_path / "merged").mkdir()
+    merged = RamTagger(_save(tmp_path / "merged", _merged(tensors, update))).model
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(dape(pictures), merged(pictures), atol=1e-5, rtol=1e-5)
+    assert (dape(pictures) - plain(pictures)).abs().max() > 0.01
+
+
+def test_a_head_with_the_name_of_the_first_release_is_read(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    expected = load_tagger(_save(tmp_path, tensors))(photo("coffee", 8))
+    renamed = {k.replace("tagging_head.", "vision_multi."): v for k, v in tensors.items()}
+    assert load_tagger(_save(tmp_path, renamed))(photo("coffee", 8)) == expected
+
+
+def test_a_checkpoint_of_an_old_torch_is_read(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    config = _save(tmp_path, tensors)
+    expected = load_tagger(config)(photo("coffee", 8))
+    torch.save({"model": tensors}, tmp_path / "ram.pth", _use_new_zipfile_serialization=False)
+    assert load_tagger(config)(photo("coffee", 8)) == expected
+
+
 def test_adapter_is_applied(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     config = _save(tmp_path, tensors)
     name = "tagging_head.encoder.layer.0.crossattention.self.query"
-    lora = {f"{name}.lora_A": torch.ones(1, WIDTH), f"{name}.lora_B": torch.ones(WIDTH, 1)}
+    lora = {f"{name}.lora_A": torch.ones(1, RAM_WIDTH), f"{name}.lora_B": torch.ones(RAM_WIDTH, 1)}
     torch.save(lora, tmp_path / "dape.pth")
     adapted = RamTagger(config.model_copy(update={"adapter": str(tmp_path / "dape.pth")}))
     weight = adapted.model.state_dict()[f"{name}.weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,7 +75,10 @@ def _join_or_start(**options: Any) -> Any:
     from linearsr.distributed.compat import cluster_to_join
     from linearsr.distributed.local_cluster import start
 
-    return start(**options) if cluster_to_join() is None else ray.init(**options)
+    if cluster_to_join() is not None:
+        return ray.init(**options)
+    print("Starting Ray on this machine", file=sys.stderr, flush=True)
+    return start(**options)
 
 
 def connect(*, data: bool = True) -> str:

@@ -13,15 +13,14 @@ More: docs/guides/tags.md, docs/guides/datasets.md, docs/guides/storage.md.
 from __future__ import annotations
 
 import argparse
-import os
 
 from linearsr.cli.flags import add_fields
 from linearsr.cli.jobs import shared
-from linearsr.cli.tag import add_tagger_options, tagger_config
+from linearsr.cli.tag import TAGGER_FILES, absolute_paths, add_tagger_options, tagger_config
 
 FLAGS = ("input", "output", "column", "actors", "actor_cpus", "gpu")
 PLACES = ("input", "output")
-SENT = ("tagger_model", "tagger_adapter", "vocabulary")
+SENT = TAGGER_FILES
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tag the dataset, and print how it ended."""
-    for name in SENT:  # workers have working folders of their own; a hub id stays as it is
-        path = getattr(options, name)
-        if path is not None and os.path.exists(path):
-            setattr(options, name, os.path.abspath(path))
-
+    absolute_paths(options)
     from linearsr.distributed.datasets.tag import TagConfig, tag_dataset
 
     fields = {name: getattr(options, name) for name in FLAGS}

@@ -17,10 +17,11 @@ import argparse
 from linearsr.cli import upscale
 from linearsr.cli.flags import add_fields
 from linearsr.cli.jobs import shared
+from linearsr.cli.tag import TAGGER_FILES, absolute_paths
 
 FLAGS = ("input", "output", "kind", "column", "actors", "actor_cpus", "gpu", "batch", "concurrency")
 PLACES = ("input", "output")
-SENT = ("model",)
+SENT = ("model", *TAGGER_FILES)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Upscale the dataset, and print how it ended."""
     from linearsr.distributed.datasets.upscale import UpscaleConfig, upscale_dataset
 
+    absolute_paths(arguments)
     options, files = upscale.parse(arguments)
     names = (*FLAGS, "model", "device", "compile")
     fields = {name: getattr(arguments, name) for name in names}
-    config = shared.validated(UpscaleConfig, {**fields, "options": options, "files": files})
+    fields |= {"options": options, "files": files, "tagger": upscale.tagger(arguments)}
+    config = shared.validated(UpscaleConfig, fields)
     shared.connect(data=False)
     summary = upscale_dataset(config)
     print(summary)

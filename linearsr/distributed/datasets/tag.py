@@ -17,7 +17,6 @@ import io
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import pyarrow as pa
@@ -96,15 +95,7 @@ class TagConfig(Pool):
     @property
     def settings(self) -> dict[str, Any]:
         """All settings that the tags depend on. Raises OptionError for an unreadable vocabulary."""
-        settings = self.tagger.model_dump(mode="json")
-        if (path := self.tagger.vocabulary) is not None:
-            try:
-                settings["vocabulary"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            except OSError as error:
-                raise OptionError(
-                    f"{path}: cannot be read ({error.strerror}); check --vocabulary"
-                ) from error
-        return {**settings, "column": self.column}
+        return {**self.tagger.settings, "column": self.column}
 
 
 def tag_dataset(config: TagConfig) -> Summary:

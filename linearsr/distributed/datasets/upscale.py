@@ -41,6 +41,7 @@ from linearsr.storage.location import (
 )
 from linearsr.storage.targets import TargetCheck, check_collisions
 from linearsr.storage.walk import Notes
+from linearsr.tags.base import TaggerConfig
 
 RESULTS = pa.schema(
     {"id": pa.string(), "image": pa.binary(), "width": pa.int32(), "height": pa.int32()}
@@ -67,6 +68,8 @@ class UpscaleConfig(Pool):
     """Device of the models; auto is the GPU that the actor has reserved, or else the CPU."""
     compile: bool = False
     """Compile the model on CUDA, which pays for many pictures of one size."""
+    tagger: TaggerConfig = TaggerConfig()
+    """Tagger of pictures with tags "auto"."""
     options: Options = Options()
     files: FileOptions = FileOptions()
     batch: int = Field(default=8, ge=1)
@@ -92,6 +95,7 @@ class UpscaleConfig(Pool):
             **self.model_dump(mode="json", include={"input", "kind", "column", "model"}),
             **self.options.model_dump(mode="json"),
             **self.files.model_dump(mode="json"),
+            "tagger": self.tagger.settings,
         }
 
 
@@ -109,7 +113,7 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     check_model(config.model)  # an actor would only find out minutes later
     targets, faults = _targets(inputs, output, config)
     made_of = {"weights": fingerprint(config.model)}
-    defaults = Options().model_dump(mode="json") | made_of
+    defaults = Options().model_dump(mode="json") | made_of | {"tagger": TaggerConfig().settings}
     claim(output, config.settings() | made_of, defaults=defaults)
     notes.tell_left_out()
     todo = _todo(inputs, targets, output, config)
@@ -259,7 +263,9 @@ class _Worker:
         self.config, self.source, self.output = config, source, output
         reserved = "cuda" if config.gpu else "cpu"
         device = reserved if config.device == "auto" else config.device
-        self.upscaler = load_upscaler(config.model, device, compiled=config.compile)
+        self.upscaler = load_upscaler(
+            config.model, device, compiled=config.compile, tagger=config.tagger
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[Failure]:
         """Upscale rows of `list_inputs`; return what was wrong with each, an empty error if

@@ -13,6 +13,7 @@ from linearsr.diffusion.experts import plan, shares
 from linearsr.diffusion.schedule import schedule
 from linearsr.distributed.resources import ResourceRequest
 from linearsr.errors import OptionError
+from linearsr.tags.base import TaggerConfig
 from linearsr.web.service import JobLimits, Limits
 
 
@@ -24,6 +25,9 @@ class ServeConfig(Config):
 
     model: str = "linearsr-tiny"
     """The name of a bundled model, or a folder of weights that every node can read (s3:// too)."""
+    tagger: TaggerConfig = TaggerConfig()
+    """The tagger of requests with tags "auto", on the CPU of each router. Every node must be able
+    to read its files. Choose the one whose tags the model was trained on."""
     device: str = "auto"
     """The device of the experts; "auto" is the GPU that a replica has reserved, or else the CPU."""
     layout: Literal["split", "together"] = "split"

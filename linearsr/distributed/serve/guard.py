@@ -35,13 +35,20 @@ def read_limits() -> UploadLimits:
 
 
 def guard_proxies(limits: Limits) -> None:
-    """Let the proxies of a cluster that this process starts have the guard. Raises OptionError.
+    """Let the proxies of a cluster that this process starts have the guard.
 
-    limits: those of a request, for whose largest upload the guard leaves room.
+    limits: those of a request, for whose largest upload the guard leaves room. Raises OptionError
+    if the environment has a callback of somebody else, since Serve takes one only.
     """
+    ours = f"{__name__}.{middlewares.__name__}"
+    if os.environ.get(CALLBACK, ours) != ours:
+        raise OptionError(
+            f"{CALLBACK} is {os.environ[CALLBACK]}, but the endpoint needs {ours} there; unset it, "
+            "or let your function return these middlewares too and deploy ray_jobs/serve.yaml"
+        )
     before = read_limits()
     body = max(before.body_bytes, limits.bytes + FORM_OVERHEAD)
     total = max(before.total_bytes, body)
     uploads = before.model_copy(update={"body_bytes": body, "total_bytes": total})
     os.environ[UPLOADS] = uploads.model_dump_json()
-    os.environ[CALLBACK] = f"{__name__}.{middlewares.__name__}"
+    os.environ[CALLBACK] = ours

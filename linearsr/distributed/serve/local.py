@@ -57,9 +57,7 @@ def run(
     else:
         # All replicas share this machine's cores, so Ray gets as many CPUs as they reserve.
         start(num_cpus=math.ceil(resources.cpus), include_dashboard=False, **quiet)
-    advice = "use fewer --replicas, or lower --expert-cpus and --expert-gpus"
-    replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
-    check_feasible("the endpoint", resources, replica, advice)
+    _check_room(config, resources)
     stop = threading.Event()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stop.set())
@@ -84,8 +82,8 @@ def run(
 def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
     """Deploy over the endpoint that `linearsr serve` runs already; return its address.
 
-    Raises OptionError if there is none, or if it listens elsewhere: Serve cannot move. Raises
-    LinearSRError if a deployment does not start.
+    Raises OptionError if there is none, if it listens elsewhere, since Serve cannot move, or if the
+    cluster is too small. Raises LinearSRError if a deployment does not start.
     """
     if not os.environ.get("RAY_ADDRESS"):
         expect_private()
@@ -110,6 +108,7 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
             '--host and --port cannot change while the endpoint runs on {}:{}; see "Opening it to '
             'others" in docs/guides/serving.md'.format(*listens)
         )
+    _check_room(config, config.resources(read_config(config.model)))
     app = build_app(_named(config, listens[0]))
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
@@ -118,6 +117,13 @@ def redeploy(config: ServeConfig, host: str | None, port: int | None) -> str:
         raise LinearSRError(f"the endpoint did not change: {one_line(error)}") from error
     ray.shutdown()
     return "http://{}:{}/".format(*listens)
+
+
+def _check_room(config: ServeConfig, resources: ResourceRequest) -> None:
+    """Raise OptionError if the cluster can never hold the endpoint."""
+    advice = "use fewer --replicas, or lower --expert-cpus and --expert-gpus"
+    replica = ResourceRequest(config.expert_cpus, config.expert_gpus)
+    check_feasible("the endpoint", resources, replica, advice)
 
 
 def _named(config: ServeConfig, host: str) -> ServeConfig:

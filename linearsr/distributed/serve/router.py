@@ -62,7 +62,7 @@ class Router:
         finisher: DeploymentHandle | None,
     ) -> None:
         # On the CPU: a router reserves no GPU.
-        self.upscaler = load_upscaler(config.model, "cpu", only=())
+        self.upscaler = load_upscaler(config.model, "cpu", only=(), tagger=config.tagger)
         self.local = Finisher(config, "cpu") if finisher is None else None
         self.finisher = finisher
         self.experts = {

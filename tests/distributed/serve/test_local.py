@@ -20,8 +20,11 @@ import requests
 from openai import OpenAI
 
 from linearsr.config import Options
+from linearsr.distributed.serve.guard import CALLBACK, guard_proxies
+from linearsr.errors import OptionError
 from linearsr.imaging.files import encode, read
 from linearsr.pipeline.upscaler import Upscaler
+from linearsr.web.service import Limits
 from tests.helpers.command import serving
 from tests.helpers.endpoint import LINE, Case, answered_by, form_of, image_of, pixels_of
 from tests.helpers.processes import until
@@ -161,3 +164,11 @@ def test_no_file_of_ray_has_the_token(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix in (".log", ".out", ".err")]) > 10
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+
+
+def test_guard_refuses_to_take_the_place_of_another_callback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(CALLBACK, "mine.middlewares")
+    with pytest.raises(OptionError, match=r"mine\.middlewares, but the endpoint needs linearsr"):
+        guard_proxies(Limits())

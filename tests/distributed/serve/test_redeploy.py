@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.thorough]
 TOKENS = ("a-word-that-no-log-may-have", "another-word-that-no-log-may-have")
 
 
-def test_redeployment_changes_the_token_and_the_limits(small_bundle: Path) -> None:
+def test_redeployment_checks_the_room_and_changes_token_and_limits(small_bundle: Path) -> None:
     old, new = ({"Authorization": f"Bearer {token}"} for token in TOKENS)
     form: dict[str, Any] = {
         "files": {"image": ("a.png", answered_by(small_bundle)[0].picture)},
@@ -31,13 +31,17 @@ def test_redeployment_changes_the_token_and_the_limits(small_bundle: Path) -> No
         with serving(small_bundle, folder, LINEARSR_TOKEN=TOKENS[0]) as (process, url):
             ask = partial(requests.post, f"{url}/v1/upscale", timeout=60, **form)
             assert (ask(headers=old).status_code, ask(headers=new).status_code) == (200, 401)
-            changed = subprocess.run(
-                serve(small_bundle, "--redeploy", "--max-pixels", "5000"),
+            redeploy = partial(
+                subprocess.run,
                 env=environment(folder, LINEARSR_TOKEN=TOKENS[1]),
                 capture_output=True,
                 text=True,
                 check=False,
             )
+            refused = redeploy(serve(small_bundle, "--redeploy", "--replicas", "400"))
+            assert refused.returncode == 2 and "the endpoint needs" in refused.stderr
+            assert (ask(headers=old).status_code, ask(headers=new).status_code) == (200, 401)
+            changed = redeploy(serve(small_bundle, "--redeploy", "--max-pixels", "5000"))
             assert changed.returncode == 0, changed.stderr
             assert (ask(headers=old).status_code, ask(headers=new).status_code) == (401, 200)
             limits = requests.get(f"{url}/v1/models", timeout=60).json()["limits"]

@@ -85,7 +85,7 @@ def helm(*arguments: str) -> None:
 def kubectl(*arguments: str) -> None:
     """Check names against deploy/kubernetes/; the value of a Secret is an invented token."""
     options = _kubectl().parse_args(arguments)
-    files = [path.read_text() for path in sorted(Path("deploy/kubernetes").glob("*.yaml"))]
+    files = [path.read_text() for path in _manifests()]
     if options.verb == "get" and options.kind == "secret":
         options.kind = "raycluster"  # the operator makes a Secret with the name of the cluster
         print(base64.b64encode(b"0" * 64).decode(), end="")
@@ -111,13 +111,19 @@ def kubectl(*arguments: str) -> None:
 
 def _names(shape: str) -> set[str]:
     """Return the names of all manifests, formatted."""
-    manifests = (_yaml(str(path)) for path in sorted(Path("deploy/kubernetes").glob("*.yaml")))
+    manifests = [_yaml(str(path)) for path in _manifests() if path.name != "kustomization.yaml"]
     return {shape.format(kind=m["kind"].lower(), name=m["metadata"]["name"]) for m in manifests}
+
+
+def _manifests() -> list[Path]:
+    return sorted(Path("deploy/kubernetes").rglob("*.yaml"))
 
 
 def _kubectl() -> argparse.ArgumentParser:
     parser, verbs = _verbs("kubectl")
-    verbs.add_parser("apply").add_argument("-f", type=_file, required=True)
+    source = verbs.add_parser("apply").add_mutually_exclusive_group(required=True)
+    source.add_argument("-f", type=_file)
+    source.add_argument("-k", type=_kustomization)
     get = verbs.add_parser("get")
     get.add_argument("kind")
     get.add_argument("name", nargs="?")
@@ -158,17 +164,21 @@ def aws(*arguments: str) -> None:
         waiters, (waiter, *flags) = session.get_waiter_model(service), flags
         (name,) = (n for n in waiters.waiter_names if xform_name(n, "-") == waiter)
         operation = xform_name(waiters.get_waiter(name).operation, "-")
-    known = {
-        xform_name(m, "-") for m in model.operation_model(names[operation]).input_shape.members
-    }
+    members = model.operation_model(names[operation]).input_shape.members
     parser = argparse.ArgumentParser(prog=f"aws {service} {operation}", allow_abbrev=False)
-    for flag in sorted({*known, "region", "query", "output"}):
+    for flag in ("region", "query", "output"):
         parser.add_argument(f"--{flag}")
+    for name, shape in members.items():
+        kind: dict[str, Any] = {"action": "store_true"} if shape.type_name == "boolean" else {}
+        kind = {"nargs": "+"} if name == "Parameters" else kind
+        parser.add_argument(f"--{xform_name(name, '-')}", **kind)
     options = vars(parser.parse_args(flags))
-    if template := options.get("template_body"):
+    if parameters := options.get("parameters"):
+        template = options["template_body"] or "file://deploy/aws/account.yaml"  # the previous one
         text = _file(template.removeprefix("file://")).read_text()
-        (parameter,) = re.findall(r"ParameterKey=(\w+)", options["parameters"])
-        assert f"\n  {parameter}:\n    Type: String\n" in text, f"no parameter {parameter}"
+        known = set(re.findall(r"^  (\w+):\n    Type: (?!AWS::)", text, re.M))
+        for parameter in re.findall(r"ParameterKey=(\w+)", " ".join(parameters)):
+            _one_of(parameter, known)
 
 
 def _sync(verb: str, source: str, target: str) -> None:
@@ -193,6 +203,10 @@ def _file(path: str) -> Path:
 def _folder(path: str) -> Path:
     _file(f"{path}/pyproject.toml")
     return Path(path)
+
+
+def _kustomization(path: str) -> Path:
+    return _file(f"{path}/kustomization.yaml")
 
 
 def _yaml(path: str) -> Any:
