@@ -35,6 +35,7 @@ _NUMBERS: Final = {
     3: "H",
     4: "I",
     5: "I",
+    6: "b",
     8: "h",
     9: "i",
     10: "i",
@@ -385,6 +386,14 @@ def tiff_pages(data: bytes) -> tuple[list[Page], bytes | None]:
         size = 8 if data[2:4] in _BIG else 4
         return pages, data[:link] + bytes(size) + data[link + size :]
     return pages, None
+
+
+def with_first(data: bytes, at: int) -> bytes:
+    """Return a TIFF file whose first page is that of the directory at this offset."""
+    order = "<" if data[:2] == b"II" else ">"
+    place, unit = (8, "Q") if data[2:4] in _BIG else (4, "I")
+    link = struct.pack(f"{order}{unit}", at)
+    return data[:place] + link + data[place + len(link) :]
 
 
 def _sub_pages(reader: _Reader, number: int, page: Tags, seen: set[int]) -> Iterator[Page]:

@@ -93,8 +93,8 @@ def walk(folder: str, notes: Notes) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
     Links are followed. Each real folder is walked once: a link to a folder that is in the tree
     already, or to one that the link lies in, goes to `notes`, as do a link that leads nowhere and a
-    pipe or device, which is never opened. A subfolder that cannot be listed becomes a failure. Unfinished files of a killed process are
-    left out.
+    pipe or device, which is never opened. A subfolder that cannot be listed becomes a failure.
+    Unfinished files of a killed process are left out.
 
     Raises OSError if `folder` itself cannot be listed.
     """

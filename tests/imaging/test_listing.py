@@ -118,7 +118,13 @@ def test_folders_locations_and_buckets_list_the_same_pictures(s3: Server, tmp_pa
 
 
 def test_names_of_people_are_not_taken_for_litter(tmp_path: Path) -> None:
-    names = [".cache/a.jpg", "Mona_original", "recycled/bottle.jpg", "recycler/d1/a.jpg", "sunset. 1_original"]
+    names = [
+        ".cache/a.jpg",
+        "Mona_original",
+        "recycled/bottle.jpg",
+        "recycler/d1/a.jpg",
+        "sunset. 1_original",
+    ]
     _write(tmp_path, dict.fromkeys(names, JPEG))
     notes = Notes()
     assert find_images(tmp_path, notes) == [tmp_path / name for name in names]
