@@ -108,6 +108,8 @@ class Marks:
     """The density of JFIF."""
     unitless: bool = False
     """Whether the print resolution has no unit, so that it is only the shape of a pixel."""
+    orientation: int | None = None
+    """The orientation of a page of TIFF."""
     frames: int = 1
     premultiplied: bool = False
     notes: list[str] = field(default_factory=list)
@@ -251,7 +253,7 @@ def _embed_png(data: bytes, metadata: Metadata) -> bytes:
 
 
 def _read_jpeg(data: bytes, marks: Marks) -> None:
-    photoshop = b""
+    photoshop = bytearray()
     end = 0
     for marker, start, end in _headers(data):
         body = data[start:end]
@@ -261,7 +263,7 @@ def _read_jpeg(data: bytes, marks: Marks) -> None:
             photoshop += body.removeprefix(_IPTC_HEADER)
         else:
             _mark_segment(marks, marker, body)
-    if iptc := iptc_records(photoshop):
+    if iptc := iptc_records(bytes(photoshop)):
         marks.profiles["iptc"] = iptc
     if data.rfind(_END_OF_JPEG) < end:
         marks.notes.append("the file lacks its end marker; parts of the picture may be damaged")
@@ -491,6 +493,10 @@ def _read_bmp(data: bytes, marks: Marks) -> None:
 
 def _read_tiff(tags: Tags, marks: Marks) -> None:
     marks.unitless = tags.number(Base.ResolutionUnit) == 1
+    marks.orientation = int(tags.number(Base.Orientation) or 1)
+    for kind, tag in (("xmp", Base.XMLPacket), ("icc", Base.InterColorProfile)):
+        if isinstance(value := tags.root.get(tag), Value):
+            marks.profiles[kind] = value.data
     if iptc := _tiff_iptc(tags):
         marks.profiles["iptc"] = iptc
     if tags.number(Base.PhotometricInterpretation) in _OTHER_COLOURS:

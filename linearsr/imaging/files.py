@@ -12,10 +12,10 @@ Every format carries the profile, EXIF, XMP and the print resolution. PNG and We
 its fields become XMP there. Text chunks of PNG stay in PNG; other formats get those that EXIF has a
 place for.
 
-Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that,
-with a note; colours with 16 bits that only PIL reads become 8 bits, with a note;
-WebP has no grey, so a grey picture comes back from it as colour; AVIF whose colour space only its
-AV1 stream tells is taken for sRGB.
+Known limits: JPEG drops IPTC of more than 64 kB, and the largest EXIF tags beyond that, with a
+note; colours with 16 bits that only PIL reads become 8 bits, with a note; WebP has no grey, so a
+grey picture comes back from it as colour; AVIF whose colour space only its AV1 stream tells is
+taken for sRGB.
 """
 
 from __future__ import annotations
@@ -340,12 +340,13 @@ def _read(file: _File, fail_on: str = "error") -> Picture:
 
 def _with_exif(image: pyvips.Image, file: _File, marks: Marks) -> tuple[pyvips.Image, bytes | None]:
     """Return an image with the orientation of EXIF that libvips does not find, and the EXIF."""
-    if file.page:
-        return image, file.exif()
-    exif = _blob(image, "exif-data")
+    exif = file.exif() if file.page else _blob(image, "exif-data")
+    turned = marks.orientation
     if exif is None and (exif := marks.profiles.get("exif")):
+        turned = orientation(exif)
+    if turned in range(1, 9):
         image = image.copy()
-        image.set_type(pyvips.GValue.gint_type, "orientation", orientation(exif))
+        image.set_type(pyvips.GValue.gint_type, "orientation", turned)
     return image, exif
 
 
@@ -980,6 +981,7 @@ def _from_pil(image: PIL.Image.Image, name: str, marks: Marks) -> Picture:
     except Exception as error:  # PIL raises almost any kind of exception for a broken file
         raise InputError(f"{name}: cannot be used ({error}); open or convert it again.") from error
     exif, turned = pil_exif(image)
+    turned = turned if marks.orientation is None else marks.orientation
     if exif is None and (exif := marks.profiles.get("exif")):
         turned = orientation(exif)
     lazy.set_type(pyvips.GValue.gint_type, "orientation", turned)

@@ -63,6 +63,9 @@ _LAST: Final[frozenset[int]] = frozenset(
 
 
 _BIG: Final = (b"+\0", b"\0+")
+# Tags of a directory that hold for the pictures in its SubIFDs as well: XMP, IPTC in its two places
+# and the orientation.
+_SHARED: Final = (Base.XMLPacket, 33723, 34377, Base.Orientation)
 
 
 class Value(NamedTuple):
@@ -402,7 +405,8 @@ def _sub_pages(reader: _Reader, number: int, page: Tags, seen: set[int]) -> Iter
             seen.add(offset)
             with contextlib.suppress(struct.error):
                 root, _ = reader.directory(offset, ())
-                yield Page(number, sub, offset, Tags(reader.order, root))
+                shared = {tag: page.root[tag] for tag in _SHARED if tag in page.root}
+                yield Page(number, sub, offset, Tags(reader.order, shared | root))
 
 
 def join_tiff(files: Sequence[tuple[bytes, Tags | None]]) -> bytes:

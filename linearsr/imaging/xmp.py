@@ -30,8 +30,7 @@ _MORE: Final = re.compile(
     rb"\sxmpNote:HasExtendedXMP\s*=\s*[\"'](\w*)[\"']"
     rb"|<xmpNote:HasExtendedXMP>(\w*)</xmpNote:HasExtendedXMP>"
 )
-_RDF_START: Final = re.compile(rb"<rdf:RDF\b[^>]*>")
-_PACKET: Final = re.compile(rb"<\?xpacket[^>]*\?>")
+_PACKET: Final = re.compile(rb"<\?xpacket[^>]{,200}\?>")
 
 _DATE: Final = 55
 # The fields of IPTC's record 2 that XMP has a property for, and the list that holds its values.
@@ -109,13 +108,11 @@ def joined(
         return xmp, False
     xmp = _MORE.sub(b"", xmp)
     rest = b"".join(part for _, part in sorted(parts.get(name[1] or name[2], ())))
-    start = _RDF_START.search(rest)
+    descriptions = rest.partition(b"<rdf:RDF")[2].partition(b">")[2].rpartition(_DESCRIPTION_END)[0]
     before, end, after = xmp.rpartition(_DESCRIPTION_END)
-    if start:
-        whole = before + rest[start.end() :].rpartition(_DESCRIPTION_END)[0] + end + after
-        if _is_xml(rest) and _is_xml(whole):
-            return whole, False
-    return xmp, True
+    whole = before + descriptions + end + after
+    # A part that is missing, or a prefix that is declared outside, leaves no XML.
+    return (whole, False) if _is_xml(rest) and _is_xml(whole) else (xmp, True)
 
 
 def _is_xml(data: bytes) -> bool:

@@ -35,7 +35,8 @@ CR2_DIRECTORY = 2 + 10 * 12 + 4
 def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
     """A TIFF file: size, kind (NewSubfileType), photometric (None for none), sub (pages) of each.
 
-    Its samples are not compressed, but compression and packed (bytes) may be given.
+    Its samples are not compressed, but compression and packed (bytes) may be given, and further
+    tags of bytes.
     """
     data = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(8))
     if cr2:
@@ -67,11 +68,15 @@ def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
             (278, 4, 1, height),
             (279, 4, 1, len(samples)),
         ]
+        for tag, value in page.get("tags", {}).items():
+            entries.append((tag, 7, len(value), len(data)))
+            data.extend(value + bytes(len(value) % 2))
+        entries += [(274, 3, 1, page["turned"])] if "turned" in page else []
         if subs:
             entries.append((330, 4, len(subs), subs[0] if len(subs) == 1 else sub_at))
         at = len(data)
         data.extend(struct.pack(f"{order}H", len(entries)))
-        for tag, kind, count, value in entries:
+        for tag, kind, count, value in sorted(entries):
             data.extend(struct.pack(f"{order}HHI", tag, kind, count))
             short = kind == 3 and count == 1
             data.extend(struct.pack(f"{order}HH" if short else f"{order}I", value, *([0] * short)))
@@ -152,6 +157,21 @@ def test_larger_picture_in_a_subifd_is_the_page(kind: dict[str, int]) -> None:
     for number, size in enumerate([(16, 24), (9, 9)]):
         assert (read(data, page=number).pages, read(data).notes) == (2, ())
         assert read(data, page=number).pixels.shape[1:] == size
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [{}, {"photometric": 8}])
+def test_picture_in_a_subifd_has_the_tags_of_its_directory(
+    kind: dict[str, int], order: str
+) -> None:
+    iptc = b"\x1c\x02\x78\x00\x06A lake"
+    tags = {700: b"<x:xmpmeta/>", 33723: iptc}
+    full = {"size": (24, 16), **kind}
+    data = tiff({**THUMBNAIL, "tags": tags, "turned": 6, "sub": [full]}, order=order)
+    result = read(data)
+    assert (result.iptc, result.xmp) == (iptc, b"<x:xmpmeta/>")
+    assert result.pixels.shape == (3, 24, 16)
+    assert files.measure(data) == ("tiff", [(16, 24)])
 
 
 @pytest.mark.skipif(not features.check("libtiff"), reason="this PIL has no libtiff")
