@@ -112,10 +112,10 @@ def _list_inputs(inputs: list[Path], output: Path) -> tuple[list[tuple[Path, Pat
 
 def _outside(pictures: list[Path], folder: Path, output: Path) -> list[tuple[Path, Path]]:
     """Return the pictures with their paths below a folder, without the results in `output`."""
-    results = os.path.realpath(output)
-    if results != os.path.realpath(folder):
-        inside = f"{results}{os.sep}"
-        pictures = [p for p in pictures if not os.path.realpath(p).startswith(inside)]
+    from linearsr.storage.targets import is_inside, is_same
+
+    if not is_same(output, folder):
+        pictures = [picture for picture in pictures if not is_inside(picture, output)]
     return [(picture, picture.relative_to(folder)) for picture in pictures]
 
 
@@ -132,7 +132,9 @@ def _without_results(pairs: list[Pair]) -> list[Pair]:
 
 
 def _checked(pair: Pair) -> Pair:
-    if os.path.realpath(pair.source) == os.path.realpath(pair.target):
+    from linearsr.storage.targets import is_same
+
+    if is_same(pair.source, pair.target):
         raise OptionError(f"{pair.source} would be overwritten; choose another output")
     return pair
 

@@ -65,20 +65,26 @@ _BRADFORD: Final = np.array(
 def tagged_profile(marks: Marks, icc: bytes | None, *, grey: bool, name: str) -> bytes | None:
     """Return the profile of a picture, from its own profile and the marks of its file.
 
-    PNG's cICP comes first, then the profile, AVIF's nclx, PNG's sRGB, and gAMA with cHRM. The
+    PNG's cICP comes first, then the profile, AVIF's nclx, PNG's sRGB, and gAMA with cHRM or what
+    TIFF and BMP have for them. A note is added to `marks` for code points that are not known. The
     result is None for sRGB. name: the picture's name in errors.
 
     Raises InputError for HDR, whose samples mean another brightness in every other format.
     """
     if marks.cicp and (marks.cicp_first or not icc):
-        return _cicp_profile(marks.cicp, grey=grey, name=name)
-    if icc or marks.srgb or not (marks.gamma or marks.chromaticities):
+        cicp = marks.cicp
+        if cicp.transfer not in _CURVES or cicp.primaries not in _PRIMARIES:
+            numbers = f"primaries {cicp.primaries}, transfer {cicp.transfer}"
+            marks.notes.append(f"its colour space ({numbers}) is not known and taken for sRGB")
+        return _cicp_profile(cicp, grey=grey, name=name)
+    if icc or marks.srgb or not (marks.gamma or marks.curve or marks.chromaticities):
         return icc
     points = marks.chromaticities or _SRGB
     is_srgb = np.allclose(points, _SRGB, atol=_SAME_XY) or grey
-    if is_srgb and abs((marks.gamma or 2.2) / 2.2 - 1) < _SAME_GAMMA:
+    if is_srgb and not marks.curve and abs((marks.gamma or 2.2) / 2.2 - 1) < _SAME_GAMMA:
         return None
-    return profile(points, (marks.gamma,) if marks.gamma else _SRGB_CURVE, grey=grey)
+    curve = marks.curve or ((marks.gamma,) if marks.gamma else _SRGB_CURVE)
+    return profile(points, curve, grey=grey)
 
 
 def _cicp_profile(cicp: Cicp, *, grey: bool, name: str) -> bytes | None:
@@ -99,12 +105,16 @@ def adobe_profile(*, grey: bool) -> bytes | None:
 def profile(points: Sequence[float], curve: Sequence[float], *, grey: bool = False) -> bytes | None:
     """Return an ICC profile (version 4), RGB or grey; None for primaries that cannot be.
 
-    points: x and y of white, red, green and blue. curve: see `_CURVES`.
+    points: x and y of white, red, green and blue. curve: see `_CURVES`; or a longer table of the
+    light of each sample, from 0 to 65535.
     """
     try:
         white, matrix = _to_d50(points)
         parts = {b"wtpt": _xyz(_D50), b"chad": b"sf32\0\0\0\0" + _fixed(white.ravel())}
-        trc = b"para" + struct.pack(">IHH", 0, 0 if len(curve) == 1 else 3, 0) + _fixed(curve)
+        if len(curve) > len(_SRGB_CURVE):
+            trc = struct.pack(f">4sII{len(curve)}H", b"curv", 0, len(curve), *map(int, curve))
+        else:
+            trc = b"para" + struct.pack(">IHH", 0, 0 if len(curve) == 1 else 3, 0) + _fixed(curve)
         if grey:
             parts[b"kTRC"] = trc
         else:

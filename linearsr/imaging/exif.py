@@ -126,10 +126,17 @@ def upright_exif(data: bytes | None) -> bytes | None:
     """Return EXIF with HEADER and an orientation of 1, otherwise unchanged; None if broken."""
     if data is None or (tags := parse(data)) is None:
         return None
-    if tags.number(Base.Orientation) in (None, 1):
+    if Base.Orientation not in tags.root or tags.number(Base.Orientation) == 1:
         return HEADER + data.removeprefix(HEADER)
     tags.root[Base.Orientation] = tags.pack(SHORT, 1)
     return HEADER + tags.tobytes()
+
+
+def orientation(data: bytes | None) -> int:
+    """Return the orientation in EXIF, from 1 to 8; 1 without a valid one."""
+    tags = parse(data)
+    number = tags.number(Base.Orientation) if tags else None
+    return int(number) if number and 1 <= number <= 8 else 1
 
 
 def resolution(data: bytes | None) -> tuple[float, float] | None:
@@ -232,8 +239,9 @@ def _add_texts(tags: Tags, texts: Mapping[str, str]) -> None:
     ):
         if key in texts:
             tags.root.setdefault(tag, Value(ASCII, texts[key].encode() + b"\0"))
-    if "parameters" in texts:  # where Stable Diffusion's tools look for them
-        comment = _UNICODE + texts["parameters"].encode("utf-16-be", "replace")
+    # Stable Diffusion's tools look for "parameters" there.
+    if text := texts.get("parameters") or texts.get("Comment"):
+        comment = _UNICODE + text.encode("utf-16-be", "replace")
         tags.child(IFD.Exif).setdefault(Base.UserComment, Value(UNDEFINED, comment))
 
 

@@ -12,10 +12,10 @@ Every format carries the profile, EXIF, XMP and the print resolution. PNG and We
 its fields become XMP there. Text chunks of PNG stay in PNG; other formats get those that EXIF has a
 place for.
 
-Known limits: JPEG drops XMP or IPTC of more than 64 kB, and the largest EXIF tags beyond that,
-with a note; colours with 16 bits that only PIL reads become 8 bits, with a note;
-WebP has no grey, so a grey picture comes back from it as colour; AVIF whose colour space only its
-AV1 stream tells is taken for sRGB.
+Known limits: JPEG drops IPTC of more than 64 kB, and the largest EXIF tags beyond that, with a
+note; colours with 16 bits that only PIL reads become 8 bits, with a note; WebP has no grey, so a
+grey picture comes back from it as colour; AVIF whose colour space only its AV1 stream tells is
+taken for sRGB.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeVar
 
@@ -52,6 +53,7 @@ from linearsr.imaging.exif import (
     for_tiff,
     is_adobe_rgb,
     is_record,
+    orientation,
     pil_exif,
     plausible_dpi,
     record_line,
@@ -60,9 +62,9 @@ from linearsr.imaging.exif import (
     srgb_exif,
     upright_exif,
 )
-from linearsr.imaging.tiff import Page, Tags, join_tiff, tiff_pages
+from linearsr.imaging.tiff import Page, Tags, join_tiff, tiff_pages, with_first
 from linearsr.imaging.vips import pyvips
-from linearsr.imaging.xmp import result_xmp
+from linearsr.imaging.xmp import joined, result_xmp
 from linearsr.storage import atomic
 
 DEFAULT_MAX_PIXELS: Final = 100_000_000
@@ -148,7 +150,7 @@ class Picture:
     """IPTC's records (IIM), without the header of Photoshop."""
 
     texts: tuple[tuple[str, str], ...] = ()
-    """Keywords and texts of a PNG file."""
+    """Keywords and texts of a PNG file; the comments of a JPEG or GIF file."""
 
     dpi: tuple[float, float] | None = None
     """The print resolution across and down, if the file has one outside EXIF."""
@@ -205,9 +207,11 @@ def measure(data: bytes) -> tuple[str, list[tuple[int, int]]]:
     name = "the picture"
     file = _opened(data, name)
     if file.format in _PIL_FORMATS:
-        return file.format, [_open_by_pil(file).size]
+        width, height = _open_by_pil(file).size
+        is_turned = orientation(file.marks().profiles.get("exif")) >= 5
+        return file.format, [(height, width) if is_turned else (width, height)]
     try:
-        image = _open(file)
+        image, _ = _with_exif(_open(file), file, file.marks())
     except _VIPS_ERRORS as error:
         if not file.page or not _unusual(file.page):
             raise _input_error(name, error) from error
@@ -238,36 +242,52 @@ class _File:
         """Return the number of pages; 1 for formats that have none."""
         return max(1, len(self.sizes))
 
+    def marks(self) -> Marks:
+        """Return what the file says about itself."""
+        return read_marks(self.data, self.format, self.page.tags if self.page else None)
+
+    def exif(self) -> bytes | None:
+        """Return the EXIF of a TIFF page."""
+        # The tags of the photograph are in the first directory, also if that has the thumbnail.
+        at = None if self.pages == 1 or self.page is None else self.page.at
+        return descriptive_exif(self.data, at)
+
 
 def _opened(data: bytes, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, page: int = 0) -> _File:
     """Return a file with one of its pages, if it is a TIFF file.
 
-    Pages are the pictures in the chain of directories. If that has only a thumbnail, the largest
-    picture anywhere in the file is the only page. Raises InputError for a raw photograph, and
-    NoPicture for no picture.
+    A page is the largest picture of a directory of the chain and its SubIFDs; one of a thumbnail
+    alone is none. Raises InputError for a raw photograph, and NoPicture for no picture.
     """
     file = _File(data, _sniff(data, name), name, max_pixels)
     if file.format != "tiff":
         return file
     found, readable = tiff_pages(data)
-    if other_kind(data) == RAW or any(
-        p.value(Base.PhotometricInterpretation) in _RAW for p in found
-    ):
+    if other_kind(data) == RAW or any(map(_is_raw, found)):
         raise InputError(
             f"{name}: a raw photograph, which is not read; develop it to TIFF or JPEG first."
         )
     if not found:
         return file
-    whole = [page for page in found if page.is_whole]
-    chain = [page for page in whole if page.sub is None]
-    if not chain:
-        chain = [max(whole or found[:1], key=lambda page: page.pixels)]
+    whole = (page for page in found if page.is_whole)
+    chain = [
+        max(pages, key=lambda page: page.pixels)
+        for _, pages in groupby(whole, key=lambda page: page.number)
+    ] or found[:1]
     file = replace(
         file, page=chain[min(page, len(chain) - 1)], sizes=tuple(map(_upright_size, chain))
     )
     if readable is None:
         return file
     return replace(file, data=readable, notes=("its further pages cannot be read",))
+
+
+def _is_raw(page: Page) -> bool:
+    """Return whether a directory of TIFF holds the samples of a camera's sensor."""
+    return (
+        page.value(Base.PhotometricInterpretation) in _RAW
+        or page.value(Base.Compression) in _RAW_COMPRESSIONS
+    )
 
 
 def _upright_size(page: Page) -> tuple[int, int]:
@@ -303,21 +323,31 @@ def _open(file: _File, fail_on: str = "error") -> pyvips.Image:
 def _read(file: _File, fail_on: str = "error") -> Picture:
     image = _open(file, fail_on)
     _check_size(image.width, image.height, file.name, file.max_pixels)
-    marks = read_marks(file.data, file.format)
-    if file.page is None:
-        exif = _blob(image, "exif-data") or marks.profiles.get("exif")
-    else:
-        # The tags of the photograph are in the first directory, also if that has the thumbnail.
-        exif = descriptive_exif(file.data, None if file.pages == 1 else file.page.at)
+    marks = file.marks()
+    image, exif = _with_exif(image, file, marks)
     if "n-pages" in image.get_fields() and file.page is None:
         marks.frames = max(marks.frames, image.get("n-pages"))
     across, down = (round(per_mm * _MM_PER_INCH, 2) for per_mm in (image.xres, image.yres))
     # libvips' default is one pixel in a millimetre.
-    if marks.dpi is None and (image.xres, image.yres) != (1, 1):
+    if marks.dpi is None and not marks.unitless and (image.xres, image.yres) != (1, 1):
         marks.dpi = plausible_dpi(across, down)
+    if marks.frames > 1:
+        parts = "pictures" if file.format == "jpeg" else "frames"
+        marks.notes.append(f"only the first of {marks.frames} {parts}")
     picture = _decode(image, exif, file.format, file.name, marks)
-    notes = (f"only the first of {marks.frames} frames",) if marks.frames > 1 else ()
-    return replace(picture, pages=file.pages, notes=(*file.notes, *notes))
+    return replace(picture, pages=file.pages, notes=(*file.notes, *picture.notes))
+
+
+def _with_exif(image: pyvips.Image, file: _File, marks: Marks) -> tuple[pyvips.Image, bytes | None]:
+    """Return an image with the orientation of EXIF that libvips does not find, and the EXIF."""
+    exif = file.exif() if file.page else _blob(image, "exif-data")
+    turned = marks.orientation
+    if exif is None and (exif := marks.profiles.get("exif")):
+        turned = orientation(exif)
+    if turned in range(1, 9):
+        image = image.copy()
+        image.set_type(pyvips.GValue.gint_type, "orientation", turned)
+    return image, exif
 
 
 def _read_jpeg(file: _File) -> Picture:
@@ -345,12 +375,15 @@ def _open_by_pil(file: _File) -> PIL.Image.Image:
     """Open a file with PIL, which decodes nothing yet."""
     try:
         kind = _PIL_FORMATS.get(file.format, file.format.upper())
-        image = PIL.Image.open(io.BytesIO(file.data), formats=[kind])
-        if file.page and file.page.number:
-            image.seek(file.page.number)
-        return image
+        data = with_first(file.data, file.page.at) if file.page else file.data
+        return PIL.Image.open(io.BytesIO(data), formats=[kind])
     except PIL.Image.DecompressionBombError as error:
-        raise TooLarge(f"{file.name}: {error}") from error
+        pixels = re.search("[0-9]+", str(error))
+        raise TooLarge(
+            f"{file.name}: {pixels[0] if pixels else 'its'} pixels are more than the limit of "
+            f"{min(file.max_pixels, 2 * (PIL.Image.MAX_IMAGE_PIXELS or 0))}; "
+            "raise --max-pixels to allow it, or convert it to PNG."
+        ) from error
     except Exception as error:  # PIL raises almost any kind of exception for a broken file
         raise InputError(f"{file.name}: damaged or truncated ({error}).") from error
 
@@ -360,8 +393,10 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
     try:
         image = _open_by_pil(file)
         _check_size(*image.size, file.name, file.max_pixels)
-        picture = _from_pil(image, file.name)
-        notes = file.notes
+        picture = _from_pil(image, file.name, file.marks())
+        if file.page:
+            picture = replace(picture, exif=upright_exif(file.exif()))
+        notes = (*file.notes, *picture.notes)
         if picture.bits == 8 and (bits := _bits(file)) > 8:
             notes = (*notes, f"its {bits} bits a channel are read as 8")
         return replace(picture, format=file.format, pages=file.pages, notes=notes)
@@ -429,8 +464,8 @@ def sniff(data: bytes) -> str | None:
 
 
 def _is_avif_by_another_brand(data: bytes) -> bool:
-    """Return whether a file of HEIF's general brands lists AVIF's among its compatible ones."""
-    if not data.startswith((b"ftypmif1", b"ftypmsf1"), 4):
+    """Return whether a file of another brand of HEIF lists AVIF among the compatible ones."""
+    if not data.startswith(b"ftyp", 4):
         return False
     compatible = data[16 : min(int.from_bytes(data[:4], "big"), 1024)]
     return any(compatible[at : at + 4] in (b"avif", b"avis") for at in range(0, len(compatible), 4))
@@ -468,13 +503,18 @@ OTHERS: Final = (
     ("QOI", 0, (b"qoif",)),
     ("farbfeld", 0, (b"farbfeld",)),
     ("icon", 0, (b"\0\0\1\0",)),
+    ("JNG", 0, (b"\x8bJNG\r\n\x1a\n",)),
+    ("MNG", 0, (b"\x8aMNG\r\n\x1a\n",)),
     (RAW, 0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")),
+    (RAW, 0, (b"IIIIwaR", b"MMMMRaw")),  # Phase One's IIQ
     (RAW, 0, (b"II*\0\x10\0\0\0CR\2\0",)),  # Canon's CR2, which begins like TIFF
     (RAW, 4, (b"ftypcrx",)),
     (RAW, 6, (b"HEAPCCDR",)),
 )
 # Photometric interpretations of raw photographs: a colour filter array, and linear raw.
 _RAW: Final = (32803, 34892)
+# Compressions of Kodak, Sony, Epson, Samsung, Nikon and Pentax.
+_RAW_COMPRESSIONS: Final = (262, 32767, 32769, 32770, 32772, 34713, 65000, 65535)
 # Compressions of TIFF that libvips reads.
 _COMPRESSIONS: Final = (0, 1, 2, 3, 4, 5, 7, 8, 32773, 32946)
 _COMPRESSION_NAMES: Final = {
@@ -510,9 +550,11 @@ def _decode(
     image: pyvips.Image, exif: bytes | None, format: str, name: str, marks: Marks
 ) -> Picture:
     """Decode a libvips image, which is lazy until now, into a Picture."""
-    xmp = _blob(image, "xmp-data") or marks.profiles.get("xmp")
-    iptc = iptc_records(_blob(image, "iptc-data") or marks.profiles.get("iptc"))
-    icc, exif = _blob(image, "icc-profile-data"), upright_exif(exif)
+    xmp, is_cut = joined(_blob(image, "xmp-data") or marks.profiles.get("xmp"), marks.extension)
+    marks.notes += ["a part of its XMP cannot be read and is left out"] if is_cut else []
+    iptc = iptc_records(marks.profiles.get("iptc") or _blob(image, "iptc-data"))
+    icc = _blob(image, "icc-profile-data") or marks.profiles.get("icc")
+    exif = upright_exif(exif)
     if image.interpretation in _CONVERTED:
         image, icc, exif = _as_srgb(image), None, srgb_exif(exif)
     if image.format not in ("uchar", "ushort"):
@@ -525,6 +567,7 @@ def _decode(
         raise InputError(f"{name}: holds {image.interpretation} colours; convert it to RGB.")
     if not colours <= image.bands <= colours + 1:
         raise InputError(f"{name}: has {image.bands} channels; convert it to RGB or RGBA.")
+    marks.notes += [_NO_FIT] if icc and not _fits(icc, grey) else []
     profile = tagged_profile(marks, icc if _fits(icc, grey) else None, grey=grey, name=name)
     if profile is None and is_adobe_rgb(exif):
         profile = adobe_profile(grey=grey)
@@ -547,6 +590,7 @@ def _decode(
         iptc=iptc,
         texts=tuple(marks.texts),
         dpi=marks.dpi,
+        notes=tuple(marks.notes),
     )
 
 
@@ -558,6 +602,7 @@ def _as_srgb(image: pyvips.Image) -> pyvips.Image:
     return image.colourspace("srgb" if image.interpretation == "labq" else "rgb16")
 
 
+_NO_FIT: Final = "its colour profile is broken or of another kind of colour, and is left out"
 _CONVERTED: Final = ("cmyk", "lab", "labs", "labq")
 
 
@@ -662,12 +707,14 @@ def encode_with_notes(
     image = _vips_image(_quantised(picture, format))
     image = image.copy(xres=dpi[0] / _MM_PER_INCH, yres=dpi[1] / _MM_PER_INCH)
     icc = picture.icc if _fits(picture.icc, _is_grey(picture, format)) else None
+    # Texts that the format has a place for.
+    held = {"jpeg": ("Comment",), "png": [key for key, _ in picture.texts]}.get(format, ())
     tags = result_tags(
         picture.exif,
         width=width,
         height=height,
         dpi=dpi,
-        texts={} if format == "png" else dict(reversed(picture.texts)),
+        texts=dict(text for text in reversed(picture.texts) if text[0] not in held),
         provenance=provenance or {},
         profile=icc is not None,
     )
@@ -922,10 +969,10 @@ def from_pil(image: PIL.Image.Image) -> Picture:
     Any such mode will do that PIL can convert to RGB. Raises InputError for other modes, and for a
     file that PIL has opened but cannot decode.
     """
-    return _from_pil(image, "the PIL image")
+    return _from_pil(image, "the PIL image", Marks())
 
 
-def _from_pil(image: PIL.Image.Image, name: str) -> Picture:
+def _from_pil(image: PIL.Image.Image, name: str, marks: Marks) -> Picture:
     try:
         image.load()
         lazy = _vips_image(_pil_samples(image), cmyk=image.mode == "CMYK")
@@ -933,16 +980,20 @@ def _from_pil(image: PIL.Image.Image, name: str) -> Picture:
         raise
     except Exception as error:  # PIL raises almost any kind of exception for a broken file
         raise InputError(f"{name}: cannot be used ({error}); open or convert it again.") from error
-    exif, orientation = pil_exif(image)
-    lazy.set_type(pyvips.GValue.gint_type, "orientation", orientation)
+    exif, turned = pil_exif(image)
+    turned = turned if marks.orientation is None else marks.orientation
+    if exif is None and (exif := marks.profiles.get("exif")):
+        turned = orientation(exif)
+    lazy.set_type(pyvips.GValue.gint_type, "orientation", turned)
     info = image.info
     if (icc := info.get("icc_profile")) and image.mode != "LAB":
         lazy.set_type(pyvips.GValue.blob_type, "icc-profile-data", icc)
     if isinstance(xmp := info.get("xmp"), bytes):
         lazy.set_type(pyvips.GValue.blob_type, "xmp-data", xmp)
-    marks = Marks(srgb="srgb" in info, chromaticities=info.get("chromaticity"))
-    marks.gamma = 1 / info["gamma"] if info.get("gamma") else None
-    marks.texts = [(key, str(text)) for key, text in getattr(image, "text", {}).items()]
+    marks.srgb |= "srgb" in info
+    marks.chromaticities = marks.chromaticities or info.get("chromaticity")
+    marks.gamma = 1 / info["gamma"] if info.get("gamma") else marks.gamma
+    marks.texts += [(key, str(text)) for key, text in getattr(image, "text", {}).items()]
     with contextlib.suppress(TypeError, ValueError):  # a tag may hold anything
         across, down = map(float, info.get("dpi", ()))
         marks.dpi = plausible_dpi(across, down)

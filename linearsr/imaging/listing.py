@@ -39,6 +39,7 @@ _THUMBNAIL: Final = Kind("thumbnail", "thumbnails", named=False)
 _DELETED: Final = Kind("deleted file", "deleted files", named=False)
 _BACKUP: Final = Kind("copy that a program made", "copies that programs made", named=False)
 _UNFINISHED: Final = Kind("unfinished download", "unfinished downloads")
+_LOCK: Final = Kind("lock file of a program", "lock files of programs", named=False)
 _VERSIONS: Final = Kind("file of a version control", "files of a version control", named=False)
 
 # Names of files and folders in lower case; a folder's files are left out with it.
@@ -47,16 +48,23 @@ LITTER: Final = {
         (".ds_store", ".localized", "icon\r", ".apdisk", ".volumeicon.icns", "__macosx"), _MACOS
     ),
     **dict.fromkeys((".appledouble", ".fseventsd", ".temporaryitems", ".appledb"), _MACOS),
-    **dict.fromkeys((".spotlight-v100", ".documentrevisions-v100"), _MACOS),
+    **dict.fromkeys((".spotlight-v100", ".documentrevisions-v100", "temporary items"), _MACOS),
     **dict.fromkeys(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"), _WINDOWS),
     "system volume information": _WINDOWS,
     **dict.fromkeys(("@eadir", ".@__thumb", "@__thumb", ".thumbnails", ".thumbs"), _THUMBNAIL),
-    **dict.fromkeys(("#recycle", "@recycle", "$recycle.bin"), _DELETED),
+    **dict.fromkeys((".tmb", ".wdmc", ".comments"), _THUMBNAIL),
+    **dict.fromkeys(("#recycle", "@recycle", "$recycle.bin", "recycle.bin"), _DELETED),
+    **dict.fromkeys((".recycle", ".deleted", "network trash folder"), _DELETED),
     **dict.fromkeys(("#snapshot", "@recently-snapshot", ".snapshot", ".snapshots"), _BACKUP),
     **dict.fromkeys((".stversions", ".dropbox.cache"), _BACKUP),
     **dict.fromkeys((".git", ".hg", ".svn"), _VERSIONS),
 }
-_LITTER_BEGINNINGS: Final = (("._", _MACOS), (".trash", _DELETED))
+_LITTER_BEGINNINGS: Final = (
+    *(("._", _MACOS), (".trash", _DELETED)),
+    *((".~lock.", _LOCK), ("~$", _LOCK), (".nfs", _DELETED), (".syncthing.", _UNFINISHED)),
+)
+# The thumbnails of Linux' desktops, and of Lightroom's catalogues.
+_CACHE: Final = re.compile(r"(^|/)\.cache/thumbnails/|previews\.lrdata/")
 # Windows' older recycle bins by what is in them, since a folder of people may be called "recycled":
 # a folder for each user's number, or files like Dc12.jpg.
 _OLD_BIN: Final = re.compile(r"(^|/)recycle[dr]/(s-1-\d|(.*/)?(d[a-z]\d+(\.[^/]*)?|info2)$)")
@@ -95,6 +103,11 @@ _RAW: Final = Kind("camera raw file", "camera raw files", "develop to TIFF, PNG 
 _KINDS: Final = {name: _RAW if name == RAW else _unreadable(name) for name, _, _ in OTHERS}
 _PNM: Final = _unreadable("PNM")
 _SVG: Final = _unreadable("SVG")
+# Kinds whose first bytes say nothing.
+_BY_SUFFIX: Final = {
+    **{".tga": _unreadable("TGA"), ".pcx": _unreadable("PCX")},
+    **dict.fromkeys(_RAW_SUFFIXES, _RAW),
+}
 
 
 def find_images(folder: str | Path, notes: Notes | None = None) -> list[Path]:
@@ -168,6 +181,8 @@ def litter(name: str) -> Kind | None:
                 return kind
     if _OLD_BIN.search(name):
         return _DELETED
+    if _CACHE.search(name):
+        return _THUMBNAIL
     if name.endswith(_OLD_ENDING) and _says_picture(_suffix(name.removesuffix(_OLD_ENDING))):
         return _BACKUP
     return next((kind for end, kind in _LITTER_ENDINGS if name.endswith(end)), None)
@@ -228,4 +243,6 @@ def _judge(head: bytes, suffix: str) -> Kind | bool:
         return kind
     if head[:1] == b"P" and head[1:2] in b"1234567fF" and head[2:3].isspace():
         return _PNM
-    return _SVG if b"<svg" in head else False
+    if b"<svg" in head:
+        return _SVG
+    return _BY_SUFFIX.get(suffix, False) if head else False

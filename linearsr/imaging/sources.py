@@ -86,8 +86,8 @@ def choose(
     """
     seen = Notes() if notes is None else notes
     files = folder.files(seen)
-    if without is not None and without.is_below(folder):
-        files = [file for file in files if not file.is_below(without)]
+    if without is not None and without.is_inside(folder):
+        files = [file for file in files if not file.is_inside(without)]
     pictures = list_pictures(files, folder, seen)
     tables = [file for file in files if is_shard_name(file.relative_to(folder))]
     for name in [file.relative_to(folder) for file in tables]:

@@ -35,6 +35,7 @@ _NUMBERS: Final = {
     3: "H",
     4: "I",
     5: "I",
+    6: "b",
     8: "h",
     9: "i",
     10: "i",
@@ -62,6 +63,9 @@ _LAST: Final[frozenset[int]] = frozenset(
 
 
 _BIG: Final = (b"+\0", b"\0+")
+# Tags of a directory that hold for the pictures in its SubIFDs as well: XMP, IPTC in its two places
+# and the orientation.
+_SHARED: Final = (Base.XMLPacket, 33723, 34377, Base.Orientation)
 
 
 class Value(NamedTuple):
@@ -387,13 +391,22 @@ def tiff_pages(data: bytes) -> tuple[list[Page], bytes | None]:
     return pages, None
 
 
+def with_first(data: bytes, at: int) -> bytes:
+    """Return a TIFF file whose first page is that of the directory at this offset."""
+    order = "<" if data[:2] == b"II" else ">"
+    place, unit = (8, "Q") if data[2:4] in _BIG else (4, "I")
+    link = struct.pack(f"{order}{unit}", at)
+    return data[:place] + link + data[place + len(link) :]
+
+
 def _sub_pages(reader: _Reader, number: int, page: Tags, seen: set[int]) -> Iterator[Page]:
     for sub, offset in enumerate(map(int, page.numbers(page.root.get(Base.SubIFDs))[:100])):
         if offset not in seen:
             seen.add(offset)
             with contextlib.suppress(struct.error):
                 root, _ = reader.directory(offset, ())
-                yield Page(number, sub, offset, Tags(reader.order, root))
+                shared = {tag: page.root[tag] for tag in _SHARED if tag in page.root}
+                yield Page(number, sub, offset, Tags(reader.order, shared | root))
 
 
 def join_tiff(files: Sequence[tuple[bytes, Tags | None]]) -> bytes:

@@ -5,9 +5,11 @@ Both are kept as they are but for sizes and orientation, which described the old
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
+from xml.parsers import expat
 from xml.sax.saxutils import escape
 
 # Properties of the old file: an attribute or an element each.
@@ -22,6 +24,13 @@ _OLD_START: Final = re.compile(
     rb"<(" + _OLD + rb")(?:\s+[\w:.-]+\s*=\s*(?:\"[^\"<]*\"|'[^'<]*'))*\s*(/?)>"
 )
 _DESCRIPTION_END: Final = b"</rdf:RDF>"
+
+# JPEG's way of telling that the XMP goes on elsewhere: an attribute or an element.
+_MORE: Final = re.compile(
+    rb"\sxmpNote:HasExtendedXMP\s*=\s*[\"'](\w*)[\"']"
+    rb"|<xmpNote:HasExtendedXMP>(\w*)</xmpNote:HasExtendedXMP>"
+)
+_PACKET: Final = re.compile(rb"<\?xpacket[^>]{,200}\?>")
 
 _DATE: Final = 55
 # The fields of IPTC's record 2 that XMP has a property for, and the list that holds its values.
@@ -48,6 +57,10 @@ _EMPTY: Final = (
     '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"></rdf:RDF>'
     '</x:xmpmeta><?xpacket end="w"?>'
 ).encode()
+_POINTER: Final = (
+    b'<rdf:Description rdf:about="" xmlns:xmpNote="http://ns.adobe.com/xmp/note/" '
+    b'xmpNote:HasExtendedXMP="%s"/></rdf:RDF>'
+)
 _NAMESPACES: Final = (
     'xmlns:dc="http://purl.org/dc/elements/1.1/" '
     'xmlns:photoshop="http://ns.adobe.com/photoshop/1.0/"'
@@ -70,6 +83,45 @@ def result_xmp(xmp: bytes | None, iptc: bytes | None = None) -> bytes | None:
         return xmp
     description = f'<rdf:Description rdf:about="" {_NAMESPACES}>{added}</rdf:Description>'
     return before + description.encode() + end + after
+
+
+def extended(xmp: bytes, limit: int) -> tuple[bytes, bytes, bytes]:
+    """Return XMP of `limit` bytes at most, the name of an extension, and the extension.
+
+    The extension is empty if there is none, also if the XMP cannot be divided.
+    """
+    if len(xmp) <= limit or _DESCRIPTION_END not in xmp:
+        return xmp, b"", b""
+    rest = _PACKET.sub(b"", xmp).strip()
+    guid = hashlib.md5(rest, usedforsecurity=False).hexdigest().upper().encode()
+    return _EMPTY.replace(_DESCRIPTION_END, _POINTER % guid), guid, rest
+
+
+def joined(
+    xmp: bytes | None, parts: Mapping[bytes, Sequence[tuple[int, bytes]]]
+) -> tuple[bytes | None, bool]:
+    """Return XMP with the extension that it names, and whether that could not be read.
+
+    parts: the offset and the bytes of each part, by the name of the extension.
+    """
+    if xmp is None or not (name := _MORE.search(xmp)):
+        return xmp, False
+    xmp = _MORE.sub(b"", xmp)
+    rest = b"".join(part for _, part in sorted(parts.get(name[1] or name[2], ())))
+    descriptions = rest.partition(b"<rdf:RDF")[2].partition(b">")[2].rpartition(_DESCRIPTION_END)[0]
+    before, end, after = xmp.rpartition(_DESCRIPTION_END)
+    whole = before + descriptions + end + after
+    # A part that is missing, or a prefix that is declared outside, leaves no XML.
+    return (whole, False) if _is_xml(rest) and _is_xml(whole) else (xmp, True)
+
+
+def _is_xml(data: bytes) -> bool:
+    try:
+        # Prefixes of names must be known as well.
+        expat.ParserCreate(namespace_separator=" ").Parse(data.rstrip(b"\0"), True)
+    except expat.ExpatError:
+        return False
+    return True
 
 
 def _without_old_elements(xmp: bytes) -> bytes:

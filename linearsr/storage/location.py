@@ -32,7 +32,7 @@ from linearsr.errors import (
     one_line,
     require,
 )
-from linearsr.storage import atomic
+from linearsr.storage import atomic, targets
 from linearsr.storage.walk import Notes, walk
 
 if TYPE_CHECKING:
@@ -73,6 +73,18 @@ class Location:
     def is_below(self, folder: Location) -> bool:
         """Return whether this path is inside `folder`, by name alone."""
         return self.path.startswith(f"{folder.path.rstrip('/')}/")
+
+    def is_same(self, other: Location) -> bool:
+        """Return whether both are one place, also through links of local folders."""
+        if self.is_local and other.is_local:
+            return targets.is_same(self.path, other.path)
+        return self.path == other.path
+
+    def is_inside(self, folder: Location) -> bool:
+        """Return whether this is below `folder`, also through links of local folders."""
+        if self.is_local and folder.is_local:
+            return targets.is_inside(self.path, folder.path)
+        return self.is_below(folder)
 
     def relative_to(self, folder: Location) -> str:
         """Return the path from `folder` to here. Raises ValueError unless this is below it."""

@@ -1,4 +1,4 @@
-"""Check before the work whether local results can be written. Needs no pyarrow."""
+"""Check before the work whether and where local results can be written. Needs no pyarrow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from linearsr.errors import OptionError, OutputError
 
 # The longest name of a file, in bytes, where the file system does not say.
 NAME_BYTES: Final = 255
+
+
+def is_same(path: str | Path, other: str | Path) -> bool:
+    """Return whether two paths are one once their links are followed."""
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Return whether a path lies in a folder once their links are followed."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 class TargetCheck:

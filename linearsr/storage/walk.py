@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 
 
 DANGLING: Final = Kind("link that leads nowhere", "links that lead nowhere")
+NO_FILE: Final = Kind("pipe, socket or device", "pipes, sockets or devices")
 LOOP: Final = Kind("link that leads in a circle", "links that lead in circles")
 DOUBLE: Final = Kind(
     "link to a folder that is listed already", "links to folders that are listed already"
@@ -91,9 +92,9 @@ def walk(folder: str, notes: Notes) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield the path below `folder` of each regular file, in no order, and its entry.
 
     Links are followed. Each real folder is walked once: a link to a folder that is in the tree
-    already, or to one that the link lies in, goes to `notes`, as does a link that leads nowhere. A
-    subfolder that cannot be listed becomes a failure. Unfinished files of a killed process are
-    left out.
+    already, or to one that the link lies in, goes to `notes`, as do a link that leads nowhere and a
+    pipe or device, which is never opened. A subfolder that cannot be listed becomes a failure.
+    Unfinished files of a killed process are left out.
 
     Raises OSError if `folder` itself cannot be listed.
     """
@@ -108,7 +109,9 @@ def walk(folder: str, notes: Notes) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 continue
             if entry.is_dir():
                 heapq.heappush(links, name) if entry.is_symlink() else folders.append(name)
-            elif entry.is_file() and not atomic.is_temporary(entry.name):
+            elif not entry.is_file():
+                notes.leave_out(NO_FILE, name)
+            elif not atomic.is_temporary(entry.name):
                 yield name, entry
 
 
@@ -156,7 +159,7 @@ class _Tree:
         """Return whether a link leads to a file or folder, and note it if it does not."""
         try:
             os.stat(link)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self.notes.leave_out(DANGLING, name)
         except OSError as error:
             if error.errno == errno.ELOOP:

@@ -47,6 +47,12 @@ UNREADABLE = {
     "g.cr2": b"II*\0\x10\0\0\0CR\2\0",
     "h.svg": b"<?xml version='1.0'?><svg></svg>",
     "i.ppm": b"P6 4 4 255\n",
+    "j.iiq": b"IIIIwaR\0",
+    "k.erf": b"some bytes",
+    "l.tga": b"\0\0\2" + bytes(40),
+    "m.pcx": b"\x0a\5\1\x08",
+    "n.jng": b"\x8bJNG\r\n\x1a\n",
+    "o": b"\x8aMNG\r\n\x1a\n",
 }
 OTHERS = {
     "notes.txt": JPEG,  # its suffix says text
@@ -63,17 +69,28 @@ LITTER = {
     **dict.fromkeys((".Trash-1000/files/gone.jpg", "#recycle/x.jpg", "$RECYCLE.BIN/y.jpg"), JPEG),
     **dict.fromkeys(("ok.jpg_original", "raw.cr2_original", "sub/ok.jpg~"), JPEG),
     **dict.fromkeys(("RECYCLER/S-1-5-21-7/x.jpg", "disk/RECYCLED/Dc12.jpg"), JPEG),
+    **dict.fromkeys((".recycle/1.jpg", "Network Trash Folder/1.jpg", "Recycle.Bin/1.jpg"), JPEG),
+    **dict.fromkeys((".deleted/1.jpg", ".nfs0001.jpg", "sub/Temporary Items/1.jpg"), JPEG),
+    **dict.fromkeys((".cache/thumbnails/large/1.png", ".tmb/1.png", ".wdmc/1/i.jpg"), JPEG),
+    **dict.fromkeys((".comments/1.jpg", "My Previews.lrdata/1/a.jpg"), JPEG),
+    **dict.fromkeys((".~lock.ok.jpg#", "~$ok.jpg", ".syncthing.ok.jpg.tmp"), JPEG),
 }
 LINES = [
-    "left out: 4 files that macOS made",
-    "left out: 3 thumbnails",
-    "left out: 5 deleted files",
+    "left out: 5 files that macOS made",
+    "left out: 8 thumbnails",
+    "left out: 10 deleted files",
+    "left out: 2 lock files of programs",
+    "left out: 1 unfinished download (.syncthing.ok.jpg.tmp)",
     "left out: 2 files that Windows made",
     "left out: 3 copies that programs made",
     "left out: 2 HEIC pictures (a.heic, b.heic): convert to PNG or JPEG",
     "left out: 2 JPEG XL pictures (c.jxl, c2): convert to PNG or JPEG",
     "left out: 1 Photoshop picture (e.psd): convert to PNG or JPEG",
-    "left out: 2 camera raw files (f.dng, g.cr2): develop to TIFF, PNG or JPEG",
+    "left out: 4 camera raw files (f.dng, g.cr2, j.iiq, ...): develop to TIFF, PNG or JPEG",
+    "left out: 1 TGA picture (l.tga): convert to PNG or JPEG",
+    "left out: 1 PCX picture (m.pcx): convert to PNG or JPEG",
+    "left out: 1 JNG picture (n.jng): convert to PNG or JPEG",
+    "left out: 1 MNG picture (o): convert to PNG or JPEG",
     "left out: 1 SVG picture (h.svg): convert to PNG or JPEG",
     "left out: 1 PNM picture (i.ppm): convert to PNG or JPEG",
 ]
@@ -101,7 +118,13 @@ def test_folders_locations_and_buckets_list_the_same_pictures(s3: Server, tmp_pa
 
 
 def test_names_of_people_are_not_taken_for_litter(tmp_path: Path) -> None:
-    names = ["Mona_original", "recycled/bottle.jpg", "recycler/d1/a.jpg", "sunset. 1_original"]
+    names = [
+        ".cache/a.jpg",
+        "Mona_original",
+        "recycled/bottle.jpg",
+        "recycler/d1/a.jpg",
+        "sunset. 1_original",
+    ]
     _write(tmp_path, dict.fromkeys(names, JPEG))
     notes = Notes()
     assert find_images(tmp_path, notes) == [tmp_path / name for name in names]

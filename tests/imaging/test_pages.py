@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, features
 
@@ -32,7 +33,11 @@ CR2_DIRECTORY = 2 + 10 * 12 + 4
 
 
 def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
-    """A TIFF file of uncompressed pages: size, kind (NewSubfileType), photometric, sub (pages)."""
+    """A TIFF file: size, kind (NewSubfileType), photometric (None for none), sub (pages) of each.
+
+    Its samples are not compressed, but compression and packed (bytes) may be given, and further
+    tags of bytes.
+    """
     data = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(8))
     if cr2:
         data.extend(bytes(4 + CR2_DIRECTORY))
@@ -42,8 +47,9 @@ def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
         subs = [add(sub)[0] for sub in page.get("sub", ())]
         width, height = page["size"]
         photometric = page.get("photometric", 2)
-        bands = 3 if photometric in (2, 34892) else 1
+        bands = 3 if photometric in (2, 6, 8, 34892) else 1
         samples = np.full(width * height * bands, page.get("value", 100), np.uint8).tobytes()
+        samples = page.get("packed", samples)
         strip = len(data)
         data.extend(samples + bytes(len(samples) % 2))
         bits = len(data)
@@ -55,18 +61,22 @@ def tiff(*pages: dict[str, Any], order: str = "<", cr2: bool = False) -> bytes:
             (256, 4, 1, width),
             (257, 4, 1, height),
             (258, 3, bands, bits if bands == 3 else 8),
-            (259, 3, 1, 1),
-            (262, 3, 1, photometric),
+            (259, 3, 1, page.get("compression", 1)),
+            *([] if photometric is None else [(262, 3, 1, photometric)]),
             (273, 4, 1, strip),
             (277, 3, 1, bands),
             (278, 4, 1, height),
             (279, 4, 1, len(samples)),
         ]
+        for tag, value in page.get("tags", {}).items():
+            entries.append((tag, 7, len(value), len(data)))
+            data.extend(value + bytes(len(value) % 2))
+        entries += [(274, 3, 1, page["turned"])] if "turned" in page else []
         if subs:
             entries.append((330, 4, len(subs), subs[0] if len(subs) == 1 else sub_at))
         at = len(data)
         data.extend(struct.pack(f"{order}H", len(entries)))
-        for tag, kind, count, value in entries:
+        for tag, kind, count, value in sorted(entries):
             data.extend(struct.pack(f"{order}HHI", tag, kind, count))
             short = kind == 3 and count == 1
             data.extend(struct.pack(f"{order}HH" if short else f"{order}I", value, *([0] * short)))
@@ -128,6 +138,74 @@ def test_raw_photographs_are_refused_by_name(photometric: int) -> None:
         for look in (read, files.measure):
             with pytest.raises(InputError, match=r"a raw photograph.*develop it"):
                 look(data)
+
+
+@pytest.mark.parametrize(("compression", "photometric"), [(34713, 6), (65000, None), (32767, 1)])
+def test_raw_photographs_are_known_by_their_compression(
+    compression: int, photometric: int | None
+) -> None:
+    raw = {"size": (24, 16), "compression": compression, "photometric": photometric}
+    for data in (tiff({**THUMBNAIL, "sub": [raw]}), tiff({"size": (6, 4)}, raw)):
+        with pytest.raises(InputError, match=r"a raw photograph.*develop it"):
+            read(data)
+
+
+@pytest.mark.parametrize("kind", [{}, {"kind": 1}])
+def test_larger_picture_in_a_subifd_is_the_page(kind: dict[str, int]) -> None:
+    smaller, full = {"size": (12, 8)}, {"size": (24, 16), "value": 200}
+    data = tiff({"size": (6, 4), **kind, "sub": [smaller, full]}, {"size": (9, 9)})
+    for number, size in enumerate([(16, 24), (9, 9)]):
+        assert (read(data, page=number).pages, read(data).notes) == (2, ())
+        assert read(data, page=number).pixels.shape[1:] == size
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [{}, {"photometric": 8}])
+def test_picture_in_a_subifd_has_the_tags_of_its_directory(
+    kind: dict[str, int], order: str
+) -> None:
+    iptc = b"\x1c\x02\x78\x00\x06A lake"
+    tags = {700: b"<x:xmpmeta/>", 33723: iptc}
+    full = {"size": (24, 16), **kind}
+    data = tiff({**THUMBNAIL, "tags": tags, "turned": 6, "sub": [full]}, order=order)
+    result = read(data)
+    assert (result.iptc, result.xmp) == (iptc, b"<x:xmpmeta/>")
+    assert result.pixels.shape == (3, 24, 16)
+    assert files.measure(data) == ("tiff", [(16, 24)])
+
+
+@pytest.mark.skipif(not features.check("libtiff"), reason="this PIL has no libtiff")
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["zstd", "lab", "unreadable"])
+def test_thumbnail_never_stands_for_a_picture_that_only_pil_reads(kind: str, order: str) -> None:
+    full: dict[str, Any] = {"size": (24, 16), "value": 200}
+    if kind == "zstd":
+        packed = pa.compress(bytes([200]) * (24 * 16 * 3), codec="zstd", asbytes=True)
+        full |= {"compression": 50000, "packed": packed}
+    else:
+        full |= {"photometric": 8} if kind == "lab" else {"compression": 34887}
+    data = tiff({**THUMBNAIL, "sub": [full]}, order=order)
+    assert files.measure(data) == ("tiff", [(24, 16)])
+    if kind == "unreadable":
+        with pytest.raises(InputError, match="holds LERC compression"):
+            read(data)
+    else:
+        assert read(data).pixels.shape == (3, 16, 24)
+        assert kind == "lab" or (read(data).pixels * 255).round().unique().tolist() == [200]
+
+
+def test_further_pictures_of_a_jpeg_are_noted() -> None:
+    pictures = [picture(seed, (48, 32)) for seed in range(3)]
+    data = saved(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    assert read(data).notes == ("only the first of 3 pictures",)
+    assert read(saved(pictures[0], "MPO")).notes == ()
+    # Those that another program has cut off, and thumbnails, are no pictures.
+    first = len(data) - data[::-1].index(b"\xff\xd8\xff"[::-1]) - 3
+    assert read(data[:first]).notes == ("only the first of 2 pictures",)
+    entries = data.index(struct.pack("<HHI", 0xB002, 7, 3 * 16)) + 12
+    at = data.index(struct.pack("<I", 0x030000), entries) + 16
+    thumbnail = data[:at] + struct.pack("<I", 0x010001) + data[at + 4 :]
+    assert read(thumbnail).notes == ("only the first of 2 pictures",)
 
 
 def test_smaller_copies_and_masks_are_no_pages() -> None:

@@ -51,6 +51,9 @@ def test_pictures_are_listed_by_their_paths_and_read(tmp_path: Path) -> None:
 def test_only_an_output_inside_the_input_is_left_out(tmp_path: Path) -> None:
     _touch(tmp_path / "in", "a.png", "out/a.png", "outer/b.png")
     assert _ids(tmp_path / "in", tmp_path / "in/out") == ["a.png", "outer/b.png"]
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for source, output in (("in", "link/out"), ("link", "in/out")):
+        assert _ids(tmp_path / source, tmp_path / output) == ["a.png", "outer/b.png"]
     for elsewhere in (tmp_path, tmp_path / "other", tmp_path / "i"):
         assert _ids(tmp_path / "in", elsewhere) == ["a.png", "out/a.png", "outer/b.png"]
 

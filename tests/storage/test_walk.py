@@ -55,11 +55,21 @@ def test_links_to_folders_outside_are_followed_once(tree: Path) -> None:
 def test_links_to_files_are_followed_and_dangling_ones_are_noted(tree: Path) -> None:
     (tree / "file").symlink_to(tree.parent / "out" / "deep" / "d")
     (tree / "nothing").symlink_to("missing")
-    os.mkfifo(tree / "pipe")
+    (tree / "slash").symlink_to("a/")
     notes = Notes()
     assert _files(tree, notes) == ["a", "file", "one/b", "two/c"]
-    assert notes.lines() == ["left out: 1 link that leads nowhere (nothing)"]
-    assert list(notes.left_out) == [DANGLING]
+    assert notes.lines() == ["left out: 2 links that lead nowhere (nothing, slash)"]
+    assert list(notes.left_out) == [DANGLING] and not notes.failures
+
+
+def test_pipes_and_devices_are_said_and_never_opened(tree: Path) -> None:
+    os.mkfifo(tree / "pipe.png")
+    (tree / "link.png").symlink_to("pipe.png")
+    (tree / "null.png").symlink_to(os.devnull)
+    notes = Notes()
+    assert _files(tree, notes) == ["a", "one/b", "two/c"]
+    line = "left out: 3 pipes, sockets or devices (link.png, null.png, pipe.png)"
+    assert notes.lines() == [line]
 
 
 def test_locations_list_what_the_walk_lists(tree: Path) -> None:

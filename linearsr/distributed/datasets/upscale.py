@@ -106,7 +106,7 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     OptionError or WeightsError.
     """
     source, output = locate(config.input), locate(config.output)
-    if source.path == output.path:
+    if source.is_same(output):
         raise OptionError("input and output are the same folder; choose another --output")
     notes = Notes()
     inputs = list_inputs(source, config.column, without=output, notes=notes)

@@ -295,8 +295,11 @@ def test_wrong_requests_are_refused_before_any_work(config: UpscaleConfig, tmp_p
     config = config.model_copy(update={"input": str(source)})
     with pytest.raises(OptionError, match=r"0000\.jpg and .*0000\.png would both become"):
         upscale_dataset(config.model_copy(update={"files": FileOptions(format="webp")}))
-    with pytest.raises(OptionError, match="same folder"):
-        upscale_dataset(config.model_copy(update={"output": str(source)}))
+    (tmp_path / "link").symlink_to(source)
+    for places in (("in", "in"), ("in", "link"), ("link", "in")):
+        update = dict(zip(("input", "output"), (str(tmp_path / p) for p in places), strict=True))
+        with pytest.raises(OptionError, match="same folder"):
+            upscale_dataset(config.model_copy(update=update))
     with pytest.raises(InputError, match="no pictures"):
         upscale_dataset(config.model_copy(update={"input": str(tmp_path / "none")}))
     assert not (Path(config.output) / "day 0").exists()
