@@ -426,11 +426,13 @@ def test_command_line_converts_the_original_layout(
     assert config.tags is not None and config.tags.source == "there/gemma"
 
 
-def test_command_line_refuses_heads_that_differ_from_the_config(
+def test_command_line_refuses_options_that_the_config_of_diffusers_contradicts(
     sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(sana), "--out", str(tmp_path / "bundle"), "--tag-heads", "4"]) == 2
     assert "config.json says 2" in capsys.readouterr().err
+    assert main([str(sana), "--out", str(tmp_path / "bundle"), "--inputs", "latent"]) == 2
+    assert "--inputs is for .pth and .safetensors files" in capsys.readouterr().err
 
 
 def test_command_line_refuses_latents_that_dc_ae_does_not_make(

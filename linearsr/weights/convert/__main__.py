@@ -132,6 +132,12 @@ def _of_diffusers(folder: Path, options: argparse.Namespace) -> Release:
             raise OptionError(
                 f"--{name.replace('_', '-')}: {folder / 'config.json'} says {value}; leave it out"
             )
+    for name in ("mapping", "experts", "boundaries", "stem_strides", "inputs"):
+        if getattr(options, name):
+            raise OptionError(
+                f"--{name.replace('_', '-')} is for .pth and .safetensors files, and {folder} is a "
+                "folder of diffusers; leave it out"
+            )
     return Release(config, (options.source[0].resolve().name,), [tensors], dropped, fresh)
 
 
