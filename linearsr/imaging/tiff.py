@@ -405,8 +405,8 @@ def _sub_pages(reader: _Reader, number: int, page: Tags, seen: set[int]) -> Iter
             seen.add(offset)
             with contextlib.suppress(struct.error):
                 root, _ = reader.directory(offset, ())
-                shared = {tag: page.root[tag] for tag in _SHARED if tag in page.root}
-                yield Page(number, sub, offset, Tags(reader.order, shared | root))
+                shared: Directory = {tag: page.root[tag] for tag in _SHARED if tag in page.root}
+                yield Page(number, sub, offset, Tags(reader.order, {**shared, **root}))
 
 
 def join_tiff(files: Sequence[tuple[bytes, Tags | None]]) -> bytes:

@@ -22,6 +22,7 @@ from tests.imaging.test_metadata_kept import (
     png_with_texts,
     saved,
 )
+from tests.imaging.test_metadata_places import ADOBE, bmp, extended_xmp, gif
 from tests.imaging.test_pages import THUMBNAIL, tiff
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -53,6 +54,10 @@ def cases() -> list[bytes]:
         tiff(THUMBNAIL, full, order=">"),
         files.encode(files.from_pil(alpha), "tiff", provenance={"software": "linearsr"}),
         saved(image, "BMP"),
+        saved(frames[0], "MPO", save_all=True, append_images=frames[1:]),
+        bmp(b"DEBM", profile=ADOBE),
+        extended_xmp(0, 60_000),
+        gif(),
     ]
     if features.check("jpg_2000"):
         found.append(saved(image, "JPEG2000"))

@@ -289,7 +289,8 @@ def test_colour_tags_of_tiff_are_carried() -> None:
 # GIF, BMP and JPEG 2000
 
 
-def test_metadata_of_gif_is_kept() -> None:
+def gif(*, xmp_first: bool = False) -> bytes:
+    """A GIF file with a profile, XMP and a comment."""
     data = saved(photo(), "GIF", comment=b"my own words")
     at = 13 + 3 * 2 ** ((data[10] & 7) + 1)
     blocks = b"".join(
@@ -297,8 +298,12 @@ def test_metadata_of_gif_is_kept() -> None:
     )
     icc = b"!\xff\x0bICCRGBG1012" + blocks + b"\0"
     xmp = b"!\xff\x0bXMP DataXMP" + XMP + b"\1" + bytes(range(255, -1, -1)) + b"\0"
-    for added in (icc + xmp, xmp + icc):
-        picture = files.read(data[:at] + added + data[at:])
+    return data[:at] + (xmp + icc if xmp_first else icc + xmp) + data[at:]
+
+
+def test_metadata_of_gif_is_kept() -> None:
+    for xmp_first in (False, True):
+        picture = files.read(gif(xmp_first=xmp_first))
         assert (picture.icc, picture.xmp) == (ADOBE, XMP)
         assert picture.texts == (("Comment", "my own words"),)
 
