@@ -52,7 +52,8 @@ def _measure(name: str, settings: Settings) -> Iterator[Row]:
         with engine.precision():
             condition = engine.module.condition(picture.to(dtype), latent.to(dtype), tags.to(dtype))
             loss = engine.module(latent, t, condition).float().square().mean()
-        engine.step(loss, 1e-5)
+        engine.backward(loss)
+        engine.step(1e-5)
 
     timed = in_turn({name: step}, settings.device, rounds=3)[name]
     row: Row = {"what": f"{config.name}, {name}", "pairs": PAIRS, "parameters": parameters}
