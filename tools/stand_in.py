@@ -154,7 +154,9 @@ def _gemma(folder: Path) -> None:
     """Write a Gemma 2 of all 26 layers, and a tokenizer of single bytes, which knows any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}

@@ -223,6 +223,17 @@ def test_safetensors_are_preferred_to_a_pickle_of_the_same_name(tmp_path: Path) 
     assert "left out, since there are safetensors too: polish.pth, refinement.pth" in lines[0]
 
 
+def test_files_of_one_name_in_several_folders_are_kept_apart(tmp_path: Path) -> None:
+    for name, tensors in four_files().items():
+        write(tmp_path / name.removesuffix(".pth"), {"model.pth": tensors})
+    folders = sorted(tmp_path.iterdir())
+    release = from_files(folders, unseen=UNSEEN)
+    assert_same(release, models())
+    assert_same(from_files([f / "model.pth" for f in folders], unseen=UNSEEN), models())
+    assert release.labels[0] == "structure/model.pth:module"
+    assert len(release.experts[1:3]) == 2
+
+
 def test_shards_with_an_index_are_one_model(tmp_path: Path) -> None:
     (model,) = models(1)
     content = renamed(model, NVLABS)

@@ -72,7 +72,7 @@ def from_diffusers(folder: str | Path) -> Conversion:
 def find_folder(folder: Path) -> Path | None:
     """Return the folder of the transformer in a folder of diffusers, or None if it is none."""
     for place in (folder / "transformer", folder):
-        if (place / "config.json").is_file():
+        if any(place.glob("diffusion_pytorch_model*")):
             return place
     return None
 

@@ -7,6 +7,7 @@ or drops what is not recognised. Nothing is left out in silence.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ class _Lazy(Sequence[Mapping[str, Tensor]]):
     @overload
     def __getitem__(self, number: slice) -> Sequence[Mapping[str, Tensor]]: ...
     def __getitem__(self, number: Any) -> Any:
-        return self._assemble(self.found[number])
+        found = self.found[number]
+        return [*map(self._assemble, found)] if isinstance(number, slice) else self._assemble(found)
 
 
 # Reading
@@ -168,7 +170,7 @@ def _pool(
 ) -> tuple[dict[str, Tensor], list[str], bool]:
     """Return all tensors, what else is in the files, and whether all files keep the order.
 
-    With several files, a name begins with the file's.
+    With several files, a name begins with the file's path below their common folder.
     """
     files = [file for path in paths for file in _files(path, say)]
     if not files:
@@ -177,8 +179,12 @@ def _pool(
     if len(read) == 1:
         (content,) = read.values()
         return dict(content.tensors), list(content.dropped), content.ordered
-    tensors = {f"{f.name}:{name}": x for f, one in read.items() for name, x in one.tensors.items()}
-    dropped = [f"{file.name}:{name}" for file, one in read.items() for name in one.dropped]
+    top = os.path.commonpath([file.parent for file in files])
+    named = {Path(os.path.relpath(file, top)).as_posix(): one for file, one in read.items()}
+    tensors = {
+        f"{file}:{name}": x for file, one in named.items() for name, x in one.tensors.items()
+    }
+    dropped = [f"{file}:{name}" for file, one in named.items() for name in one.dropped]
     return tensors, dropped, all(one.ordered for one in read.values())
 
 
