@@ -393,7 +393,10 @@ def _read_by_pil(file: _File, unusual: str = "") -> Picture:
     try:
         image = _open_by_pil(file)
         _check_size(*image.size, file.name, file.max_pixels)
-        picture = _from_pil(image, file.name, file.marks())
+        marks = file.marks()
+        if Base.Orientation in getattr(image, "tag_v2", {}):
+            marks.orientation = None  # PIL turns such a picture itself
+        picture = _from_pil(image, file.name, marks)
         if file.page:
             picture = replace(picture, exif=upright_exif(file.exif()))
         notes = (*file.notes, *picture.notes)
