@@ -1,7 +1,7 @@
 """Time training with latents from shards against encoding at each step, side by side in one run.
 
     python -m benchmarks.latents
-    python -m benchmarks.latents --recipe sana_0_6b --divide 8 --patch 256
+    python -m benchmarks.latents --recipe sana_1_6b --divide 16 --patch 256
 
 The model and its DC-AE are those of a recipe with all their blocks, but with their channels divided
 by one number, and without tags. Shards are built from photographs of scikit-image. Both sides then
@@ -53,11 +53,11 @@ ALLOWED = 1e-3
 def main() -> int:
     """Build, compare, time, print."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", choices=("sana_0_6b", "sana_1_6b"), default="sana_1_6b")
-    parser.add_argument("--divide", type=int, default=16, help="divisor of all channels")
+    parser.add_argument("--recipe", choices=("sana_0_6b", "sana_1_6b"), default="sana_0_6b")
+    parser.add_argument("--divide", type=int, default=8, help="divisor of all channels")
     parser.add_argument("--patch", type=int, default=512, help="side of a pair in pixels")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     recipe, device = RECIPES[options.recipe](), pick_device(options.device)
