@@ -45,6 +45,7 @@ class TaggerConfig(Config):
     """A tagger, and the confidence from which it names an object."""
 
     kind: Literal["imagenet", "zero-shot", "ram"] = "imagenet"
+    """Kind of tagger: one of ImageNet's classes, a CLIP or SigLIP, or Recognize Anything."""
     source: str | None = None
     """The model: a transformers folder or hub id of a CLIP or SigLIP for "zero-shot", or a
     Recognize-Anything checkpoint file for "ram". The weights of "imagenet" come in a package."""
@@ -55,6 +56,7 @@ class TaggerConfig(Config):
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """The least score of a name without its own threshold; None is the tagger's default."""
     max_tags: int = Field(default=5, ge=1, le=100)
+    """Maximum number of tags of a picture."""
 
     @property
     def settings(self) -> dict[str, Any]:
