@@ -36,7 +36,7 @@ def run(out: Path, *arguments: str, blocked: tuple[str, ...] = ()) -> dict[str, 
     return {stage["name"]: stage["outcome"] for stage in stages}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_stages_run_on_a_cpu_and_leave_rows_and_a_page(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -57,7 +57,7 @@ def _stages() -> tuple[str, ...]:
     return ("machine", "kernels", "forward", "picture", "bundled", "training", "train")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_missing_packages_are_named_and_the_rest_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stages = ("machine", "kernels", "forward", "picture", "bundled", "training", "train")

@@ -35,6 +35,7 @@ class Graph:
             with torch.cuda.graph(self.graph):
                 self.result = function(*self.inputs)
 
+    @torch.inference_mode()
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Return the function of these tensors, which have the shapes of the examples."""
         for held, tensor in zip(self.inputs, tensors, strict=True):
