@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -73,6 +74,7 @@ def _measure(name: str, settings: Settings) -> Iterator[Row]:
 def _engine(name: str, model: LinearSR, train: TrainConfig, settings: Settings) -> Engine:
     if not name.startswith("ZeRO"):
         return TorchEngine(model, train, settings.device)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     if not dist.is_initialized():
         backend = "nccl" if settings.device.type == "cuda" else "gloo"
         file = (settings.out / "rank0").resolve()
