@@ -55,13 +55,14 @@ def build_app(config: ServeConfig | Mapping[str, Any]) -> Application:
     options["max_queued_requests"] = config.max_queued_requests
     deployment = serve.deployment(Router).options(**options, num_replicas=config.routers)
     router = deployment.bind(config, groups, workers, finisher)
-    workers += [finisher] if finisher else []
+    # A list of its own: Serve reads the router's arguments later.
+    watched = [*workers, finisher] if finisher else workers
     token = digest(os.environ.get(TOKEN)) or config.token_sha256
     return _ingress(config).bind(
         config.limits,
         model,
         router,
-        workers,
+        watched,
         _jobs(config, router),
         token,
         config.cors_origins,
