@@ -61,11 +61,7 @@ def test_endpoint_gives_the_pixels_of_the_command(
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
-        try:
-            serve.run(build_app(config))
-        except RuntimeError:
-            print(serve.status())
-            raise
+        serve.run(build_app(config))
         endpoint = Endpoint(f"http://127.0.0.1:{port}", config)
 
         async def once(session: aiohttp.ClientSession) -> list[Answer]:
