@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import sizing
-from benchmarks.contestants import _sana
+from benchmarks.contestants import sana_of
 from linearsr.config import LINEARSR_1_6B, TINY
 from linearsr.denoiser import blocks
 from linearsr.training import count, plan
@@ -29,7 +29,7 @@ def test_flops_of_a_forward_pass_equal_those_of_diffusers_sana() -> None:
     """Both have all 300 tokens, as Sana always has; our model adds the LR stem."""
 
     def theirs() -> Callable[[], object]:
-        sana = _sana(LINEARSR_1_6B.denoiser)
+        sana = sana_of(LINEARSR_1_6B.denoiser)
         inputs = torch.randn(1, 32, 32, 32), torch.randn(1, 300, 2304), torch.rand(1)
         return lambda: sana(*inputs)
 
