@@ -28,7 +28,7 @@ TOKENS = (11, 300)
 
 
 class Cost(NamedTuple):
-    """What one call costs. weights: bytes. operations: additions and multiplications."""
+    """Costs of one call. weights: bytes. operations: additions and multiplications."""
 
     name: str
     parameters: int

@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a compiled kernel takes: registers of a thread, bytes of shared memory of a block.
+    """Needs of a compiled kernel: registers of a thread, bytes of shared memory of a block.
 
     spills: bytes of registers that do not fit, stored and loaded.
     """

@@ -1,4 +1,4 @@
-"""What stages share: their settings, the rows that they measure, and the files of both."""
+"""Parts that the stages share: settings, measured rows, and the files of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Settings(NamedTuple):
-    """What a stage measures on.
+    """Device, sizes and folders of a stage.
 
     toy: sizes for a CPU, which show that the code runs and nothing else.
     seconds: the stage's share of the time. out: folder of all stages' files.

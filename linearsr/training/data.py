@@ -37,7 +37,7 @@ NEAR_ONE = 1.5
 
 
 class Stored(NamedTuple):
-    """What a batch of B pairs need not compute, since it was computed in advance.
+    """Latents and embeddings of B pairs that were computed in advance.
 
     clean: (B, C, h, w), the clean latent z_0 of HR. condition: (B, C, h, w), the encoded LR
     picture, for models that take it. tags: the embedded tags; None if tags are still names.

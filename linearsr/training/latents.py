@@ -28,7 +28,7 @@ FREE = ("batch", "tag_dropout", "latents")
 
 
 class LatentsConfig(Config):
-    """What shards hold beside pictures, so that training need neither degrade nor encode."""
+    """Latents that shards hold beside pictures: training then neither degrades nor encodes."""
 
     latent: LatentConfig
     """Autoencoder of the latents."""

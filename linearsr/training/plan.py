@@ -375,7 +375,7 @@ def validation_flops(run: Run) -> int:
     return stage.steps // stage.checkpoint_every * validation.pictures * one
 
 
-# What fits
+# Fit into memory
 
 
 class Need(NamedTuple):

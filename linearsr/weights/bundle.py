@@ -44,7 +44,7 @@ class Bundle(NamedTuple):
 
 
 class _Metadata(NamedTuple):
-    """What a file says of itself. lora and base: of adapters; the base's digest."""
+    """Metadata of a file. lora: the adapters' config; base: the digest of their base."""
 
     config: ModelConfig
     provenance: dict[str, str]

@@ -299,7 +299,7 @@ def test_wrong_mappings_are_refused(tmp_path: Path, mapping: Any, words: str) ->
     assert words in refusal(lambda: convert(source, mapping=mapping), OptionError)
 
 
-# What is missing, too much, misshapen or not finite
+# Missing, extra, misshapen and non-finite tensors
 
 
 def test_missing_experts_are_named(tmp_path: Path) -> None:

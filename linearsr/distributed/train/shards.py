@@ -107,7 +107,7 @@ class Shards(Rows):
 
 
 class Wanted(NamedTuple):
-    """What a stage takes from shards with latents.
+    """Entries that a stage reads from shards with latents.
 
     model: the model that is trained, whose encoders must be those of the shards. pixels: whether
     the stage needs HR pictures as well.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,12 +69,9 @@ def _entries(container: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def _read_pickle(path: Path) -> Any:
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        try:
-            return torch.load(path, mmap=True, **options)
-        except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped into memory
-            return torch.load(path, **options)
+        mapped = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {one_line(error)}") from error
     except pickle.UnpicklingError as error:

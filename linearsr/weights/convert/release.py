@@ -49,7 +49,7 @@ _INDEX = ".safetensors.index.json"
 
 
 class Unseen(NamedTuple):
-    """What weights do not show.
+    """Facts about a release that its weights do not show.
 
     tag_heads: heads of cross-attention; None for NVlabs' number at this width.
     head_dim: channels of a head of linear attention.
@@ -231,7 +231,7 @@ def _idle(where: Path, source: dict[str, Tensor]) -> list[str]:
     return idle
 
 
-# What was recognised
+# The report
 
 
 def _of_others(everyone: Sequence[Group], chosen: Sequence[Group]) -> list[str]:
