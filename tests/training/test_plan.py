@@ -45,10 +45,8 @@ NARROW = (
     *(f"perceptual.{i}.channels=[8, 8, 8, 8, 8]" for i in range(3)),
     *(f"perceptual.{i}.crop=16" for i in range(3)),
 )
-# The plan of a checkpointed pass is 13% above the peak: it rather says too much.
-CHECKPOINTED = 0.15
 # Threads free memory in any order, so the peak of one step may be below that of another.
-STEPS = 3
+STEPS = 2
 RUNS = {
     "pretraining": ("pretrain", None, False),
     "pretraining, checkpointed": ("pretrain", None, True),
@@ -88,10 +86,14 @@ def _run(recipe: Recipe, name: str) -> plan.Run:
 
 
 def _batches(side: int, pairs: int) -> Iterator[Batch]:
-    for first in itertools.count(0, pairs):
-        generator = torch.Generator().manual_seed(first)
-        hr = torch.rand(pairs, 3, side, side, generator=generator) * 2 - 1
-        yield Batch(hr, hr[..., ::4, ::4].clone(), torch.arange(first, first + pairs))
+    """Yield batches without keeping them, since one that dies in a step would lower its peak."""
+    yield from (_batch(first, side, pairs) for first in itertools.count(0, pairs))
+
+
+def _batch(first: int, side: int, pairs: int) -> Batch:
+    generator = torch.Generator().manual_seed(first)
+    hr = torch.rand(pairs, 3, side, side, generator=generator) * 2 - 1
+    return Batch(hr, hr[..., ::4, ::4].clone(), torch.arange(first, first + pairs))
 
 
 def _state(run: plan.Run, trunk: Path) -> loop.TrainState:
@@ -182,8 +184,7 @@ def test_plan_is_within_a_tenth_of_the_bytes_of_two_ranks(
         for part, size in found.items():
             assert getattr(planned, part) == pytest.approx(size, rel=WITHIN), part
         activations = peak - found["gradients"] - 2 * BUCKET
-        within = CHECKPOINTED if name.endswith("checkpointed") else WITHIN
-        assert planned.working == pytest.approx(activations, rel=within)
+        assert planned.working == pytest.approx(activations, rel=WITHIN)
 
 
 def test_peak_counts_tensors_while_they_live_and_no_view_twice() -> None:
