@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -98,7 +99,9 @@ def model(
         return Upscaler.load(config.name, str(device))
     folder = scratch / "dc-ae"
     if not folder.exists():
-        _dc_ae(config, 8 if narrow else 1).save_pretrained(folder)
+        shape = {"latent_channels": config.denoiser.latent_channels}
+        ae = autoencoder.sana_dc_ae(8 if narrow else 1, **shape, scaling_factor=config.latent.scale)
+        ae.save_pretrained(folder)
     latent = config.latent.model_copy(update={"source": str(folder)})
     # Without tags: their embeddings would need the weights of Gemma.
     config = config.model_copy(update={"latent": latent, "tags": None})
@@ -108,6 +111,12 @@ def model(
     upscaler = Upscaler(weights.Bundle(config, experts, {}), device)
     _ = upscaler.autoencoder  # read while its folder is there
     return upscaler
+
+
+def psnr(picture: Tensor, reference: Tensor) -> float:
+    """Return the PSNR in dB of two pictures of one shape with values in [0, 1]; inf if equal."""
+    error = float((picture - reference).square().mean())
+    return -10 * math.log10(error) if error else math.inf
 
 
 def real_esrgan(file: Path | None, machine: Machine) -> Callable[[Tensor], Tensor] | None:
@@ -135,29 +144,6 @@ def _bicubic(x: Tensor) -> Tensor:
 def _there_and_back(upscale: Callable[[Tensor], Tensor], lr: Picture, device: torch.device) -> Run:
     """A call that does as much as an upscaler: to the device, and finished pixels back."""
     return lambda: upscale(lr.pixels[None].to(device)).float().clamp(0, 1).cpu()
-
-
-def _dc_ae(config: ModelConfig, divisor: int) -> Any:
-    """DC-AE f32c32 as Sana 1.0 has it, with random weights; its channels divided by `divisor`."""
-    from diffusers import AutoencoderDC
-
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    channels = tuple(n // divisor for n in (128, 256, 512, 512, 1024, 1024))
-    scales = ((),) * 3 + ((5,),) * 3
-    return AutoencoderDC(
-        latent_channels=config.denoiser.latent_channels,
-        encoder_block_types=blocks,
-        decoder_block_types=blocks,
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
-        decoder_layers_per_block=(3, 3, 3, 3, 3, 3),
-        encoder_qkv_multiscales=scales,
-        decoder_qkv_multiscales=scales,
-        downsample_block_type="Conv",
-        upsample_block_type="interpolate",
-        scaling_factor=config.latent.scale,
-    )
 
 
 def _picture(upscaler: Upscaler, lr: Picture, steps: int) -> Run:

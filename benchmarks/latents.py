@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +35,7 @@ from linearsr.distributed.datasets.shards.plan import plan
 from linearsr.distributed.datasets.shards.scan import SCAN, fetcher, list_sources, scan_picture
 from linearsr.distributed.train.data import Source, open_source
 from linearsr.distributed.train.shards import Wanted
-from linearsr.latent import load_autoencoder
+from linearsr.latent.autoencoder import load_autoencoder, sana_dc_ae
 from linearsr.pipeline.device import best_dtype, pick_device
 from linearsr.training import loop
 from linearsr.training.config import TrainConfig
@@ -82,24 +81,9 @@ def main() -> int:
 
 def narrow(config: ModelConfig, divisor: int, folder: Path) -> ModelConfig:
     """Return the model with fewer channels and without tags; write its DC-AE into the folder."""
-    from diffusers import AutoencoderDC
-
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    channels = tuple(n // divisor for n in (128, 256, 512, 512, 1024, 1024))
-    sides: dict[str, Any] = {}
-    for side in ("encoder", "decoder"):
-        sides[f"{side}_block_types"] = blocks
-        sides[f"{side}_block_out_channels"] = channels
-        sides[f"{side}_qkv_multiscales"] = ((),) * 3 + ((5,),) * 3
-    AutoencoderDC(
-        latent_channels=config.denoiser.latent_channels,
-        attention_head_dim=32 // divisor,
-        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
-        decoder_layers_per_block=(3,) * 6,
-        downsample_block_type="Conv",
-        upsample_block_type="interpolate",
-        **sides,
-    ).save_pretrained(folder)
+    channels = config.denoiser.latent_channels
+    ae = sana_dc_ae(divisor, latent_channels=channels, attention_head_dim=32 // divisor)
+    ae.save_pretrained(folder)
     denoiser = config.denoiser.model_copy(
         update={
             "width": config.denoiser.width // divisor,

@@ -16,7 +16,7 @@ PACKAGE = Path(linearsr.__file__).parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    ["errors", "threads"],
+    ["errors", "threads", "digests"],
     ["config", "hub", "diffusion.experts"],
     ["storage"],
     ["kernels"],

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from linearsr.diffusion.experts import EXPERTS
 from linearsr.errors import LinearSRError, OutputError, require
+from linearsr.latent.autoencoder import sana_dc_ae
 from linearsr.weights.convert.layout import DIFFUSERS, SANA
 
 DEPTH, LATENT, TEXT = 20, 32, 32
@@ -61,7 +62,8 @@ def write(out: Path) -> None:
         _transformer(qk_norm=True).save_pretrained(out / "sana" / "transformer")
         torch.save({"state_dict": nvlabs(_transformer(qk_norm=False))}, out / "sana.pth")
         _release(out / "release")
-        _dc_ae().save_pretrained(out / "dc-ae")
+        dc_ae = sana_dc_ae(divisor=16, scaling_factor=0.41407)
+        dc_ae.save_pretrained(out / "dc-ae")
         _gemma(out / "gemma")
 
 
@@ -124,30 +126,6 @@ def _release(folder: Path) -> None:
             for leaf, x in nn.Conv2d(i, o, 3).bfloat16().state_dict().items():
                 tensors[f"module.lr_stem.{2 * number}.{leaf}"] = x  # SiLU lies between
         torch.save({"model": tensors, "step": 48_000}, folder / f"{expert}.pth")
-
-
-def _dc_ae() -> Any:
-    """Return DC-AE f32c32 with the stages, layers and kinds of block of Sana's."""
-    from diffusers import AutoencoderDC
-
-    sides: dict[str, Any] = {
-        "block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        "block_out_channels": (8, 16, 32, 32, 64, 64),
-        "qkv_multiscales": ((),) * 3 + ((5,),) * 3,
-    }
-    both = {f"{side}_{key}": x for side in ("encoder", "decoder") for key, x in sides.items()}
-    return AutoencoderDC(
-        latent_channels=LATENT,
-        attention_head_dim=32,
-        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
-        decoder_layers_per_block=(3, 3, 3, 3, 3, 3),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41407,
-        **both,
-    )
 
 
 def _gemma(folder: Path) -> None:

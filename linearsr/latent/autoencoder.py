@@ -6,15 +6,15 @@ with a spread near one. `lr_picture` is always the LR picture upsampled to the H
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import LatentConfig
+from linearsr.digests import digest_tensors
 from linearsr.errors import WeightsError, one_line, require
 from linearsr.hub import split_revision
 from linearsr.imaging.tiles import Canvas, tile_grid
@@ -22,7 +22,6 @@ from linearsr.imaging.tiles import Canvas, tile_grid
 # In pixels. Neighbouring tiles fade into each other over the overlap.
 DECODE_TILE = 2048
 DECODE_OVERLAP = 256
-_SIDES = ("encoder", "decoder")
 
 
 class Autoencoder(Protocol):
@@ -64,7 +63,8 @@ class SpaceToDepth:
         return F.pixel_unshuffle(lr_picture, self.factor)
 
     def digest(self) -> str:
-        return _digest("space-to-depth", self.factor, self.scale).hexdigest()[:16]
+        settings = ("space-to-depth", self.factor, self.scale)
+        return digest_tensors({}, header=repr(settings))[:16]
 
 
 class DCAutoencoder:
@@ -109,19 +109,10 @@ class DCAutoencoder:
         return self.encode(lr_picture, lr_picture)
 
     def digest(self) -> str:
-        # In bfloat16, so that it is the same for weights that were loaded in another precision; the
-        # decoder has no part in a latent.
-        found = _digest("dc-ae", self.factor, self.scale)
+        # The decoder has no part in a latent.
         encoder: nn.Module = self.model.encoder  # type: ignore[assignment]
-        for name, tensor in sorted(encoder.state_dict().items()):
-            rounded = tensor.to(torch.bfloat16).cpu().contiguous()
-            found.update(f"{name} {tuple(tensor.shape)} ".encode())
-            found.update(rounded.view(torch.int16).numpy().tobytes())
-        return found.hexdigest()[:16]
-
-
-def _digest(*parts: object) -> hashlib._Hash:
-    return hashlib.sha256(repr(parts).encode())
+        settings = ("dc-ae", self.factor, self.scale)
+        return digest_tensors(encoder.state_dict(), header=repr(settings))[:16]
 
 
 def load_autoencoder(
@@ -137,18 +128,29 @@ def load_autoencoder(
     return DCAutoencoder(config, _load_dc_ae(config, dtype).to(device))
 
 
-# Shape of Sana's DC-AE f32c32, as its config.json has it.
-_SANA = {
-    "latent_channels": 32,
-    **{f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3 for side in _SIDES},
-    **{f"{side}_qkv_multiscales": ((),) * 3 + ((5,),) * 3 for side in _SIDES},
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3,) * 6,
-    "downsample_block_type": "Conv",
-    "upsample_block_type": "interpolate",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-}
+def sana_dc_ae(divisor: int = 1, **fields: Any) -> Any:
+    """Return diffusers' `AutoencoderDC` with random weights, in the shape of Sana's DC-AE f32c32.
+
+    Its channels inside are divided by `divisor`, which must divide 128; `fields` replace others of
+    its config, such as `scaling_factor`. Raises MissingExtra without diffusers.
+    Source: config.json of dc-ae-f32c32-sana-1.0.
+    """
+    require("sana", "diffusers")
+    from diffusers import AutoencoderDC
+
+    shape: dict[str, Any] = {
+        "latent_channels": 32,
+        "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+        "decoder_layers_per_block": (3,) * 6,
+        "downsample_block_type": "Conv",
+        "upsample_block_type": "interpolate",
+    }
+    for side in ("encoder", "decoder"):
+        shape[f"{side}_block_types"] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+        channels = (128, 256, 512, 512, 1024, 1024)
+        shape[f"{side}_block_out_channels"] = tuple(n // divisor for n in channels)
+        shape[f"{side}_qkv_multiscales"] = ((),) * 3 + ((5,),) * 3
+    return AutoencoderDC(**shape | fields)
 
 
 def without_weights(config: LatentConfig) -> Autoencoder:
@@ -164,7 +166,7 @@ def without_weights(config: LatentConfig) -> Autoencoder:
 
     source = Path(split_revision(config.source or "")[0])
     if not config.source or not source.is_dir():
-        return DCAutoencoder(config, AutoencoderDC(**_SANA))
+        return DCAutoencoder(config, sana_dc_ae())
     try:
         shape = AutoencoderDC.load_config(source)
         return DCAutoencoder(config, AutoencoderDC.from_config(shape))
