@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.image import photograph
+from benchmarks.image import photograph, psnr
 from benchmarks.machine import Machine
 from benchmarks.tables import Row, seconds
 from benchmarks.timing import Settings, in_turn
@@ -67,11 +66,10 @@ def run(machine: Machine, settings: Settings, _: Path) -> tuple[str, list[Row]]:
                 lines.append(f"| {side}² | {switch.name} | {failed} | | | |")
                 continue
             off, on = (timed[name].seconds for name in names)
-            error = (results[names[0]] - results[names[1]]).square().mean()
-            psnr = -10 * math.log10(error) if error else math.inf
+            change = psnr(results[names[0]], results[names[1]])
             lines.append(
                 f"| {side}² | {switch.name} | {seconds(off)} | {seconds(on)} | {off / on:.2f}x "
-                f"| {psnr:.1f} dB |"
+                f"| {change:.1f} dB |"
             )
             rows += [Row(name, side, timed[name].seconds, timed[name].memory) for name in names]
     return "## What each optimisation gives\n\n" + "\n".join(lines), rows

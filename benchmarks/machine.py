@@ -36,7 +36,8 @@ class Machine(NamedTuple):
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         threads = torch.get_num_threads()
-        return cls(processor(device), device, dtype, threads, memory, _peak(device, dtype))
+        peak = matmul_rate(_PEAK_SIDE, device, dtype)
+        return cls(processor(device), device, dtype, threads, memory, peak)
 
     @property
     def slug(self) -> str:
@@ -70,7 +71,8 @@ def processor(device: torch.device) -> str:
     return (names[0] if names else platform.processor() or platform.machine()) + features
 
 
-def _peak(device: torch.device, dtype: torch.dtype) -> float:
-    a, b = (torch.randn(_PEAK_SIDE, _PEAK_SIDE, device=device, dtype=dtype) for _ in range(2))
+def matmul_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of two matrices of side x side."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = in_turn({"product": lambda: a @ b}, device, rounds=5)["product"].seconds
-    return 2 * _PEAK_SIDE**3 / seconds
+    return 2 * side**3 / seconds

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.image import psnr
 from linearsr import Options, Upscaler
 from linearsr.cli.flags import Parser
 from linearsr.cli.report import exit_code
@@ -81,7 +82,7 @@ def _measured(upscaler: Upscaler, path: Path) -> Values:
             if name != "HR" or not has_reference(metric):
                 values[name][metric] = measure(metric, picture[None], hr[None], 4)
         if name != "HR":
-            values[name]["error"] = -10 * float((picture - there).square().mean().log10())
+            values[name]["error"] = psnr(picture, there)
     return dict(values)
 
 

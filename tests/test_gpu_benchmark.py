@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.gpu.__main__ import STAGES
 from benchmarks.gpu.graph import Graph
 from benchmarks.gpu.stage import read_rows, record, rows_file
 from tests.helpers.processes import until
 
+NAMES = [stage.name for stage in STAGES]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 # Packages that the command does without.
 EXTRAS = ("diffusers", "ray", "deepspeed", "pyiqa", "matplotlib", "psutil", "skimage", "pytest")
@@ -43,8 +45,8 @@ def test_all_stages_run_on_a_cpu_and_leave_rows_and_a_page(tmp_path: Path) -> No
     for number in range(2):
         Image.effect_noise((300, 300), 60).convert("RGB").save(photos / f"{number}.jpg")
     out = tmp_path / "out"
-    outcomes = run(out, "--minutes", "12", "--photos", str(photos), "--only", *_stages())
-    assert outcomes == dict.fromkeys(_stages(), "done")
+    outcomes = run(out, "--minutes", "12", "--photos", str(photos), "--only", *NAMES)
+    assert outcomes == dict.fromkeys(NAMES, "done")
     page = (out / "README.md").read_text()
     for text in ("CUDA graph", "pictures/s", "ZeRO-1", "structure", "DC-AE decodes"):
         assert text in page
@@ -53,17 +55,12 @@ def test_all_stages_run_on_a_cpu_and_leave_rows_and_a_page(tmp_path: Path) -> No
     assert compared["value"] > 40
 
 
-def _stages() -> tuple[str, ...]:
-    return ("machine", "kernels", "forward", "picture", "bundled", "training", "train")
-
-
 @pytest.mark.thorough
 def test_missing_packages_are_named_and_the_rest_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stages = ("machine", "kernels", "forward", "picture", "bundled", "training", "train")
     outcomes = run(out, "--minutes", "10", blocked=EXTRAS)
-    assert outcomes == dict.fromkeys(stages, "done")
-    notes = [row["note"] for stage in stages for row in read_rows(out, stage) if "note" in row]
+    assert outcomes == dict.fromkeys(NAMES, "done")
+    notes = [row["note"] for stage in NAMES for row in read_rows(out, stage) if "note" in row]
     for package in ("pytest", "diffusers", "deepspeed"):
         assert f"not measured: {package} is not installed" in notes
     assert [row for row in read_rows(out, "forward") if "ms" in row]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.stage import Row, Settings
+from benchmarks.image import psnr
 from benchmarks.timing import in_turn
 from linearsr.config import Options
 from linearsr.imaging.files import Picture
@@ -62,11 +61,6 @@ def _compare(upscaler: Upscaler, picture: Picture) -> Row:
         expert.float()
     crop = Picture(picture.pixels[:, :96, :96])
     here, there = (u.upscale(crop, Options()).pixels for u in (upscaler, exact))
-    psnr = _psnr(here, there)
-    verdict = "equal within rounding" if psnr >= LEAST_PSNR else f"below {LEAST_PSNR:g} dB: WRONG"
-    return {"what": "PSNR against float32 on the CPU, dB", "value": psnr, "note": verdict}
-
-
-def _psnr(a: Tensor, b: Tensor) -> float:
-    error = float((a - b).square().mean())
-    return -10 * math.log10(error) if error else math.inf
+    value = psnr(here, there)
+    verdict = "equal within rounding" if value >= LEAST_PSNR else f"below {LEAST_PSNR:g} dB: WRONG"
+    return {"what": "PSNR against float32 on the CPU, dB", "value": value, "note": verdict}

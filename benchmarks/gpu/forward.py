@@ -19,7 +19,7 @@ from benchmarks.gpu.stage import Row, Settings, installed, missing, read_rows
 from benchmarks.timing import Expected, in_turn, log_slope
 from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B, ModelConfig
 from linearsr.denoiser import Condition, LinearSR
-from linearsr.training.count import counted
+from linearsr.training import count
 
 SIDES = (512, 1024, 2048, 4096)
 TOY_SIDES = (128, 256)
@@ -67,7 +67,7 @@ def _model(config: ModelConfig, settings: Settings, peak: float) -> Iterator[Row
     expected, times = Expected(LIMIT), list[tuple[int, float]]()
     for side in TOY_SIDES if settings.toy else SIDES:
         ways = _ways(config, model, settings, side, compiled=side in COMPILED)
-        flops = _flops(config, side)
+        flops, _ = count.denoiser(config, side, TAGS)
         for name, way in ways.items():
             if not expected.within(name, side, 2 if name == NOT_THE_SAME else 1):
                 continue
@@ -99,20 +99,6 @@ def _gate(config: ModelConfig, model: LinearSR, settings: Settings) -> dict[str,
     with torch.inference_mode():
         truth = exact(latent.double(), t.double(), Condition(condition.embedded.double(), keys))
         return check_ways({name: ways[name] for name in ways if name.startswith("LinearSR")}, truth)
-
-
-def _flops(config: ModelConfig, side: int) -> int:
-    """Return the counted operations of one forward."""
-
-    def forward() -> Callable[[], Tensor]:
-        model, cells = LinearSR(config.denoiser), side // config.latent.factor
-        model.use_strips = False
-        latent = torch.randn(1, config.denoiser.latent_channels, cells, cells)
-        embedded = torch.randn(1, cells, cells, config.denoiser.width)
-        keys = model.tag_keys(torch.randn(1, TAGS, config.denoiser.tag_dim or 1))
-        return lambda: model(latent, torch.rand(1), Condition(embedded, keys))
-
-    return counted(forward)
 
 
 def _peak(settings: Settings) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from linearsr import weights
 from linearsr.denoiser import LinearSR
+from linearsr.digests import digest_tensors
 from linearsr.errors import LinearSRError, OptionError
 from linearsr.latent import load_autoencoder
 from linearsr.storage import atomic
@@ -133,7 +134,7 @@ def _start(
     origin: lora.Origin | None = None
     if index is not None and recipe.lora is not None:
         model = base()
-        digest = weights.digest(model.state_dict())
+        digest = digest_tensors(model.state_dict())
         origin = lora.Origin(recipe.lora, digest, str(options.out / "pretrain"))
         lora.inject(model, recipe.lora, adapters(index))
     elif index is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser.lora import empty_adapters, merge_
+from linearsr.digests import digest_tensors
 from linearsr.errors import WeightsError, one_line
 from linearsr.training.ema import load_average, read_origin
 from linearsr.training.lora import Origin, plain_name
@@ -61,7 +61,7 @@ def adapters(checkpoint: Path, config: ModelConfig, origin: Origin) -> dict[str,
     """
     theirs = read_origin(checkpoint)
     if theirs is None:
-        if weights.digest(average(checkpoint, config)) == origin.digest:
+        if digest_tensors(average(checkpoint, config)) == origin.digest:
             return None
         raise WeightsError(
             f"{checkpoint}: has whole weights, and not adapters on the base of the others; train "
@@ -92,7 +92,10 @@ def bundle(
     origins = [(checkpoint, read_origin(checkpoint)) for checkpoint in checkpoints]
     adapted = next((one for one in origins if one[1] is not None), None)
     if adapted is None:
-        weights.save(folder, config, _Averages(checkpoints, config), provenance)
+        experts = weights.LazyExperts(
+            len(checkpoints), lambda number: average(checkpoints[number], config)
+        )
+        weights.save(folder, config, experts, provenance)
         return
     checkpoint, origin = adapted
     assert origin is not None
@@ -109,7 +112,7 @@ def _base_of(checkpoint: Path, origin: Origin, base: Base | None) -> LinearSR:
             f"{checkpoint}: has only adapters (LoRA); the base that they need is in {origin.source}"
         )
     model = base()
-    if weights.digest(model.state_dict()) != origin.digest:
+    if digest_tensors(model.state_dict()) != origin.digest:
         raise WeightsError(
             f"{checkpoint}: its adapters (LoRA) were trained on another base than this one; it was "
             f"in {origin.source}"
@@ -130,25 +133,6 @@ def _tensors(checkpoint: Path, config: ModelConfig, origin: Origin) -> dict[str,
 def _zeros(config: ModelConfig, origin: Origin) -> dict[str, Tensor]:
     empty = empty_adapters(config.denoiser, origin.config)
     return {name: torch.zeros(tensor.shape) for name, tensor in empty.items()}
-
-
-class _Averages(Sequence[Mapping[str, Tensor]]):
-    """The averaged weights of checkpoints; each access reads one anew, since all may not fit."""
-
-    def __init__(self, checkpoints: Sequence[Path], config: ModelConfig) -> None:
-        self.checkpoints, self.config = checkpoints, config
-
-    def __len__(self) -> int:
-        return len(self.checkpoints)
-
-    @overload
-    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Averages: ...
-    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | _Averages:
-        if isinstance(index, slice):
-            return _Averages(self.checkpoints[index], self.config)
-        return average(self.checkpoints[index], self.config)
 
 
 def single(config: ModelConfig) -> ModelConfig:

@@ -2,8 +2,8 @@
 
 from linearsr.weights.bundle import (
     Bundle,
+    LazyExperts,
     available,
-    digest,
     expert_names,
     find,
     load,
@@ -17,8 +17,8 @@ from linearsr.weights.bundle import (
 
 __all__ = [
     "Bundle",
+    "LazyExperts",
     "available",
-    "digest",
     "expert_names",
     "find",
     "load",

@@ -7,12 +7,11 @@ its own, and each adapter names its digest. Knows nothing of training states or 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +23,7 @@ from linearsr.config import LoRAConfig, ModelConfig, explain
 from linearsr.denoiser import LinearSR
 from linearsr.denoiser.lora import Adapters, adapt, empty_adapters, merge_
 from linearsr.diffusion.experts import EXPERTS
+from linearsr.digests import digest_tensors
 from linearsr.errors import OutputError, WeightsError, did_you_mean, one_line
 from linearsr.storage import atomic
 
@@ -41,6 +41,28 @@ class Bundle(NamedTuple):
     config: ModelConfig
     experts: list[LinearSR]
     provenance: dict[str, str]
+
+
+class LazyExperts(Sequence[Mapping[str, Tensor]]):
+    """State dicts of experts, each loaded anew whenever it is read, since all may not fit.
+
+    load: returns the state dict of the expert of a number, counted from 0.
+    """
+
+    def __init__(self, count: int, load: Callable[[int], Mapping[str, Tensor]]) -> None:
+        self._numbers, self._load = range(count), load
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping[str, Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
+        if isinstance(index, slice):
+            return [*map(self._load, self._numbers[index])]
+        return self._load(self._numbers[index])
 
 
 class _Metadata(NamedTuple):
@@ -108,22 +130,9 @@ def save_adapted(
     """
     _check_finite(base, "base")
     metadata = {"linearsr": config.model_dump_json(), "provenance": json.dumps(dict(provenance))}
-    adapted = {"lora": lora.model_dump_json(), "base": digest(base)}
+    adapted = {"lora": lora.model_dump_json(), "base": digest_tensors(base)}
     _save_experts(folder, config, experts, {**metadata, **adapted}, dtype)
     _write(folder / BASE, base, metadata, dtype)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 digest of names, shapes and values; values count as bfloat16.
-
-    So weights have the same digest in training as in a bundle, which has them in bfloat16.
-    """
-    hasher = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        hasher.update(f"{name} {tuple(tensor.shape)} ".encode())
-        values = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        hasher.update(values.view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
 
 
 def _save_experts(
@@ -223,7 +232,7 @@ def _load_adapted(
 
 def _load_base(folder: Path, first: _Metadata) -> LinearSR:
     model = _load_expert(folder / BASE, first._replace(lora=None, base=None))
-    if digest(model.state_dict()) != first.base:
+    if digest_tensors(model.state_dict()) != first.base:
         raise WeightsError(
             f"{folder / BASE}: the adapters in this folder were trained on another base; copy the "
             "whole folder again"

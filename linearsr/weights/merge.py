@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
-
-from torch import Tensor
 
 from linearsr.errors import LinearSRError, OutputError, WeightsError
-from linearsr.weights.bundle import find, load, read_config, read_lora, read_provenance, save
+from linearsr.weights.bundle import (
+    LazyExperts,
+    expert_names,
+    load,
+    read_config,
+    read_lora,
+    read_provenance,
+    save,
+)
 
 
 def merge(folder: Path, out: Path) -> None:
@@ -30,29 +35,14 @@ def merge(folder: Path, out: Path) -> None:
         raise WeightsError(f"{folder}: these experts have all their weights; nothing to merge")
     if any(out.glob("*.safetensors")):
         raise OutputError(f"{out}: already holds weights; choose an empty folder")
+    experts = LazyExperts(
+        len(expert_names(read_config(folder))),
+        lambda number: load(folder, only={number}).experts[number].state_dict(),
+    )
     try:
-        save(out, read_config(folder), _Merged(find(folder)), read_provenance(folder))
+        save(out, read_config(folder), experts, read_provenance(folder))
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error}") from error
-
-
-class _Merged(Sequence[Mapping[str, Tensor]]):
-    """The merged experts of a bundle; each access loads one anew, since all may not fit."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(read_config(self.folder).sampling.boundaries) + 1
-
-    @overload
-    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Mapping[str, Tensor]]: ...
-    def __getitem__(self, index: int | slice) -> Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
-        if isinstance(index, slice):
-            return [self[n] for n in range(len(self))[index]]
-        return load(self.folder, only={index}).experts[index].state_dict()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linearsr import weights
 from linearsr.config import ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.diffusion.experts import ranges
+from linearsr.digests import digest_tensors
 from linearsr.errors import WeightsError
 from linearsr.imaging.resample import resize
 from linearsr.latent import SpaceToDepth
@@ -188,7 +188,7 @@ def _adapters(
     """Train adapters on a frozen base for eight steps, or for the last four from a checkpoint."""
     train = _train(steps=8, bfloat16=bfloat16)
     base = random_base(model)
-    origin = lora.Origin(LORA, weights.digest(base.state_dict()), "here")
+    origin = lora.Origin(LORA, digest_tensors(base.state_dict()), "here")
     torch.manual_seed(0)
     held = engine(lora.inject(base, LORA), train, CPU)
     autoencoder = SpaceToDepth(model.latent)

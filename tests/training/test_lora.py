@@ -14,6 +14,7 @@ from PIL import Image
 from linearsr import weights
 from linearsr.config import DenoiserConfig, LatentConfig, LoRAConfig, ModelConfig
 from linearsr.denoiser.lora import adapt, empty_adapters
+from linearsr.digests import digest_tensors
 from linearsr.errors import LinearSRError, WeightsError
 from linearsr.latent import load_autoencoder
 from linearsr.pipeline.upscaler import Upscaler
@@ -52,7 +53,7 @@ def stage_of(
     base = random_base(model)
     with torch.no_grad():
         base.out.bias += seed
-    origin = lora.Origin(shape, weights.digest(base.state_dict()), "here")
+    origin = lora.Origin(shape, digest_tensors(base.state_dict()), "here")
     denoiser = lora.inject(deepcopy(base), shape, random_adapters(model, EXPERT, shape))
     engine = TorchEngine(denoiser, config, CPU)
     others = lora.sharing(denoiser, shape, lambda n: random_adapters(model, n, shape))
@@ -179,7 +180,7 @@ def test_checkpoints_become_a_bundle_with_their_base_once(
     learned: ModelConfig, tmp_path: Path
 ) -> None:
     base = random_base(learned)
-    origin = lora.Origin(LORA, weights.digest(base.state_dict()), "there")
+    origin = lora.Origin(LORA, digest_tensors(base.state_dict()), "there")
     first = tmp_path / "pretraining"
     first.mkdir()
     EMA(base.requires_grad_(True), 0.9).save(first)
@@ -204,7 +205,7 @@ def test_checkpoints_become_a_bundle_with_their_base_once(
 def test_checkpoints_that_do_not_belong_together_are_refused(
     learned: ModelConfig, tmp_path: Path
 ) -> None:
-    digest = weights.digest(random_base(learned).state_dict())
+    digest = digest_tensors(random_base(learned).state_dict())
     origin = lora.Origin(LORA, digest, "there")
     wide = origin._replace(config=LoRAConfig(rank=8))
     strange = origin._replace(digest="0" * 64)
@@ -311,13 +312,13 @@ def test_all_stages_on_a_narrow_dc_ae_make_a_bundle_of_adapters_that_upscales(
     taken = ["expert-0", "expert-1", "perceptual-2", "perceptual-3"]
     assert json.loads(upscaler.provenance["stages"]) == taken
     base = export.load(out / "pretrain", upscaler.config)
-    assert weights.digest(weights.load_base(folder).state_dict()) == weights.digest(
+    assert digest_tensors(weights.load_base(folder).state_dict()) == digest_tensors(
         base.state_dict()
     )
     for number, name in enumerate(taken):
         adapters = weights.load_adapters(folder, number)
         assert adapters is not None
-        origin = lora.Origin(LORA, weights.digest(base.state_dict()), "")
+        origin = lora.Origin(LORA, digest_tensors(base.state_dict()), "")
         trained = export.adapters(out / name, upscaler.config, origin)
         assert trained is not None
         assert all(torch.equal(adapters[k], v.bfloat16()) for k, v in trained.items())

@@ -246,12 +246,13 @@ def open_rows(
     OptionError if their latents do not fit the model and the data of the recipe. Weights are not
     compared: see `Notes.check_weights`.
     """
-    groups = [group for groups in map_files(files, _groups) for group in groups]
+    opened = map_files(files, _open)
+    groups = [group for shard in opened for group in shard.groups]
     if not groups or not any(group.rows for group in groups):
         raise InputError(f"{files[0].path}: the shards hold no rows")
     notes = None
     if wanted is not None and config.latents:
-        notes = _common(files, wanted.model)
+        notes = _common(files, [shard.schema for shard in opened], wanted.model)
     if notes is None or wanted is None:
         return Shards(groups, config, seed)
     notes.check_recipe(wanted.model, config)
@@ -260,16 +261,19 @@ def open_rows(
 
 def read_notes(file: Location) -> Notes | None:
     """Return the notes about a shard's latents and embeddings; None if it has no latents."""
-    schema = open_shard(file, "hr").schema_arrow
+    return _notes(file, open_shard(file, "hr").schema_arrow)
+
+
+def _notes(file: Location, schema: pa.Schema) -> Notes | None:
     latents = latents_of(schema, file.path)
     return None if latents is None else Notes(latents, embeddings_of(schema, file.path))
 
 
-def _common(files: list[Location], model: ModelConfig) -> Notes | None:
+def _common(files: list[Location], schemas: list[pa.Schema], model: ModelConfig) -> Notes | None:
     """Return the notes of all shards, which must be the same as far as the model is concerned."""
-    all_notes = map_files(files, read_notes)
+    all_notes = [*map(_notes, files, schemas)]
     for file, notes in zip(files, all_notes, strict=True):
-        first: Notes | None = all_notes[0]
+        first = all_notes[0]
         if (notes and notes.latents) != (first and first.latents):
             raise InputError(
                 f"{file.path}: its latents were made otherwise than those of {files[0].path}; put "
@@ -283,7 +287,14 @@ def _common(files: list[Location], model: ModelConfig) -> Notes | None:
     return all_notes[0]
 
 
-def _groups(file: Location) -> list[Group]:
+class _Shard(NamedTuple):
+    """Row groups and schema of a shard, from its footer."""
+
+    groups: list[Group]
+    schema: pa.Schema
+
+
+def _open(file: Location) -> _Shard:
     shard = open_shard(file, "hr")
     metadata, schema = shard.metadata, shard.schema_arrow
     if "tags" in schema.names:
@@ -295,7 +306,7 @@ def _groups(file: Location) -> list[Group]:
                 "else, rename it"
             )
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    return [Group(file, number, size) for number, size in enumerate(sizes)]
+    return _Shard([Group(file, number, size) for number, size in enumerate(sizes)], schema)
 
 
 def _row(group: Group, row: int, *columns: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from linearsr import weights
 from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.digests import digest_tensors
 from linearsr.distributed.models import read_config, read_lora
 from linearsr.distributed.train.config import StageConfig
 from linearsr.errors import OptionError
@@ -86,7 +87,7 @@ class Start:
     def adapted(self, number: int, lora: LoRAConfig) -> tuple[LinearSR, Origin]:
         """Load an expert whose adapters are to be trained, and say where its base is."""
         base = self.base()
-        origin = Origin(lora, weights.digest(base.state_dict()), str(self.job.start))
+        origin = Origin(lora, digest_tensors(base.state_dict()), str(self.job.start))
         return inject(base, lora, self.adapters(number)), origin
 
     def _number(self, expert: int) -> int:

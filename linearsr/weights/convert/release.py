@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple
 
 from torch import Tensor
 
 from linearsr.config import DenoiserConfig
 from linearsr.errors import WeightsError
+from linearsr.weights.bundle import LazyExperts
 from linearsr.weights.convert.experts import choose, title
 from linearsr.weights.convert.files import SUFFIXES, Read, read_file, read_json, read_shards
 from linearsr.weights.convert.layout import (
@@ -130,36 +131,10 @@ def from_files(
     return Release(
         config,
         tuple(title(group, where) for group in chosen),
-        _Lazy(where, source, found, config, inputs),
+        LazyExperts(len(found), lambda n: assemble(where, source, found[n].recipe, config, inputs)),
         tuple(dict.fromkeys(dropped)),
         fresh_keys(found[0].recipe, config, inputs),
     )
-
-
-class _Lazy(Sequence[Mapping[str, Tensor]]):
-    """The experts, each assembled when it is read, so that one at a time needs memory."""
-
-    def __init__(
-        self,
-        where: Path,
-        source: Mapping[str, Tensor],
-        found: Sequence[Found],
-        config: DenoiserConfig,
-        inputs: Sequence[str],
-    ) -> None:
-        self.found = found
-        self._assemble = lambda one: assemble(where, source, one.recipe, config, inputs)
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    @overload
-    def __getitem__(self, number: int) -> Mapping[str, Tensor]: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Mapping[str, Tensor]]: ...
-    def __getitem__(self, number: Any) -> Any:
-        found = self.found[number]
-        return [*map(self._assemble, found)] if isinstance(number, slice) else self._assemble(found)
 
 
 # Reading

@@ -12,6 +12,7 @@ from ray.train import Checkpoint
 
 from linearsr import weights
 from linearsr.config import LoRAConfig
+from linearsr.digests import digest_tensors
 from linearsr.distributed.train import trainer
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.esgf import export_outcomes, run_stage, write_bundle
@@ -80,7 +81,7 @@ def test_a_checkpoint_of_adapters_is_validated_among_the_others(
     adapted: Recipe, photos: Path, tmp_path: Path, start: Path
 ) -> None:
     base = weights.load_base(start).state_dict()
-    origin = lora.Origin(LORA, weights.digest(base), str(start))
+    origin = lora.Origin(LORA, digest_tensors(base), str(start))
     checkpoint = checkpoint_of(tmp_path / "checkpoint", adapted.model, 2, origin)
     settings = ['validation.metrics=["psnr@4"]', 'validation.knee={"psnr@4": true}']
     job = stage(override(adapted, settings), photos, tmp_path, start, 2)
@@ -95,13 +96,13 @@ def test_weights_are_written_with_the_base_of_the_stages_start(
     adapted: Recipe, tmp_path: Path, start: Path
 ) -> None:
     base = weights.load_base(start).state_dict()
-    origin = lora.Origin(LORA, weights.digest(base), str(start))
+    origin = lora.Origin(LORA, digest_tensors(base), str(start))
     checkpoints = [
         locate(checkpoint_of(tmp_path / str(n), adapted.model, n, origin)) for n in range(4)
     ]
     write_bundle(locate(tmp_path / "out"), adapted.model, checkpoints, {"licence": "test"})
     assert weights.read_lora(tmp_path / "out") == LORA
-    assert weights.digest(weights.load_base(tmp_path / "out").state_dict()) == origin.digest
+    assert digest_tensors(weights.load_base(tmp_path / "out").state_dict()) == origin.digest
     gone = checkpoint_of(
         tmp_path / "moved", adapted.model, 0, origin._replace(source=str(tmp_path / "gone"))
     )
@@ -167,7 +168,7 @@ def test_experts_and_perceptual_stage_train_adapters_into_one_bundle(
         before = [outcome.run for outcome in outcomes]
     first, second = tmp_path / "experts", tmp_path / "perceptual"
     digests = {
-        weights.digest(weights.load_base(folder).state_dict())
+        digest_tensors(weights.load_base(folder).state_dict())
         for folder in (first, second, tmp_path / "experts" / "experts-start")
     }
     assert len(digests) == 1, "the base is that of pretraining"

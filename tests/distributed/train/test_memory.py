@@ -24,7 +24,7 @@ from linearsr.distributed.train.start import check_start
 from linearsr.distributed.train.validation import validate_checkpoint
 from linearsr.errors import OptionError
 from linearsr.storage.location import locate
-from linearsr.training import export, loop
+from linearsr.training import loop
 from linearsr.training.ema import EMA
 from linearsr.training.engine import TorchEngine
 from linearsr.training.guard import Diverged
@@ -239,11 +239,3 @@ def test_a_worker_holds_the_experts_of_its_objective_also_after_a_divergence(
     monkeypatch.setattr(loop, "run", run)
     assert trainer._worker({"stage": stage.model_dump_json()}) is None
     assert attempts == [0, 1] and peak.experts == experts
-
-
-def test_the_averages_of_checkpoints_are_read_when_asked_for(
-    wide: Recipe, checkpoint: Path
-) -> None:
-    averages = export._Averages([checkpoint, checkpoint], wide.model)
-    assert len(averages) == 2 and len(averages[1:]) == 1
-    assert torch.equal(averages[0]["out.weight"], averages[1]["out.weight"])
