@@ -1,8 +1,24 @@
-"""Models of a hub by their ids: which revision is loaded."""
+"""Models that other libraries load: from a folder, from S3, or from a hub by their ids."""
 
 from __future__ import annotations
 
 import os
+
+from linearsr.errors import require
+
+
+def resolve(source: str) -> tuple[str, str | None]:
+    """Return what a library's `from_pretrained` takes for a source, and the revision for it.
+
+    An s3:// folder is copied to this machine once. Raises InputError if it is missing, and
+    OutputError if the copy cannot be written.
+    """
+    if source.startswith("s3://"):
+        require("data", "boto3", "pyarrow")
+        from linearsr.storage.cache import local_copy
+
+        return str(local_copy(source)), None
+    return split_revision(source)
 
 
 def split_revision(source: str) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
+# Copies of weights from S3 are those of this run.
+CACHE = tempfile.TemporaryDirectory(prefix="lsr-cache-", ignore_cleanup_errors=True)
+os.environ["LINEARSR_CACHE"] = CACHE.name
 # A command that a shell starts in the background ignores SIGINT, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -17,9 +17,9 @@ PACKAGE = Path(linearsr.__file__).parent
 # Each layer may import itself and those before it.
 LAYERS = [
     ["errors", "threads", "digests"],
-    ["config", "hub", "diffusion.experts"],
+    ["config", "diffusion.experts"],
     ["storage"],
-    ["kernels"],
+    ["hub", "kernels"],
     ["imaging", "diffusion"],
     ["latent", "denoiser", "tags"],
     ["weights"],

@@ -7,6 +7,7 @@ the second, and so on: columns, so that a reader fetches no variant that it does
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, Final
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from linearsr.config import Config, explain
 from linearsr.errors import InputError
-from linearsr.tags.encoder import fingerprint
+from linearsr.storage.location import locate
 from linearsr.training.latents import LatentsConfig, Precision
 
 LATENTS: Final = b"linearsr.latents"
@@ -40,7 +41,7 @@ class EmbeddingsNote(Config):
     """How the tag embeddings of a shard were made."""
 
     encoder: str
-    """Fingerprint of the encoder (`linearsr.tags.encoder.fingerprint`)."""
+    """Fingerprint of the encoder (`encoder_fingerprint`)."""
     source: str
     """Folder or hub id of the encoder, for messages."""
     dim: int
@@ -52,7 +53,17 @@ class EmbeddingsNote(Config):
         if latents.tags is None or latents.tag_dim is None:
             return None
         source = latents.tags.source
-        return cls(encoder=fingerprint(source), source=source, dim=latents.tag_dim)
+        return cls(encoder=encoder_fingerprint(source), source=source, dim=latents.tag_dim)
+
+
+def encoder_fingerprint(source: str) -> str:
+    """Return a text that differs for other tag embeddings: a hub id itself, or a folder's digest.
+
+    A copy of a folder has the same one, also on S3. Raises InputError.
+    """
+    if os.path.isdir(source) or source.startswith("s3://"):
+        return locate(source).fingerprint((".safetensors", ".json", ".model"))[:16]
+    return source
 
 
 def pair_column(variant: int) -> str:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from linearsr import weights
 from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.errors import WeightsError
 from linearsr.pipeline.upscaler import DEFAULT_TAGGER, Upscaler
+from linearsr.storage.cache import local_copy
 from linearsr.storage.location import locate
-from linearsr.storage.walk import Notes
 from linearsr.tags.base import TaggerConfig
+
+
+def local_folder(model: str) -> str | Path:
+    """Return a bundled name or a local folder as it is, and this machine's copy of an s3:// one.
+
+    Raises InputError if nothing is there, and OutputError if the copy cannot be written.
+    """
+    return local_copy(model, ".safetensors") if model.startswith("s3://") else model
 
 
 def load_upscaler(
@@ -24,26 +32,17 @@ def load_upscaler(
     tagger: TaggerConfig = DEFAULT_TAGGER,
 ) -> Upscaler:
     """Load as `Upscaler.load` does, also from s3:// folders. Raises WeightsError or OptionError."""
-    if not model.startswith("s3://"):
-        return Upscaler.load(model, device, only, compiled=compiled, tagger=tagger)
-    with locate(model).local(".safetensors") as folder:
-        return Upscaler.load(folder, device, only, compiled=compiled, tagger=tagger)
+    return Upscaler.load(local_folder(model), device, only, compiled=compiled, tagger=tagger)
 
 
 def read_config(model: str) -> ModelConfig:
     """Read a model's config; a local model's tensors stay unread. Raises WeightsError."""
-    if not model.startswith("s3://"):
-        return weights.read_config(model)
-    with locate(model).local(".safetensors") as folder:
-        return weights.read_config(folder)
+    return weights.read_config(local_folder(model))
 
 
 def read_lora(model: str) -> LoRAConfig | None:
     """Read the shape of a model's adapters as `read_config` does; None if it has none."""
-    if not model.startswith("s3://"):
-        return weights.read_lora(model)
-    with locate(model).local(".safetensors") as folder:
-        return weights.read_lora(folder)
+    return weights.read_lora(local_folder(model))
 
 
 def absolute(model: str) -> str:
@@ -66,9 +65,4 @@ def fingerprint(model: str) -> str:
     changes. Raises WeightsError or InputError.
     """
     folder = locate(model if model.startswith("s3://") else weights.find(model))
-    digest = hashlib.sha256()
-    for file, size in folder.sizes(Notes()).items():
-        name = file.relative_to(folder)
-        if name.endswith(".safetensors") and "/" not in name:
-            digest.update(f"{name} {size} ".encode() + file.head(1 << 20))
-    return digest.hexdigest()[:12]
+    return folder.fingerprint(".safetensors")[:12]

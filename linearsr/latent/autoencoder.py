@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linearsr.config import LatentConfig
 from linearsr.digests import digest_tensors
 from linearsr.errors import WeightsError, one_line, require
-from linearsr.hub import split_revision
+from linearsr.hub import resolve, split_revision
 from linearsr.imaging.tiles import Canvas, tile_grid
 
 # In pixels. Neighbouring tiles fade into each other over the overlap.
@@ -178,11 +178,13 @@ def without_weights(config: LatentConfig) -> Autoencoder:
 
 def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
     if config.source is None:
-        raise WeightsError("a dc-ae latent needs latent.source: a local folder or a hub id")
+        raise WeightsError(
+            "a dc-ae latent needs latent.source: a local folder, s3://BUCKET/FOLDER or a hub id"
+        )
     require("sana", "diffusers")
     from diffusers import AutoencoderDC
 
-    source, revision = split_revision(config.source)
+    source, revision = resolve(config.source)
     try:
         model, report = AutoencoderDC.from_pretrained(
             source,
@@ -192,7 +194,7 @@ def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        where = "folder" if Path(config.source).is_dir() else "missing folder or unreachable hub id"
+        where = "folder" if Path(source).is_dir() else "missing folder or unreachable hub id"
         raise WeightsError(
             f"cannot load DC-AE from {where} {config.source!r}: {one_line(error)}"
         ) from error

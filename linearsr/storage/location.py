@@ -183,13 +183,31 @@ class Location:
         """
         return list(self.sizes(notes))
 
-    def copy_to(self, target: Location) -> None:
-        """Copy a folder with all its files; each is complete before it gets its name.
+    def fingerprint(self, suffix: str | tuple[str, ...] = "") -> str:
+        """Return the SHA-256 digest of a folder's files that end in `suffix`, in hexadecimal.
+
+        It covers their names, their sizes and the first MiB of each, so it takes no time for large
+        files. Raises InputError.
+        """
+        digest = hashlib.sha256()
+        for file, size in self.sizes(Notes()).items():
+            if file.name.endswith(suffix):
+                digest.update(f"{file.relative_to(self)} {size} ".encode() + file.head(1 << 20))
+        return digest.hexdigest()
+
+    def copy_to(self, target: Location, suffix: str = "") -> None:
+        """Copy a folder's files that end in `suffix`; each is complete before it gets its name.
 
         Raises OutputError, and before anything is copied InputError for an object whose key leads
         out of a local target.
         """
-        self._copy_files(self.files(), target)
+        files = [file for file in self.files() if file.name.endswith(suffix)]
+        names = [file.relative_to(self) for file in files]
+        if _on_s3(target) is None:
+            for name in names:
+                _check_inside(name, self)
+        with ThreadPoolExecutor(COPIES) as pool:
+            list(pool.map(_copy, files, [target / name for name in names]))
 
     def delete(self) -> None:
         """Delete a folder with all its files, if it exists. Raises OutputError."""
@@ -218,17 +236,8 @@ class Location:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory() as folder:
-            files = [file for file in self.files() if file.name.endswith(suffix)]
-            self._copy_files(files, locate(folder))
+            self.copy_to(locate(folder), suffix)
             yield Path(folder)
-
-    def _copy_files(self, files: list[Location], target: Location) -> None:
-        names = [file.relative_to(self) for file in files]
-        if _on_s3(target) is None:
-            for name in names:
-                _check_inside(name, self)
-        with ThreadPoolExecutor(COPIES) as pool:
-            list(pool.map(_copy, files, [target / name for name in names]))
 
 
 def locate(path: str | Path) -> Location:

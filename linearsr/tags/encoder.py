@@ -6,11 +6,9 @@ encodes its first tag.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from linearsr.config import ModelConfig
 from linearsr.errors import WeightsError, one_line, require
-from linearsr.hub import split_revision
+from linearsr.hub import resolve
 
 Tags = Sequence[str]
 
@@ -66,23 +64,6 @@ def pad(rows: Sequence[Tensor]) -> EncodedTags:
     return EncodedTags(embeddings, mask)
 
 
-def fingerprint(source: str) -> str:
-    """Return a text that differs for other embeddings: a hub id itself, or a folder's digest.
-
-    A folder's digest is of the names and sizes of its weights and of its tokenizer, and of the
-    first MiB of each. So a copy of a folder has the same one.
-    """
-    if not os.path.isdir(source):
-        return source
-    digest = hashlib.sha256()
-    for file in sorted(Path(source).iterdir()):
-        if file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
-            digest.update(f"{file.name} {file.stat().st_size} ".encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-
 class GemmaEncoder:
     """The last hidden states of a Gemma 2 over "cat, grass": Sana's encoder (arXiv 2410.10629).
 
@@ -116,7 +97,7 @@ class GemmaEncoder:
         require("sana", "transformers")
         from transformers import AutoModel, AutoTokenizer
 
-        id, revision = split_revision(self.source)
+        id, revision = resolve(self.source)
         # A bundle may name any model, and a model may ask to run code of its own.
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         try:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr.errors import OptionError, WeightsError, one_line, require
-from linearsr.hub import split_revision
+from linearsr.hub import resolve
 from linearsr.tags.base import Tag, TaggerConfig
 from linearsr.tags.views import MAX_SQUEEZE, combine_views, square_views
 from linearsr.tags.vocabulary import Vocabulary, read_vocabulary
@@ -75,7 +75,7 @@ def _load(source: str, device: str) -> tuple[Any, Any]:
     require("tags", "transformers")
     from transformers import AutoModel, AutoProcessor
 
-    id, revision = split_revision(source)
+    id, revision = resolve(source)
     # A model may ask to run code of its own, which none that this program reads needs.
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from linearsr.config import LatentConfig, ModelConfig
+from linearsr.distributed.latents import encoder_fingerprint
 from linearsr.errors import OptionError, WeightsError
 from linearsr.latent import DCAutoencoder, load_autoencoder
-from linearsr.tags.encoder import fingerprint, tag_encoder
+from linearsr.tags.encoder import tag_encoder
 from linearsr.training import latents, loop
 from linearsr.training.config import PerceptualConfig, TrainConfig
 from linearsr.training.data import Batch, DataConfig, Pair, Photo, collate, make_hr, make_pair
@@ -260,6 +261,6 @@ def test_a_copy_of_a_tag_encoder_has_its_fingerprint(model: ModelConfig, tmp_pat
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "b" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
-    assert fingerprint(str(tmp_path / "a")) == fingerprint(str(folder))
-    assert fingerprint(str(tmp_path / "b")) != fingerprint(str(folder))
-    assert fingerprint("google/gemma-2-2b-it") == "google/gemma-2-2b-it"
+    assert encoder_fingerprint(str(tmp_path / "a")) == encoder_fingerprint(str(folder))
+    assert encoder_fingerprint(str(tmp_path / "b")) != encoder_fingerprint(str(folder))
+    assert encoder_fingerprint("google/gemma-2-2b-it") == "google/gemma-2-2b-it"

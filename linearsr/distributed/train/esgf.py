@@ -19,11 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from linearsr import weights
 from linearsr.config import ModelConfig
+from linearsr.distributed.models import local_folder
 from linearsr.distributed.resources import capacity
 from linearsr.distributed.train.config import ClusterConfig, StageConfig
 from linearsr.distributed.train.data import notes_about
 from linearsr.distributed.train.knee import last_checkpoint, read_knee, start_from_knee, summary
-from linearsr.distributed.train.start import start_folder
 from linearsr.distributed.train.trainer import Outcome, check, train
 from linearsr.errors import LinearSRError, OptionError
 from linearsr.storage.location import Location, locate, url
@@ -158,8 +158,13 @@ def write_bundle(
                     (folders[-1] / file.name).write_bytes(file.read())
         bundle = Path(temporary) / "bundle"
         origins = [origin for origin in map(read_origin, folders) if origin is not None]
-        with start_folder(origins[0].source if origins else "") as base:
-            export.bundle(bundle, model, folders, provenance, lambda: weights.load_base(base()))
+        export.bundle(
+            bundle,
+            model,
+            folders,
+            provenance,
+            lambda: weights.load_base(local_folder(origins[0].source)),
+        )
         locate(bundle).copy_to(target)
 
 

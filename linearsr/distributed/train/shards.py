@@ -16,6 +16,7 @@ from linearsr.distributed.latents import (
     EMBEDDED_PRECISION,
     EmbeddingsNote,
     embeddings_of,
+    encoder_fingerprint,
     latents_of,
     pair_column,
 )
@@ -23,7 +24,6 @@ from linearsr.errors import InputError, LinearSRError, OptionError
 from linearsr.imaging.files import read
 from linearsr.imaging.sources import map_files, open_shard
 from linearsr.storage.location import Location, explained
-from linearsr.tags.encoder import fingerprint
 from linearsr.training.data import DataConfig, Pair, Photo, Tags, as_bytes, cut_pair, make_hr
 from linearsr.training.latents import LatentsConfig, StoredPair, unpack
 
@@ -149,7 +149,7 @@ class Notes(NamedTuple):
             )
         if self.embeddings is None or model.tags is None:
             return
-        ours, theirs = self.embeddings.encoder, fingerprint(model.tags.source)
+        ours, theirs = self.embeddings.encoder, encoder_fingerprint(model.tags.source)
         if ours != theirs:
             raise OptionError(
                 f"the shards have tag embeddings of {self.embeddings.source!r} ({ours}), but the "

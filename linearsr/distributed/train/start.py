@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -13,10 +11,9 @@ from linearsr import weights
 from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.denoiser import LinearSR
 from linearsr.digests import digest_tensors
-from linearsr.distributed.models import read_config, read_lora
+from linearsr.distributed.models import local_folder, read_config, read_lora
 from linearsr.distributed.train.config import StageConfig
 from linearsr.errors import OptionError
-from linearsr.storage.location import locate
 from linearsr.training.lora import Origin, inject
 
 
@@ -61,28 +58,31 @@ class Start:
 
     Each call reads the file anew and keeps nothing, so a process holds no more experts than its
     caller keeps. The calls raise WeightsError for a damaged file, and what `check_start` raises.
-
-    folder: returns the folder of the starting weights on this machine.
     """
 
-    def __init__(self, job: StageConfig, folder: Callable[[], str | Path]) -> None:
-        self.job, self._folder = job, folder
+    def __init__(self, job: StageConfig) -> None:
+        self.job = job
+
+    @cached_property
+    def _folder(self) -> str | Path:
+        """The starting weights on this machine."""
+        return local_folder(str(self.job.start))
 
     def expert(self, number: int) -> LinearSR:
         """Load an expert in float32, its adapters merged into it.
 
         Starting weights without experts give the same model for every number.
         """
-        folder, number = self._folder(), self._number(number)
+        folder, number = self._folder, self._number(number)
         return weights.load(folder, only={number}).experts[number]
 
     def base(self) -> LinearSR:
         """Load the base of all experts in float32."""
-        return weights.load_base(self._folder())
+        return weights.load_base(self._folder)
 
     def adapters(self, number: int) -> dict[str, Tensor] | None:
         """Load the adapters of an expert; None if it is the base itself."""
-        return weights.load_adapters(self._folder(), self._number(number))
+        return weights.load_adapters(self._folder, self._number(number))
 
     def adapted(self, number: int, lora: LoRAConfig) -> tuple[LinearSR, Origin]:
         """Load an expert whose adapters are to be trained, and say where its base is."""
@@ -91,31 +91,7 @@ class Start:
         return inject(base, lora, self.adapters(number)), origin
 
     def _number(self, expert: int) -> int:
-        folder = self._folder()
+        folder = self._folder
         config = weights.read_config(folder)
         _check_fits(self.job, config, weights.read_lora(folder))
         return expert if len(weights.expert_names(config)) > 1 else 0
-
-
-@contextmanager
-def start_experts(job: StageConfig) -> Iterator[Start]:
-    """Yield the experts of the starting weights."""
-    with start_folder(str(job.start)) as folder:
-        yield Start(job, folder)
-
-
-@contextmanager
-def start_folder(start: str) -> Iterator[Callable[[], str | Path]]:
-    """Yield a function that returns a weights folder on this machine.
-
-    It copies an s3:// folder, once and only if it is called.
-    """
-    with ExitStack() as stack:
-
-        @cache
-        def folder() -> str | Path:
-            if not start.startswith("s3://"):
-                return start
-            return stack.enter_context(locate(start).local(".safetensors"))
-
-        yield folder

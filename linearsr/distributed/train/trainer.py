@@ -39,7 +39,7 @@ from linearsr.distributed.resources import ResourceRequest, check_feasible
 from linearsr.distributed.train.config import StageConfig
 from linearsr.distributed.train.data import Share, batches, notes_about, open_source
 from linearsr.distributed.train.knee import Knee, KneePointCallback, advance, read_knee
-from linearsr.distributed.train.start import check_start, start_experts
+from linearsr.distributed.train.start import Start, check_start
 from linearsr.distributed.train.validation import validate_checkpoint, validation_pictures
 from linearsr.errors import LinearSRError, OptionError, one_line, require
 from linearsr.latent import Autoencoder, load_autoencoder
@@ -207,20 +207,20 @@ def _build(job: StageConfig) -> loop.TrainState:
     train, config, expert = job.train, job.recipe.model, job.expert or 0
     objective: loop.Objective | None = None
     origin: lora.Origin | None = None
-    with start_experts(job) as start:
-        if job.start is None:
-            model = LinearSR(config.denoiser)
-        elif job.lora is not None:
-            model, origin = start.adapted(expert, job.lora)
-        else:
-            model = start.expert(expert).requires_grad_(True).train()
-        device = get_device()
-        engine = ZeroEngine(model, train, device)
-        if isinstance(train, PerceptualConfig):
-            frozen: Callable[[int], LinearSR] = start.expert
-            if origin is not None:  # experts on the base that the engine already holds
-                frozen = lora.sharing(engine.module, origin.config, start.adapters)
-            objective = perceptual.objective(config, train, expert, frozen, engine)
+    start = Start(job)
+    if job.start is None:
+        model = LinearSR(config.denoiser)
+    elif job.lora is not None:
+        model, origin = start.adapted(expert, job.lora)
+    else:
+        model = start.expert(expert).requires_grad_(True).train()
+    device = get_device()
+    engine = ZeroEngine(model, train, device)
+    if isinstance(train, PerceptualConfig):
+        frozen: Callable[[int], LinearSR] = start.expert
+        if origin is not None:  # experts on the base that the engine already holds
+            frozen = lora.sharing(engine.module, origin.config, start.adapters)
+        objective = perceptual.objective(config, train, expert, frozen, engine)
     autoencoder, encoder = _autoencoder(job, engine), tag_encoder(config, device)
     return loop.TrainState.start(engine, autoencoder, train, encoder, objective, origin)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearsr.denoiser import LinearSR
 from linearsr.distributed.train.config import StageConfig
-from linearsr.distributed.train.start import start_experts
+from linearsr.distributed.train.start import Start
 from linearsr.errors import InputError
 from linearsr.imaging.files import Picture, encode, read
 from linearsr.imaging.sources import list_pictures
@@ -53,8 +53,8 @@ def validate_checkpoint(checkpoint: Checkpoint, stage_json: str) -> dict[str, An
     with (
         torch.inference_mode(),
         source.local(".safetensors") as folder,
-        start_experts(job) as others,
     ):
+        others = Start(job)
 
         def load(number: int) -> LinearSR:
             trained = number == (job.expert or 0)
