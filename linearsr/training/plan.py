@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from linearsr.config import ModelConfig
+from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.denoiser import LinearSR
+from linearsr.denoiser.lora import empty_adapters
 from linearsr.diffusion.path import clean_guess, velocity
 from linearsr.errors import OptionError
 from linearsr.hub import split_revision
@@ -30,6 +32,7 @@ from linearsr.training.data import DataConfig
 from linearsr.training.discriminator import Discriminator, fooled, hinge
 from linearsr.training.engine import BUCKET
 from linearsr.training.loop import Conditions
+from linearsr.training.lora import inject, trained
 from linearsr.training.recipes import Kind, Recipe, split_metric
 
 # One forward, and twice that for the gradients of activations and of weights.
@@ -47,11 +50,15 @@ STAGES: dict[Kind, str] = {
 
 
 class Run(NamedTuple):
-    """One training run of a recipe: a stage of one model. expert: None in pretraining."""
+    """One training run of a recipe: a stage of one model.
+
+    expert: None in pretraining. latents: whether it takes latents and tag embeddings from shards.
+    """
 
     recipe: Recipe
     kind: Kind
     expert: int | None
+    latents: bool = False
 
     @property
     def train(self) -> TrainConfig:
@@ -62,6 +69,11 @@ class Run(NamedTuple):
     def data(self) -> DataConfig:
         """Return the run's training pairs."""
         return self.recipe.data_of(self.kind)
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Return the shape of the adapters that the run trains; None if it trains all weights."""
+        return self.recipe.lora_of(self.kind)
 
     @property
     def name(self) -> str:
@@ -87,22 +99,23 @@ class Run(NamedTuple):
         return self._replace(recipe=recipe)
 
 
-def runs(recipe: Recipe) -> Iterator[Run]:
+def runs(recipe: Recipe, latents: bool = False) -> Iterator[Run]:
     """Yield the training runs of a recipe, one stage after the other."""
-    yield Run(recipe, "pretrain", None)
+    yield Run(recipe, "pretrain", None, latents)
     for kind in STAGES:
         if kind != "pretrain" and getattr(recipe, kind):
-            yield from (Run(recipe, kind, expert) for expert in recipe.trained(kind))
+            yield from (Run(recipe, kind, expert, latents) for expert in recipe.trained(kind))
 
 
 class Memory(NamedTuple):
     """Bytes of a rank at its peak.
 
-    weights, gradients: of the trained model, whole on every rank. optimizer: this rank's part of
-    AdamW's moments and of the float32 weights that it steps. buffers: of DeepSpeed's reductions.
-    frozen: experts that a perceptual stage keeps beside the trained one. judges: LPIPS, and the
-    discriminator with its optimizer. working: the most that a micro-batch or the optimizer's step
-    takes for a moment: activations, their gradients, pictures.
+    weights: of the model, whole on every rank. gradients: likewise, of the weights that are
+    trained. optimizer: this rank's part of AdamW's moments and of the float32 weights that it
+    steps. buffers: of DeepSpeed's reductions. frozen: experts that a perceptual stage keeps beside
+    the trained one, without a base that they share. judges: LPIPS, and the discriminator with its
+    optimizer. working: the most that a micro-batch or the optimizer's step takes for a moment:
+    activations, their gradients, pictures.
     """
 
     weights: int
@@ -126,9 +139,11 @@ def memory(run: Run, gpus: int) -> Memory:
     """Return the memory of one of `gpus` ranks. Raises OptionError if they cannot share a batch."""
     standing = _standing(run, gpus)
     pairs = run.data.micro_batch(gpus, run.train.accumulation)
-    # HR and LR, which may be as large, of all pairs; the pass counts the HR of its own.
-    pictures = 4 * 3 * run.data.patch**2 * (2 * run.data.batch // gpus - pairs)
-    passed = pictures + working(Pass.of(run, pairs))
+    shape = Pass.of(run, pairs)
+    # LR, which may be as large as HR, and HR of all pairs; the pass counts the HR of its own.
+    share = run.data.batch // gpus
+    pictures = 4 * 3 * run.data.patch**2 * (share + (share - pairs) * shape.compares)
+    passed = pictures + working(shape)
     return standing._replace(working=max(standing.working, passed))
 
 
@@ -136,22 +151,28 @@ def _standing(run: Run, gpus: int) -> Memory:
     """Return the memory of a rank without the pass, which takes long to count."""
     train, model = run.train, run.recipe.model
     width = _dtype(train).itemsize
-    experts, learned = count.size(model)
+    expert, learned = count.size(model)
+    trained = expert if run.lora is None else _adapters(model, run.lora)
     # The optimizer's step copies this rank's part of the gradients (reduced, flat, and in float32),
     # when all others are free already.
-    update = experts * (2 * width + 4) // gpus - width * experts
+    update = trained * (2 * width + 4) // gpus - width * trained
     return Memory(
-        weights=width * experts,
-        gradients=width * experts,
-        optimizer=12 * experts // gpus,
-        ema=4 * experts // gpus,
+        weights=width * (expert if run.lora is None else expert + trained),
+        gradients=width * trained,
+        optimizer=12 * trained // gpus,
+        ema=4 * trained // gpus,
         buffers=width * BUCKET,
-        autoencoder=width * learned,
-        tag_encoder=tag_encoder_bytes(model),
-        frozen=width * experts * _frozen(run),
+        autoencoder=0 if run.latents and not train.pixels else width * learned,
+        tag_encoder=0 if run.latents else tag_encoder_bytes(model),
+        frozen=width * trained * _frozen(run),
         judges=_judges(train),
         working=max(0, update),
     )
+
+
+def _adapters(model: ModelConfig, lora: LoRAConfig) -> int:
+    """Return the number of parameters in the adapters of one expert."""
+    return sum(tensor.numel() for tensor in empty_adapters(model.denoiser, lora).values())
 
 
 def _dtype(train: TrainConfig) -> torch.dtype:
@@ -195,7 +216,8 @@ class Pass(NamedTuple):
     """All that decides the memory of a micro-batch's pass forward and back.
 
     side: of the pictures in pixels. decoded: side in latent cells of the part of the guess that is
-    decoded, 0 for none. channels: those of the discriminator, None for none.
+    decoded, 0 for none. encodes: whether HR is encoded, which shards with latents spare. channels:
+    those of the discriminator, None for none. lora: adapters that are trained instead of all.
     """
 
     model: ModelConfig
@@ -204,9 +226,16 @@ class Pass(NamedTuple):
     dtype: torch.dtype
     checkpointing: bool
     decoded: int
+    encodes: bool = True
     perceptual: bool = False
     lpips: bool = False
     channels: tuple[int, ...] | None = None
+    lora: LoRAConfig | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether the pass needs HR."""
+        return self.encodes or self.decoded > 0
 
     @classmethod
     def of(cls, run: Run, pairs: int) -> Pass:
@@ -222,10 +251,10 @@ class Pass(NamedTuple):
         if isinstance(train, PerceptualConfig):
             channels = train.channels if train.gan else None
             decoded = min(cells, train.crop or cells)
-            return cls(*head, decoded, True, train.lpips > 0, channels)
+            return cls(*head, decoded, False, True, train.lpips > 0, channels, run.lora)
         # At most all pairs are near enough to be decoded.
         near = train.pixel_weight > 0 and train.timesteps.low < train.pixel_below
-        return cls(*head, cells * near)
+        return cls(*head, cells * near, encodes=not run.latents, lora=run.lora)
 
 
 @cache
@@ -252,14 +281,28 @@ class _Networks(NamedTuple):
     @classmethod
     def of(cls, shape: Pass) -> _Networks:
         with count.made_in(shape.dtype):
-            model = LinearSR(shape.model.denoiser)
+            model = _denoiser(shape)
             autoencoder = without_weights(shape.model.latent)
         model.checkpoint_blocks = shape.checkpointing
         critic = None if shape.channels is None else Discriminator(shape.channels)
         for network in filter(None, (model, critic)):
-            for parameter in network.parameters():
+            for parameter in trained(network).values():
                 parameter.grad = torch.zeros_like(parameter)
         return cls(model, autoencoder, lpips.without_weights() if shape.lpips else None, critic)
+
+
+def _denoiser(shape: Pass) -> LinearSR:
+    """Return the denoiser, with its adapters; its tensors have no data."""
+    if shape.lora is None:
+        return LinearSR(shape.model.denoiser)
+    # peft casts its layers, which tensors of this mode do not allow.
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = inject(LinearSR(shape.model.denoiser), shape.lora)
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False):
+            empty = torch.empty(old.shape, dtype=old.dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=old.requires_grad))
+    return model
 
 
 class _Inputs(NamedTuple):
@@ -274,7 +317,8 @@ class _Inputs(NamedTuple):
     @torch.no_grad()
     def of(cls, shape: Pass, networks: _Networks) -> _Inputs:
         sizes, pairs = shape.model.denoiser, shape.pairs
-        hr, lr_picture = (torch.empty(pairs, 3, shape.side, shape.side) for _ in range(2))
+        lr_picture = torch.empty(pairs, 3, shape.side, shape.side)
+        hr = torch.empty_like(lr_picture) if shape.compares else torch.empty(0)
         cells = shape.side // shape.model.latent.factor
         latent = torch.empty(pairs, sizes.latent_channels, cells, cells)
         joined = networks.autoencoder.condition(lr_picture) if sizes.condition_latent else None
@@ -290,7 +334,8 @@ def _flow(shape: Pass, networks: _Networks) -> None:
     model, autoencoder = networks.model, networks.autoencoder
     hr, latent, t, conditions = _Inputs.of(shape, networks)
     with torch.no_grad():
-        clean = autoencoder.encode(hr, conditions.lr_picture)
+        encode = shape.encodes
+        clean = autoencoder.encode(hr, conditions.lr_picture) if encode else latent.clone()
     v = model(latent, t, conditions.encode(model))
     loss = (v - velocity(clean, latent)).square().mean()
     if shape.decoded:
@@ -347,7 +392,8 @@ def pair_flops(run: Run) -> int:
 
     The guess's gradient goes back to the latent only, which costs as much as decoding again. With
     activation checkpointing the denoiser goes forward twice. A perceptual pair encodes nothing and
-    takes one or two frozen forwards; judges are not counted.
+    takes one or two frozen forwards; judges are not counted. Adapters count as whole weights, so
+    their backward pass is put too high.
     """
     stage, model, side = run.train, run.recipe.model, run.data.patch
     passes = FORWARD_AND_BACKWARD + stage.activation_checkpointing
@@ -358,7 +404,7 @@ def pair_flops(run: Run) -> int:
         return round((passes + 1 + stage.detour) * once) + 2 * decode
     encode, decode = count.autoencoder(model.latent, side)
     guess = stage.pixel_weight > 0 and stage.timesteps.high <= stage.pixel_below
-    return passes * once + encode + 2 * guess * decode
+    return passes * once + encode * (not run.latents) + 2 * guess * decode
 
 
 def training_flops(run: Run) -> int:
@@ -391,12 +437,14 @@ class Need(NamedTuple):
         return first.name if first.expert == last.expert else f"{first.name}-{last.expert}"
 
 
-def needs(recipe: Recipe, gpus: int) -> list[Need]:
+def needs(recipe: Recipe, gpus: int, *, latents: bool = False) -> list[Need]:
     """Return the memory of a rank in all runs of a recipe, each with so many GPUs.
+
+    latents: whether the runs take latents and tag embeddings from shards.
 
     Raises OptionError if they cannot share a batch, and MissingExtra.
     """
-    counted = [(run, memory(run, gpus)) for run in runs(recipe)]
+    counted = [(run, memory(run, gpus)) for run in runs(recipe, latents)]
     groups = groupby(counted, lambda pair: (pair[0].kind, pair[1]))
     return [Need([run for run, _ in group], key[1]) for key, group in groups]
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from linearsr.cli import job
-from linearsr.config import LatentConfig
+from linearsr.config import LatentConfig, LoRAConfig
 from linearsr.denoiser import LinearSR
+from linearsr.denoiser.lora import empty_adapters
 from linearsr.errors import OptionError, WeightsError
 from linearsr.latent import DCAutoencoder, load_autoencoder
-from linearsr.training import count, engine, loop, perceptual, plan
+from linearsr.training import count, engine, loop, lora, perceptual, plan
 from linearsr.training.config import PerceptualConfig
-from linearsr.training.data import Batch
+from linearsr.training.data import Batch, Stored
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.recipes import RECIPES, Recipe, override
 from tests.helpers.ranks import launch
@@ -52,7 +53,11 @@ RUNS = {
     "pretraining, checkpointed": ("pretrain", None, True),
     "fine-tuning 3, which decodes": ("finetune", 3, False),
     "perceptual 3": ("perceptual", 3, True),
+    "experts 0, adapters": ("experts", 0, False),
+    "perceptual 3, adapters": ("perceptual", 3, True),
+    "pretraining, latents": ("pretrain", None, True),
 }
+LORA = LoRAConfig(rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,9 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def _run(recipe: Recipe, name: str) -> plan.Run:
     kind, expert, checkpointing = RUNS[name]
-    run = plan.Run(recipe, kind, expert)  # type: ignore[arg-type]
+    if name.endswith("adapters"):
+        recipe = recipe.model_copy(update={"lora": LORA})
+    run = plan.Run(recipe, kind, expert, name.endswith("latents"))  # type: ignore[arg-type]
     return run.changed(
         accumulation=2,
         activation_checkpointing=checkpointing,
@@ -85,27 +92,44 @@ def _run(recipe: Recipe, name: str) -> plan.Run:
     )
 
 
-def _batches(side: int, pairs: int) -> Iterator[Batch]:
+def _batches(run: plan.Run, pairs: int) -> Iterator[Batch]:
     """Yield batches without keeping them, since one that dies in a step would lower its peak."""
-    yield from (_batch(first, side, pairs) for first in itertools.count(0, pairs))
+    yield from (_batch(run, first, pairs) for first in itertools.count(0, pairs))
 
 
-def _batch(first: int, side: int, pairs: int) -> Batch:
+def _batch(run: plan.Run, first: int, pairs: int) -> Batch:
+    model, side, numbers = run.recipe.model, run.data.patch, torch.arange(first, first + pairs)
     generator = torch.Generator().manual_seed(first)
     hr = torch.rand(pairs, 3, side, side, generator=generator) * 2 - 1
-    return Batch(hr, hr[..., ::4, ::4].clone(), torch.arange(first, first + pairs))
+    batch = Batch(hr, hr[..., ::4, ::4].clone(), numbers)
+    if not run.latents:
+        return batch
+    cells = side // model.latent.factor
+    latent = torch.rand(pairs, model.denoiser.latent_channels, cells, cells, generator=generator)
+    return batch._replace(hr=torch.empty(pairs, 3, 0, 0), stored=Stored(latent))
 
 
 def _state(run: plan.Run, trunk: Path) -> loop.TrainState:
     model, train = run.recipe.model, run.train
     experts = [LinearSR(model.denoiser) for _ in range(4)]
-    held = _Counting(experts[run.expert or 0], train, torch.device("cpu"))
+    trained, frozen = experts[run.expert or 0], experts.__getitem__
+    if run.lora is not None:
+        lora.inject(trained, run.lora)
+    held = _Counting(trained, train, torch.device("cpu"))
+    if run.lora is not None:
+        adapters = {name: torch.rand(t.shape) for name, t in _adapters(run).items()}
+        frozen = lora.sharing(held.module, run.lora, lambda _: adapters)
     objective = None
     if isinstance(train, PerceptualConfig):
         train = train.model_copy(update={"trunk": str(trunk)})
-        objective = perceptual.objective(model, train, run.expert or 0, experts.__getitem__, held)
+        objective = perceptual.objective(model, train, run.expert or 0, frozen, held)
     autoencoder = load_autoencoder(model.latent, "cpu", held.dtype)
     return loop.TrainState.start(held, autoencoder, train, None, objective)
+
+
+def _adapters(run: plan.Run) -> dict[str, Tensor]:
+    assert run.lora is not None
+    return empty_adapters(run.recipe.model.denoiser, run.lora)
 
 
 def _bytes(tensors: Any) -> int:
@@ -125,7 +149,7 @@ class _Counting(ZeroEngine):
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if last:
-            self.gradients = _bytes(p.grad for p in self.module.parameters())
+            self.gradients = _bytes(p.grad for p in lora.trained(self.module).values())
         super().backward(loss, last=last)
 
 
@@ -139,7 +163,7 @@ def _measure_run(run: plan.Run, trunk: Path) -> dict[str, int]:
     state = _state(run, trunk)
     held = state.engine
     assert isinstance(held, _Counting) and isinstance(state.autoencoder, DCAutoencoder)
-    batches = _batches(run.data.patch, run.data.batch // held.world)
+    batches = _batches(run, run.data.batch // held.world)
     loop.run(state, batches, lambda *_: True)  # one step, after which all memory is there
     peaks = []
     for _ in range(STEPS):
@@ -150,6 +174,7 @@ def _measure_run(run: plan.Run, trunk: Path) -> dict[str, int]:
     zero = held.zero.optimizer
     states = [x for own in zero.optimizer.state.values() for x in own.values()]
     frozen = [getattr(state.objective, name, None) for name in ("first", "before")]
+    own = {p.untyped_storage().data_ptr() for p in held.module.parameters()}
     sizes = {
         "weights": _bytes(held.module.parameters()),
         "gradients": held.gradients,
@@ -157,8 +182,13 @@ def _measure_run(run: plan.Run, trunk: Path) -> dict[str, int]:
             [*filter(torch.is_tensor, states), *zero.single_partition_of_fp32_groups]
         ),
         "ema": _bytes(state.ema.average.values()),
-        "autoencoder": _bytes(state.autoencoder.model.parameters()),
-        "frozen": sum(_bytes(model.parameters()) for model in frozen if model is not None),
+        # Beside latents in shards it is on the CPU, whose memory the plan does not count.
+        "autoencoder": 0 if run.latents else _bytes(state.autoencoder.model.parameters()),
+        "frozen": sum(
+            _bytes(p for p in model.parameters() if p.untyped_storage().data_ptr() not in own)
+            for model in frozen
+            if model is not None
+        ),
         "peak": max(peaks),
     }
     held.close()

@@ -16,6 +16,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from linearsr.cli.jobs import shared
+from linearsr.cli.report import say
 from linearsr.errors import OptionError
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="memory of a GPU, in 10^9 bytes",
     )
     parser.add_argument(
+        "--latents",
+        action="store_true",
+        help="plan for shards with latents and tag embeddings (docs/guides/datasets.md)",
+    )
+    parser.add_argument(
         "--tflops",
         type=float,
         default=SUSTAINED,
@@ -66,7 +72,8 @@ def run(options: argparse.Namespace) -> None:
         if not 0 < getattr(options, flag) < float("inf"):
             raise OptionError(f"--{flag.replace('_', '-')}: must be above 0")
     recipe, gpus = shared.recipe(options), options.gpus
-    found = plan.needs(recipe, gpus)
+    say("Counting all stages. The largest models take a minute.", error=True)
+    found = plan.needs(recipe, gpus, latents=options.latents)
     validation = plan.validation_bytes(recipe) / 1e9
     print(
         f"{recipe.model.name} by recipe {options.recipe}, GB of a rank with --gpus {gpus}:\n\n"
