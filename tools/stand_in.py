@@ -10,6 +10,7 @@ random, from a fixed seed. So everything loads, converts, trains and serves, and
     FOLDER/release/*.pth      four experts with an LR stem, as a LinearSR-like release may have them
     FOLDER/dc-ae              diffusers' AutoencoderDC, as dc-ae-f32c32-sana-1.0
     FOLDER/gemma              transformers' Gemma 2 and a tokenizer of bytes, as gemma-2-2b-it
+    FOLDER/settings.txt       flags of jobs, with which the recipe sana_1_6b fits them, and is short
 
 Nobody here has seen the files of LinearSR's authors, so the names in `release` are invented.
 """
@@ -35,6 +36,31 @@ HEADS, HEAD_DIM, TAG_HEADS = 2, 32, 2
 WIDTH = HEADS * HEAD_DIM
 STEM, STRIDES = (8, 16, 8), (4, 4, 2)
 GEMMA_LAYERS = 26
+# Changes to the recipe sana_1_6b: the stand-ins' sizes, and stages of two steps on small pictures.
+SETTINGS = (
+    f"model.denoiser.width={WIDTH}",
+    f"model.denoiser.tag_heads={TAG_HEADS}",
+    f"model.denoiser.tag_dim={TEXT}",
+    "data.patch=128",
+    "data.batch=2",
+    "validation.pictures=1",
+    "validation.size=128",
+    'validation.metrics=["psnr@2"]',
+    'validation.knee={"psnr@2":true}',
+    *(
+        f"{stage}.{field}"
+        for stage in (
+            "pretrain",
+            *(f"experts.{number}" for number in range(4)),
+            *(f"finetune.{number}" for number in range(4)),
+            *(f"perceptual.{number}" for number in range(3)),
+        )
+        for field in ("steps=2", "warmup=1", "report_every=1", "checkpoint_every=2")
+    ),
+    *(f"finetune.{number}.accumulation=1" for number in range(4)),
+    # LPIPS needs weights that a machine may not have.
+    *(f"perceptual.{number}.{field}" for number in range(3) for field in ("crop=2", "lpips=0")),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +91,7 @@ def write(out: Path) -> None:
         dc_ae = sana_dc_ae(divisor=16, scaling_factor=0.41407)
         dc_ae.save_pretrained(out / "dc-ae")
         _gemma(out / "gemma")
+    (out / "settings.txt").write_text("".join(f"--set {field}\n" for field in SETTINGS))
 
 
 def _transformer(qk_norm: bool, columns: int = LATENT) -> Any:

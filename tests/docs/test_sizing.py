@@ -12,12 +12,14 @@ from torch import Tensor
 
 from benchmarks import sizing
 from benchmarks.contestants import sana_of
+from linearsr.cli import job
 from linearsr.config import LINEARSR_1_6B, TINY
 from linearsr.denoiser import blocks
 from linearsr.training import count, plan
 from linearsr.training.recipes import RECIPES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "sizing.md").read_text()
+PAGE_FOLDER = Path(__file__).parents[2] / "docs" / "guides"
+PAGE = (PAGE_FOLDER / "sizing.md").read_text()
 
 
 @pytest.mark.parametrize("make", sizing.TABLES)
@@ -54,6 +56,17 @@ def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass(
     monkeypatch.setattr(blocks.LinearAttention, "neighbours", lambda _, values: values)
     there = sum(count.denoiser.__wrapped__(TINY, 128))
     assert count.counted(both) == pytest.approx(plan.FORWARD_AND_BACKWARD * there, rel=0.05)
+
+
+@pytest.mark.thorough
+def test_plan_of_the_page_about_sana_is_that_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (PAGE_FOLDER / "sana.md").read_text()
+    command = "linearsr job plan --recipe sana_1_6b --gpus 8 --gpu-memory 80"
+    assert command in page
+    assert job.run("plan", command.split()[3:]) == 0
+    assert capsys.readouterr().out in page
 
 
 def test_pair_flops_include_decoding_only_for_the_expert_below_the_bound() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.helpers.runs import SMALL
+from tools import stand_in
 
 # Pages that use the results of another page, which therefore runs first.
 BEFORE = {
@@ -34,6 +35,8 @@ _TRAINING = [part for setting in (*SMALL, *_SHORT) for part in ("--set", setting
 # Flags after the page's own, so that a command ends in seconds. The last of two equal flags counts.
 # Commands with --gpu get one CPU process instead.
 _EXPERTS = [*_TRAINING, "--i-know-this-is-not-the-knee"]  # such a short run has no knee
+# Sana-1.6B is as narrow as the stand-ins of its weights.
+_NARROW = [part for setting in stand_in.SETTINGS for part in ("--set", setting)]
 ADDED = {
     # The shapes of a small model are counted in seconds.
     "linearsr job plan": ["--recipe", "smoke", "--gpus", "2"],
@@ -42,6 +45,16 @@ ADDED = {
     "python -m tools.train_bundled": [
         *("--patch=32", "--batch=2", "--shrinks=0", "--stages"),
         *(f"{name}=1" for name in ("pretrain", "structure", "texture", "polish", "refinement")),
+    ],
+    "linearsr job plan --recipe sana_1_6b --gpus 2": [],
+    "linearsr job build-shards --latents sana_1_6b": [
+        *("--min-sharpness=0", "--crops-per-picture=1", "--crop=160", "--variants=1", "--gpus=0"),
+        *_NARROW,
+    ],
+    "linearsr job pretrain --recipe sana_1_6b": ["--validation-cpus=0.5", *_NARROW],
+    "linearsr job finetune-experts --recipe sana_1_6b": [
+        *("--validation-cpus=0.5", "--i-know-this-is-not-the-knee"),
+        *_NARROW,
     ],
     "linearsr job build-shards": ["--min-sharpness=0", "--crops-per-picture=1"],
     "linearsr job tag-dataset": ["--actors", "1"],
@@ -79,6 +92,7 @@ STAND_INS = {
     "docker": "no daemon: files, and tags that are those of the fleet",
     "kubectl": "no Kubernetes: names are those of the manifests",
     "helm": "no Kubernetes: flags alone",
+    "hf": "no hub: the real program parses the command; stand-ins are copied",
     "aws": "no AWS: botocore knows the operation and its parameters; s3 sync copies",
     "ray up": "no AWS: Ray's own parser, and its check of the file",
     "ray down": "the same",

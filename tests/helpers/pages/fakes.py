@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,6 +183,24 @@ def aws(*arguments: str) -> None:
             _one_of(parameter, known)
 
 
+def hf(*arguments: str) -> None:
+    """Let the real program parse the command; put stand-ins where it would put the files."""
+    program = Path(sys.executable).with_name("hf")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [program, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if "offline mode is enabled" not in run.stderr:
+        raise SystemExit(run.stderr)
+    stand_ins = Path(os.environ["STAND_INS"])
+    target = Path(arguments[arguments.index("--local-dir") + 1])
+    if "gemma" in arguments[1]:
+        shutil.copytree(stand_ins / "gemma", target)
+    else:
+        shutil.copytree(stand_ins / "sana", target)
+        shutil.copytree(stand_ins / "dc-ae", target / "vae")
+
+
 def _sync(verb: str, source: str, target: str) -> None:
     from linearsr.storage.location import locate
 
@@ -221,5 +241,5 @@ def _one_of(name: str, known: set[str]) -> None:
 
 
 ALL: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (pip, make, ray, docker, helm, kubectl, aws)
+    f.__name__: f for f in (pip, make, ray, docker, helm, kubectl, aws, hf)
 }

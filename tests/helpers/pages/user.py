@@ -143,9 +143,10 @@ def place_belongings(user: User, weights: Path) -> None:
     torch.save({"params_ema": compact}, user.clone / "RealESRGAN_x4plus.pth")
     save_file(compact, user.clone / "4x-ClearRealityV1.safetensors")
     stand_in.write(user.data / "stand-ins")
+    user.environment["STAND_INS"] = str(user.data / "stand-ins")
     places = {"sana": "SANA_FOLDER", "sana.pth": "SANA.pth", "release": "RELEASE"}
     for name, place in places.items():
-        (user.data / "stand-ins" / name).rename(user.data / place)
+        (user.data / place).symlink_to(user.data / "stand-ins" / name)
 
 
 @contextlib.contextmanager
