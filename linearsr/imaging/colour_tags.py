@@ -14,28 +14,27 @@ from typing import Final
 import numpy as np
 
 from linearsr.errors import InputError
-from linearsr.imaging.containers import Cicp, Marks
+from linearsr.imaging.containers import D65, Cicp, Marks
 
 # White, red, green and blue (x, y), by their numbers in ITU-T H.273. Number 2 is "unspecified".
-_D65 = (0.3127, 0.329)
 _C = (0.31, 0.316)
-_SRGB: Final = (*_D65, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
-_SMPTE: Final = (*_D65, 0.63, 0.34, 0.31, 0.595, 0.155, 0.07)
+_SRGB: Final = (*D65, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+_SMPTE: Final = (*D65, 0.63, 0.34, 0.31, 0.595, 0.155, 0.07)
 _PRIMARIES: Final[dict[int, tuple[float, ...]]] = {
     1: _SRGB,
     2: _SRGB,
     4: (*_C, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
-    5: (*_D65, 0.64, 0.33, 0.29, 0.6, 0.15, 0.06),
+    5: (*D65, 0.64, 0.33, 0.29, 0.6, 0.15, 0.06),
     6: _SMPTE,
     7: _SMPTE,
     8: (*_C, 0.681, 0.319, 0.243, 0.692, 0.145, 0.049),
-    9: (*_D65, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
+    9: (*D65, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
     10: (1 / 3, 1 / 3, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0),
     11: (0.314, 0.351, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
-    12: (*_D65, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
-    22: (*_D65, 0.63, 0.34, 0.295, 0.605, 0.155, 0.077),
+    12: (*D65, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
+    22: (*D65, 0.63, 0.34, 0.295, 0.605, 0.155, 0.077),
 }
-_ADOBE: Final = (*_D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+_ADOBE: Final = (*D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 _ADOBE_GAMMA: Final = 563 / 256
 
 # A curve is an exponent g alone, or the g, a, b, c, d of ICC's parametric curve of type 3:

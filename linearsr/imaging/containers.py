@@ -31,7 +31,8 @@ _RAW_KEY: Final = "Raw profile type "
 _XMP_HEADER: Final = b"http://ns.adobe.com/xap/1.0/\0"
 _IPTC_HEADER: Final = b"Photoshop 3.0\0"
 _IPTC_RESOURCE: Final = b"8BIM\x04\x04"
-_IPTC_TAG, _PHOTOSHOP_TAG = 33723, 34377
+# The white point of sRGB and most other spaces, as CIE xy.
+D65: Final = (0.3127, 0.329)
 # Photometric interpretations whose colours become sRGB: CMYK, and those of CIELAB.
 _OTHER_COLOURS: Final = (5, 8, 9, 10)
 _EXTENSION_HEADER: Final = b"http://ns.adobe.com/xmp/extension/\0"
@@ -487,7 +488,7 @@ def _read_bmp(data: bytes, marks: Marks) -> None:
         if all(sums) and all(gammas):
             # The white is nowhere in the file; browsers take that of sRGB.
             xy = (points[at] / sums[at // 3] for at in (0, 1, 3, 4, 6, 7))
-            marks.chromaticities = (0.3127, 0.329, *xy)
+            marks.chromaticities = (*D65, *xy)
             marks.gamma = sum(gammas) / 3 / 65536
 
 
@@ -502,7 +503,7 @@ def _read_tiff(tags: Tags, marks: Marks) -> None:
     if tags.number(Base.PhotometricInterpretation) in _OTHER_COLOURS:
         return
     points = tags.numbers(tags.root.get(Base.PrimaryChromaticities))
-    white = tags.numbers(tags.root.get(Base.WhitePoint)) or [0.3127, 0.329]
+    white = tags.numbers(tags.root.get(Base.WhitePoint)) or [*D65]
     if len(points) == 6 and len(white) == 2:
         marks.chromaticities = (*white, *points)
     curve = tags.numbers(tags.root.get(Base.TransferFunction))
@@ -515,9 +516,9 @@ def _read_tiff(tags: Tags, marks: Marks) -> None:
 
 def _tiff_iptc(tags: Tags) -> bytes | None:
     """Return IPTC's records from their own tag, in either order of bytes, or from Photoshop's."""
-    value = tags.root.get(_IPTC_TAG, Value(tiff.UNDEFINED, b""))
-    swapped = Tags(tags.order, {_IPTC_TAG: value}).ordered("<" if tags.order == ">" else ">")
-    for found in (value, swapped.root[_IPTC_TAG], tags.root.get(_PHOTOSHOP_TAG)):
+    value = tags.root.get(tiff.IPTC, Value(tiff.UNDEFINED, b""))
+    swapped = Tags(tags.order, {tiff.IPTC: value}).ordered("<" if tags.order == ">" else ">")
+    for found in (value, swapped.root[tiff.IPTC], tags.root.get(tiff.PHOTOSHOP)):
         if isinstance(found, Value) and (iptc := iptc_records(found.data)):
             return iptc
     return None

@@ -61,7 +61,6 @@ _NOT_IN_TIFF: Final = (
     Base.ExifImageHeight,
     IFD.Interop,
 )
-_IPTC: Final = 33723
 
 _SRGB_SPACE, _ADOBE_SPACE, _OTHER_SPACE = 1, 2, 65535
 _ADOBE_FILE: Final = b"R03"
@@ -98,7 +97,7 @@ def for_tiff(tags: Tags, iptc: bytes | None = None) -> Tags:
     if codec == "utf-16-be":
         exif[Base.UserComment] = Value(UNDEFINED, code + text.encode("utf-16-le", "replace"))
     if iptc:
-        tags.root[_IPTC] = Value(LONG, iptc + bytes(-len(iptc) % 4))
+        tags.root[tiff.IPTC] = Value(LONG, iptc + bytes(-len(iptc) % 4))
     return tags
 
 

@@ -63,9 +63,11 @@ _LAST: Final[frozenset[int]] = frozenset(
 
 
 _BIG: Final = (b"+\0", b"\0+")
+# IPTC metadata: as they are, and in a resource of Photoshop.
+IPTC, PHOTOSHOP = 33723, 34377
 # Tags of a directory that hold for the pictures in its SubIFDs as well: XMP, IPTC in its two places
 # and the orientation.
-_SHARED: Final = (Base.XMLPacket, 33723, 34377, Base.Orientation)
+_SHARED: Final = (Base.XMLPacket, IPTC, PHOTOSHOP, Base.Orientation)
 
 
 class Value(NamedTuple):
