@@ -160,7 +160,7 @@ class LatentConfig(Config):
     scale: float = Field(gt=0)
     """One latent unit in picture units ([-1, 1]) for space-to-depth, or DC-AE's scaling factor."""
     source: str | None = None
-    """Folder or hub id of the DC-AE; an id may end in "@" and a revision."""
+    """Folder, s3:// folder or hub id of the DC-AE; an id may end in "@" and a revision."""
 
 
 class TagEncoderConfig(Config):
@@ -173,7 +173,7 @@ class TagEncoderConfig(Config):
     kind: Literal["gemma"]
     """Kind of embedding."""
     source: str
-    """Folder or hub id of Gemma, for transformers; an id may end in "@" and a revision."""
+    """Folder, s3:// folder or hub id of Gemma; an id may end in "@" and a revision."""
 
 
 class SamplingConfig(Config):

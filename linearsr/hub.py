@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 
-from linearsr.errors import require
+from linearsr.errors import InputError, OutputError, WeightsError, require
+
+
+def on_this_machine(source: str, suffix: str = "") -> str:
+    """Return this machine's copy of an s3:// folder, and any other source as it is.
+
+    suffix: the end of the names of the files that are needed.
+    See `linearsr.storage.cache.local_copy`. Raises MissingExtra, and WeightsError if the folder is
+    missing, cannot be read, or cannot be copied.
+    """
+    if not source.startswith("s3://"):
+        return source
+    require("data", "boto3", "pyarrow")
+    from linearsr.storage.cache import local_copy
+
+    try:
+        return str(local_copy(source, suffix))
+    except (InputError, OutputError) as error:
+        raise WeightsError(str(error)) from error
 
 
 def resolve(source: str) -> tuple[str, str | None]:
     """Return what a library's `from_pretrained` takes for a source, and the revision for it.
 
-    An s3:// folder is copied to this machine once. Raises InputError if it is missing, and
-    OutputError if the copy cannot be written.
+    Raises what `on_this_machine` raises.
     """
-    if source.startswith("s3://"):
-        require("data", "boto3", "pyarrow")
-        from linearsr.storage.cache import local_copy
-
-        return str(local_copy(source)), None
-    return split_revision(source)
+    return split_revision(on_this_machine(source))
 
 
 def split_revision(source: str) -> tuple[str, str | None]:

@@ -10,8 +10,8 @@ Change the token or the limits of a running endpoint, without ending it:
 
     LINEARSR_TOKEN=... linearsr serve --redeploy --max-pixels 24000000
 
-It runs until Ctrl-C or SIGTERM, and writes no files except Ray's logs. Exit codes: 0 it was
-stopped, 1 it did not start, 2 usage.
+It runs until Ctrl-C or SIGTERM, and writes no files except Ray's logs and, of a model on S3, this
+machine's copy. Exit codes: 0 it was stopped, 1 it did not start, 2 usage.
 
 More: docs/guides/serving.md, docs/guides/sizing.md.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from typing import Any, Final
 
 import pyarrow as pa
@@ -34,6 +35,8 @@ PAIR: Final = pa.struct(
 # The numbers of (T, tag_dim), row by row; empty for a row without tags.
 EMBEDDED: Final = pa.field("tag_embeddings", pa.binary())
 # The precision that Gemma's weights come in.
+# The weights of a tag encoder, and its tokenizer.
+_ENCODER: Final = (".safetensors", ".json", ".model")
 EMBEDDED_PRECISION: Final[Precision] = "bfloat16"
 
 
@@ -43,7 +46,7 @@ class EmbeddingsNote(Config):
     encoder: str
     """Fingerprint of the encoder (`encoder_fingerprint`)."""
     source: str
-    """Folder or hub id of the encoder, for messages."""
+    """Folder, s3:// folder or hub id of the encoder, for messages."""
     dim: int
     """Number of channels of an embedding."""
 
@@ -61,9 +64,15 @@ def encoder_fingerprint(source: str) -> str:
 
     A copy of a folder has the same one, also on S3. Raises InputError.
     """
-    if os.path.isdir(source) or source.startswith("s3://"):
-        return locate(source).fingerprint((".safetensors", ".json", ".model"))[:16]
-    return source
+    if os.path.isdir(source):
+        return locate(source).fingerprint(_ENCODER)[:16]
+    return _on_s3(source) if source.startswith("s3://") else source
+
+
+@cache
+def _on_s3(source: str) -> str:
+    """Return the digest of a folder on S3, which a process asks for once: each shard needs it."""
+    return locate(source).fingerprint(_ENCODER)[:16]
 
 
 def pair_column(variant: int) -> str:

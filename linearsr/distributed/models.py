@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 
 from linearsr import weights
 from linearsr.config import LoRAConfig, ModelConfig
 from linearsr.errors import WeightsError
+from linearsr.hub import on_this_machine
 from linearsr.pipeline.upscaler import DEFAULT_TAGGER, Upscaler
-from linearsr.storage.cache import local_copy
 from linearsr.storage.location import locate
 from linearsr.tags.base import TaggerConfig
 
 
-def local_folder(model: str) -> str | Path:
+def local_folder(model: str) -> str:
     """Return a bundled name or a local folder as it is, and this machine's copy of an s3:// one.
 
-    Raises InputError if nothing is there, and OutputError if the copy cannot be written.
+    Raises WeightsError, as `linearsr.hub.on_this_machine` does.
     """
-    return local_copy(model, ".safetensors") if model.startswith("s3://") else model
+    return on_this_machine(model, ".safetensors")
 
 
 def load_upscaler(
@@ -54,7 +53,7 @@ def check_model(model: str) -> None:
     """Raise WeightsError for a path without a bundle; loads nothing, so any driver can run it."""
     if not model.startswith("s3://"):
         weights.read_config(model)
-    elif not any(file.name.endswith(".safetensors") for file in locate(model).files()):
+    elif not locate(model).etags(".safetensors"):
         raise WeightsError(f"{model}: no .safetensors file in this folder")
 
 

@@ -118,7 +118,7 @@ class DCAutoencoder:
 def load_autoencoder(
     config: LatentConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Load the autoencoder of a config; DC-AE comes from a local folder or a hub id.
+    """Load the autoencoder of a config; DC-AE comes from a folder, an s3:// one or a hub id.
 
     Raises MissingExtra without diffusers, and WeightsError for a missing folder, an unreachable hub
     or wrong weights.
@@ -131,8 +131,8 @@ def load_autoencoder(
 def sana_dc_ae(divisor: int = 1, **fields: Any) -> Any:
     """Return diffusers' `AutoencoderDC` with random weights, in the shape of Sana's DC-AE f32c32.
 
-    Its channels inside are divided by `divisor`, which must divide 128; `fields` replace others of
-    its config, such as `scaling_factor`. Raises MissingExtra without diffusers.
+    Its channels inside are divided by `divisor`, a power of two up to 16; `fields` replace others
+    of its config, such as `scaling_factor`. Raises MissingExtra without diffusers.
     Source: config.json of dc-ae-f32c32-sana-1.0.
     """
     require("sana", "diffusers")
@@ -156,7 +156,7 @@ def sana_dc_ae(divisor: int = 1, **fields: Any) -> Any:
 def without_weights(config: LatentConfig) -> Autoencoder:
     """Return the autoencoder of a config in its shape but with random weights, to count its cost.
 
-    The shape comes from the folder `source`; a hub id counts as Sana's DC-AE f32c32.
+    The shape comes from the local folder `source`; any other counts as Sana's DC-AE f32c32.
     Raises MissingExtra without diffusers, and WeightsError for a folder that is not DC-AE's.
     """
     if config.kind == "space-to-depth":
@@ -179,7 +179,7 @@ def without_weights(config: LatentConfig) -> Autoencoder:
 def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
     if config.source is None:
         raise WeightsError(
-            "a dc-ae latent needs latent.source: a local folder, s3://BUCKET/FOLDER or a hub id"
+            "a dc-ae latent needs latent.source: a folder, s3://BUCKET/FOLDER or a hub id"
         )
     require("sana", "diffusers")
     from diffusers import AutoencoderDC

@@ -154,7 +154,7 @@ class Location:
         """
         with explained(self):
             if s3 := _on_s3(self):
-                sizes = {f"{s3.bucket}/{key}": size for key, size in s3.objects()}
+                sizes = {f"{s3.bucket}/{found.key}": found.size for found in s3.objects()}
             else:
                 sizes = self._local_sizes(notes)
         return {Location(self.filesystem, path): sizes[path] for path in sorted(sizes)}
@@ -183,31 +183,45 @@ class Location:
         """
         return list(self.sizes(notes))
 
-    def fingerprint(self, suffix: str | tuple[str, ...] = "") -> str:
-        """Return the SHA-256 digest of a folder's files that end in `suffix`, in hexadecimal.
+    def fingerprint(self, suffix: str | tuple[str, ...]) -> str:
+        """Return the SHA-256 digest of the files directly in a folder that end in `suffix`.
 
         It covers their names, their sizes and the first MiB of each, so it takes no time for large
-        files. Raises InputError.
+        files. Raises InputError, also if there are no such files.
         """
-        digest = hashlib.sha256()
+        digest, found = hashlib.sha256(), False
         for file, size in self.sizes(Notes()).items():
-            if file.name.endswith(suffix):
-                digest.update(f"{file.relative_to(self)} {size} ".encode() + file.head(1 << 20))
+            name = file.relative_to(self)
+            if name.endswith(suffix) and "/" not in name:
+                digest.update(f"{name} {size} ".encode() + file.head(1 << 20))
+                found = True
+        if not found:
+            raise InputError(f"{url(self)}: no file of this folder ends in {suffix}")
         return digest.hexdigest()
 
-    def copy_to(self, target: Location, suffix: str = "") -> None:
-        """Copy a folder's files that end in `suffix`; each is complete before it gets its name.
+    def etags(self, suffix: str) -> dict[str, str]:
+        """Return the ETags of the objects directly in an S3 folder that end in `suffix`, by name.
+
+        They differ as soon as a byte does. Raises InputError.
+        """
+        with explained(self):
+            s3 = _on_s3(self)
+            assert s3 is not None, self.path
+            names = {found.key.removeprefix(s3.prefix): found.etag for found in s3.objects()}
+        return {k: v for k, v in names.items() if k.endswith(suffix) and "/" not in k}
+
+    def copy_to(self, target: Location, names: Iterable[str] | None = None) -> None:
+        """Copy a folder's files, or those of these names; each is complete before it gets its name.
 
         Raises OutputError, and before anything is copied InputError for an object whose key leads
         out of a local target.
         """
-        files = [file for file in self.files() if file.name.endswith(suffix)]
-        names = [file.relative_to(self) for file in files]
+        names = [f.relative_to(self) for f in self.files()] if names is None else list(names)
         if _on_s3(target) is None:
             for name in names:
                 _check_inside(name, self)
         with ThreadPoolExecutor(COPIES) as pool:
-            list(pool.map(_copy, files, [target / name for name in names]))
+            list(pool.map(_copy, [self / n for n in names], [target / n for n in names]))
 
     def delete(self) -> None:
         """Delete a folder with all its files, if it exists. Raises OutputError."""
@@ -236,7 +250,8 @@ class Location:
             yield Path(self.path)
             return
         with tempfile.TemporaryDirectory() as folder:
-            self.copy_to(locate(folder), suffix)
+            names = (file.relative_to(self) for file in self.files())
+            self.copy_to(locate(folder), [name for name in names if name.endswith(suffix)])
             yield Path(folder)
 
 

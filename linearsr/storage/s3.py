@@ -60,6 +60,14 @@ class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]
         return filesystem, self.server
 
 
+class Object(NamedTuple):
+    """An object of a listing. etag: differs for other bytes of the same key."""
+
+    key: str
+    size: int
+    etag: str
+
+
 class S3Path(NamedTuple):
     """An object of a bucket, or the prefix that stands for a folder, with a boto3 client for it.
 
@@ -160,8 +168,8 @@ class S3Path(NamedTuple):
         """Delete an object, if it exists."""
         self.client.delete_object(Bucket=self.bucket, Key=self.key)
 
-    def objects(self, *, folders: bool = False) -> Iterator[tuple[str, int]]:
-        """Yield keys and sizes of all objects in this folder; each request returns a thousand.
+    def objects(self, *, folders: bool = False) -> Iterator[Object]:
+        """Yield all objects in this folder; each request returns a thousand.
 
         folders: whether to include the empty objects whose keys end with "/", which mark folders.
         """
@@ -170,11 +178,11 @@ class S3Path(NamedTuple):
             for entry in page.get("Contents", []):
                 marks_folder = entry["Key"].endswith("/") and not entry["Size"]
                 if folders or not marks_folder:
-                    yield entry["Key"], entry["Size"]
+                    yield Object(entry["Key"], entry["Size"], entry["ETag"])
 
     def delete_folder(self) -> None:
         """Delete all objects in this folder."""
-        keys = [{"Key": key} for key, _ in self.objects(folders=True)]
+        keys = [{"Key": found.key} for found in self.objects(folders=True)]
         for first in range(0, len(keys), DELETE_BATCH):
             batch = {"Objects": keys[first : first + DELETE_BATCH], "Quiet": True}
             errors = self.client.delete_objects(Bucket=self.bucket, Delete=batch).get("Errors")

@@ -47,7 +47,7 @@ class TaggerConfig(Config):
     kind: Literal["imagenet", "zero-shot", "ram"] = "imagenet"
     """Kind of tagger: one of ImageNet's classes, a CLIP or SigLIP, or Recognize Anything."""
     source: str | None = None
-    """The model: a transformers folder or hub id of a CLIP or SigLIP for "zero-shot", or a
+    """The model: a folder (also s3://) or hub id of a CLIP or SigLIP for "zero-shot", or a
     Recognize-Anything checkpoint file for "ram". The weights of "imagenet" come in a package."""
     adapter: str | None = None
     """LoRA weights on top of a "ram" source, such as DAPE's for degraded pictures."""

@@ -104,7 +104,7 @@ class GemmaEncoder:
             tokenizer = AutoTokenizer.from_pretrained(id, padding_side="right", **options)
             model = AutoModel.from_pretrained(id, dtype="auto", use_safetensors=True, **options)
         except (OSError, ValueError) as error:
-            raise WeightsError(_advice(self.source, error)) from error
+            raise WeightsError(_advice(self.source, id, error)) from error
         if model.config.hidden_size != self.dim:
             raise WeightsError(
                 f"tag encoder {self.source!r} has {model.config.hidden_size} channels, but the "
@@ -113,8 +113,8 @@ class GemmaEncoder:
         return tokenizer, model.to(self.device).requires_grad_(False).eval()
 
 
-def _advice(source: str, error: Exception) -> str:
-    if os.path.isdir(source):
+def _advice(source: str, folder: str, error: Exception) -> str:
+    if os.path.isdir(folder):
         return f"{source}: not a folder of a transformers model and tokenizer: {one_line(error)}"
     return (
         f"cannot load the tag encoder {source!r}: there is no such folder, and it is not on the "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from linearsr.errors import InputError, OutputError
+from linearsr.distributed.latents import encoder_fingerprint
+from linearsr.distributed.models import load_upscaler
+from linearsr.errors import InputError, OutputError, WeightsError
 from linearsr.hub import resolve
 from linearsr.storage import cache, location
 from linearsr.storage.cache import local_copy
-from linearsr.storage.location import Location, locate, url
+from linearsr.storage.location import Location, explained, locate, url
 from tests.helpers.s3 import Server
 
-WEIGHTS = "model/weights.safetensors"
+WEIGHTS = "weights.safetensors"
 
 
 @pytest.fixture
@@ -39,7 +43,8 @@ def test_processes_that_ask_at_the_same_time_share_one_copy(folder: Location) ->
     assert all(process.returncode == 0 for process in asking)
     (copy,) = map(Path, answers)
     assert (copy / WEIGHTS).read_bytes() == b"weights"
-    assert sorted(p.name for p in copy.parent.iterdir()) == ["dc-ae", "lock"]
+    assert sorted(p.name for p in copy.parent.iterdir()) == [".lock", "dc-ae"]
+    assert len(list(copy.parents[1].iterdir())) == 1
 
 
 def test_a_copy_is_made_once_and_again_for_changed_objects(
@@ -55,9 +60,35 @@ def test_a_copy_is_made_once_and_again_for_changed_objects(
         "config.json",
         "weights.safetensors",
     ]
-    (folder / WEIGHTS).write(b"WEIGHTS")
-    assert (local_copy(url(folder)) / WEIGHTS).read_bytes() == b"WEIGHTS"
+    (folder / WEIGHTS).write(b"weightZ")  # of the same size
+    assert (local_copy(url(folder)) / WEIGHTS).read_bytes() == b"weightZ"
     assert (first / WEIGHTS).read_bytes() == b"weights"
+
+
+def test_a_folder_that_changes_while_it_is_copied_is_copied_again(
+    folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, changes = location._copy, iter([b"newer", b"newest"])
+
+    def changing(file: Location, to: Location) -> None:
+        original(file, to)
+        if file.name == WEIGHTS and (data := next(changes, None)):
+            (folder / WEIGHTS).write(data)
+
+    monkeypatch.setattr(location, "_copy", changing)
+    assert (local_copy(url(folder)) / WEIGHTS).read_bytes() == b"newest"
+    endless = itertools.count()
+    changes = (str(number).encode() for number in endless)
+    (folder / WEIGHTS).write(b"again")
+    with pytest.raises(InputError, match="change all the time"):
+        local_copy(url(folder))
+
+
+def test_folders_inside_are_not_copied(folder: Location) -> None:
+    """The folder above a bundle may hold a run's checkpoints, which are large."""
+    (folder / "checkpoint/ema-0.safetensors").write(b"large")
+    copy = local_copy(url(folder))
+    assert sorted(p.name for p in copy.iterdir()) == ["config.json", WEIGHTS]
 
 
 def test_a_suffix_leaves_out_other_files(folder: Location) -> None:
@@ -78,15 +109,53 @@ def test_a_copy_that_was_cut_off_is_not_used(
     assert (local_copy(url(folder)) / WEIGHTS).read_bytes() == b"weights"
 
 
-def test_a_missing_folder_and_a_full_disk_are_named(
+def test_a_missing_folder_is_named(folder: Location) -> None:
+    with pytest.raises(InputError, match="gone: there are no files here"):
+        local_copy(f"{url(folder)}-gone")
+    with pytest.raises(WeightsError, match="gone: there are no files here"):
+        resolve(f"{url(folder)}-gone")
+
+
+def test_a_full_disk_and_a_cache_that_cannot_be_written_are_named(
     folder: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="there are no files"):
-        local_copy(f"{url(folder)}-gone")
+    def full(file: Location, to: Location) -> None:
+        with explained(file, OutputError):
+            Path(to.path).parent.mkdir(parents=True, exist_ok=True)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(location, "_copy", full)
+        with pytest.raises(OutputError, match=f"No space left.*{cache.VARIABLE}"):
+            local_copy(url(folder))
+    assert not list((tmp_path / "cache").rglob(".unfinished"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     with pytest.raises(OutputError, match=cache.VARIABLE):
         local_copy(url(folder))
+
+
+def test_a_bundle_on_s3_is_loaded_from_one_copy(
+    s3: Server, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = locate(s3.bucket()) / "weights"
+    locate(small_bundle).copy_to(there)
+    original, copied = location._copy, []
+    monkeypatch.setattr(
+        location, "_copy", lambda file, to: (copied.append(file.name), original(file, to))[1]
+    )
+    for _ in range(2):
+        upscaler = load_upscaler(url(there), "cpu")
+    assert len(upscaler.experts) == 4 and len(copied) == len(set(copied)) > 0
+    with pytest.raises(WeightsError):
+        load_upscaler(f"{url(there)}-gone", "cpu")
+
+
+def test_an_encoder_on_s3_has_the_fingerprint_of_its_copy(folder: Location, tmp_path: Path) -> None:
+    folder.copy_to(locate(tmp_path / "copy"))
+    assert encoder_fingerprint(url(folder)) == encoder_fingerprint(str(tmp_path / "copy"))
+    with pytest.raises(InputError):
+        encoder_fingerprint(f"{url(folder)}-gone")
 
 
 def test_only_sources_on_s3_are_copied(folder: Location, tmp_path: Path) -> None:

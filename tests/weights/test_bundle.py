@@ -128,3 +128,19 @@ def test_the_bundled_model_has_all_experts_and_is_small() -> None:
     bundle = weights.load("linearsr-tiny")
     assert len(bundle.experts) == 4
     assert {"data", "licence", "steps"} <= set(bundle.provenance)
+
+
+def test_lazy_experts_are_loaded_when_they_are_read_and_not_kept() -> None:
+    loaded: list[int] = []
+
+    def load(number: int) -> dict[str, torch.Tensor]:
+        loaded.append(number)
+        return {"weight": torch.tensor(float(number))}
+
+    experts = weights.LazyExperts(4, load)
+    assert len(experts) == 4 and loaded == []
+    assert experts[-1]["weight"] == 3 and experts[3]["weight"] == 3
+    assert [float(one["weight"]) for one in experts[1:3]] == [1, 2] and loaded == [3, 3, 1, 2]
+    assert len(list(experts)) == 4
+    with pytest.raises(IndexError):
+        experts[4]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class Start:
         self.job = job
 
     @cached_property
-    def _folder(self) -> str | Path:
+    def _folder(self) -> str:
         """The starting weights on this machine."""
         return local_folder(str(self.job.start))
 

@@ -77,8 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=["latent", "stem", "lr_latent", DROP],
         help="what the columns of the first layer take, in order; drop leaves out the rest",
     )
-    add("--dc-ae", metavar="SOURCE", help="folder or hub id of the DC-AE (default: Sana's)")
-    add("--gemma", metavar="SOURCE", help="folder or hub id of Gemma 2 (default: Sana's)")
+    add(
+        "--dc-ae",
+        metavar="SOURCE",
+        help="folder, s3:// or hub id of the DC-AE (default: Sana's)",
+    )
+    add(
+        "--gemma",
+        metavar="SOURCE",
+        help="folder, s3:// or hub id of Gemma 2 (default: Sana's)",
+    )
     return parser
 
 
