@@ -142,7 +142,7 @@ def memory(run: Run, gpus: int) -> Memory:
     shape = Pass.of(run, pairs)
     # LR, which may be as large as HR, and HR of all pairs; the pass counts the HR of its own.
     share = run.data.batch // gpus
-    pictures = 4 * 3 * run.data.patch**2 * (share + (share - pairs) * shape.compares)
+    pictures = 4 * 3 * run.data.patch**2 * (share + (share - pairs) * shape.needs_hr)
     passed = pictures + working(shape)
     return standing._replace(working=max(standing.working, passed))
 
@@ -188,7 +188,7 @@ def _frozen(run: Run) -> int:
 
 
 def tag_encoder_bytes(model: ModelConfig) -> int:
-    """Return the bytes of a model's tag encoder as it is loaded; a hub id counts as Gemma 2 2B."""
+    """Return the bytes of a model's tag encoder: of a local folder's files, else of Gemma 2 2B."""
     if model.tags is None:
         return 0
     folder = Path(split_revision(model.tags.source)[0])
@@ -233,8 +233,8 @@ class Pass(NamedTuple):
     lora: LoRAConfig | None = None
 
     @property
-    def compares(self) -> bool:
-        """Whether the pass needs HR."""
+    def needs_hr(self) -> bool:
+        """Whether HR is encoded or compared with."""
         return self.encodes or self.decoded > 0
 
     @classmethod
@@ -318,7 +318,7 @@ class _Inputs(NamedTuple):
     def of(cls, shape: Pass, networks: _Networks) -> _Inputs:
         sizes, pairs = shape.model.denoiser, shape.pairs
         lr_picture = torch.empty(pairs, 3, shape.side, shape.side)
-        hr = torch.empty_like(lr_picture) if shape.compares else torch.empty(0)
+        hr = torch.empty_like(lr_picture) if shape.needs_hr else torch.empty(0)
         cells = shape.side // shape.model.latent.factor
         latent = torch.empty(pairs, sizes.latent_channels, cells, cells)
         joined = networks.autoencoder.condition(lr_picture) if sizes.condition_latent else None

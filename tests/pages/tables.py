@@ -51,11 +51,12 @@ ADDED = {
         *("--min-sharpness=0", "--crops-per-picture=1", "--crop=160", "--variants=1", "--gpus=0"),
         *_NARROW,
     ],
-    "linearsr job pretrain --recipe sana_1_6b": ["--validation-cpus=0.5", *_NARROW],
+    "linearsr job pretrain --recipe sana_1_6b": ["--validation-gpus=0", *_NARROW],
     "linearsr job finetune-experts --recipe sana_1_6b": [
-        *("--validation-cpus=0.5", "--i-know-this-is-not-the-knee"),
+        *("--validation-gpus=0", "--i-know-this-is-not-the-knee"),
         *_NARROW,
     ],
+    "linearsr serve --model s3://bucket/sana/experts/weights": ["--expert-gpus=0"],
     "linearsr job build-shards": ["--min-sharpness=0", "--crops-per-picture=1"],
     "linearsr job tag-dataset": ["--actors", "1"],
     "python -m benchmarks": [
