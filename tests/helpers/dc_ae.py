@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,3 +26,21 @@ def save_dc_ae(folder: Path, channels: int = 4, factor: int = 32) -> Path:
             folder
         )
     return folder
+
+
+def save_attending_dc_ae(folder: Path) -> Any:
+    """Write an `AutoencoderDC` of 8 channels that compresses 4 times and attends; return it."""
+    from diffusers import AutoencoderDC
+
+    sides = {
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 16, 32),
+        "layers_per_block": (1, 1, 1),
+        "qkv_multiscales": ((), (), (5,)),
+    }
+    both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoencoderDC(latent_channels=8, attention_head_dim=8, **both).eval()
+    model.save_pretrained(folder)
+    return model

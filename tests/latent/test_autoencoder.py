@@ -17,6 +17,7 @@ from torch import Tensor
 from linearsr.config import LatentConfig
 from linearsr.errors import WeightsError
 from linearsr.latent import DCAutoencoder, SpaceToDepth, autoencoder, load_autoencoder
+from tests.helpers.dc_ae import save_attending_dc_ae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -78,19 +79,8 @@ def test_decoding_does_not_clamp() -> None:
 @pytest.fixture(scope="module")
 def dc_ae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A folder of a tiny 4x AutoencoderDC with random weights, and the model itself."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    sides = {
-        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-        "block_out_channels": (8, 16, 32),
-        "layers_per_block": (1, 1, 1),
-        "qkv_multiscales": ((), (), (5,)),
-    }
-    both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
-    model = diffusers.AutoencoderDC(latent_channels=8, attention_head_dim=8, **both).eval()
     folder = tmp_path_factory.mktemp("dc-ae")
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, save_attending_dc_ae(folder)
 
 
 def config(source: Path | str | None, factor: int = 4, scale: float = 0.4) -> LatentConfig:

@@ -24,6 +24,7 @@ from linearsr.training.config import PerceptualConfig
 from linearsr.training.data import Batch, Stored
 from linearsr.training.engine import ZeroEngine
 from linearsr.training.recipes import RECIPES, Recipe, override
+from tests.helpers.dc_ae import save_attending_dc_ae
 from tests.helpers.ranks import launch
 
 WITHIN = 0.1
@@ -63,18 +64,8 @@ LORA = LoRAConfig(rank=4)
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The recipe of Sana with few channels, and a DC-AE of few channels in a folder."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    sides = {
-        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-        "block_out_channels": (8, 16, 32),
-        "layers_per_block": (1, 1, 1),
-        "qkv_multiscales": ((), (), (5,)),
-    }
-    both = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in sides.items()}
-    model = diffusers.AutoencoderDC(latent_channels=8, attention_head_dim=8, **both)
     folder = tmp_path_factory.mktemp("dc-ae")
-    model.save_pretrained(folder)
+    save_attending_dc_ae(folder)
     return override(RECIPES["sana_1_6b"](), [*NARROW, f"model.latent.source={folder}"])
 
 
@@ -284,6 +275,8 @@ def test_the_command_prints_all_parts_and_ends_with_two_if_it_cannot_fit(
     table = capsys.readouterr().out
     for name in ("pretraining", "fine-tuning 3", "perceptual 2-3", "activations", "EMA", "hours"):
         assert name in table
+    assert job.run("plan", [*words, "--latents"]) == 0
+    assert capsys.readouterr().out != table  # fewer hours
     assert job.run("plan", [*words, "--gpu-memory=0.05"]) == 2
     captured = capsys.readouterr()
     assert captured.out == table and "take GPUs with more memory" in captured.err
