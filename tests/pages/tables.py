@@ -22,6 +22,7 @@ PLACES = {
     r"s3://BUCKET\b": "s3://bucket",
     r"(?<![\w/])(PHOTOS|VAL|RUNS|SHARDS|OTHER|SANA_FOLDER|SANA\.pth|RELEASE)\b": r"{data}/\1",
     r"\bexpert_gpus=0\.25\b": "expert_gpus=0",  # there is no GPU
+    r"--expert-gpus 0\.5\b": "--expert-gpus 0",
     r"\breplicas=8\b": "replicas=4",  # there are two cores
 }
 
@@ -56,7 +57,6 @@ ADDED = {
         *("--validation-gpus=0", "--i-know-this-is-not-the-knee"),
         *_NARROW,
     ],
-    "linearsr serve --model s3://bucket/sana/experts/weights": ["--expert-gpus=0"],
     "linearsr job build-shards": ["--min-sharpness=0", "--crops-per-picture=1"],
     "linearsr job tag-dataset": ["--actors", "1"],
     "python -m benchmarks": [
