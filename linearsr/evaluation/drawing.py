@@ -1,4 +1,4 @@
-"""Draw labelled pictures side by side, and find the details that are worth showing."""
+"""Draw labelled pictures side by side, and choose the squares of most contrast as close-ups."""
 
 from __future__ import annotations
 

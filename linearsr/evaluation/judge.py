@@ -215,8 +215,8 @@ class Judge:
         surplus = (pixels.shape[1] - height, pixels.shape[2] - width)
         if not all(0 <= more < self.settings.scale for more in surplus):
             raise InputError(
-                f"{source.file} is {pixels.shape[2]}x{pixels.shape[1]}, but the truth is "
-                f"{width}x{height}"
+                f"{source.file} is {pixels.shape[2]}x{pixels.shape[1]}, but the true picture "
+                f"is {width}x{height}; compare results of the same scale"
             )
         return pixels[:, :height, :width]
 

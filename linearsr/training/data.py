@@ -332,7 +332,10 @@ def load_photos(folder: Path, config: DataConfig, seed: int) -> Photos:
     ]
     large = [photo for photo in decoded if min(photo.pixels.shape[1:]) >= config.needs]
     if not large:
-        raise InputError(f"{folder}: no photograph of at least {config.needs} px to train on")
+        raise InputError(
+            f"{folder}: no photograph has a shorter side of at least {config.needs} px; add larger "
+            "ones, or lower data.patch"
+        )
     return Photos([partial(same, photo) for photo in large], config, seed)
 
 

@@ -31,11 +31,11 @@ class GuardConfig(Config):
     window: int = Field(default=10, ge=1)
     """Number of steps that a median is taken over."""
     loss_factor: float = Field(default=5.0, gt=1)
-    """How many times its smallest median the loss may reach."""
+    """Largest allowed ratio of the loss's median to its smallest median so far."""
     gradient_factor: float = Field(default=100.0, gt=1)
-    """How many times its smallest median the gradient norm may reach."""
+    """The same for the gradient norm."""
     activation_factor: float = Field(default=30.0, gt=1)
-    """How many times its smallest median the largest activation may reach."""
+    """The same for the largest activation."""
     slow_down: float = Field(default=0.3, gt=0, lt=1)
     """Factor of the learning rate after each divergence."""
     restarts: int = Field(default=3, ge=0)

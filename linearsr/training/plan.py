@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return a name such as "fine-tuning 3"; experts count from 0, as in `--set finetune.3`."""
+        """Return a name such as "fine-tuning 3", with the expert's number, from 0; see `path`."""
         return STAGES[self.kind] + ("" if self.expert is None else f" {self.expert}")
 
     @property

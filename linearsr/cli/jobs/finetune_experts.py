@@ -38,8 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("experts", "finetune", "perceptual"),
         default=["experts"],
         help="stages to train, in the order given: experts (each expert on its own noise range), "
-        "finetune (each again, from its knee), perceptual (all but the first, for sharp results "
-        "in few steps)",
+        "finetune (each expert again, from its own knee), perceptual (all experts but the first, "
+        "for sharp results in few steps)",
     )
     parser.add_argument(
         "--i-know-this-is-not-the-knee",
