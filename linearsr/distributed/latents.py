@@ -34,9 +34,9 @@ PAIR: Final = pa.struct(
 )
 # The numbers of (T, tag_dim), row by row; empty for a row without tags.
 EMBEDDED: Final = pa.field("tag_embeddings", pa.binary())
-# The precision that Gemma's weights come in.
 # The weights of a tag encoder, and its tokenizer.
 _ENCODER: Final = (".safetensors", ".json", ".model")
+# The precision that Gemma's weights come in.
 EMBEDDED_PRECISION: Final[Precision] = "bfloat16"
 
 

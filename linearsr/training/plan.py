@@ -152,19 +152,19 @@ def _standing(run: Run, gpus: int) -> Memory:
     train, model = run.train, run.recipe.model
     width = _dtype(train).itemsize
     expert, learned = count.size(model)
-    trained = expert if run.lora is None else _adapters(model, run.lora)
+    learning = expert if run.lora is None else _adapters(model, run.lora)
     # The optimizer's step copies this rank's part of the gradients (reduced, flat, and in float32),
     # when all others are free already.
-    update = trained * (2 * width + 4) // gpus - width * trained
+    update = learning * (2 * width + 4) // gpus - width * learning
     return Memory(
-        weights=width * (expert if run.lora is None else expert + trained),
-        gradients=width * trained,
-        optimizer=12 * trained // gpus,
-        ema=4 * trained // gpus,
+        weights=width * (expert if run.lora is None else expert + learning),
+        gradients=width * learning,
+        optimizer=12 * learning // gpus,
+        ema=4 * learning // gpus,
         buffers=width * BUCKET,
         autoencoder=0 if run.latents and not train.pixels else width * learned,
         tag_encoder=0 if run.latents else tag_encoder_bytes(model),
-        frozen=width * trained * _frozen(run),
+        frozen=width * learning * _frozen(run),
         judges=_judges(train),
         working=max(0, update),
     )
