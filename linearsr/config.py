@@ -161,6 +161,9 @@ class LatentConfig(Config):
     """One latent unit in picture units ([-1, 1]) for space-to-depth, or DC-AE's scaling factor."""
     source: str | None = None
     """Folder, s3:// folder or hub id of the DC-AE; an id may end in "@" and a revision."""
+    decoder: str | None = None
+    """Another DC-AE, named as in `source`, whose decoder replaces that of `source`: a lighter one
+    that was trained for the same latents, such as DC-AE-Lite."""
 
 
 class TagEncoderConfig(Config):
@@ -304,6 +307,20 @@ def _format_name(value: object) -> object:
 
 
 Format = Annotated[Literal["png", "jpg", "webp", "tif"], BeforeValidator(_format_name)]
+
+
+class Acceleration(Config):
+    """Ways to run a model faster on CUDA. They are off by default: no GPU has shown their gain."""
+
+    compile: bool = False
+    """Compile the model with torch.compile, once per picture size; only on CUDA. It pays for many
+    pictures of one size."""
+    cuda_graph: bool = False
+    """Start all kernels of a step at once, by a CUDA graph that is recorded once per picture size;
+    only on CUDA."""
+    fp8: bool = False
+    """Multiply 8-bit floats in the model's blocks, which changes the pixels a little; only on CUDA
+    (compute capability 8.9 or higher)."""
 
 
 class FileOptions(Config):

@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from benchmarks.gpu.__main__ import STAGES
-from benchmarks.gpu.graph import Graph
+from benchmarks.gpu.goals import NAME, goals
 from benchmarks.gpu.stage import read_rows, record, rows_file
 from tests.helpers.processes import until
 
-NAMES = [stage.name for stage in STAGES]
+STAGE_NAMES = [stage.name for stage in STAGES]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 # Packages that the command does without.
 EXTRAS = ("diffusers", "ray", "deepspeed", "pyiqa", "matplotlib", "psutil", "skimage", "pytest")
@@ -45,8 +44,8 @@ def test_all_stages_run_on_a_cpu_and_leave_rows_and_a_page(tmp_path: Path) -> No
     for number in range(2):
         Image.effect_noise((300, 300), 60).convert("RGB").save(photos / f"{number}.jpg")
     out = tmp_path / "out"
-    outcomes = run(out, "--minutes", "12", "--photos", str(photos), "--only", *NAMES)
-    assert outcomes == dict.fromkeys(NAMES, "done")
+    outcomes = run(out, "--minutes", "12", "--photos", str(photos), "--only", *STAGE_NAMES)
+    assert outcomes == dict.fromkeys(STAGE_NAMES, "done")
     page = (out / "README.md").read_text()
     for text in ("CUDA graph", "pictures/s", "ZeRO-1", "structure", "DC-AE decodes"):
         assert text in page
@@ -59,8 +58,8 @@ def test_all_stages_run_on_a_cpu_and_leave_rows_and_a_page(tmp_path: Path) -> No
 def test_missing_packages_are_named_and_the_rest_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcomes = run(out, "--minutes", "10", blocked=EXTRAS)
-    assert outcomes == dict.fromkeys(NAMES, "done")
-    notes = [row["note"] for stage in NAMES for row in read_rows(out, stage) if "note" in row]
+    assert outcomes == dict.fromkeys(STAGE_NAMES, "done")
+    notes = [row["note"] for stage in STAGE_NAMES for row in read_rows(out, stage) if "note" in row]
     for package in ("pytest", "diffusers", "deepspeed"):
         assert f"not measured: {package} is not installed" in notes
     assert [row for row in read_rows(out, "forward") if "ms" in row]
@@ -92,6 +91,22 @@ def _end_stage(out: Path) -> None:
             continue
 
 
+def test_goals_take_the_best_row_that_was_measured_at_their_size(tmp_path: Path) -> None:
+    ours = [("LinearSR", 1024, 9.5), ("LinearSR, CUDA graph", 1024, 7.25), ("LinearSR", 512, 1.0)]
+    forwards = [{"what": f"{NAME}: {what}", "side": side, "ms": ms} for what, side, ms in ours]
+    forwards += [{"what": f"{NAME}: softmax attention", "side": 1024, "ms": 0.1}]
+    record(tmp_path, "forward", iter(forwards))
+    record(tmp_path, "picture", iter([{"what": NAME, "side": 1024, "steps": 20, "ms": 321.0}]))
+    lines = goals(tmp_path).splitlines()[2:]
+    measured = [line.rstrip(" |").rsplit("| ", 1)[1] for line in lines]
+    assert measured == ["7.25 ms", "321 ms", *["not measured"] * 3]
+
+
+def test_page_of_results_shows_the_goals_that_nobody_has_measured(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "benchmarks/results/README.md").read_text()
+    assert goals(tmp_path) in page
+
+
 def test_stage_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
     outcomes = run(tmp_path / "out", "--minutes", "0.05", "--only", "machine")
     assert outcomes["machine"].startswith("cut off after")
@@ -103,11 +118,3 @@ def test_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     file = rows_file(tmp_path, "forward")
     file.write_bytes(file.read_bytes()[:-4])
     assert read_rows(tmp_path, "forward") == [{"what": "a", "ms": 1.0}]
-
-
-def test_graph_returns_the_function_of_new_inputs() -> None:
-    graph = Graph(lambda x, y: x * 2 + y, torch.ones(3), torch.zeros(3))
-    x, y = torch.arange(3.0), torch.ones(3)
-    assert torch.equal(graph(x, y), 2 * x + y)
-    with pytest.raises(ValueError, match="argument"):
-        graph(x)

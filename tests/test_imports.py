@@ -16,7 +16,7 @@ PACKAGE = Path(linearsr.__file__).parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    ["errors", "threads", "digests"],
+    ["errors", "threads", "digests", "cuda_graph"],
     ["config", "diffusion.experts"],
     ["storage"],
     ["hub", "kernels"],

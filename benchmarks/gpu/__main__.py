@@ -7,6 +7,7 @@ Stages run in order of worth, each in a process and with a time limit of its own
 
     machine   name, driver, clocks, bandwidth of copies, rate of bfloat16 products
     kernels   all tests of the kernels on the device, forward and backward
+    tuning    the gated convolution with other launch settings than those of the package
     forward   forwards of the 1.6B and 0.6B models: PyTorch, Triton, compiled, CUDA graph
     picture   whole pictures in 20, 4, 2 and 1 steps, with a DC-AE of the real size
     bundled   the bundled model: pictures a second, and its pixels against those of the CPU
@@ -35,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.gpu.goals import goals
 from benchmarks.gpu.stage import Settings, read_rows, record, table
 from linearsr.pipeline.device import best_dtype
 from linearsr.storage import atomic
@@ -50,7 +52,8 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("machine", "The machine", 25),
-    Stage("kernels", "Kernels on the device, against float64", 75),
+    Stage("kernels", "Kernels on the device, against float64", 70),
+    Stage("tuning", "Launch settings of the gated convolution", 20),
     Stage("forward", "One forward of the denoiser", 110),
     Stage("picture", "Whole pictures", 80),
     Stage("bundled", "The bundled model", 35),
@@ -119,7 +122,11 @@ def _run(stage: Stage, limit: float, options: argparse.Namespace) -> Outcome:
     if options.start:
         command += ["--start", str(options.start)]
     began = time.monotonic()
-    with subprocess.Popen(command, start_new_session=True) as process:
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        # Triton reads it as it is imported, and other modules import Triton.
+        environment["TRITON_INTERPRET"] = "1"
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
             code = process.wait(max(limit, 1.0))
             outcome = "done" if code == 0 else f"failed with code {code}"
@@ -151,6 +158,7 @@ def _page(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> str:
     parts = [
         f"# {name}",
         f"`python -m benchmarks.gpu --minutes {options.minutes:g}`; torch {torch.__version__}",
+        goals(options.out),
     ]
     for outcome in outcomes:
         (title,) = (stage.title for stage in STAGES if stage.name == outcome.name)

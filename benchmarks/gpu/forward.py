@@ -14,11 +14,13 @@ from torch import Tensor
 
 from benchmarks.contestants import TAGS, sana_of, softmax
 from benchmarks.gate import NOT_THE_SAME, PLAIN, check_ways
-from benchmarks.gpu.graph import Graph
 from benchmarks.gpu.stage import Row, Settings, installed, missing, read_rows
 from benchmarks.timing import Expected, in_turn, log_slope
 from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B, ModelConfig
+from linearsr.cuda_graph import Graph
 from linearsr.denoiser import Condition, LinearSR
+from linearsr.denoiser.fp8 import use_fp8
+from linearsr.errors import OptionError
 from linearsr.training import count
 
 SIDES = (512, 1024, 2048, 4096)
@@ -27,6 +29,7 @@ GATE_SIDE = 256
 # Compiling takes half a minute for each size.
 COMPILED = (1024,)
 LIMIT = 5.0  # seconds of a call
+FP8 = "fp8, CUDA graph"  # rounds more than the gate allows
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -60,13 +63,13 @@ def _model(config: ModelConfig, settings: Settings, peak: float) -> Iterator[Row
         "what": f"{config.name}: parameters",
         "value": sum(p.numel() for p in model.parameters()),
     }
-    if not installed("diffusers"):
-        yield missing(f"{config.name}: diffusers' Sana", "diffusers")
-    for name, error in _gate(config, model, settings).items():
-        yield {"what": f"{config.name}: {name}, relative error", "value": error}
+    rounded = _in_fp8(model)
+    yield from _left_out(config, rounded)
+    for name, relative in _errors(config, model, rounded, settings).items():
+        yield {"what": f"{config.name}: {name}, relative error", "value": relative}
     expected, times = Expected(LIMIT), list[tuple[int, float]]()
     for side in TOY_SIDES if settings.toy else SIDES:
-        ways = _ways(config, model, settings, side, compiled=side in COMPILED)
+        ways = _ways(config, model, rounded, settings, side, compiled=side in COMPILED)
         flops, _ = count.denoiser(config, side, TAGS)
         for name, way in ways.items():
             if not expected.within(name, side, 2 if name == NOT_THE_SAME else 1):
@@ -89,16 +92,42 @@ def _model(config: ModelConfig, settings: Settings, peak: float) -> Iterator[Row
     yield {"what": f"{config.name}: log-log slope of time over pixels", "value": log_slope(times)}
 
 
-def _gate(config: ModelConfig, model: LinearSR, settings: Settings) -> dict[str, float]:
-    """Return the relative errors of all ways that compute the same. Raises GateError."""
+def _in_fp8(model: LinearSR) -> LinearSR | None:
+    """Return a copy of the model that multiplies 8-bit floats; None if that is not possible."""
+    copied = copy.deepcopy(model)
+    try:
+        use_fp8(copied)
+    except OptionError:
+        return None
+    return copied
+
+
+def _left_out(config: ModelConfig, rounded: LinearSR | None) -> Iterator[Row]:
+    if not installed("diffusers"):
+        yield missing(f"{config.name}: diffusers' Sana", "diffusers")
+    if rounded is None:
+        yield {
+            "what": f"{config.name}: {FP8}",
+            "note": "not measured: this GPU or PyTorch has none",
+        }
+
+
+def _errors(
+    config: ModelConfig, model: LinearSR, rounded: LinearSR | None, settings: Settings
+) -> dict[str, float]:
+    """Return the relative errors of our ways. Raises GateError if rounding cannot explain one."""
     latent, t, _, condition = _inputs(config, model, settings, GATE_SIDE)
-    ways = _ways(config, model, settings, GATE_SIDE, compiled=False)
+    ways = _ways(config, model, rounded, settings, GATE_SIDE, compiled=False)
     exact = copy.deepcopy(model).double()
     exact.use_strips = False
     keys = [(k.double(), v.double()) for k, v in condition.tags or []]
     with torch.inference_mode():
         truth = exact(latent.double(), t.double(), Condition(condition.embedded.double(), keys))
-        return check_ways({name: ways[name] for name in ways if name.startswith("LinearSR")}, truth)
+        gated = {name: ways[name] for name in ways if name.startswith("LinearSR")}
+        errors = check_ways(gated, truth)
+        if FP8 in ways:
+            errors[FP8] = float((ways[FP8]().double() - truth).norm() / truth.norm())
+        return errors
 
 
 def _peak(settings: Settings) -> float:
@@ -126,7 +155,13 @@ def _inputs(
 
 
 def _ways(
-    config: ModelConfig, model: LinearSR, settings: Settings, side: int, *, compiled: bool
+    config: ModelConfig,
+    model: LinearSR,
+    rounded: LinearSR | None,
+    settings: Settings,
+    side: int,
+    *,
+    compiled: bool,
 ) -> dict[str, Callable[[], Tensor]]:
     latent, t, tags, condition = _inputs(config, model, settings, side)
 
@@ -153,6 +188,11 @@ def _ways(
         backend = "eager" if settings.toy else "inductor"
         run: Any = torch.compile(fused, dynamic=False, backend=backend)
         ways["LinearSR, compiled"] = lambda: run(latent, t, condition)
+        both = Graph(lambda latent, t: run(latent, t, condition), latent, t)
+        ways["LinearSR, compiled, CUDA graph"] = lambda: both(latent, t)
+    if rounded is not None:
+        short = Graph(lambda latent, t: rounded(latent, t, condition), latent, t)
+        ways[FP8] = lambda: short(latent, t)
     other = softmax(model)
     ways[NOT_THE_SAME] = lambda: other(latent, t, condition)
     if installed("diffusers"):

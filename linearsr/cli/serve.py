@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from linearsr.cli.flags import Commands, add_fields
 from linearsr.cli.report import OK, say
-from linearsr.config import Config
+from linearsr.config import Acceleration, Config
 from linearsr.errors import require
 from linearsr.web.service import JobLimits, Limits
 
@@ -100,6 +100,7 @@ def add(commands: Commands) -> None:
         help="names of the endpoint in the Host header, such as example.org behind a proxy; '*' "
         "for any (default: only those of loopback if it listens there, else any)",
     )
+    add_fields(parser, Acceleration)
     add_fields(parser, Limits, prefix=LIMITS)
     add_fields(parser, JobLimits, prefix=JOBS)
     parser.add_argument(
@@ -135,6 +136,7 @@ def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
         router_memory=arguments.router_memory,
         cors_origins=tuple(arguments.cors_origins),
         allowed_hosts=tuple(arguments.allowed_hosts),
+        acceleration=_config(Acceleration, arguments, ""),
         limits=_config(Limits, arguments, LIMITS),
         jobs=_config(JobLimits, arguments, JOBS),
     )

@@ -13,7 +13,7 @@ from linearsr.cli.flags import Commands, add_fields
 from linearsr.cli.inputs import Pair, pair_files
 from linearsr.cli.report import OK, SOME_FAILED, complain, say
 from linearsr.cli.tag import add_tagger_options, tagger_config
-from linearsr.config import FileOptions, Options
+from linearsr.config import Acceleration, FileOptions, Options
 from linearsr.errors import (
     LinearSRError,
     OptionError,
@@ -67,12 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="device that the model runs on: auto, cpu, cuda or mps"
     )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the model with torch.compile, once per picture size; only on CUDA, and only "
-        "worthwhile for many pictures of one size",
-    )
+    add_fields(parser, Acceleration)
     add_fields(parser, Options)
     add_fields(parser, FileOptions)
     add_tagger_options(parser.add_argument_group("tagger", "the tagger of --tags auto"))
@@ -85,6 +80,11 @@ def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
         Options.parse(**{name: fields[name] for name in Options.model_fields}),
         FileOptions.parse(**{name: fields[name] for name in FileOptions.model_fields}),
     )
+
+
+def acceleration(arguments: argparse.Namespace) -> Acceleration:
+    """Return the acceleration that the flags of `add_options` describe."""
+    return Acceleration.parse(**{n: getattr(arguments, n) for n in Acceleration.model_fields})
 
 
 def tagger(arguments: argparse.Namespace) -> TaggerConfig:
@@ -113,7 +113,10 @@ def _run(arguments: argparse.Namespace) -> int:
         if not pairs:
             return SOME_FAILED if failed else OK
         upscaler = Upscaler.load(
-            arguments.model, arguments.device, compiled=arguments.compile, tagger=chosen
+            arguments.model,
+            arguments.device,
+            acceleration=acceleration(arguments),
+            tagger=chosen,
         )
         failed += _upscale_files(upscaler, options, files, pairs, display)
     if failed and len(pairs) > 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linearsr.config import DenoiserConfig
+from linearsr.cuda_graph import Graphs
 from linearsr.denoiser import cpu_block
 from linearsr.denoiser.blocks import Block, TagAttention
 from linearsr.denoiser.conditioning import LRStem, TagProjection, TimestepEmbedding
@@ -73,6 +74,7 @@ class LinearSR(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.out = nn.Linear(width, latent)
+        self._graphs: Graphs | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -141,12 +143,30 @@ class LinearSR(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
 
+    def record_graphs(self) -> None:
+        """Run each forward as a CUDA graph from now on, recorded once for each shape of a latent.
+
+        Forwards then may come from one thread at a time, and none may ask for gradients.
+        """
+        self._graphs = Graphs(self._recorded)
+
+    def _recorded(self, latent: Tensor, t: Tensor, embedded: Tensor, *tags: Tensor) -> Tensor:
+        """Return the velocity. tags: keys and values of each block in turn, if there are any."""
+        keys_values = list(zip(tags[::2], tags[1::2], strict=True))
+        return self._velocity(latent, t, Condition(embedded, keys_values or None))
+
     def _tag_attentions(self) -> list[TagAttention]:
         attentions = (cast(Block, block).tag_attention for block in self.blocks)
         return [attention for attention in attentions if attention is not None]
 
     def forward(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the velocity (B, C, h, w) at noisy `latent` and timesteps `t` (B,) in [0, 1]."""
+        if self._graphs is None or condition.tag_mask is not None:
+            return self._velocity(latent, t, condition)
+        tags = [part for keys_values in condition.tags or [] for part in keys_values]
+        return self._graphs(latent, t, condition.embedded, *tags)
+
+    def _velocity(self, latent: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.config.prediction == "velocity":
             return self._network(latent, t, condition)
         c = Preconditioning.at(t.to(latent.dtype))

@@ -6,10 +6,10 @@ import os
 from collections.abc import Collection
 
 from linearsr import weights
-from linearsr.config import LoRAConfig, ModelConfig
+from linearsr.config import Acceleration, LoRAConfig, ModelConfig
 from linearsr.errors import WeightsError
 from linearsr.hub import on_this_machine
-from linearsr.pipeline.upscaler import DEFAULT_TAGGER, Upscaler
+from linearsr.pipeline.upscaler import DEFAULT_TAGGER, PLAIN, Upscaler
 from linearsr.storage.location import locate
 from linearsr.tags.base import TaggerConfig
 
@@ -27,11 +27,12 @@ def load_upscaler(
     device: str,
     only: Collection[int] | None = None,
     *,
-    compiled: bool = False,
+    acceleration: Acceleration = PLAIN,
     tagger: TaggerConfig = DEFAULT_TAGGER,
 ) -> Upscaler:
     """Load as `Upscaler.load` does, also from s3:// folders. Raises WeightsError or OptionError."""
-    return Upscaler.load(local_folder(model), device, only, compiled=compiled, tagger=tagger)
+    folder = local_folder(model)
+    return Upscaler.load(folder, device, only, acceleration=acceleration, tagger=tagger)
 
 
 def read_config(model: str) -> ModelConfig:

@@ -4,6 +4,8 @@ Forward only. The formulas are reference.py's, in fp32 until the result is store
 __init__ checks shapes.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,8 +13,23 @@ from torch import Tensor
 
 from linearsr.kernels._launch import check_input, load, rows_contiguous, view
 
-# The pixels and channels that a program of the convolution writes; 128 bytes per pixel in bfloat16.
-_TILE_H, _TILE_W, _CHANNELS = 4, 8, 64
+
+class GateLaunch(NamedTuple):
+    """The pixels and channels that a program of the convolution writes, and its warps.
+
+    No choice changes a bit of the result: no sum is divided among programs or threads.
+    """
+
+    height: int
+    width: int
+    channels: int
+    warps: int
+
+
+# 128 bytes per pixel in bfloat16. All taps are in flight at once: four warps have no registers for
+# them in float32. `python -m benchmarks.gpu --only tuning` times others on a GPU; the fastest is to
+# be kept here, so that all processes make the same choice and none has to search for it.
+GATE_LAUNCHES = {torch.bfloat16: GateLaunch(4, 8, 64, 4), torch.float32: GateLaunch(4, 8, 64, 8)}
 # The elements that a program of the norm holds, unless one row is more.
 _ELEMENTS = 2048
 
@@ -70,22 +87,23 @@ def _modulate_kernel(
     tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
 
 
-def triton_depthwise_gate(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def triton_depthwise_gate(
+    hidden: Tensor, weight: Tensor, bias: Tensor, launch: GateLaunch | None = None
+) -> Tensor:
     """Compute `depthwise_gate` of checked arguments. Raises OptionError if Triton cannot."""
     check_input(hidden, _depthwise_gate_kernel)
+    launch = launch or GATE_LAUNCHES[hidden.dtype]
     hidden = rows_contiguous(hidden)
     batch, height, width, channels = (*hidden.shape[:3], len(weight) // 2)
-    block = min(_CHANNELS, triton.next_power_of_2(channels))
-    tiles = triton.cdiv(height, _TILE_H) * triton.cdiv(width, _TILE_W)
+    block = min(launch.channels, triton.next_power_of_2(channels))
+    tiles = triton.cdiv(height, launch.height) * triton.cdiv(width, launch.width)
     with torch.cuda.device_of(hidden):
         out = torch.empty(batch, height, width, channels, dtype=hidden.dtype, device=hidden.device)
         # Taps first: neighbouring channels must be neighbours in memory.
         taps = weight.flatten(1).t().contiguous()
         _depthwise_gate_kernel[tiles * triton.cdiv(channels, block), batch](
             *view(hidden), taps, bias.contiguous(), *view(out), height, width, channels,
-            TILE_H=_TILE_H, TILE_W=_TILE_W, BLOCK=block,
-            # All taps are in flight at once: four warps have no registers for them in float32.
-            num_warps=2 * hidden.itemsize,
+            TILE_H=launch.height, TILE_W=launch.width, BLOCK=block, num_warps=launch.warps,
         )  # fmt: skip
     return out
 

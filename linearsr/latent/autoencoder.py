@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearsr.config import LatentConfig
+from linearsr.cuda_graph import Graphs
 from linearsr.digests import digest_tensors
 from linearsr.errors import WeightsError, one_line, require
 from linearsr.hub import resolve, split_revision
@@ -22,6 +23,8 @@ from linearsr.imaging.tiles import Canvas, tile_grid
 # In pixels. Neighbouring tiles fade into each other over the overlap.
 DECODE_TILE = 2048
 DECODE_OVERLAP = 256
+# Shapes of tiles that are kept as CUDA graphs.
+DECODE_GRAPHS = 2
 
 
 class Autoencoder(Protocol):
@@ -74,10 +77,12 @@ class DCAutoencoder:
     DECODE_TILE pixels, because a picture's activations are 64 times as large as the picture.
     """
 
-    def __init__(self, config: LatentConfig, model: nn.Module) -> None:
+    def __init__(self, config: LatentConfig, model: nn.Module, *, graphs: bool = False) -> None:
+        """graphs: decode tiles by CUDA graphs, one for each shape of a tile."""
         self.factor = config.factor
         self.scale = config.scale
         self.model = model.requires_grad_(False).eval()
+        self._run = Graphs(self._decode, DECODE_GRAPHS) if graphs else self._decode
 
     def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
         latent: Tensor = self.model.encode(picture.to(self._dtype)).latent  # type: ignore[operator]
@@ -91,12 +96,12 @@ class DCAutoencoder:
         cells, overlap = DECODE_TILE // self.factor, DECODE_OVERLAP // self.factor
         tiles = tile_grid(latent.shape[-2], latent.shape[-1], cells, overlap)
         if len(tiles) == 1:
-            return self._decode(latent)
+            return self._run(latent)
         pictures = []
         for one in latent.split(1):
             canvas = Canvas((t.scaled(self.factor) for t in tiles), 3, device=latent.device)
             for tile in tiles:
-                canvas.add(tile.scaled(self.factor), self._decode(tile.crop(one))[0])
+                canvas.add(tile.scaled(self.factor), self._run(tile.crop(one))[0])
             pictures.append(canvas.result())
         return torch.stack(pictures).to(latent.dtype)
 
@@ -116,16 +121,42 @@ class DCAutoencoder:
 
 
 def load_autoencoder(
-    config: LatentConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    config: LatentConfig,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    graphs: bool = False,
 ) -> Autoencoder:
     """Load the autoencoder of a config; DC-AE comes from a folder, an s3:// one or a hub id.
 
+    graphs: let DC-AE decode tiles by CUDA graphs.
     Raises MissingExtra without diffusers, and WeightsError for a missing folder, an unreachable hub
     or wrong weights.
     """
     if config.kind == "space-to-depth":
         return SpaceToDepth(config)
-    return DCAutoencoder(config, _load_dc_ae(config, dtype).to(device))
+    if config.source is None:
+        raise WeightsError(
+            "a dc-ae latent needs latent.source: a folder, s3://BUCKET/FOLDER or a hub id"
+        )
+    model = _load_dc_ae(config.source, config.factor, dtype)
+    if config.decoder:
+        _replace_decoder(model, _load_dc_ae(config.decoder, config.factor, dtype), config)
+    model = model.to(device)
+    if torch.device(device).type == "cuda":  # the layout in which its convolutions are fastest
+        model = model.to(memory_format=torch.channels_last)
+    return DCAutoencoder(config, model, graphs=graphs)
+
+
+def _replace_decoder(model: Any, other: Any, config: LatentConfig) -> None:
+    """Give a model the decoder of another. Raises WeightsError if their latents differ in shape."""
+    ours, theirs = (m.config.latent_channels for m in (model, other))
+    if ours != theirs:
+        raise WeightsError(
+            f"latent.decoder {config.decoder!r} decodes {theirs} channels, but latent.source "
+            f"{config.source!r} encodes {ours}"
+        )
+    model.decoder = other.decoder
 
 
 def sana_dc_ae(divisor: int = 1, **fields: Any) -> Any:
@@ -161,30 +192,33 @@ def without_weights(config: LatentConfig) -> Autoencoder:
     """
     if config.kind == "space-to-depth":
         return SpaceToDepth(config)
+    model = _random_dc_ae(config.source)
+    if config.decoder:
+        _replace_decoder(model, _random_dc_ae(config.decoder), config)
+    return DCAutoencoder(config, model)
+
+
+def _random_dc_ae(name: str | None) -> Any:
     require("sana", "diffusers")
     from diffusers import AutoencoderDC
 
-    source = Path(split_revision(config.source or "")[0])
-    if not config.source or not source.is_dir():
-        return DCAutoencoder(config, sana_dc_ae())
+    source = Path(split_revision(name or "")[0])
+    if not name or not source.is_dir():
+        return sana_dc_ae()
     try:
-        shape = AutoencoderDC.load_config(source)
-        return DCAutoencoder(config, AutoencoderDC.from_config(shape))
+        return AutoencoderDC.from_config(AutoencoderDC.load_config(source))
     except (OSError, ValueError, TypeError) as error:
         raise WeightsError(
             f"{source}: not a folder of an AutoencoderDC: {one_line(error)}"
         ) from error
 
 
-def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
-    if config.source is None:
-        raise WeightsError(
-            "a dc-ae latent needs latent.source: a folder, s3://BUCKET/FOLDER or a hub id"
-        )
+def _load_dc_ae(name: str, expected: int, dtype: torch.dtype) -> Any:
+    """Load a DC-AE that compresses `expected` times. Raises WeightsError."""
     require("sana", "diffusers")
     from diffusers import AutoencoderDC
 
-    source, revision = resolve(config.source)
+    source, revision = resolve(name)
     try:
         model, report = AutoencoderDC.from_pretrained(
             source,
@@ -195,20 +229,14 @@ def _load_dc_ae(config: LatentConfig, dtype: torch.dtype) -> nn.Module:
         )
     except (OSError, ValueError) as error:
         where = "folder" if Path(source).is_dir() else "missing folder or unreachable hub id"
-        raise WeightsError(
-            f"cannot load DC-AE from {where} {config.source!r}: {one_line(error)}"
-        ) from error
+        raise WeightsError(f"cannot load DC-AE from {where} {name!r}: {one_line(error)}") from error
     # Diffusers only warns, and leaves missing tensors without data or with random values.
     for key in (*report["missing_keys"], *report["unexpected_keys"]):
-        raise WeightsError(
-            f"{config.source!r} is not an AutoencoderDC: {key} is missing or unexpected"
-        )
+        raise WeightsError(f"{name!r} is not an AutoencoderDC: {key} is missing or unexpected")
     for key, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise WeightsError(f"{config.source!r}: {key} holds NaN or infinity; not usable")
+            raise WeightsError(f"{name!r}: {key} holds NaN or infinity; not usable")
     factor = model.spatial_compression_ratio
-    if factor != config.factor:
-        raise WeightsError(
-            f"{config.source!r} compresses {factor}x, but the config says {config.factor}x"
-        )
+    if factor != expected:
+        raise WeightsError(f"{name!r} compresses {factor}x, but the config says {expected}x")
     return model

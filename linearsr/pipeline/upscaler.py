@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from linearsr import __version__, weights
-from linearsr.config import Options
+from linearsr.config import Acceleration, Options
+from linearsr.denoiser.fp8 import use_fp8
+from linearsr.denoiser.model import LinearSR
 from linearsr.diffusion.experts import Segment, plan
 from linearsr.diffusion.schedule import schedule
 from linearsr.errors import OptionError, WeightsError
@@ -68,6 +70,7 @@ OnProgress = Callable[[Progress], None]
 
 DEFAULTS = Options()
 DEFAULT_TAGGER = TaggerConfig()
+PLAIN = Acceleration()
 # Lists of tags whose embeddings are kept. A usual list takes 0.1 MB with Gemma 2 2B; one of 300
 # tokens, 2.8 MB.
 KEPT_EMBEDDINGS = 64
@@ -81,8 +84,10 @@ class Upscaler:
         bundle: weights.Bundle,
         device: str | torch.device = "cpu",
         tagger: TaggerConfig = DEFAULT_TAGGER,
+        acceleration: Acceleration = PLAIN,
     ) -> None:
         self.config = bundle.config
+        self.acceleration = acceleration
         self.tagger = tagger
         self.device = torch.device(device)
         self.experts = bundle.experts
@@ -94,6 +99,8 @@ class Upscaler:
         self._embeddings = lru_cache(KEPT_EMBEDDINGS)(self._encode)
         # One picture is denoised while others are read and written.
         self._turn = threading.Lock()
+        for expert in self.experts:
+            _accelerate(expert, acceleration)
 
     @classmethod
     def load(
@@ -102,25 +109,24 @@ class Upscaler:
         device: str = "auto",
         only: Collection[int] | None = None,
         *,
-        compiled: bool = False,
+        acceleration: Acceleration = PLAIN,
         tagger: TaggerConfig = DEFAULT_TAGGER,
     ) -> Upscaler:
         """Load a bundled model by name, or a folder of safetensors, onto a device.
 
         device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device.
         only: the experts to load, all by default; see `linearsr.weights.load`.
-        compiled: let torch.compile fuse the blocks, on CUDA; see `LinearSR.compile_blocks`.
+        acceleration: for CUDA alone.
         tagger: names what pictures show for tags="auto"; it is loaded at its first picture.
         Raises WeightsError or OptionError.
         """
         chosen = pick_device(device)
-        if compiled and chosen.type != "cuda":
-            raise OptionError(f"compile is for CUDA; on {chosen.type} it would be slower")
+        if chosen.type != "cuda" and (names := acceleration.model_dump(exclude_defaults=True)):
+            raise OptionError(
+                f"{', '.join(names)}: only for CUDA; on {chosen.type} it would be slower"
+            )
         bundle = weights.load(name_or_folder, chosen, best_dtype(chosen), only)
-        upscaler = cls(bundle, chosen, tagger)
-        if compiled:
-            for expert in upscaler.experts:
-                expert.compile_blocks()
+        upscaler = cls(bundle, chosen, tagger, acceleration)
         if only is None:
             _ = upscaler.autoencoder  # fails here, before any work, if it cannot be loaded
         return upscaler
@@ -129,7 +135,8 @@ class Upscaler:
     def autoencoder(self) -> Autoencoder:
         """The latent space, loaded at first use: planning and some denoisers do without it."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return load_autoencoder(self.config.latent, self.device, dtype)
+        graphs = self.acceleration.cuda_graph and self.device.type == "cuda"
+        return load_autoencoder(self.config.latent, self.device, dtype, graphs=graphs)
 
     @cached_property
     def _tagger(self) -> Tagger:
@@ -228,6 +235,8 @@ class Upscaler:
         steps, solver = options.steps or sampling.steps, options.solver or sampling.solver
         record = {"model": self.config.name, **size, **changed, "steps": steps, "solver": solver}
         record["seed"] = options.seed
+        if self.acceleration.fp8:
+            record["fp8"] = True
         if options.tags:
             record["tags"] = options.tags if options.tags == "auto" else ", ".join(options.tags)
         return {"software": f"linearsr {__version__}", **{k: str(v) for k, v in record.items()}}
@@ -367,6 +376,18 @@ class Upscaler:
         source = resize(state.lr.to(device), height, width)
         restored = fix_colour(restored[..., :height, :width], source, state.options.colour_fix)
         return _final_picture(state, restored)
+
+
+def _accelerate(expert: LinearSR, acceleration: Acceleration) -> None:
+    """Let an expert that is loaded here run in these ways from now on."""
+    if expert.embed.weight.is_meta:
+        return
+    if acceleration.fp8:
+        use_fp8(expert)
+    if acceleration.compile:
+        expert.compile_blocks()
+    if acceleration.cuda_graph:
+        expert.record_graphs()
 
 
 def _final_picture(state: UpscaleState, restored: Tensor) -> Picture:

@@ -17,7 +17,7 @@ from torch import Tensor
 from linearsr.config import LatentConfig
 from linearsr.errors import WeightsError
 from linearsr.latent import DCAutoencoder, SpaceToDepth, autoencoder, load_autoencoder
-from tests.helpers.dc_ae import save_attending_dc_ae
+from tests.helpers.dc_ae import save_attending_dc_ae, save_dc_ae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -156,6 +156,50 @@ def test_dc_ae_is_frozen_and_takes_the_dtype(dc_ae: tuple[Path, Any]) -> None:
     assert isinstance(ae, DCAutoencoder)
     assert not ae.model.training
     assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in ae.model.parameters())
+
+
+def test_decoder_of_another_model_decodes(dc_ae: tuple[Path, Any], tmp_path: Path) -> None:
+    conv = load_file(dc_ae[0] / WEIGHTS)["decoder.conv_out.weight"]
+    other = edited(dc_ae, tmp_path, **{"decoder.conv_out.weight": conv.flip(0)})
+    one, both, two = (
+        load_autoencoder(config(source).model_copy(update={"decoder": decoder}))
+        for source, decoder in ((dc_ae[0], None), (dc_ae[0], str(other)), (other, None))
+    )
+    hr, lr = picture(0), picture(1)
+    latent = both.encode(hr, lr)
+    assert torch.equal(both.decode(latent, lr), two.decode(latent, lr))
+    assert not torch.equal(both.decode(latent, lr), one.decode(latent, lr))
+    assert both.digest() == one.digest()  # what was encoded before stays valid
+
+
+def test_decoder_of_other_latents_is_refused(dc_ae: tuple[Path, Any], tmp_path: Path) -> None:
+    other = save_dc_ae(tmp_path / "other", channels=4, factor=4)
+    wrong = config(dc_ae[0]).model_copy(update={"decoder": str(other)})
+    for load in (load_autoencoder, autoencoder.without_weights):
+        with pytest.raises(WeightsError, match=r"decodes 4 channels, .* encodes 8"):
+            load(wrong)
+
+
+def test_graphs_decode_to_the_same_bits(
+    dc_ae: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoder, "DECODE_TILE", 16)
+    monkeypatch.setattr(autoencoder, "DECODE_OVERLAP", 8)
+    plain, recorded = (
+        load_autoencoder(config(dc_ae[0]), graphs=graphs) for graphs in (False, True)
+    )
+    for rows in (4, 9):
+        latent, lr = torch.randn(2, 8, rows, 7), torch.zeros(2, 3, 4 * rows, 28)
+        assert torch.equal(recorded.decode(latent, lr), plain.decode(latent, lr))
+
+
+def test_channels_last_decodes_to_the_same_picture(dc_ae: tuple[Path, Any]) -> None:
+    """The layout on a GPU."""
+    plain, last = (load_autoencoder(config(dc_ae[0])) for _ in range(2))
+    assert isinstance(last, DCAutoencoder)
+    last.model.to(memory_format=torch.channels_last)
+    latent, lr = torch.randn(1, 8, 6, 7), torch.zeros(1, 3, 24, 28)
+    torch.testing.assert_close(last.decode(latent, lr), plain.decode(latent, lr))
 
 
 def test_wrong_factor_is_named(dc_ae: tuple[Path, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,7 +17,7 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from linearsr import Options, Upscaler, weights
-from linearsr.config import DenoiserConfig, LatentConfig, ModelConfig, Solver
+from linearsr.config import Acceleration, DenoiserConfig, LatentConfig, ModelConfig, Solver
 from linearsr.diffusion.experts import Segment
 from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
@@ -200,7 +202,7 @@ def test_prepare_follows_the_models_plan(small: Upscaler, picture: Picture) -> N
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (200, 3), (5, 5)])
 def test_tiny_and_narrow_pictures_are_upscaled(small: Upscaler, size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.ufp8))
     assert small(image, steps=2).size == (size[0] * 4, size[1] * 4)
 
 
@@ -584,16 +586,51 @@ def test_finish_on_a_gpu_gives_the_same_picture(small_bundle: Path, picture: Pic
     torch.testing.assert_close(on_gpu.finish(job).pixels, here, atol=2 / 255, rtol=0)
 
 
-def test_compile_is_refused_on_a_cpu(small_bundle: Path) -> None:
-    with pytest.raises(OptionError, match="compile is for CUDA"):
-        Upscaler.load(small_bundle, "cpu", compiled=True)
+@pytest.mark.parametrize("way", Acceleration.model_fields)
+def test_acceleration_is_refused_on_a_cpu(small_bundle: Path, way: str) -> None:
+    with pytest.raises(OptionError, match=f"{way}: only for CUDA"):
+        Upscaler.load(small_bundle, "cpu", acceleration=Acceleration(**{way: True}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compile_gives_the_same_picture(small_bundle: Path, picture: Picture) -> None:
-    plain, compiled = (Upscaler.load(small_bundle, "cuda", compiled=c) for c in (False, True))
-    results = [u.upscale(picture, Options(steps=1)).pixels for u in (plain, compiled)]
+@pytest.mark.parametrize("way", Acceleration.model_fields)
+def test_acceleration_gives_the_same_picture(
+    small_bundle: Path, picture: Picture, way: str
+) -> None:
+    plain = Upscaler.load(small_bundle, "cuda")
+    fast = Upscaler.load(small_bundle, "cuda", acceleration=Acceleration(**{way: True}))
+    results = [u.upscale(picture, Options(steps=1)).pixels for u in (plain, fast)]
     torch.testing.assert_close(*results, atol=4 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("tags", [(), ("cat", "grass")])
+def test_graphs_on_a_cpu_give_the_same_bits(
+    tagged: Upscaler, picture: Picture, tags: tuple[str, ...]
+) -> None:
+    """All that a GPU runs but the recording itself: a graph for each shape of a tile."""
+    bundle = weights.Bundle(tagged.config, copy.deepcopy(tagged.experts), {})
+    recorded = Upscaler(bundle, acceleration=Acceleration(cuda_graph=True))
+    options = Options(steps=4, tags=tags, tile=24, solver="dpm")
+    for seed in (0, 1):  # the second picture replays the graphs of the first
+        ours, theirs = (
+            u.upscale(picture, options.model_copy(update={"seed": seed})).pixels
+            for u in (recorded, tagged)
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_fp8_changes_pixels_a_little_and_is_recorded(picture: Picture) -> None:
+    plain, rounded = (
+        Upscaler(weights.load("linearsr-tiny"), acceleration=Acceleration(fp8=fp8))
+        for fp8 in (False, True)
+    )
+    for steps in (1, 2):
+        options = Options(steps=steps)
+        ours, theirs = (u.upscale(picture, options).pixels for u in (rounded, plain))
+        error = float((ours - theirs).square().mean())
+        assert 45 < -10 * math.log10(error) < 70
+    assert rounded.describe(options)["fp8"] == "True"
+    assert "fp8" not in plain.describe(options)
 
 
 @pytest.mark.parametrize("tags", [("cat",), "auto"])

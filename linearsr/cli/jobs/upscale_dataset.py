@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     absolute_paths(arguments)
     options, files = upscale.parse(arguments)
-    names = (*FLAGS, "model", "device", "compile")
-    fields = {name: getattr(arguments, name) for name in names}
+    fields = {name: getattr(arguments, name) for name in (*FLAGS, "model", "device")}
+    fields["acceleration"] = upscale.acceleration(arguments)
     fields |= {"options": options, "files": files, "tagger": upscale.tagger(arguments)}
     config = shared.validated(UpscaleConfig, fields)
     shared.connect(data=False)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from linearsr.config import FileOptions, Options
+from linearsr.config import Acceleration, FileOptions, Options
 from linearsr.distributed.datasets.resume import (
     CRASH,
     Errors,
@@ -66,8 +66,8 @@ class UpscaleConfig(Pool):
     """Bundled model's name, or folder of weights."""
     device: str = "auto"
     """Device of the models; auto is the GPU that the actor has reserved, or else the CPU."""
-    compile: bool = False
-    """Compile the model on CUDA, which pays for many pictures of one size."""
+    acceleration: Acceleration = Acceleration()
+    """Ways to run the model faster on CUDA."""
     tagger: TaggerConfig = TaggerConfig()
     """Tagger of pictures with tags "auto"."""
     options: Options = Options()
@@ -96,6 +96,7 @@ class UpscaleConfig(Pool):
             **self.options.model_dump(mode="json"),
             **self.files.model_dump(mode="json"),
             "tagger": self.tagger.settings,
+            "fp8": self.acceleration.fp8,
         }
 
 
@@ -264,7 +265,7 @@ class _Worker:
         reserved = "cuda" if config.gpu else "cpu"
         device = reserved if config.device == "auto" else config.device
         self.upscaler = load_upscaler(
-            config.model, device, compiled=config.compile, tagger=config.tagger
+            config.model, device, acceleration=config.acceleration, tagger=config.tagger
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[Failure]:

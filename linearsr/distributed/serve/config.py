@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from linearsr.config import Config, ModelConfig
+from linearsr.config import Acceleration, Config, ModelConfig
 from linearsr.diffusion.experts import plan, shares
 from linearsr.diffusion.schedule import schedule
 from linearsr.distributed.resources import ResourceRequest
@@ -30,6 +30,8 @@ class ServeConfig(Config):
     to read its files. Choose the one whose tags the model was trained on."""
     device: str = "auto"
     """The device of the experts; "auto" is the GPU that a replica has reserved, or else the CPU."""
+    acceleration: Acceleration = Acceleration()
+    """Ways to run the experts and the decoder faster on GPUs, which they must reserve."""
     layout: Literal["split", "together"] = "split"
     """"split" gives each expert a deployment of its own; "together" loads all experts into every
     replica."""
@@ -92,6 +94,13 @@ class ServeConfig(Config):
             raise ValueError("replicas must be at least 1")
         if self.layout == "together" and not isinstance(self.replicas, int):
             raise ValueError('replicas must be one number in the layout "together"')
+        return self
+
+    @model_validator(mode="after")
+    def _check_acceleration(self) -> ServeConfig:
+        names = self.acceleration.model_dump(exclude_defaults=True)
+        if names and not self.expert_gpus:
+            raise ValueError(f"{', '.join(names)}: only for GPUs; set expert_gpus too")
         return self
 
     @field_validator("allowed_hosts")

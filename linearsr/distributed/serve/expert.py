@@ -59,7 +59,9 @@ class Experts:
 
     def __init__(self, config: ServeConfig, experts: tuple[int, ...]) -> None:
         self.weights = config.model
-        self.upscaler = load_upscaler(config.model, config.device, only=experts)
+        self.upscaler = load_upscaler(
+            config.model, config.device, only=experts, acceleration=config.acceleration
+        )
         self.forwards = 0
         for expert in experts:
             self_check(self.upscaler, expert)

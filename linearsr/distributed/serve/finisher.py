@@ -19,6 +19,8 @@ class Finisher:
 
     def __init__(self, config: ServeConfig, device: str) -> None:
         self.upscaler = load_upscaler(config.model, device, only=())
+        # Results name the way in which the experts ran, on whatever device they are decoded.
+        self.upscaler.acceleration = config.acceleration
         _ = self.upscaler.autoencoder  # loaded now, so that a replica is ready once it exists
 
     async def finish(self, state: UpscaleState, handoff: Handoff, files: FileOptions) -> Result:

@@ -1,0 +1,55 @@
+"""The gated convolution, half of a large model's forward, with several launch settings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.stage import Row, Settings
+from benchmarks.timing import in_turn
+from linearsr.config import LINEARSR_0_6B, LINEARSR_1_6B
+from linearsr.errors import OptionError
+from linearsr.kernels.fused_ops import GATE_LAUNCHES, GateLaunch, triton_depthwise_gate
+
+SIDE = 1024
+# Tiles of pixels, channels of a tile, warps.
+TILES, CHANNELS, WARPS = ((2, 8), (4, 8), (4, 16), (8, 8)), (32, 64, 128), (4, 8)
+TOY = (GateLaunch(4, 8, 64, 4), GateLaunch(2, 8, 32, 4))
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """Yield the time of each setting on the hidden layer of a picture of 1024 px."""
+    # One launch takes less time than the wait for its end.
+    repeats = 1 if settings.toy else 20
+    chosen = GATE_LAUNCHES[settings.dtype]
+    all_of_them = itertools.product(TILES, CHANNELS, WARPS)
+    launches = TOY if settings.toy else [GateLaunch(*t, c, w) for t, c, w in all_of_them]
+    for config in (LINEARSR_1_6B, LINEARSR_0_6B):
+        shape, cells = config.denoiser, SIDE // config.latent.factor
+        channels = 64 if settings.toy else int(shape.width * shape.ffn_ratio)
+        side = 8 if settings.toy else cells
+        place = {"device": settings.device, "dtype": settings.dtype}
+        hidden = torch.randn(1, side, side, 2 * channels, **place)
+        weight, bias = (
+            torch.randn(2 * channels, 1, 3, 3, **place),
+            torch.randn(2 * channels, **place),
+        )
+        for launch in launches:
+            run = partial(_repeat, repeats, hidden, weight, bias, launch)
+            row: Row = {"what": config.name, "height, width, channels, warps": str(tuple(launch))}
+            try:
+                timed = in_turn({str(launch): run}, settings.device, rounds=5)[str(launch)]
+            except (OptionError, RuntimeError) as error:  # more registers than there are
+                yield {**row, "note": type(error).__name__}
+                continue
+            note = {"note": "the package's"} if launch == chosen else {}
+            yield {**row, "us": 1e6 * timed.seconds / repeats, **note}
+
+
+def _repeat(times: int, *arguments: Any) -> None:
+    for _ in range(times):
+        triton_depthwise_gate(*arguments)
