@@ -27,7 +27,7 @@ _TINY_VARIANCE: Final = 1e-5
 def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> torch.Tensor:
     """Return `restored` with the colours of `source`.
 
-    Both are (B, 3, H, W) of the same size and range, `source` being the low-resolution picture
+    Both are (B, C, H, W) of the same size and range, `source` being the low-resolution picture
     upsampled. `restored` is changed in place. The result may lie outside [0, 1]: clamp it. Memory:
     about one more picture.
 

@@ -371,10 +371,12 @@ class Upscaler:
             if state.blends:
                 latent = torch.lerp(state.guess[number], latent, state.options.detail)
             canvas.add(tile.scaled(factor), self.autoencoder.decode(latent.to(lr), lr)[0])
-        restored = canvas.result()[None]
         height, width = state.size
-        source = resize(state.lr.to(device), height, width)
-        restored = fix_colour(restored[..., :height, :width], source, state.options.colour_fix)
+        restored = canvas.result()[None, :, :height, :width]
+        # One channel at a time: the source of the colours is as large as the picture.
+        for channel, lr in zip(restored[0], state.lr[0], strict=True):
+            source = resize(lr[None, None].to(device), height, width)
+            fix_colour(channel[None, None], source, state.options.colour_fix)
         return _final_picture(state, restored)
 
 

@@ -45,13 +45,18 @@ class Handoff:
 
 @dataclass
 class _Item:
-    """A request in an expert's queue."""
+    """A request in an expert's queue, and later its result.
 
-    handoff: Handoff
+    Serve holds the last batch of each queue until the next one comes. So `handoff` is the request,
+    then the result, and at last None: otherwise memory would hold the tensors of finished requests.
+    """
+
+    handoff: Handoff | None
     segment: Segment
     arrival: float
     tiles: TileCounter
     wanted: bool = True
+    failure: Exception | None = None
 
 
 class Experts:
@@ -89,37 +94,44 @@ class Experts:
             raise WeightsChanged("the experts are getting new weights; send the request again")
         tiles = TileCounter(handoff.note, segment.expert, len(handoff.state.tiles))
         item = _Item(handoff, segment, time.perf_counter(), tiles)
+        del handoff
         try:
-            result: Handoff | Exception = await self.queues[segment.expert](item)
+            await self.queues[segment.expert](item)
         except asyncio.CancelledError:
             item.wanted = False
             raise
-        if isinstance(result, Exception):
-            raise result
+        result, item.handoff = item.handoff, None
+        if item.failure:
+            raise item.failure
+        assert result is not None
         return result
 
     async def ready(self) -> bool:
         """Return True, for a health check: no replica starts whose model fails the self-check."""
         return True
 
-    async def _denoise(self, items: list[_Item]) -> list[Handoff | Exception]:
-        """Take a batch's steps with one expert.
+    async def _denoise(self, items: list[_Item]) -> list[None]:
+        """Take a batch's steps with one expert, and leave the result or the failure in each item.
 
         If the batch fails, its requests are tried one by one, so that only the one at fault fails.
         """
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self.thread, self._denoise_batch, items)
+            await loop.run_in_executor(self.thread, self._denoise_batch, items)
         except Exception as error:
-            # The frames of the traceback would keep the tensors of the batch alive.
-            failure = error.with_traceback(None)
-        if len(items) == 1:
-            return [failure]
-        return [(await self._denoise([item]))[0] for item in items]
+            if len(items) == 1:
+                # The frames of the traceback would keep the tensors of the batch alive.
+                items[0].failure = error.with_traceback(None)
+            else:
+                for item in items:
+                    await self._denoise([item])
+        return [None] * len(items)
 
-    def _denoise_batch(self, items: list[_Item]) -> list[Handoff | Exception]:
+    def _denoise_batch(self, items: list[_Item]) -> None:
         start, self.forwards = time.perf_counter(), 0
-        batch = [(item.handoff.state, item.segment) for item in items]
+        handoffs = [item.handoff for item in items if item.handoff]
+        segments = [item.segment for item in items]
+        batch = [(h.state, segment) for h, segment in zip(handoffs, segments, strict=True)]
 
         def wanted(number: int) -> bool:
             items[number].tiles.begin_tile()
@@ -132,15 +144,16 @@ class Experts:
         self.batch_size.observe(sum(item.wanted for item in items), tags)
         if self.forwards:
             self.step_ms.observe(duration / self.forwards, tags)
-        results: list[Handoff | Exception] = []
-        for item, state in zip(items, states, strict=True):
+        for item, handoff, state in zip(items, handoffs, states, strict=True):
             wait = 1000 * (start - item.arrival)
             self.queue_ms.observe(wait, tags)
-            denoise = {**item.handoff.denoise, name: duration}
-            queue = item.handoff.queue + wait
-            note = item.handoff.note
-            results.append(Handoff(state, item.handoff.config, self.weights, queue, denoise, note))
-        return results
+            item.handoff = replace(
+                handoff,
+                state=state,
+                weights=self.weights,
+                queue=handoff.queue + wait,
+                denoise={**handoff.denoise, name: duration},
+            )
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
