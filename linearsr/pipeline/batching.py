@@ -22,7 +22,7 @@ from linearsr.diffusion.experts import Segment
 from linearsr.diffusion.path import clean_guess
 from linearsr.diffusion.solvers import SolverState, sample, uses_previous
 from linearsr.imaging.tiles import Tile
-from linearsr.pipeline.state import AnyState, DenoiseState
+from linearsr.pipeline.state import LATENTS, AnyState, DenoiseState
 
 
 class TileTask(NamedTuple):
@@ -165,8 +165,8 @@ def _denoise_group(
     states = [task.solver_state for task in group]
     previous = [state.previous for state in states if state.previous is not None]
     start = SolverState(
-        _stack([state.latent for state in states], device),
-        _stack(previous, device) if previous else None,
+        _stack([state.latent for state in states], device).float(),
+        _stack(previous, device).float() if previous else None,
     )
     timesteps = torch.tensor([task.timesteps for task in group]).T
     first = group[0]
@@ -196,7 +196,8 @@ def _split(together: SolverState, group: Sequence[TileTask]) -> list[SolverState
     Tensors are copied, so that a tile that travels does not take its neighbours along.
     """
     latents, previous, guesses = (
-        [None] * len(group) if tensor is None else tensor.cpu().split(1) for tensor in together
+        [None] * len(group) if tensor is None else tensor.to("cpu", LATENTS).split(1)
+        for tensor in together
     )
     states = []
     for task, latent, last, guess in zip(group, latents, previous, guesses, strict=True):

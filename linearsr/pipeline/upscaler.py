@@ -40,7 +40,7 @@ from linearsr.pipeline import batching, tiling
 from linearsr.pipeline.device import best_dtype, pick_device
 from linearsr.pipeline.memory import OutOfMemory, check_memory, keep_freed_memory, memory_errors
 from linearsr.pipeline.sizes import output_size, scaled_size
-from linearsr.pipeline.state import AnyState, UpscaleState
+from linearsr.pipeline.state import LATENTS, AnyState, UpscaleState
 from linearsr.tags import load_tagger
 from linearsr.tags.base import Tagger, TaggerConfig
 from linearsr.tags.encoder import tag_encoder
@@ -275,7 +275,7 @@ class Upscaler:
             size=size,
             tiles=tuple(tiles),
             # Copies, so that a tile that travels does not take the whole field along.
-            latents=tuple(t.crop(noise).clone() for t in tiles),
+            latents=tuple(t.crop(noise).to(LATENTS, copy=True) for t in tiles),
             timesteps=tuple(timesteps),
             segments=tuple(plan(timesteps[:-1], sampling.boundaries)),
             tags=self._tag_embeddings(options),
@@ -368,9 +368,10 @@ class Upscaler:
         canvas = Canvas((t.scaled(factor) for t in state.tiles), 3, device=device)
         for number, (tile, latent) in enumerate(zip(state.tiles, state.latents, strict=True)):
             lr = state.enlarged_lr(tile, factor, self.device)
+            latent = latent.to(lr)
             if state.blends:
-                latent = torch.lerp(state.guess[number], latent, state.options.detail)
-            canvas.add(tile.scaled(factor), self.autoencoder.decode(latent.to(lr), lr)[0])
+                latent = torch.lerp(state.guess[number].to(lr), latent, state.options.detail)
+            canvas.add(tile.scaled(factor), self.autoencoder.decode(latent, lr)[0])
         height, width = state.size
         restored = canvas.result()[None, :, :height, :width]
         # One channel at a time: the source of the colours is as large as the picture.

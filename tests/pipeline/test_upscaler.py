@@ -22,7 +22,7 @@ from linearsr.diffusion.experts import Segment
 from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
-from linearsr.pipeline import upscaler
+from linearsr.pipeline import batching, upscaler
 from linearsr.pipeline.device import best_dtype
 from linearsr.pipeline.memory import OutOfMemory, memory_errors
 from linearsr.pipeline.state import UpscaleState
@@ -36,6 +36,13 @@ SOLVERS: tuple[Solver | None, ...] = (None, "euler", "dpm", "adams")
 @pytest.fixture(scope="module")
 def small(small_bundle: Path) -> Upscaler:
     return Upscaler.load(small_bundle, "cpu")
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents stay as they are between two experts."""
+    for module in (upscaler, batching):
+        monkeypatch.setattr(module, "LATENTS", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +209,7 @@ def test_prepare_follows_the_models_plan(small: Upscaler, picture: Picture) -> N
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 37), (200, 3), (5, 5)])
 def test_tiny_and_narrow_pictures_are_upscaled(small: Upscaler, size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.ufp8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
     assert small(image, steps=2).size == (size[0] * 4, size[1] * 4)
 
 
@@ -283,7 +290,7 @@ def test_batch_without_room_gives_the_same_bits_as_alone(small: Upscaler, pictur
 
 @pytest.mark.parametrize("solver", ["euler", "dpm", "adams"])
 def test_segments_give_the_bits_of_one_run_with_any_solver(
-    small: Upscaler, picture: Picture, solver: Solver
+    small: Upscaler, picture: Picture, solver: Solver, unrounded: None
 ) -> None:
     """Each segment has the same expert; the previous step is part of the state."""
     job = small.prepare(picture, Options(steps=6, solver=solver), tile=20)
@@ -291,6 +298,24 @@ def test_segments_give_the_bits_of_one_run_with_any_solver(
     for first, last in pairwise((0, 1, 2, 4, 5, 6)):
         job = small.denoise(job, Segment(1, first, last))
     assert all(map(torch.equal, job.latents, whole.latents))
+
+
+def test_rounding_between_experts_moves_few_pixels_by_a_level(
+    picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most pixels stay the same, and what travels has half of the bytes."""
+    tiny = Upscaler(weights.load("linearsr-tiny", dtype=torch.float32))
+    options = Options(steps=4, solver="dpm")
+    rounded = tiny.upscale(picture, options).pixels
+    travels = tiny.prepare(picture, options).latents
+    for module in (upscaler, batching):
+        monkeypatch.setattr(module, "LATENTS", torch.float32)
+    exact = tiny.upscale(picture, options).pixels
+    ours, theirs = ((255 * pixels).round() for pixels in (rounded, exact))
+    assert (ours - theirs).abs().max() <= 2
+    assert 0 < (ours != theirs).float().mean() < 0.15
+    whole = tiny.prepare(picture, options).latents
+    assert 2 * sum(x.nbytes for x in travels) == sum(x.nbytes for x in whole)
 
 
 def test_state_holds_the_previous_step_only_if_the_next_one_needs_it(
@@ -312,7 +337,7 @@ def test_state_holds_the_previous_step_only_if_the_next_one_needs_it(
     }
 
 
-def test_batch_does_not_mix_solvers(small_bundle: Path, picture: Picture) -> None:
+def test_batch_does_not_mix_solvers(small_bundle: Path, picture: Picture, unrounded: None) -> None:
     """The batch holds requests of every solver, some at their first step and some later."""
     small = Upscaler(weights.load(small_bundle, dtype=torch.float32))
     jobs = [
