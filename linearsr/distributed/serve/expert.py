@@ -47,16 +47,15 @@ class Handoff:
 class _Item:
     """A request in an expert's queue, and later its result.
 
-    Serve holds the last batch of each queue until the next one comes. So `handoff` is the request,
-    then the result, and at last None: otherwise memory would hold the tensors of finished requests.
+    Serve holds the last batch of each queue until the next one comes. So `request` and `result` are
+    None once the request has ended: otherwise its tensors would stay in memory.
     """
 
-    handoff: Handoff | None
+    request: Handoff | None
     segment: Segment
     arrival: float
     tiles: TileCounter
-    wanted: bool = True
-    failure: Exception | None = None
+    result: Handoff | Exception | None = None
 
 
 class Experts:
@@ -97,12 +96,11 @@ class Experts:
         del handoff
         try:
             await self.queues[segment.expert](item)
-        except asyncio.CancelledError:
-            item.wanted = False
-            raise
-        result, item.handoff = item.handoff, None
-        if item.failure:
-            raise item.failure
+            result = item.result
+        finally:
+            item.request = item.result = None
+        if isinstance(result, Exception):
+            raise result
         assert result is not None
         return result
 
@@ -111,7 +109,7 @@ class Experts:
         return True
 
     async def _denoise(self, items: list[_Item]) -> list[None]:
-        """Take a batch's steps with one expert, and leave the result or the failure in each item.
+        """Take a batch's steps with one expert, and leave the result or the error in each item.
 
         If the batch fails, its requests are tried one by one, so that only the one at fault fails.
         """
@@ -121,7 +119,7 @@ class Experts:
         except Exception as error:
             if len(items) == 1:
                 # The frames of the traceback would keep the tensors of the batch alive.
-                items[0].failure = error.with_traceback(None)
+                items[0].result = error.with_traceback(None)
             else:
                 for item in items:
                     await self._denoise([item])
@@ -129,31 +127,35 @@ class Experts:
 
     def _denoise_batch(self, items: list[_Item]) -> None:
         start, self.forwards = time.perf_counter(), 0
-        handoffs = [item.handoff for item in items if item.handoff]
-        segments = [item.segment for item in items]
-        batch = [(h.state, segment) for h, segment in zip(handoffs, segments, strict=True)]
+        # The others were cancelled while they waited.
+        begun = [(item, item.request) for item in items if item.request]
+        if not begun:
+            return
+        batch = [(request.state, item.segment) for item, request in begun]
 
         def wanted(number: int) -> bool:
-            items[number].tiles.begin_tile()
-            return items[number].wanted
+            item, _ = begun[number]
+            item.tiles.begin_tile()
+            return item.request is not None
 
         states = self.upscaler.denoise_batch(batch, wanted=wanted)
         duration = 1000 * (time.perf_counter() - start)
-        name = self.upscaler.expert_name(items[0].segment.expert)
+        name = self.upscaler.expert_name(batch[0][1].expert)
         tags = {"expert": name}
-        self.batch_size.observe(sum(item.wanted for item in items), tags)
+        self.batch_size.observe(sum(item.request is not None for item, _ in begun), tags)
         if self.forwards:
             self.step_ms.observe(duration / self.forwards, tags)
-        for item, handoff, state in zip(items, handoffs, states, strict=True):
+        for (item, request), state in zip(begun, states, strict=True):
             wait = 1000 * (start - item.arrival)
             self.queue_ms.observe(wait, tags)
-            item.handoff = replace(
-                handoff,
-                state=state,
-                weights=self.weights,
-                queue=handoff.queue + wait,
-                denoise={**handoff.denoise, name: duration},
-            )
+            if item.request is not None:
+                item.result = replace(
+                    request,
+                    state=state,
+                    weights=self.weights,
+                    queue=request.queue + wait,
+                    denoise={**request.denoise, name: duration},
+                )
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
