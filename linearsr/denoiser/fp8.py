@@ -19,7 +19,8 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 # Both sides of a matrix must be multiples of this.
 MULTIPLE = 16
-# The keys of a request's few tags are computed once.
+# These layers stay as they are: they make the keys and values of a request's few tags, which are
+# computed only once for all tiles and steps of a segment.
 SKIPPED = "tag_attention.kv"
 
 

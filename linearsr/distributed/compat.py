@@ -99,10 +99,10 @@ def progress_bar(description: str, total: int, unit: str) -> Any:
 
 
 def http_address() -> tuple[str, int]:
-    """Return host and port of the HTTP proxies of the Serve that this process is connected to.
+    """Return the host and port of the HTTP proxies of the Ray Serve that this process uses.
 
-    Only the REST API has them, and `linearsr serve` starts no dashboard. Replace it once
-    `serve.status` has them.
+    This reads a private object of Serve: the only public source is the dashboard's REST API, and
+    `linearsr serve` starts no dashboard. Replace it by `serve.status` once that has host and port.
     """
     from ray.serve.context import _get_global_client
 

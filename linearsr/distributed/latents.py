@@ -21,8 +21,9 @@ from linearsr.training.latents import LatentsConfig, Precision
 
 LATENTS: Final = b"linearsr.latents"
 EMBEDDINGS: Final = b"linearsr.tag_embeddings"
-# `lr` is PNG. `latent` and `condition` are the numbers of (C, h, w), row by row, in the precision
-# of the note. `seed` alone gives HR of the pair: make_hr(hr, data, np.random.default_rng(seed)).
+# `lr` is a PNG file. `latent` and `condition` are the values of a (C, h, w) array in row-major
+# order, in the precision that the shard's note (LatentsConfig) names. HR of a pair is not stored:
+# it is make_hr(hr, data, np.random.default_rng(seed)), where `hr` is the whole HR of the row.
 PAIR: Final = pa.struct(
     [
         ("seed", pa.int64()),

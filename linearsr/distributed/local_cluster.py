@@ -46,7 +46,10 @@ def expect_private() -> None:
 
 
 def _make_token() -> None:
-    """Make a token that only this user can read, if there is none; everyone could read Ray's."""
+    """Make a token that only this user can read, if there is none.
+
+    Otherwise Ray would make one, in a file that everyone can read.
+    """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     path = Path.home() / ".ray" / "auth_token"

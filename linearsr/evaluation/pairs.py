@@ -49,7 +49,10 @@ def pair(hr: Listing, lr: Listing, results: Mapping[str, Listing]) -> Pairs:
 
 
 class _Partners:
-    """A listing in which names are looked up, at first exactly, then without suffixes."""
+    """A listing in which names are looked up.
+
+    A name matches exactly, or without its file suffix, or else without an ending such as x4 or _LR.
+    """
 
     def __init__(self, listing: Listing) -> None:
         self.sources = listing

@@ -56,7 +56,7 @@ class Report:
         }
 
     def methods(self) -> list[str]:
-        """Return the methods that have a score."""
+        """Return the methods that worked on at least one picture, even if no metric has a value."""
         return list(dict.fromkeys(s.method for s in self.scores if s.method and not s.failed))
 
     def notes(self) -> list[str]:

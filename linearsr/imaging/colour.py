@@ -28,8 +28,8 @@ def fix_colour(restored: torch.Tensor, source: torch.Tensor, method: str) -> tor
     """Return `restored` with the colours of `source`.
 
     Both are (B, C, H, W) of the same size and range, `source` being the low-resolution picture
-    upsampled. `restored` is changed in place. The result may lie outside [0, 1]: clamp it. Memory:
-    about one more picture.
+    upsampled. Channels are independent, and the upscaler passes one at a time. `restored` is
+    changed in place. The result may lie outside [0, 1]: clamp it. Memory: about one more picture.
 
     Raises OptionError for a method not in COLOUR_FIXES, or for pictures of different shapes.
     """

@@ -118,7 +118,7 @@ class Marks:
 
 
 def read_marks(data: bytes, format: str, tags: Tags | None = None) -> Marks:
-    """Return what a file says about itself; broken parts are left out.
+    """Return the properties of a file that libvips does not report; broken parts are left out.
 
     tags: those of the page of a TIFF file.
     """

@@ -243,7 +243,7 @@ class _File:
         return max(1, len(self.sizes))
 
     def marks(self) -> Marks:
-        """Return what the file says about itself."""
+        """Return the properties of the file, or of its TIFF page, that libvips does not report."""
         return read_marks(self.data, self.format, self.page.tags if self.page else None)
 
     def exif(self) -> bytes | None:

@@ -328,9 +328,10 @@ class _Reader:
 
 
 def parse(data: bytes, at: int | None = None) -> Tags | None:
-    """Return the tags of EXIF without its header, or of the first page of a TIFF file.
+    """Return the tags in a block of EXIF, or those of the first page of a TIFF file.
 
-    at: the offset of another page's directory. The result is None if nothing can be read.
+    data: the TIFF file, or the EXIF without `linearsr.imaging.exif.HEADER`. at: the offset of
+    another directory to read instead of the first. The result is None if nothing can be read.
     """
     try:
         reader = _Reader(data)

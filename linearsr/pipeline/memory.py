@@ -22,14 +22,15 @@ BYTES_PER_PIXEL = 60
 BYTES_PER_PIXEL_UNTILED = 200
 # Memory per pixel of the result, in addition.
 BYTES_PER_OUTPUT_PIXEL = 20
-# Memory per input pixel, which counts at small scales: the picture is held as read and in [-1, 1].
+# Memory per input pixel: two float32 copies of the picture, one in [0, 1] and one in [-1, 1]. This
+# matters if the network enlarges little.
 BYTES_PER_INPUT_PIXEL = 24
 # Memory per pixel that the network makes for the first step's guess, if it is kept: 48 channels for
 # each 4 x 4 pixels.
 BYTES_PER_GUESS_PIXEL = 12
 
-# Files of a control group with its limit and what it uses, and in memory.stat the entry of files
-# that Linux holds in memory and can drop.
+# For each version of control groups: the files with a group's memory limit and its memory use, and
+# the entry of memory.stat that counts cached files, which Linux can drop.
 _CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 

@@ -17,7 +17,7 @@ _SUFFIX = ".part"
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether this is the name of an unfinished file, as a killed process leaves behind."""
+    """Return whether this is the name of an unfinished file, which a killed process may leave."""
     return name.startswith(".") and name.endswith(_SUFFIX)
 
 

@@ -284,7 +284,10 @@ class ZeroEngine:
             raise WeightsError(f"{saved}: this checkpoint has no weights")
 
     def _universal(self, saved: Path, scratch: Path) -> Path:
-        """Convert the shards for any ranks and precision, on the first rank of each machine."""
+        """Convert a checkpoint for any number of ranks and either precision; return its folder.
+
+        The first rank of each machine converts the ZeRO shards, and the others there wait for it.
+        """
         import torch.distributed as dist
 
         machines, copies = [""] * self.world, [""] * self.world

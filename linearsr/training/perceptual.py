@@ -77,10 +77,10 @@ class Critic:
             estimate.copy_(start)
 
     def step(self, shown: Sequence[Shown], engine: Engine, fraction: float) -> float:
-        """Take one step over all ranks and return this rank's loss.
+        """Take one optimizer step on the mean gradient of all ranks; return this rank's loss.
 
         shown: the pictures of the step's micro-batches. Raises Diverged, on all ranks alike and
-        before any change, if the gradient is not finite.
+        before any weight changes, if the gradient is not finite.
         """
         total = 0.0
         for number, (real, fake, lr_picture) in enumerate(shown):
@@ -191,7 +191,11 @@ class Perceptual(Objective):
     def _cut(
         self, guess: Tensor, batch: Batch, lr_picture: Tensor, factor: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cut the part of latent, truth and LR picture that is judged, at random for each pair."""
+        """Crop the latent, the HR picture and the LR picture to the part that the losses compare.
+
+        The crop lies at a random place for each pair. All three stay whole if `config.crop` is None
+        or not less than the latent's shorter side.
+        """
         side, cells = self.config.crop, guess.shape[-2:]
         if side is None or side >= min(cells):
             return guess, batch.hr, lr_picture

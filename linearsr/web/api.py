@@ -105,7 +105,10 @@ def _documented(
 
 
 def _refusals(schema: str, field: int) -> dict[int | str, dict[str, Any]]:
-    """Return the entries for the refusals of an upload. field: the status for a wrong field."""
+    """Return the OpenAPI entries of the errors with which an upload can be refused.
+
+    schema: the name of the schema of their bodies. field: the status for a wrong field.
+    """
     document = partial(_documented, schema=schema)
     return {
         **document(400, "the form or the picture cannot be decoded"),

@@ -1,4 +1,4 @@
-"""Jobs: requests whose clients do not wait, kept in files until their results have been fetched.
+"""Jobs: requests whose clients do not wait, kept in files until they expire or are deleted.
 
     <folder>/<id>/job.json   who sent it, when, with which options; later how it ended
     <folder>/<id>/input      the picture

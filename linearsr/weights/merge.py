@@ -46,7 +46,7 @@ def merge(folder: Path, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Merge one bundle and return the exit code."""
+    """Merge the adapters of one bundle into their base and return the exit code."""
     parser = argparse.ArgumentParser(
         "linearsr.weights.merge", description="Merge adapters (LoRA) into their base."
     )

@@ -153,7 +153,10 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def blurred(x: Tensor, settings: Round) -> Tensor:
-    """Apply Gaussian blur, or sometimes a sinc filter, to the round's share of the pictures."""
+    """Blur each picture with probability `settings.blur_probability`.
+
+    The filter is a Gaussian or, with probability `settings.sinc_probability`, a sinc filter.
+    """
     kernels = gaussian_kernels(len(x), settings.blur_sigma, x.device)
     if settings.sinc_probability:
         some = torch.rand(len(x), 1, 1, device=x.device) < settings.sinc_probability
@@ -162,7 +165,10 @@ def blurred(x: Tensor, settings: Round) -> Tensor:
 
 
 def noisy(x: Tensor, settings: Round) -> Tensor:
-    """Add Gaussian or Poisson noise, some of it grey, to the round's share of the pictures."""
+    """Add Gaussian or Poisson noise to each picture with probability `settings.noise_probability`.
+
+    The noise is grey with probability `settings.gray_noise_probability`.
+    """
     count = len(x)
     gray = torch.rand(count, 1, 1, 1, device=x.device) < settings.gray_noise_probability
     noise = torch.randn_like(x)

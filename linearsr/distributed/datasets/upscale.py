@@ -248,7 +248,7 @@ def _ids_in(folder: Location) -> set[str]:
 
 
 class _Stage:
-    """The stage that a picture is at, for the error that it may end in."""
+    """The stage of one picture (read, upscale, encode or write); a failure is reported with it."""
 
     name = "read"
 

@@ -103,6 +103,13 @@ class ServeConfig(Config):
             raise ValueError(f"{', '.join(names)}: only for GPUs; set expert_gpus too")
         return self
 
+    @field_validator("jobs_folder")
+    @classmethod
+    def _check_jobs_folder(cls, folder: str | None) -> str | None:
+        if folder and "://" in folder:
+            raise ValueError(f"{folder!r} is no folder that all nodes share; s3:// is not possible")
+        return folder
+
     @field_validator("allowed_hosts")
     @classmethod
     def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:

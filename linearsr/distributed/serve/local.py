@@ -69,7 +69,8 @@ def run(
         raise LinearSRError(f"the endpoint did not start: {one_line(error)}") from error
     on_ready()
     print(f"Serving {model.name} at http://{host}:{port}/ (press Ctrl-C to stop)", flush=True)
-    # The kernel may give a signal to another thread, which does not end a wait of this one.
+    # The kernel may deliver a signal to another thread. The handler then runs only when this
+    # thread's wait ends, so each wait is short.
     while not stop.wait(timeout=1):
         pass
     for number in STOP_SIGNALS:

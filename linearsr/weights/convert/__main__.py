@@ -143,8 +143,8 @@ def _of_diffusers(folder: Path, options: argparse.Namespace) -> Release:
     for name in ("mapping", "experts", "boundaries", "stem_strides", "inputs"):
         if getattr(options, name):
             raise OptionError(
-                f"--{name.replace('_', '-')} is for .pth and .safetensors files, and {folder} is a "
-                "folder of diffusers; leave it out"
+                f"--{name.replace('_', '-')} is for .pth and .safetensors files; leave it out, "
+                f"because {folder} is a diffusers folder"
             )
     return Release(config, (options.source[0].resolve().name,), [tensors], dropped, fresh)
 

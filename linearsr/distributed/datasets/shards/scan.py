@@ -195,7 +195,7 @@ def _row(number: int, source: str, **known: object) -> dict[str, Any]:
 def _choose_crops(
     pixels: Tensor, source: str, config: ShardConfig
 ) -> tuple[str | None, str | None, list[dict[str, int]]]:
-    """Return the boxes to cut from a picture, or a reason and its details why it is not used."""
+    """Return (reason, detail, boxes to cut). If there are no boxes, the first two say why."""
     height, width = pixels.shape[1:]
     if min(height, width) < config.least:
         detail = f"{width}x{height}, shorter side below {config.least}; see --crop and --min-size"
