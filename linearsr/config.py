@@ -316,8 +316,8 @@ class Acceleration(Config):
     """Compile the model with torch.compile, once per picture size; only on CUDA. It pays for many
     pictures of one size."""
     cuda_graph: bool = False
-    """Start all kernels of a step at once, by a CUDA graph that is recorded once per picture size;
-    only on CUDA."""
+    """Start all kernels of a step at once, by a CUDA graph; only on CUDA. A graph is recorded when
+    tiles of a size come for the second time."""
     fp8: bool = False
     """Multiply 8-bit floats in the model's blocks, which changes the pixels a little; only on CUDA
     (compute capability 8.9 or higher)."""

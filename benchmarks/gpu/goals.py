@@ -58,10 +58,9 @@ def goals(out: Path) -> str:
     real = any(_forward(row) for row in read_rows(out, "forward"))
     lines = []
     for goal in GOALS:
-        found = [
-            r[goal.key] for r in read_rows(out, goal.stage) if goal.counts(r) and goal.key in r
-        ]
+        rows = [row for row in read_rows(out, goal.stage) if goal.counts(row) and goal.key in row]
         unit = " ms" if goal.key == "ms" else ""
-        measured = f"{min(found):.3g}{unit}" if real and found else "not measured"
+        best = min((row[goal.key] for row in rows), default=None)
+        measured = f"{best:.3g}{unit}" if real and best is not None else "not measured"
         lines.append((goal.what, goal.goal, goal.paper, measured))
     return markdown(HEAD, lines)

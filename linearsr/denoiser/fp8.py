@@ -50,15 +50,16 @@ class Fp8Linear(nn.Module):
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows (N, C) as 8-bit floats, and the factor of each row (N, 1) in float32."""
-    rows = rows.float()
-    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return (rows / scale).to(FORMAT), scale
+    scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    # CUDA takes rows that are contiguous, and `rows` may be a view of channels.
+    return (rows / scale).to(FORMAT, memory_format=torch.contiguous_format), scale
 
 
 def use_fp8(model: LinearSR) -> None:
     """Let the linear layers of a model's blocks multiply 8-bit floats, in place.
 
-    Raises OptionError if PyTorch or the device cannot, or if the model's width does not fit.
+    Each layer gets weights of its own, also one of adapters on a shared base. Raises OptionError if
+    PyTorch or the device cannot, or if the model's width does not fit.
     """
     if not hasattr(F, "scaled_mm"):
         raise OptionError(f"fp8 needs PyTorch 2.10 or newer, not {torch.__version__}")

@@ -144,11 +144,16 @@ class LinearSR(nn.Module):
             block.compile(dynamic=False)
 
     def record_graphs(self) -> None:
-        """Run each forward as a CUDA graph from now on, recorded once for each shape of a latent.
+        """Run forwards as CUDA graphs from now on, for the shapes of latents that come again.
 
         Forwards then may come from one thread at a time, and none may ask for gradients.
         """
         self._graphs = Graphs(self._recorded)
+
+    def drop_graphs(self) -> None:
+        """Free the memory of the CUDA graphs, if there are any."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def _recorded(self, latent: Tensor, t: Tensor, embedded: Tensor, *tags: Tensor) -> Tensor:
         """Return the velocity. tags: keys and values of each block in turn, if there are any."""

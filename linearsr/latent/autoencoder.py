@@ -82,7 +82,7 @@ class DCAutoencoder:
         self.factor = config.factor
         self.scale = config.scale
         self.model = model.requires_grad_(False).eval()
-        self._run = Graphs(self._decode, DECODE_GRAPHS) if graphs else self._decode
+        self._graphs = Graphs(self._decode, DECODE_GRAPHS) if graphs else None
 
     def encode(self, picture: Tensor, lr_picture: Tensor) -> Tensor:
         latent: Tensor = self.model.encode(picture.to(self._dtype)).latent  # type: ignore[operator]
@@ -96,14 +96,17 @@ class DCAutoencoder:
         cells, overlap = DECODE_TILE // self.factor, DECODE_OVERLAP // self.factor
         tiles = tile_grid(latent.shape[-2], latent.shape[-1], cells, overlap)
         if len(tiles) == 1:
-            return self._run(latent)
+            return self._decode_tile(latent)
         pictures = []
         for one in latent.split(1):
             canvas = Canvas((t.scaled(self.factor) for t in tiles), 3, device=latent.device)
             for tile in tiles:
-                canvas.add(tile.scaled(self.factor), self._run(tile.crop(one))[0])
+                canvas.add(tile.scaled(self.factor), self._decode_tile(tile.crop(one))[0])
             pictures.append(canvas.result())
         return torch.stack(pictures).to(latent.dtype)
+
+    def _decode_tile(self, latent: Tensor) -> Tensor:
+        return self._decode(latent) if self._graphs is None else self._graphs(latent)
 
     def _decode(self, latent: Tensor) -> Tensor:
         scaled = (latent / self.scale).to(self._dtype)

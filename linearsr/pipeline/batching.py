@@ -196,7 +196,7 @@ def _split(together: SolverState, group: Sequence[TileTask]) -> list[SolverState
     Tensors are copied, so that a tile that travels does not take its neighbours along.
     """
     latents, previous, guesses = (
-        [None] * len(group) if tensor is None else tensor.to("cpu", LATENTS).split(1)
+        [None] * len(group) if tensor is None else tensor.to(LATENTS).cpu().split(1)
         for tensor in together
     )
     states = []

@@ -25,9 +25,9 @@ BYTES_PER_OUTPUT_PIXEL = 20
 # Memory per input pixel: two float32 copies of the picture, one in [0, 1] and one in [-1, 1]. This
 # matters if the network enlarges little.
 BYTES_PER_INPUT_PIXEL = 24
-# Memory per pixel that the network makes for the first step's guess, if it is kept: 48 channels for
-# each 4 x 4 pixels.
-BYTES_PER_GUESS_PIXEL = 12
+# Memory per pixel that the network makes for the first step's guess, if it is kept: 48 channels of
+# two bytes for each 4 x 4 pixels.
+BYTES_PER_GUESS_PIXEL = 6
 
 # For each version of control groups: the files with a group's memory limit and its memory use, and
 # the entry of memory.stat that counts cached files, which Linux can drop.

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -77,7 +77,10 @@ KEPT_EMBEDDINGS = 64
 
 
 class Upscaler:
-    """A loaded model that upscales pictures. Threads may share it: they take turns."""
+    """A loaded model that upscales pictures. Threads may share it: they take turns.
+
+    With an `acceleration` the experts of the bundle are changed in place.
+    """
 
     def __init__(
         self,
@@ -116,15 +119,13 @@ class Upscaler:
 
         device: "auto" (CUDA, then Apple's MPS, then CPU) or any torch device.
         only: the experts to load, all by default; see `linearsr.weights.load`.
-        acceleration: for CUDA alone.
+        acceleration: ways to run faster, which need CUDA.
         tagger: names what pictures show for tags="auto"; it is loaded at its first picture.
         Raises WeightsError or OptionError.
         """
         chosen = pick_device(device)
         if chosen.type != "cuda" and (names := acceleration.model_dump(exclude_defaults=True)):
-            raise OptionError(
-                f"{', '.join(names)}: only for CUDA; on {chosen.type} it would be slower"
-            )
+            raise OptionError(f"{', '.join(names)}: only for CUDA, and the device is {chosen.type}")
         bundle = weights.load(name_or_folder, chosen, best_dtype(chosen), only)
         upscaler = cls(bundle, chosen, tagger, acceleration)
         if only is None:
@@ -165,7 +166,7 @@ class Upscaler:
     ) -> Picture:
         """Do the same as `upscale`, with options that `with_tags` returned."""
         for tile in self.tile_sizes(picture, options):
-            with contextlib.suppress(OutOfMemory):
+            try:
                 state = self.prepare(picture, options, tile)
                 for segment in state.segments:
                     state = self.denoise(state, segment, self._counter(state, segment, progress))
@@ -173,8 +174,15 @@ class Upscaler:
                     name, tiles = self.expert_name(segment.expert), len(state.tiles)
                     progress(Progress(name, tiles, tiles, state.steps, state.steps, 1))
                 return self.finish(state)
+            except OutOfMemory:
+                self.drop_graphs()
         hint = "choose a smaller --tile" if options.tile != "auto" else "free some of its memory"
         raise OutOfMemory(f"out of memory on {self.device}: {hint}")
+
+    def drop_graphs(self) -> None:
+        """Free the memory of all CUDA graphs, as smaller tiles need others."""
+        for expert in self.experts:
+            expert.drop_graphs()
 
     def _counter(
         self, state: UpscaleState, segment: Segment, progress: OnProgress | None
@@ -202,7 +210,7 @@ class Upscaler:
             raise OptionError(f"{self.config.name} was trained without tags; leave out --tags")
         if options.tags != "auto":
             return options
-        with memory_errors():
+        with memory_errors(), self._turn_on_gpu():
             tags = self._tagger(picture.pixels[:3])
         return options.model_copy(update={"tags": tuple(tag.name for tag in tags)})
 
@@ -289,9 +297,14 @@ class Upscaler:
             return None
         return self._embeddings(options.tags)
 
+    def _turn_on_gpu(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the turn of a GPU, where work of another thread could spoil a recording."""
+        return contextlib.nullcontext() if self.device.type == "cpu" else self._turn
+
     def _encode(self, tags: tuple[str, ...]) -> Tensor | None:
         assert self.encoder is not None
-        encoded = self.encoder([tags])
+        with self._turn_on_gpu():
+            encoded = self.encoder([tags])
         return encoded.embeddings.cpu() if encoded.mask.all() else None
 
     def denoise(
@@ -354,11 +367,13 @@ class Upscaler:
 
         Pictures are joined on the device, or on the CPU if the device has too little memory.
         """
-        if self.device.type != "cpu":
-            # One picture at a time, and never beside a denoiser.
-            with contextlib.suppress(OutOfMemory), self._turn:
+        if self.device.type == "cpu":
+            return self._finish_on(state, self.device)
+        # One picture at a time, and never beside a denoiser.
+        with self._turn:
+            with contextlib.suppress(OutOfMemory):
                 return self._finish_on(state, self.device)
-        return self._finish_on(state, torch.device("cpu"))
+            return self._finish_on(state, torch.device("cpu"))
 
     @memory_errors()
     @torch.inference_mode()
@@ -375,9 +390,10 @@ class Upscaler:
         height, width = state.size
         restored = canvas.result()[None, :, :height, :width]
         # One channel at a time: the source of the colours is as large as the picture.
-        for channel, lr in zip(restored[0], state.lr[0], strict=True):
-            source = resize(lr[None, None].to(device), height, width)
-            fix_colour(channel[None, None], source, state.options.colour_fix)
+        if state.options.colour_fix != "none":
+            for channel, lr in zip(restored[0], state.lr[0], strict=True):
+                source = resize(lr[None, None].to(device), height, width)
+                fix_colour(channel[None, None], source, state.options.colour_fix)
         return _final_picture(state, restored)
 
 

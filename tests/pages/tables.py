@@ -57,6 +57,7 @@ ADDED = {
         *("--validation-gpus=0", "--i-know-this-is-not-the-knee"),
         *_NARROW,
     ],
+    "python -m benchmarks.gpu": ["--minutes", "1", "--only", "machine"],
     "linearsr job build-shards": ["--min-sharpness=0", "--crops-per-picture=1"],
     "linearsr job tag-dataset": ["--actors", "1"],
     "python -m benchmarks": [

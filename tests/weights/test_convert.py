@@ -415,7 +415,7 @@ def test_command_line_converts_the_original_layout(
     assert main([str(source), "--out", str(out)]) == 1
     assert "width 128" in capsys.readouterr().err
     assert not out.exists()
-    places = ["--dc-ae", "there/dc-ae", "--gemma", "there/gemma"]
+    places = ["--dc-ae", "there/dc-ae", "--decoder", "there/lite", "--gemma", "there/gemma"]
     assert main([str(source), "--out", str(out), "--tag-heads", "2", *places]) == 0
     printed = capsys.readouterr().out
     assert "2 blocks, layout of NVlabs: 54 tensors, 54 by name and 0 by shape" in printed
@@ -423,6 +423,7 @@ def test_command_line_converts_the_original_layout(
     assert "dropped: epoch, state_dict.pos_embed, state_dict.y_embedder.y_embedding" in printed
     config = weights.load(out).config
     assert (config.name, config.latent.source) == ("sana", "there/dc-ae")
+    assert config.latent.decoder == "there/lite"
     assert config.tags is not None and config.tags.source == "there/gemma"
 
 

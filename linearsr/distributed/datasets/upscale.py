@@ -114,7 +114,8 @@ def upscale_dataset(config: UpscaleConfig) -> Summary:
     check_model(config.model)  # an actor would only find out minutes later
     targets, faults = _targets(inputs, output, config)
     made_of = {"weights": fingerprint(config.model)}
-    defaults = Options().model_dump(mode="json") | made_of | {"tagger": TaggerConfig().settings}
+    defaults = Options().model_dump(mode="json") | made_of
+    defaults |= {"tagger": TaggerConfig().settings, "fp8": False}
     claim(output, config.settings() | made_of, defaults=defaults)
     notes.tell_left_out()
     todo = _todo(inputs, targets, output, config)

@@ -113,16 +113,17 @@ class Experts:
 
         If the batch fails, its requests are tried one by one, so that only the one at fault fails.
         """
-        loop = asyncio.get_running_loop()
+        loop, failure = asyncio.get_running_loop(), None
         try:
             await loop.run_in_executor(self.thread, self._denoise_batch, items)
         except Exception as error:
-            if len(items) == 1:
-                # The frames of the traceback would keep the tensors of the batch alive.
-                items[0].result = error.with_traceback(None)
-            else:
-                for item in items:
-                    await self._denoise([item])
+            failure = _without_frames(error)
+            self.upscaler.drop_graphs()
+        if failure and len(items) == 1:
+            items[0].result = failure
+        elif failure:
+            for item in items:
+                await self._denoise([item])
         return [None] * len(items)
 
     def _denoise_batch(self, items: list[_Item]) -> None:
@@ -159,6 +160,15 @@ class Experts:
 
     def _count(self, *_: object) -> None:
         self.forwards += 1
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Remove the tracebacks of an error and of its causes: their frames keep tensors alive."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def check_same_model(upscaler: Upscaler, handoff: Handoff) -> None:

@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         help="folder, s3:// or hub id of the DC-AE (default: Sana's)",
     )
     add(
+        "--decoder",
+        metavar="SOURCE",
+        help="folder, s3:// or hub id of another DC-AE of the same latents, whose decoder is used",
+    )
+    add(
         "--gemma",
         metavar="SOURCE",
         help="folder, s3:// or hub id of Gemma 2 (default: Sana's)",
@@ -167,7 +172,9 @@ def _model(release: Release, options: argparse.Namespace) -> ModelConfig:
     fields: dict[str, Any] = {
         "name": name,
         "denoiser": config,
-        "latent": like.latent.model_copy(update={"source": options.dc_ae or like.latent.source}),
+        "latent": like.latent.model_copy(
+            update={"source": options.dc_ae or like.latent.source, "decoder": options.decoder}
+        ),
         "tags": tags if options.gemma else sanas,
     }
     try:

@@ -69,7 +69,10 @@ SCHEMA: Final = pa.schema(
 # Limits of a row group. A reader fetches row groups whole, so they are small.
 GROUP_ROWS, GROUP_PIXELS = 32, 1 << 25
 # Fields that change nothing in the shards.
-_IRRELEVANT: Final = {"inputs", "output", "cpus", "max_cpus", "gpus"}
+_IRRELEVANT: Final[dict[str, Any]] = {
+    **dict.fromkeys(("inputs", "output", "cpus", "max_cpus", "gpus"), True),
+    "latents": {"latent": {"decoder": True}},
+}
 
 
 @dataclass(frozen=True)
