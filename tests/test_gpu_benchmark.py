@@ -37,7 +37,6 @@ def run(out: Path, *arguments: str, blocked: tuple[str, ...] = ()) -> dict[str, 
     return {stage["name"]: stage["outcome"] for stage in stages}
 
 
-@pytest.mark.thorough
 def test_all_stages_run_on_a_cpu_and_leave_rows_and_a_page(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

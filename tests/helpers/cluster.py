@@ -65,6 +65,6 @@ class Jobs:
 
     def end(self, job: str) -> tuple[JobStatus, int | None, str]:
         """Wait until a job has ended; return its status, exit code and output."""
-        until(lambda: self.has_ended(job), job, 600)
+        until(lambda: self.has_ended(job), job, 600, pause=0.5)
         info = self.client.get_job_info(job)
         return info.status, info.driver_exit_code, self.client.get_job_logs(job)

@@ -13,9 +13,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
-    """Wait until a condition holds; fail with the text `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
+def until(done: Callable[[], bool], what: str, seconds: float = 300, pause: float = 0.1) -> None:
+    """Wait until a condition holds; fail with the text `what` after `seconds`.
+
+    pause: the longest time between two looks, which cost the processes that are waited for.
+    """
+    began = time.monotonic()
     while not done():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.02)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"{what}: not within {seconds:g} s"
+        time.sleep(min(pause, 0.02 + waited / 20))
