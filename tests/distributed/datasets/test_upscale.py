@@ -35,7 +35,7 @@ from tests.helpers.s3_faults import Faults
 
 ROOT = Path(__file__).parents[3]
 # A longer run by hand used 2000.
-MANY = int(os.environ.get("LINEARSR_TEST_PICTURES", "120"))
+MANY = int(os.environ.get("LINEARSR_TEST_PICTURES", "80"))
 
 
 def crops(folder: Path, count: int, size: int = 16) -> list[str]:
