@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import statistics
 import sys
@@ -18,6 +17,7 @@ import torch
 
 from linearsr.config import ModelConfig
 from linearsr.errors import LinearSRError
+from linearsr.pipeline.memory import give_back_freed_memory
 
 Run = Callable[[], object]
 # Calls that take longer than this, in seconds, are not repeated.
@@ -108,7 +108,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         return
     import psutil
 
-    _give_back_freed()
+    give_back_freed_memory()
     process, ended = psutil.Process(), threading.Event()
     before = process.memory_info().rss
 
@@ -123,12 +123,6 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     finally:
         ended.set()
         watcher.join()
-
-
-def _give_back_freed() -> None:
-    """Return freed memory that glibc keeps, which would hide the memory of the next call."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _wait(device: torch.device) -> None:

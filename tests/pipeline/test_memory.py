@@ -77,3 +77,16 @@ def test_a_picture_that_exceeds_the_limit_is_refused(monkeypatch: pytest.MonkeyP
     picture = Picture(torch.zeros(3, 64, 64))
     with pytest.raises(TooLarge, match=r"0\.0 GiB are free"):
         memory.check_memory(picture, Options(), (256, 256), tiled=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="measured as on Linux")
+def test_freed_memory_of_a_large_picture_goes_back_to_linux() -> None:
+    memory.keep_freed_memory()
+    tiles = [torch.ones(2 * MIB) for _ in range(40)]
+    last = torch.ones(MIB)  # at the end of the heap, which therefore cannot shrink
+    process = psutil.Process()
+    held = process.memory_info().rss
+    tiles.clear()
+    memory.give_back_freed_memory()
+    assert held - process.memory_info().rss > 250 * MIB
+    assert last.sum() == MIB

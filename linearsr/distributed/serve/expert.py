@@ -20,9 +20,14 @@ from linearsr.distributed.serve.progress import TileCounter
 from linearsr.distributed.serve.retry import StaleModel, WeightsChanged
 from linearsr.errors import WeightsError
 from linearsr.imaging.files import Picture
+from linearsr.pipeline.memory import give_back_freed_memory
 from linearsr.pipeline.state import DenoiseState
 from linearsr.pipeline.upscaler import Upscaler
 
+# Bytes of a request's latents from which freed memory is given back to Linux, and the seconds after
+# which Serve has sent a result, so that its memory is free.
+LARGE = 2**28
+SENT_SECONDS = 5.0
 # Upper bounds of the histograms' buckets.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000)
@@ -93,12 +98,16 @@ class Experts:
             raise WeightsChanged("the experts are getting new weights; send the request again")
         tiles = TileCounter(handoff.note, segment.expert, len(handoff.state.tiles))
         item = _Item(handoff, segment, time.perf_counter(), tiles)
+        size = sum(latent.nbytes for latent in handoff.state.latents)
         del handoff
         try:
             await self.queues[segment.expert](item)
             result = item.result
         finally:
             item.request = item.result = None
+        if size >= LARGE:
+            loop = asyncio.get_running_loop()
+            loop.call_later(SENT_SECONDS, self.thread.submit, give_back_freed_memory)
         if isinstance(result, Exception):
             raise result
         assert result is not None

@@ -35,7 +35,7 @@ from linearsr.distributed.serve.progress import SECONDS, noted_share
 from linearsr.distributed.serve.retry import ReplicaDied, WeightsChanged, unwrap, with_retries
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.codec import read_tagged
-from linearsr.pipeline.memory import OutOfMemory, free_memory
+from linearsr.pipeline.memory import OutOfMemory, free_memory, give_back_freed_memory
 from linearsr.pipeline.state import UpscaleState
 from linearsr.web.estimate import bytes_needed
 from linearsr.web.pages import upscale_pages
@@ -45,6 +45,8 @@ Value = TypeVar("Value")
 # The part of a node's free memory that requests may need; the rest is for the experts, and for the
 # latents between them.
 SHARE_OF_MEMORY = 0.7
+# Bytes that a request needs from which freed memory is given back to Linux.
+LARGE = 2**30
 
 
 class Router:
@@ -87,13 +89,13 @@ class Router:
         """
         read, upscale = partial(self._read, request), partial(self._upscale, request)
         config, options = self.upscaler.config, request.options
-        needed = (bytes_needed(config, *page, options) for page in request.pages)
-        async with (
-            self.budget.reserve(max(needed, default=0)),
-            aclosing(upscale_pages(request.files, read, upscale)) as events,
-        ):
-            async for event in events:
-                yield event
+        needed = max((bytes_needed(config, *p, options) for p in request.pages), default=0)
+        async with self.budget.reserve(needed):
+            async with aclosing(upscale_pages(request.files, read, upscale)) as events:
+                async for event in events:
+                    yield event
+            if needed >= LARGE:
+                await self._in_thread(give_back_freed_memory)
 
     async def _read(self, request: UpscaleRequest, page: int) -> tuple[Picture, Options]:
         upscaler, data, options, files = self.upscaler, request.data, request.options, request.files
