@@ -28,14 +28,12 @@ def rows(settings: Settings) -> Iterator[Row]:
     choices = itertools.product(TILES, CHANNELS, WARPS)
     launches = TOY if settings.toy else [GateLaunch(*t, c, w) for t, c, w in choices]
     for config in (LINEARSR_1_6B, LINEARSR_0_6B):
-        shape, cells = config.denoiser, SIDE // config.latent.factor
-        channels = 64 if settings.toy else int(shape.width * shape.ffn_ratio)
-        side = 8 if settings.toy else cells
-        place = {"device": settings.device, "dtype": settings.dtype}
-        hidden = torch.randn(1, side, side, 2 * channels, **place)
-        weight, bias = (
-            torch.randn(2 * channels, 1, 3, 3, **place),
-            torch.randn(2 * channels, **place),
+        channels = int(config.denoiser.width * config.denoiser.ffn_ratio)
+        channels = 64 if settings.toy else channels
+        side = 8 if settings.toy else SIDE // config.latent.factor
+        shapes = (1, side, side, 2 * channels), (2 * channels, 1, 3, 3), (2 * channels,)
+        hidden, weight, bias = (
+            torch.randn(shape, device=settings.device, dtype=settings.dtype) for shape in shapes
         )
         for launch in launches:
             run = partial(_repeat, repeats, hidden, weight, bias, launch)

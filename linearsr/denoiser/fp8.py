@@ -29,6 +29,7 @@ class Fp8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: nn.Linear | AdaptedLinear) -> None:
         super().__init__()
