@@ -16,9 +16,9 @@ from linearsr.errors import LinearSRError, TooLarge
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.sizes import output_size
 
-# Peak memory per pixel of the picture that the network makes, measured with linearsr-tiny from 2048
-# pixels a side up. In tiles it was 58 bytes when the result is half as wide and 66 when it is as
-# large. It was 124 to 192 when the whole picture goes through the model at once, most in float32.
+# Peak memory per pixel of the picture that the network makes: upper bounds, measured from 2048 pixels
+# a side up with linearsr-tiny, when latents between the experts still had 32 bits. They were 58 to 66
+# bytes in tiles, and without tiles 124 in bfloat16 and 192 in float32.
 BYTES_PER_PIXEL = 60
 BYTES_PER_PIXEL_UNTILED = 200
 # Memory per pixel of the result, in addition.
