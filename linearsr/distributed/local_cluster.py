@@ -36,7 +36,10 @@ def start(**options: Any) -> Any:
     try:
         return ray.init(address="local", **options)
     except Exception as error:  # Ray has no type for it
-        raise LinearSRError(f"Ray did not start on this machine: {one_line(error)}") from error
+        raise LinearSRError(
+            f"Ray did not start on this machine: {one_line(error)} If the machine is busy, try "
+            "again later; Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def expect_private() -> None:

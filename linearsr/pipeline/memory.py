@@ -16,8 +16,8 @@ from linearsr.errors import LinearSRError, TooLarge
 from linearsr.imaging.files import Picture
 from linearsr.pipeline.sizes import output_size
 
-# Peak memory per pixel of the picture that the network makes: upper bounds, measured from 2048 pixels
-# a side up with linearsr-tiny, when latents between the experts still had 32 bits. They were 58 to 66
+# Peak memory per pixel of the picture that the network makes. The numbers are upper bounds, taken
+# from 2048 pixels a side up with linearsr-tiny when latents still had 32 bits. They were 58 to 66
 # bytes in tiles, and without tiles 124 in bfloat16 and 192 in float32.
 BYTES_PER_PIXEL = 60
 BYTES_PER_PIXEL_UNTILED = 200
