@@ -22,7 +22,7 @@ from linearsr.diffusion.experts import Segment
 from linearsr.diffusion.path import clean_guess
 from linearsr.diffusion.solvers import SolverState, sample, uses_previous
 from linearsr.imaging.tiles import Tile
-from linearsr.pipeline.state import LATENTS, AnyState, DenoiseState
+from linearsr.pipeline.state import AnyState, DenoiseState
 
 
 class TileTask(NamedTuple):
@@ -195,8 +195,9 @@ def _split(together: SolverState, group: Sequence[TileTask]) -> list[SolverState
 
     Tensors are copied, so that a tile that travels does not take its neighbours along.
     """
+    dtype = group[0].solver_state.latent.dtype
     latents, previous, guesses = (
-        [None] * len(group) if tensor is None else tensor.to(LATENTS).cpu().split(1)
+        [None] * len(group) if tensor is None else tensor.to(dtype).cpu().split(1)
         for tensor in together
     )
     states = []

@@ -15,12 +15,6 @@ from linearsr.imaging.files import Picture
 from linearsr.imaging.resample import enlarged_part
 from linearsr.imaging.tiles import Tile
 
-# Latents have this type before, between and after the experts, which halves what travels and the
-# memory of large pictures. The rounding moves about 6% of the samples of an 8-bit picture by one
-# level, as bfloat16 instead of float32 does. Numbers above 65504 would become infinite, but latents
-# have a spread near one.
-LATENTS = torch.float16
-
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseState:
@@ -29,7 +23,8 @@ class DenoiseState:
     lr: the input (1, 3, h, w) in [-1, 1].
     size: height and width of the bicubic enlargement; where the latent grid is larger, the last
         pixels are repeated.
-    latents: one (1, C, th, tw) per tile in LATENTS, at the timestep where the next segment starts.
+    latents: one (1, C, th, tw) per tile, at the timestep where the next segment starts; denoisers
+        keep their dtype.
     timesteps: steps + 1 of them, from 1 to 0.
     tags: (1, T, tag_dim) embeddings, so that denoisers need no tag encoder; None without tags.
     previous: shaped as `latents`: what a second-order solver saw at the step before; empty if the

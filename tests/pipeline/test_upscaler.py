@@ -22,7 +22,7 @@ from linearsr.diffusion.experts import Segment
 from linearsr.errors import OptionError, WeightsError
 from linearsr.imaging.files import Picture, from_pil
 from linearsr.imaging.resample import resize
-from linearsr.pipeline import batching, upscaler
+from linearsr.pipeline import upscaler
 from linearsr.pipeline.device import best_dtype
 from linearsr.pipeline.memory import OutOfMemory, memory_errors
 from linearsr.pipeline.state import UpscaleState
@@ -41,8 +41,7 @@ def small(small_bundle: Path) -> Upscaler:
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents stay as they are between two experts."""
-    for module in (upscaler, batching):
-        monkeypatch.setattr(module, "LATENTS", torch.float32)
+    monkeypatch.setattr(upscaler, "FOLDED", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +307,7 @@ def test_rounding_between_experts_moves_few_pixels_by_a_level(
     options = Options(steps=4, solver="dpm")
     rounded = tiny.upscale(picture, options).pixels
     travels = tiny.prepare(picture, options).latents
-    for module in (upscaler, batching):
-        monkeypatch.setattr(module, "LATENTS", torch.float32)
+    monkeypatch.setattr(upscaler, "FOLDED", torch.float32)
     exact = tiny.upscale(picture, options).pixels
     ours, theirs = ((255 * pixels).round() for pixels in (rounded, exact))
     assert (ours - theirs).abs().max() <= 2
