@@ -101,8 +101,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from linearsr.cli.progress import Display
 
     with Display(f"loading {arguments.model}") as display:
-        from linearsr.pipeline.upscaler import Upscaler
-
         with display.cleared():
             pairs, failed = pair_files(
                 arguments.inputs,
@@ -112,6 +110,8 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         if not pairs:
             return SOME_FAILED if failed else OK
+        from linearsr.pipeline.upscaler import Upscaler
+
         upscaler = Upscaler.load(
             arguments.model,
             arguments.device,
