@@ -17,7 +17,6 @@ import torch
 
 from linearsr.config import ModelConfig
 from linearsr.errors import LinearSRError
-from linearsr.pipeline.memory import give_back_freed_memory
 
 Run = Callable[[], object]
 # Calls that take longer than this, in seconds, are not repeated.
@@ -107,6 +106,8 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         peak[0] = torch.cuda.max_memory_allocated(device) - before
         return
     import psutil
+
+    from linearsr.pipeline.memory import give_back_freed_memory
 
     give_back_freed_memory()
     process, ended = psutil.Process(), threading.Event()

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.stage import Row, Settings
 
-# The share of the time that each stage gets, in the order in which they depend on each other.
-SHARES = {"structure": 0.4, "texture": 0.42, "polish": 0.1, "refinement": 0.08}
+# The share of the time that each stage gets, in the order in which they depend on each other. The
+# first one is left out if there is a run to go on from.
+SHARES = {"pretrain": 1.0, "structure": 0.4, "texture": 0.42, "polish": 0.1, "refinement": 0.08}
+TOY_STAGES = ("pretrain", "structure")
 # Compiling and reading photographs are not part of a stage's seconds.
-START_SECONDS, TOY_START_SECONDS = 60.0, 5.0
+START_SECONDS = 60.0
+TOY_SECONDS = 2.0
 TOY = ("--patch", "32", "--batch", "2", "--shrinks", "0")
 
 
@@ -25,9 +28,10 @@ def rows(settings: Settings) -> Iterator[Row]:
     began, folder = time.monotonic(), settings.out / "weights"
     if settings.start and not folder.exists():
         shutil.copytree(settings.start, folder)
-    start = TOY_START_SECONDS if settings.toy else START_SECONDS
-    seconds = max(1.0, settings.seconds - start)
-    names = [name for name in SHARES if not settings.toy or name == "structure"]
+    seconds = TOY_SECONDS if settings.toy else max(1.0, settings.seconds - START_SECONDS)
+    names = [name for name in SHARES if not (settings.toy and name not in TOY_STAGES)]
+    if settings.start:
+        names.remove("pretrain")
     for name in names:
         share = SHARES[name] / sum(SHARES[one] for one in names)
         command = [sys.executable, "-m", "tools.train_bundled", "--out", str(folder)]
