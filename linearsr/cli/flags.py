@@ -6,10 +6,22 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from linearsr.config import Config
 from linearsr.errors import did_you_mean
+
+Parsed = TypeVar("Parsed", bound=Config)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -108,6 +120,12 @@ def add_fields(
             choices = _choices(field.annotation)
             metavar = f"{{{','.join(choices)}}}" if choices else None
             parser.add_argument(flag, default=field.default, metavar=metavar, help=text)
+
+
+def read_fields(arguments: argparse.Namespace, config: type[Parsed], prefix: str = "") -> Parsed:
+    """Return the config whose flags `add_fields` has added. Raises OptionError."""
+    names = {name: f"{prefix}{name}".replace("-", "_") for name in config.model_fields}
+    return config.parse(**{name: getattr(arguments, flag) for name, flag in names.items()})
 
 
 def _choices(annotation: Any) -> tuple[str, ...] | None:

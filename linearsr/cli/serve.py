@@ -21,19 +21,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from typing import TypeVar
 
-from linearsr.cli.flags import Commands, add_fields
+from linearsr.cli.flags import Commands, add_fields, read_fields
 from linearsr.cli.report import OK, say
-from linearsr.config import Acceleration, Config
+from linearsr.config import Acceleration
 from linearsr.errors import require
 from linearsr.web.service import JobLimits, Limits
 
 HOST, PORT = "127.0.0.1", 8000
 # The beginnings of the flags of limits.
 LIMITS, JOBS = "max-", "jobs-"
-
-Parsed = TypeVar("Parsed", bound=Config)
 
 
 def add(commands: Commands) -> None:
@@ -136,9 +133,9 @@ def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
         router_memory=arguments.router_memory,
         cors_origins=tuple(arguments.cors_origins),
         allowed_hosts=tuple(arguments.allowed_hosts),
-        acceleration=_config(Acceleration, arguments, ""),
-        limits=_config(Limits, arguments, LIMITS),
-        jobs=_config(JobLimits, arguments, JOBS),
+        acceleration=read_fields(arguments, Acceleration),
+        limits=read_fields(arguments, Limits, LIMITS),
+        jobs=read_fields(arguments, JobLimits, JOBS),
     )
     if arguments.redeploy:
         address = redeploy(config, arguments.host, arguments.port)
@@ -147,12 +144,6 @@ def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> int:
         return OK
     run(config, arguments.host or HOST, arguments.port or PORT, on_ready)
     return OK
-
-
-def _config(kind: type[Parsed], arguments: argparse.Namespace, prefix: str) -> Parsed:
-    """Return the config whose flags have this prefix. Raises OptionError."""
-    names = {name: f"{prefix}{name}".replace("-", "_") for name in kind.model_fields}
-    return kind.parse(**{name: getattr(arguments, flag) for name, flag in names.items()})
 
 
 def _value(value: float | None, default: float) -> float:

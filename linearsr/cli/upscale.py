@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearsr.cli.flags import Commands, add_fields
+from linearsr.cli.flags import Commands, add_fields, read_fields
 from linearsr.cli.inputs import Pair, pair_files
 from linearsr.cli.report import OK, SOME_FAILED, complain, say
 from linearsr.cli.tag import add_tagger_options, tagger_config
@@ -75,16 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: argparse.Namespace) -> tuple[Options, FileOptions]:
     """Return the options that the flags of `add_options` describe. Raises OptionError."""
-    fields = vars(arguments)
-    return (
-        Options.parse(**{name: fields[name] for name in Options.model_fields}),
-        FileOptions.parse(**{name: fields[name] for name in FileOptions.model_fields}),
-    )
-
-
-def acceleration(arguments: argparse.Namespace) -> Acceleration:
-    """Return the acceleration that the flags of `add_options` describe."""
-    return Acceleration.parse(**{n: getattr(arguments, n) for n in Acceleration.model_fields})
+    return read_fields(arguments, Options), read_fields(arguments, FileOptions)
 
 
 def tagger(arguments: argparse.Namespace) -> TaggerConfig:
@@ -115,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> int:
         upscaler = Upscaler.load(
             arguments.model,
             arguments.device,
-            acceleration=acceleration(arguments),
+            acceleration=read_fields(arguments, Acceleration),
             tagger=chosen,
         )
         failed += _upscale_files(upscaler, options, files, pairs, display)

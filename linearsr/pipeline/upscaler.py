@@ -107,8 +107,9 @@ class Upscaler:
         self._embeddings = lru_cache(KEPT_EMBEDDINGS)(self._encode)
         # One picture is denoised while others are read and written.
         self._turn = threading.Lock()
-        for expert in self.experts:
-            _accelerate(expert, acceleration)
+        if acceleration != PLAIN:
+            for expert in self.experts:
+                _accelerate(expert, acceleration)
 
     @classmethod
     def load(

@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from linearsr.cli import serve
+from linearsr.cli.flags import read_fields
 from linearsr.errors import OptionError
 from linearsr.web.service import JobLimits, Limits
 
@@ -19,18 +20,18 @@ def parse(*words: str) -> argparse.Namespace:
 
 def test_every_limit_has_a_flag_with_its_default() -> None:
     arguments = parse()
-    assert serve._config(Limits, arguments, serve.LIMITS) == Limits()
-    assert serve._config(JobLimits, arguments, serve.JOBS) == JobLimits()
+    assert read_fields(arguments, Limits, serve.LIMITS) == Limits()
+    assert read_fields(arguments, JobLimits, serve.JOBS) == JobLimits()
 
 
 def test_flags_set_limits() -> None:
     words = ("--max-pixels=24000000", "--max-output-pixels=96000000", "--jobs-kept-seconds=60")
     arguments = parse(*words)
-    limits = serve._config(Limits, arguments, serve.LIMITS)
+    limits = read_fields(arguments, Limits, serve.LIMITS)
     assert limits == Limits(pixels=24_000_000, output_pixels=96_000_000)
-    assert serve._config(JobLimits, arguments, serve.JOBS) == JobLimits(kept_seconds=60)
+    assert read_fields(arguments, JobLimits, serve.JOBS) == JobLimits(kept_seconds=60)
 
 
 def test_wrong_limit_is_refused_by_its_name() -> None:
     with pytest.raises(OptionError, match="pixels"):
-        serve._config(Limits, parse("--max-pixels=none"), serve.LIMITS)
+        read_fields(parse("--max-pixels=none"), Limits, serve.LIMITS)

@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 
 from linearsr.cli import upscale
-from linearsr.cli.flags import add_fields
+from linearsr.cli.flags import add_fields, read_fields
 from linearsr.cli.jobs import shared
 from linearsr.cli.tag import TAGGER_FILES, absolute_paths
+from linearsr.config import Acceleration
 
 FLAGS = ("input", "output", "kind", "column", "actors", "actor_cpus", "gpu", "batch", "concurrency")
 PLACES = ("input", "output")
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     absolute_paths(arguments)
     options, files = upscale.parse(arguments)
     fields = {name: getattr(arguments, name) for name in (*FLAGS, "model", "device")}
-    fields["acceleration"] = upscale.acceleration(arguments)
+    fields["acceleration"] = read_fields(arguments, Acceleration)
     fields |= {"options": options, "files": files, "tagger": upscale.tagger(arguments)}
     config = shared.validated(UpscaleConfig, fields)
     shared.connect(data=False)

@@ -105,9 +105,9 @@ class Experts:
             result = item.result
         finally:
             item.request = item.result = None
-        if size >= LARGE:
-            loop = asyncio.get_running_loop()
-            loop.call_later(SENT_SECONDS, self.thread.submit, give_back_freed_memory)
+            if size >= LARGE:
+                loop = asyncio.get_running_loop()
+                loop.call_later(SENT_SECONDS, self.thread.submit, give_back_freed_memory)
         if isinstance(result, Exception):
             raise result
         assert result is not None

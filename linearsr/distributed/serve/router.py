@@ -91,11 +91,13 @@ class Router:
         config, options = self.upscaler.config, request.options
         needed = max((bytes_needed(config, *p, options) for p in request.pages), default=0)
         async with self.budget.reserve(needed):
-            async with aclosing(upscale_pages(request.files, read, upscale)) as events:
-                async for event in events:
-                    yield event
-            if needed >= LARGE:
-                await self._in_thread(give_back_freed_memory)
+            try:
+                async with aclosing(upscale_pages(request.files, read, upscale)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                if needed >= LARGE:
+                    await self._in_thread(give_back_freed_memory)
 
     async def _read(self, request: UpscaleRequest, page: int) -> tuple[Picture, Options]:
         upscaler, data, options, files = self.upscaler, request.data, request.options, request.files
